@@ -1,0 +1,36 @@
+"""dqtk: post-training quantization for diffusers pipelines.
+
+    plan = dqtk.plan(pipe, "w4a8")
+    dqtk.quantize(pipe, plan)
+    pipe.save_pretrained("pixart-w4a8")
+
+Importing dqtk registers its checkpoint format with diffusers and transformers (at once, or when they are imported), so that
+``DiffusionPipeline.from_pretrained`` loads quantized folders.
+"""
+
+from .calibrate import Stats, calibrate
+from .hosts import register_with_hosts
+from .plan import Plan, Recipe, Rule
+from .quantize import load, plan, quantize, save
+from .sites import Adapter, Site, find_sites
+from .spec import LayerSpec
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adapter",
+    "LayerSpec",
+    "Plan",
+    "Recipe",
+    "Rule",
+    "Site",
+    "Stats",
+    "calibrate",
+    "find_sites",
+    "load",
+    "plan",
+    "quantize",
+    "save",
+]
+
+register_with_hosts()

@@ -1,0 +1,1 @@
+"""Solvers and transforms; one method, one file. ``solve.py`` picks the solver."""

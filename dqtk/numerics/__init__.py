@@ -1,0 +1,1 @@
+"""Maths on tensors: grids, encoding, packing."""

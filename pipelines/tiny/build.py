@@ -1,9 +1,9 @@
 """The parts of the embedded image pipelines before training: tokenizers, text encoders, denoisers, schedulers.
 
 Topology follows the real models; only widths and depths are small. ``tiny-sdxl``: DownBlock, two CrossAttnDownBlocks, mid block,
-mirrored up-blocks with skip concatenation, text-time embedding, two CLIP text encoders. ``tiny-pixart``: adaLN-single transformer over
-256 image tokens, T5 v1.1 text encoder. Both predict v on PixArt's linear noise schedule, whose terminal signal is small enough for
-black and white backgrounds.
+mirrored up-blocks with skip concatenation, text-time embedding, two CLIP text encoders. ``tiny-pixart``: adaLN-single transformer
+over 256 image tokens, T5 v1.1 text encoder. Both predict v on PixArt's linear noise schedule, whose terminal signal is small enough
+for black and white backgrounds.
 """
 
 from collections import Counter

@@ -86,9 +86,8 @@ class Relation:
 
     @property
     def caption(self) -> str:
-        return (
-            f"a {self.colour} {self.shape} {self.relation} a {self.other_colour} {self.other_shape} on a {self.background} background"
-        )
+        first, second = f"a {self.colour} {self.shape}", f"a {self.other_colour} {self.other_shape}"
+        return f"{first} {self.relation} {second} on a {self.background} background"
 
 
 Scene = Single | Several | Relation

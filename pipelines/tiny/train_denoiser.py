@@ -99,7 +99,8 @@ def train(name: str, work: Path, minutes: float, seed: int, batch_size: int, lr:
     start, last_save, losses = time.time(), time.time(), []
     while (elapsed := spent + time.time() - start) < minutes * 60:
         progress = elapsed / (minutes * 60)
-        rate = lr * min(1.0, (step + 1) / 200) * (1.0 if progress < 0.6 else max(0.02, math.cos((progress - 0.6) / 0.4 * math.pi / 2)))
+        decline = 1.0 if progress < 0.6 else max(0.02, math.cos((progress - 0.6) / 0.4 * math.pi / 2))
+        rate = lr * min(1.0, (step + 1) / 200) * decline
         for group in optimizer.param_groups:
             group["lr"] = rate
         side = 32 if progress < HALF_SIZE_UNTIL else 64
@@ -127,7 +128,8 @@ def train(name: str, work: Path, minutes: float, seed: int, batch_size: int, lr:
                 torch._foreach_lerp_(list(averaged.parameters()), list(module.parameters()), 1 - decay)
         losses.append(loss.item())
         if step % 100 == 0:
-            row = {"step": step, "seconds": round(elapsed), "images": images, "side": side, "loss": round(float(np.mean(losses)), 5)}
+            row = {"step": step, "seconds": round(elapsed), "images": images, "side": side}
+            row["loss"] = round(float(np.mean(losses)), 5)
             print(json.dumps(row), file=log, flush=True)
             losses.clear()
         if time.time() - last_save > 300:

@@ -2,9 +2,9 @@
 
     python -m dqtk.pipelines.tiny.train_vae --work work/tiny --minutes 14
 
-Two phases: 32x32 crops (four times cheaper; every layer is local, the middle attention is off), then full pictures. Colour and chroma L1 + small KL.
-Resumable: the state is written every 200 steps to ``WORK/vae.pt`` and picked up again. Ends by writing ``WORK/vae`` with the
-scaling factor measured on 1,024 pictures.
+Two phases: 32x32 crops (four times cheaper; every layer is local, the middle attention is off), then full pictures. Colour and
+chroma L1 + small KL. Resumable: the state is written every 200 steps to ``WORK/vae.pt`` and picked up again. Ends by writing
+``WORK/vae`` with the scaling factor measured on 1,024 pictures.
 """
 
 import argparse
@@ -97,7 +97,8 @@ def train(work: Path, minutes: float, seed: int = 0, batch_size: int = 16, lr: f
         step += 1
         if step % 50 == 0:
             psnr = -10 * torch.log10(F.mse_loss(decoded.clamp(-1, 1), x) / 4).item()
-            row = {"step": step, "seconds": round(elapsed), "loss": round(loss.item(), 4), "kl": round(kl.item(), 3), "psnr": round(psnr, 2)}
+            row = {"step": step, "seconds": round(elapsed), "loss": round(loss.item(), 4), "kl": round(kl.item(), 3)}
+            row["psnr"] = round(psnr, 2)
             print(json.dumps(row), file=log, flush=True)
         if step % 200 == 0:
             state = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "spent": elapsed}

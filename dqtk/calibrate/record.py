@@ -1,0 +1,80 @@
+"""Record the inputs of sites while a pipeline runs. Hooks live inside a context manager; nothing stays on the modules."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..sites import DENOISERS, Site, components_of
+from .levels import bucket_of, noise_level
+from .stats import NO_LEVEL, InputStat, Key, Stats
+
+
+class _Call:
+    """The denoiser call in progress: noise-level bucket, and whether the batch holds both guidance branches."""
+
+    bucket = NO_LEVEL
+    guided = False
+
+
+def observe(x: Tensor, kind: str) -> InputStat:
+    """Statistics of one input: [..., K] of a linear, [B, C, *S] of a convolution."""
+    x = x.detach().float()
+    channels = x.movedim(1, -1) if kind == "conv" else x
+    rows = channels.reshape(-1, channels.shape[-1])
+    return InputStat(rows.amin().cpu().view(1), rows.amax().cpu().view(1), rows.abs().amax(dim=0).cpu(), rows.shape[0])
+
+
+@contextmanager
+def recording(pipe: Any, sites: Sequence[Site], stats: Stats, num_prompts: int) -> Iterator[None]:
+    """While open, every call of a site adds to ``stats``.
+
+    Args:
+        pipe: pipeline or module.
+        sites: what to watch.
+        stats: filled in place.
+        num_prompts: prompts per pipeline call: a denoiser batch twice as large holds the unconditional half first.
+    """
+    parts = components_of(pipe)
+    calls = {name: _Call() for name in parts}
+    handles = []
+    for name, part in parts.items():
+        if DENOISERS.fullmatch(name):
+            handles.append(part.register_forward_pre_hook(_level_hook(calls[name], pipe, stats, num_prompts), with_kwargs=True))
+    for site in sites:
+        layer = parts[site.component].get_submodule(site.path)
+        handles.append(layer.register_forward_pre_hook(_site_hook(site, calls[site.component], stats)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _level_hook(call: _Call, pipe: Any, stats: Stats, num_prompts: int):
+    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        sample = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
+        timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+        if timestep is not None:
+            timestep = torch.as_tensor(timestep)
+            call.bucket = bucket_of(noise_level(pipe.scheduler, timestep), stats.num_buckets)
+        call.guided = sample is not None and sample.shape[0] == 2 * num_prompts
+
+    return hook
+
+
+def _site_hook(site: Site, call: _Call, stats: Stats):
+    def hook(module: nn.Module, args: tuple) -> None:
+        x = args[0]
+        if x.numel() == 0:
+            return
+        halves = {"all": x}
+        if call.guided and x.shape[0] % 2 == 0:
+            uncond, cond = x.chunk(2)
+            halves = {"uncond": uncond, "cond": cond}
+        for branch, part in halves.items():
+            stats.add(Key(site.id, call.bucket, branch), observe(part, site.kind))
+
+    return hook

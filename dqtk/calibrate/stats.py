@@ -1,0 +1,114 @@
+"""What calibration saw, mergeable and small.
+
+One entry per key (site, noise-level bucket, CFG branch): least and largest input value, absmax per input channel, number of rows. Merging
+is min, max and addition, so statistics can be streamed, resumed and gathered from several processes in any order.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+BRANCHES = ("all", "uncond", "cond")  # "all": calls that are not split by guidance
+NO_LEVEL = -1  # bucket of modules that run once, such as text encoders
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """Where a statistic belongs."""
+
+    site: str
+    bucket: int
+    branch: str
+
+    def __str__(self) -> str:
+        return f"{self.site}|{self.bucket}|{self.branch}"
+
+    @staticmethod
+    def parse(text: str) -> "Key":
+        site, bucket, branch = text.rsplit("|", 2)
+        return Key(site, int(bucket), branch)
+
+
+@dataclass(slots=True)
+class InputStat:
+    """``low``, ``high``: float32 scalars [1]. ``channel_absmax``: float32 [C_in]. ``count``: rows seen."""
+
+    low: Tensor
+    high: Tensor
+    channel_absmax: Tensor
+    count: int
+
+    def merge(self, other: "InputStat") -> "InputStat":
+        return InputStat(
+            torch.minimum(self.low, other.low),
+            torch.maximum(self.high, other.high),
+            torch.maximum(self.channel_absmax, other.channel_absmax),
+            self.count + other.count,
+        )
+
+
+@dataclass(slots=True)
+class Stats:
+    """Statistics of a pipeline. ``num_prompts`` prompts have been seen; ``num_buckets`` noise-level buckets divide [0, 1]."""
+
+    num_buckets: int = 10
+    num_prompts: int = 0
+    inputs: dict[Key, InputStat] = field(default_factory=dict)
+
+    def add(self, key: Key, seen: InputStat) -> None:
+        """Merge one observation."""
+        self.inputs[key] = self.inputs[key].merge(seen) if key in self.inputs else seen
+
+    def merge(self, other: "Stats") -> "Stats":
+        """Both together. Raises ``ValueError`` when the bucket counts differ."""
+        if self.num_buckets != other.num_buckets:
+            raise ValueError(f"Stats.merge: num_buckets must be {self.num_buckets}, got {other.num_buckets}. Calibrate with equal buckets.")
+        merged = Stats(self.num_buckets, self.num_prompts + other.num_prompts, dict(self.inputs))
+        for key, seen in other.inputs.items():
+            merged.add(key, seen)
+        return merged
+
+    def of(self, site: str) -> Iterator[InputStat]:
+        """All entries of a site."""
+        return (seen for key, seen in self.inputs.items() if key.site == site)
+
+    def input_range(self, site: str) -> tuple[Tensor, Tensor]:
+        """Least and largest input of a site over levels and branches, float32 [1] each. Raises ``ValueError`` if it was never called."""
+        entries = list(self.of(site))
+        if not entries:
+            raise ValueError(f"Stats: {site} must have been called during calibration, got no statistics. Calibrate with this model and plan.")
+        return torch.stack([e.low for e in entries]).amin(0), torch.stack([e.high for e in entries]).amax(0)
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file (temporary name, then rename)."""
+        path = Path(path)
+        tensors, counts = {}, {}
+        for key, seen in self.inputs.items():
+            name = str(key)
+            tensors[f"{name}|range"] = torch.cat([seen.low.view(1), seen.high.view(1)])
+            tensors[f"{name}|channel_absmax"] = seen.channel_absmax.contiguous()
+            counts[name] = seen.count
+        meta = {"num_buckets": str(self.num_buckets), "num_prompts": str(self.num_prompts), "counts": json.dumps(counts)}
+        partial = path.with_name(f".{path.name}.partial")
+        save_file(tensors, partial, metadata=meta)
+        os.replace(partial, path)
+
+    @staticmethod
+    def load(path: str | Path) -> "Stats":
+        """Inverse of ``save``."""
+        with safe_open(path, framework="pt") as file:
+            meta = file.metadata() or {}
+            if "counts" not in meta:
+                raise ValueError(f"Stats.load: {path} must be a file written by Stats.save, got other metadata {sorted(meta)}.")
+            stats = Stats(int(meta["num_buckets"]), int(meta["num_prompts"]))
+            for name, count in json.loads(meta["counts"]).items():
+                low, high = file.get_tensor(f"{name}|range")
+                stats.inputs[Key.parse(name)] = InputStat(low.view(1), high.view(1), file.get_tensor(f"{name}|channel_absmax"), count)
+        return stats

@@ -1,0 +1,135 @@
+"""diffusers integration: the only file that touches its quantizer registries.
+
+diffusers has no registration for third-party quantizers; its two mappings are plain dictionaries, and writing into both makes
+``from_pretrained`` and ``save_pretrained`` work end to end (checked with diffusers 0.42; a test fails if that changes). Traps that
+this file answers: ``quant_method`` must be an enum member; the config needs its own ``to_diff_dict`` and ``__repr__``; floating
+tensors are cast to the load dtype before the quantizer sees them, so scales are taken from ``state_dict``.
+"""
+
+import enum
+from typing import Any
+
+import torch
+from diffusers.quantizers import auto
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import nn
+
+from .checkpoint import METHOD, config_of, file_metadata, install, read_config, verify_files
+from .nn import Quantized
+
+
+class Method(str, enum.Enum):
+    """diffusers reads ``quant_method.value``."""
+
+    DQTK = METHOD
+
+
+class DqtkConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a component; see ``checkpoint``. Unknown keys are kept, as the ecosystem adds its own."""
+
+    def __init__(self, **fields: Any):
+        fields.pop("quant_method", None)
+        self.quant_method = Method.DQTK
+        read_config(fields)
+        self.fields = fields
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": METHOD, **self.fields}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+    def __repr__(self) -> str:
+        return f"DqtkConfig(recipe={self.fields.get('recipe')!r}, {len(self.fields['modules'])} layers, hash={self.fields['hash']})"
+
+
+class DqtkQuantizer(DiffusersQuantizer):
+    """Loads and saves dqtk checkpoints. Quantizing happens in ``dqtk.quantize``, not while loading."""
+
+    use_keep_in_fp32_modules = True
+    requires_calibration = True
+
+    def validate_environment(self, *args, **kwargs) -> None:
+        """Nothing: every device runs, and ``explain`` and reports say by which kernel."""
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        verify_files(checkpoint_files, "from_pretrained")
+        return loaded_keys
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> None:
+        install(model, read_config(self.quantization_config.fields), "from_pretrained")
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> nn.Module:
+        return model
+
+    def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
+        if missing_keys:
+            raise ValueError(
+                f"from_pretrained: checkpoint must hold every tensor of {type(model).__name__}, got none for {missing_keys[0]} "
+                f"and {len(missing_keys) - 1} more. Was the model class or its config changed?"
+            )
+        return missing_keys
+
+    def check_if_quantized_param(self, model, param_value, param_name: str, state_dict, **kwargs) -> bool:
+        path, _, name = param_name.rpartition(".")
+        return name in ("qweight", "scale", "group_scale", "zero", "input_scale", "input_zero") and isinstance(
+            model.get_submodule(path), Quantized
+        )
+
+    def check_quantized_param_shape(self, param_name: str, current_param, loaded_param) -> None:
+        raise ValueError(
+            f"from_pretrained: {param_name} must have shape {tuple(current_param)}, got {tuple(loaded_param.shape)}. "
+            "Config and weights belong to different models."
+        )
+
+    def create_quantized_param(self, model, param_value, param_name, target_device, state_dict, unexpected_keys=None, **kwargs) -> None:
+        path, _, name = param_name.rpartition(".")
+        layer = model.get_submodule(path)
+        exact = state_dict[param_name]  # param_value was rounded to the load dtype
+        wanted = getattr(layer, name)
+        if exact.dtype != wanted.dtype:
+            raise ValueError(f"from_pretrained: {param_name} must be {wanted.dtype}, got {exact.dtype}. Config and weights belong to different models.")
+        layer._buffers[name] = exact.to(target_device)
+
+    def get_state_dict_and_metadata(self, state_dict, safe_serialization: bool = True):
+        return state_dict, file_metadata(state_dict)
+
+    @property
+    def supports_safetensors_serialization(self) -> bool:
+        return True
+
+    @property
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False  # codes have no gradient; adapters on top (LoRA) train
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        from .checkpoint import quantized_layers, replace_layer
+
+        for path, layer in quantized_layers(model).items():
+            replace_layer(model, path, layer.plain())
+        return model
+
+
+def register() -> None:
+    """Make ``quant_method: dqtk`` known to diffusers."""
+    auto.AUTO_QUANTIZER_MAPPING[METHOD] = DqtkQuantizer
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = DqtkConfig
+
+
+def attach(model: Any, recipe: str) -> None:
+    """Make a model whose layers were replaced in memory saveable by ``save_pretrained``."""
+    config = DqtkConfig(**config_of(model, recipe))
+    model.register_to_config(quantization_config=config)
+    model.hf_quantizer = DqtkQuantizer(config, pre_quantized=True)
+    model.is_quantized = True
+    model.quantization_method = Method.DQTK
+    assert isinstance(model.dtype, torch.dtype)

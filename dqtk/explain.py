@@ -1,0 +1,63 @@
+"""A plan as text: what happens to every site and why, what stays at 16 bits, and what that saves."""
+
+from typing import Any
+
+from .plan import Plan
+from .spec import describe
+
+
+def human(num_bytes: float) -> str:
+    """``1.50 GB``; decimal units, as file managers and hubs count."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.2f} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Left-aligned columns."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [header, *rows]]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def explain(plan: Plan, sites: bool = True) -> str:
+    """Tables of sites or roles, then totals per component against bf16."""
+    blocks = [f"recipe {plan.recipe}, plan {plan.hash}"]
+    for component in plan.components:
+        mine = [c for c in plan.choices if c.site.component == component.name]
+        blocks.append(f"{component.name} ({component.class_name}): {len(mine)} sites")
+        if sites:
+            rows = [
+                [c.site.path, c.site.role, "x".join(map(str, c.site.shape)), describe(c.spec), human(c.bytes_before), human(c.bytes_after), c.why]
+                for c in mine
+            ]
+            blocks.append(table(["site", "role", "shape", "bits", "before", "after", "why"], rows))
+        else:
+            blocks.append(table(["role", "bits", "sites", "before", "after", "why"], _role_rows(mine)))
+    rows = []
+    for component in plan.components:
+        size = plan.sizes(component.name)
+        rows.append(
+            [
+                component.name,
+                f"{size['num_parameters'] / 1e6:.2f} M",
+                human(size["bytes_before"]),
+                human(size["bytes_after"]),
+                f"{size['bytes_after'] / size['bytes_before']:.3f}",
+                f"{100 * (1 - size['quantized_share']):.1f} %",
+            ]
+        )
+    blocks.append(table(["component", "parameters", "bf16", "quantized", "ratio", "left at 16 bit"], rows))
+    return "\n\n".join(blocks)
+
+
+def _role_rows(choices: list[Any]) -> list[list[str]]:
+    groups: dict[tuple[str, str, str], list[Any]] = {}
+    for choice in choices:
+        groups.setdefault((choice.site.role, describe(choice.spec), choice.why), []).append(choice)
+    return [
+        [role, bits, str(len(group)), human(sum(c.bytes_before for c in group)), human(sum(c.bytes_after for c in group)), why]
+        for (role, bits, why), group in groups.items()
+    ]

@@ -1,0 +1,38 @@
+"""Integer matmul with float scales: what linear and convolution share.
+
+Codes and accumulators are exact integers, so every kernel must equal the reference bit for bit. Inputs are rounded per row with
+scale = absmax / 127 (dynamic), or with a given scale and zero point (static). All float arithmetic is float32.
+"""
+
+import torch
+from torch import Tensor
+
+
+def quantize_rows(x_TK: Tensor, input_scale: Tensor | None, input_zero: Tensor | None) -> tuple[Tensor, Tensor]:
+    """int8 codes [T, K] and scales [T, 1] or [1, 1]; x ~ scale * (code - zero)."""
+    x = x_TK.float()
+    if input_scale is None:
+        scale = x.abs().amax(dim=1, keepdim=True) / 127
+        scale = torch.where(scale > 1e-30, scale, torch.ones_like(scale))
+        return (x / scale).round().clamp(-127, 127).to(torch.int8), scale
+    codes = (x / input_scale).round()
+    codes = codes if input_zero is None else codes + input_zero
+    return codes.clamp(-128, 127).to(torch.int8), input_scale.view(1, 1)
+
+
+def matmul_reference(a_TK: Tensor, b_NK: Tensor) -> Tensor:
+    """int32 [T, N] = a @ b^T, exactly: products of int8 summed in float64 stay below 2^53."""
+    return (a_TK.double() @ b_NK.double().T).to(torch.int32)
+
+
+def matmul_int_mm(a_TK: Tensor, b_NK: Tensor) -> Tensor:
+    """The same through ``torch._int_mm`` (VNNI or AMX through oneDNN on x86)."""
+    return torch._int_mm(a_TK, b_NK.T)
+
+
+def epilogue(acc_TN: Tensor, x_scale: Tensor, input_zero: Tensor | None, w_NK: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """float32 [T, N] = x_scale * w_scale * (acc - zero * sum_k w) + bias."""
+    if input_zero is not None:
+        acc_TN = acc_TN - input_zero.to(torch.int32) * w_NK.sum(dim=1, dtype=torch.int32)
+    y = acc_TN.float() * x_scale * w_scale.view(1, -1)
+    return y if bias is None else y + bias.float()

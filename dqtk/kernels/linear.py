@@ -1,0 +1,92 @@
+"""dqtk:: ops of linear layers. The body of each op is the reference and defines its meaning; kernels are registered beside it.
+
+``bits`` is the width of the stored weight codes (``numerics.packing``); group scales are those of ``spec.TwoLevel``.
+"""
+
+import torch
+from torch import Tensor
+
+from ..numerics.packing import integer_weight
+from .int8 import epilogue, matmul_int_mm, matmul_reference, quantize_rows
+
+
+def _linear_int8(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, matmul) -> Tensor:
+    k, n = x.shape[-1], qweight.shape[0]
+    rows = x.reshape(-1, k)
+    if rows.shape[0] == 0:
+        return x.new_empty((*x.shape[:-1], n))
+    weight = integer_weight(qweight, group_scale, bits, k)
+    codes, x_scale = quantize_rows(rows, input_scale, input_zero)
+    y = epilogue(matmul(codes, weight), x_scale, input_zero, weight, scale, bias)
+    return y.to(x.dtype).view(*x.shape[:-1], n)
+
+
+@torch.library.custom_op("dqtk::linear_int8", mutates_args=())
+def linear_int8(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    group_scale: Tensor | None,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    input_zero: Tensor | None,
+    bits: int,
+) -> Tensor:
+    """y = dequantize(round(x) @ W^T) + bias with int8 inputs and an exact integer matmul.
+
+    Args:
+        x: float [..., K]. Each row is rounded with its own scale when ``input_scale`` is None (dynamic per token).
+        qweight: int8 [N, K], or packed uint8 [N, packed_width(bits, K)].
+        scale: float32 [N, 1] or [1, 1].
+        group_scale: uint8 [N, K / size] or None.
+        bias: float [N] or None.
+        input_scale, input_zero: float32 [1] and int32 [1] or None; static per-tensor rounding, x ~ scale * (code - zero).
+        bits: width of the stored codes.
+    Returns:
+        [..., N] in the dtype of ``x``.
+    """
+    return _linear_int8(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, matmul_reference)
+
+
+@linear_int8.register_kernel("cpu")
+def _(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits):
+    return _linear_int8(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, matmul_int_mm)
+
+
+@linear_int8.register_fake
+def _(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits):
+    return x.new_empty((*x.shape[:-1], qweight.shape[0]))
+
+
+def linear_int8_reference(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits) -> Tensor:
+    """The op's meaning on any device, for tests and for the ``emulated`` choice."""
+    return _linear_int8(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, matmul_reference)
+
+
+@torch.library.custom_op("dqtk::linear_fp8", mutates_args=())
+def linear_fp8(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, input_scale: Tensor | None) -> Tensor:
+    """Linear with FP8 E4M3 weight and input codes; products summed in float32.
+
+    Args:
+        x: float [..., K]; rounded per row to E4M3 with scale absmax / 448, or with the static ``input_scale`` float32 [1].
+        qweight: float8_e4m3fn [N, K].
+        scale: float32 [N, 1] or [1, 1].
+        bias: float [N] or None.
+    Returns:
+        [..., N] in the dtype of ``x``.
+    """
+    rows = x.reshape(-1, x.shape[-1]).float()
+    if input_scale is None:
+        x_scale = rows.abs().amax(dim=1, keepdim=True) / 448 if rows.numel() else rows.new_ones((rows.shape[0], 1))
+        x_scale = torch.where(x_scale > 1e-30, x_scale, torch.ones_like(x_scale))
+    else:
+        x_scale = input_scale.view(1, 1)
+    codes = (rows / x_scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+    y = (codes.float() @ qweight.float().T) * x_scale * scale.view(1, -1)
+    y = y if bias is None else y + bias.float()
+    return y.to(x.dtype).view(*x.shape[:-1], qweight.shape[0])
+
+
+@linear_fp8.register_fake
+def _(x, qweight, scale, bias, input_scale):
+    return x.new_empty((*x.shape[:-1], qweight.shape[0]))

@@ -1,0 +1,248 @@
+"""From intent to fact: a ``Recipe`` (ordered rules) becomes a ``Plan`` (every site, its spec, and why).
+
+A plan costs nothing to make, is plain JSON, and is all that the later verbs read. Its ``hash`` covers what changes numbers (sites and
+specs), not the words that explain them.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from .numerics.packing import stored_bytes
+from .sites import ROLES, Adapter, Site, components_of, find_sites
+from .spec import Float, LayerSpec, PerChannel, PerGroup, TwoLevel, canonical, describe, did_you_mean, from_json, to_json
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rule:
+    """``spec`` (``None``: keep 16 bits) for the sites that match. A rule with a pattern must match something.
+
+    pattern: glob on ``path`` or ``component:path``. roles: role names. Both given: both must match. Neither: every site.
+    """
+
+    spec: LayerSpec | None
+    why: str
+    pattern: str | None = None
+    roles: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for role in self.roles:
+            if role not in ROLES:
+                raise ValueError(f"Rule: roles must be among {', '.join(ROLES)}, got {role!r}.{did_you_mean(role, ROLES)}")
+
+    def matches(self, site: Site) -> bool:
+        return (self.pattern is None or site.matches(self.pattern)) and (not self.roles or site.role in self.roles)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """A named intent. The first rule that matches a site decides; a site that no rule matches keeps 16 bits."""
+
+    name: str
+    rules: tuple[Rule, ...]
+
+    def main_spec(self) -> LayerSpec | None:
+        """The spec of an ordinary linear layer: that of the last rule."""
+        return self.rules[-1].spec if self.rules else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """The decision for one site."""
+
+    site: Site
+    spec: LayerSpec | None
+    why: str
+
+    @property
+    def bytes_before(self) -> int:
+        """Weight at 16 bits."""
+        return self.site.num_weights * 2
+
+    @property
+    def bytes_after(self) -> int:
+        """Codes, scales and zero points, or the 16-bit weight."""
+        if self.spec is None:
+            return self.bytes_before
+        static = 8 if self.spec.needs_stats else 0
+        return stored_bytes(self.spec.weight, self.site.n, self.site.k) + static
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Component:
+    """Totals of one component: class name, number of parameters (all of them, sites or not)."""
+
+    name: str
+    class_name: str
+    num_parameters: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Every site of every planned component with its spec and reason."""
+
+    recipe: str
+    components: tuple[Component, ...]
+    choices: tuple[Choice, ...]
+
+    @property
+    def hash(self) -> str:
+        """First 16 hex digits of SHA-256 over sites and specs."""
+        text = json.dumps([[c.site.id, c.site.shape, canonical(c.spec)] for c in self.choices], separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def needs_stats(self) -> bool:
+        """Whether some input range must be calibrated."""
+        return any(c.spec is not None and c.spec.needs_stats for c in self.choices)
+
+    def of(self, component: str) -> "Plan":
+        """The part that concerns one component."""
+        return replace(
+            self,
+            components=tuple(c for c in self.components if c.name == component),
+            choices=tuple(c for c in self.choices if c.site.component == component),
+        )
+
+    def sizes(self, component: str) -> dict[str, float]:
+        """``bytes_before`` and ``bytes_after`` (weights at bf16, everything else at bf16), ``quantized_share`` of the parameters."""
+        total = next(c.num_parameters for c in self.components if c.name == component)
+        mine = [c for c in self.choices if c.site.component == component]
+        quantized = sum(c.site.num_weights for c in mine if c.spec is not None)
+        before = total * 2
+        after = before + sum(c.bytes_after - c.bytes_before for c in mine)
+        return {"bytes_before": before, "bytes_after": after, "quantized_share": quantized / max(total, 1), "num_parameters": total}
+
+    def explain(self, sites: bool = True) -> str:
+        """A table of every site (or of roles only) and totals per component against bf16."""
+        from .explain import explain
+
+        return explain(self, sites=sites)
+
+    def diff(self, other: "Plan") -> list[str]:
+        """One line per site whose spec differs: ``id: old -> new``."""
+        mine, theirs = ({c.site.id: c.spec for c in plan.choices} for plan in (self, other))
+        lines = []
+        for site in dict.fromkeys([*mine, *theirs]):
+            a, b = (describe(part[site]) if site in part else "absent" for part in (mine, theirs))
+            if a != b:
+                lines.append(f"{site}: {a} -> {b}")
+        return lines
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-clean data; equal specs are written once."""
+        texts = {canonical(c.spec): c.spec for c in self.choices if c.spec is not None}
+        names = {text: f"s{i}" for i, text in enumerate(texts)}
+        return {
+            "format_version": FORMAT_VERSION,
+            "recipe": self.recipe,
+            "hash": self.hash,
+            "components": [asdict(c) for c in self.components],
+            "specs": {names[text]: to_json(spec) for text, spec in texts.items()},
+            "choices": [
+                {"site": asdict(c.site), "spec": None if c.spec is None else names[canonical(c.spec)], "why": c.why} for c in self.choices
+            ],
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any], where: str = "plan") -> "Plan":
+        """Inverse of ``to_json``. Raises ``ValueError`` for a newer version, unknown fields or a hash that does not fit."""
+        version = data.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ValueError(f"{where}: format_version must be {FORMAT_VERSION}, got {version!r}. Update dqtk to read newer plans.")
+        specs = {name: from_json(spec, f"{where}: specs.{name}") for name, spec in data["specs"].items()}
+        choices = []
+        for row in data["choices"]:
+            site = Site(**{**row["site"], "shape": tuple(row["site"]["shape"])})
+            spec = None if row["spec"] is None else specs.get(row["spec"])
+            if row["spec"] is not None and spec is None:
+                raise ValueError(f"{where}: spec of {site.id} must be one of {sorted(specs)}, got {row['spec']!r}.")
+            choices.append(Choice(site=site, spec=spec, why=row["why"]))
+        plan = Plan(recipe=data["recipe"], components=tuple(Component(**c) for c in data["components"]), choices=tuple(choices))
+        if plan.hash != data["hash"]:
+            raise ValueError(f"{where}: hash must be {plan.hash} for these choices, got {data['hash']}. The file was edited; make the plan again.")
+        return plan
+
+
+def resolve(
+    recipe: Recipe,
+    target: Any,
+    *,
+    only: Iterable[str] | None = None,
+    overrides: Sequence[Rule] = (),
+    adapters: Mapping[str, Adapter] | None = None,
+) -> Plan:
+    """Apply a recipe to a pipeline or module.
+
+    Args:
+        recipe: rules.
+        target: pipeline or ``nn.Module``; the meta device is fine.
+        only: component names; default all denoisers and text encoders.
+        overrides: rules that come before the recipe's own.
+        adapters: denoiser class name -> adapter.
+    Raises:
+        ValueError: a pattern that matches nothing, an explicit wish for an unsupported layer, nothing to quantize.
+    """
+    parts = components_of(target)
+    wanted = list(parts) if only is None else list(only)
+    for name in wanted:
+        if name not in parts:
+            raise ValueError(f"plan: components must be among {', '.join(parts)}, got {name!r}.{did_you_mean(name, parts)}")
+    sites, keeps = [], []
+    for name in wanted:
+        adapter = (adapters or {}).get(type(parts[name]).__name__)
+        sites += find_sites(parts[name], name, adapter)
+        keeps += [Rule(pattern=f"{name}:{glob}", spec=None, why=why) for glob, why in (adapter.keep if adapter else ())]
+    rules = (*overrides, *keeps, *recipe.rules)
+    _check_patterns([*overrides, *recipe.rules], sites)
+    choices = tuple(_choose(site, rules, explicit=len(overrides)) for site in sites)
+    components = tuple(
+        Component(name=name, class_name=type(parts[name]).__name__, num_parameters=sum(p.numel() for p in parts[name].parameters()))
+        for name in wanted
+    )
+    return Plan(recipe=recipe.name, components=components, choices=choices)
+
+
+def _check_patterns(rules: Iterable[Rule], sites: Sequence[Site]) -> None:
+    for rule in rules:
+        if rule.pattern is not None and not any(site.matches(rule.pattern) for site in sites):
+            near = did_you_mean(rule.pattern.strip("*"), [site.path for site in sites])
+            raise ValueError(f"plan: pattern must match at least one of {len(sites)} sites, got {rule.pattern!r}.{near}")
+
+
+def _choose(site: Site, rules: Sequence[Rule], explicit: int) -> Choice:
+    for i, rule in enumerate(rules):
+        if not rule.matches(site):
+            continue
+        if rule.spec is None:
+            return Choice(site=site, spec=None, why=rule.why)
+        if site.unsupported:
+            if i < explicit:
+                raise ValueError(f"plan: {site.id} must be an ordinary linear or convolution to be quantized, got: {site.unsupported}. Keep it at 16 bits.")
+            return Choice(site=site, spec=None, why=f"not supported: {site.unsupported}")
+        spec, note = fit(rule.spec, site)
+        return Choice(site=site, spec=spec, why=f"{rule.why}; {note}" if note else rule.why)
+    return Choice(site=site, spec=None, why="no rule")
+
+
+def fit(spec: LayerSpec, site: Site) -> tuple[LayerSpec, str]:
+    """Adjust a spec to what a layer admits, with a note that says so (empty when nothing changed)."""
+    notes = []
+    granularity = spec.weight.granularity
+    if isinstance(granularity, PerGroup | TwoLevel) and site.channels % granularity.size:
+        size = next((s for s in (granularity.size // 2, granularity.size // 4) if s >= 16 and s % 8 == 0 and site.channels % s == 0), None)
+        if size is None:
+            weight = replace(spec.weight, format=replace(spec.weight.format, bits=8, symmetric=True), granularity=PerChannel())
+            notes.append(f"8 bit per channel: no group of {granularity.size} or its half or quarter divides {site.channels} channels")
+        else:
+            weight = replace(spec.weight, granularity=type(granularity)(size=size))
+            notes.append(f"groups of {size}: {granularity.size} does not divide {site.channels} channels")
+        spec = replace(spec, weight=weight)
+    if site.kind == "conv" and spec.input is not None and isinstance(spec.input.format, Float):
+        spec = replace(spec, input=None)
+        notes.append("input stays 16 bit: no FP8 convolution")
+    return spec, "; ".join(notes)

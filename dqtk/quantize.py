@@ -1,0 +1,196 @@
+"""The main path: plan, (calibrate,) quantize, save, load.
+
+``quantize`` streams: one layer's weight is read, solved, packed and swapped before the next is touched, so the peak is about one layer
+above the model. Whatever interrupts it, the model is told which layers were really replaced: saving it then is still true.
+"""
+
+import importlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from .calibrate import Stats, calibrate
+from .checkpoint import replace_layer, written_whole
+from .hosts import backend_of
+from .kernels import to_matrix
+from .methods.solve import solve, static_input_scale
+from .nn import Quantized, runtime_class
+from .plan import Choice, Plan, Recipe, Rule, resolve
+from .recipes import recipe_named
+from .resolve import adapters, call_kwargs_for
+from .sites import DENOISERS, components_of, find_sites
+from .spec import LayerSpec
+
+
+def plan(
+    target: Any,
+    recipe: str | Recipe,
+    *,
+    text_encoders: str | Recipe | None = None,
+    overrides: Mapping[str, LayerSpec | str | None] | None = None,
+) -> Plan:
+    """Decide what happens to every site. Costs nothing; works on the meta device.
+
+    Args:
+        target: pipeline or bare denoiser.
+        recipe: name or ``Recipe`` for the denoisers.
+        text_encoders: the same for text encoders; None leaves them as they are.
+        overrides: glob on the site's path -> spec, recipe name, or None (keep 16 bits); before the recipe's rules, in order.
+    Raises:
+        ValueError: unknown recipe, a pattern that matches nothing, a model without sites.
+    """
+    parts = components_of(target)
+    denoisers = [name for name in parts if name == "model" or DENOISERS.fullmatch(name)]
+    rules = [_override(pattern, wish) for pattern, wish in (overrides or {}).items()]
+    made = resolve(_recipe(recipe), target, only=denoisers, overrides=rules, adapters=adapters())
+    if text_encoders is not None:
+        encoders = [name for name in parts if name not in denoisers]
+        if not encoders:
+            raise ValueError(f"plan: text_encoders must be None for a target without text encoders, got {text_encoders!r}.")
+        more = resolve(_recipe(text_encoders), target, only=encoders)
+        made = Plan(
+            recipe=f"{made.recipe}, text encoders {more.recipe}",
+            components=made.components + more.components,
+            choices=made.choices + more.choices,
+        )
+    if not any(choice.spec for choice in made.choices):
+        done = sum(isinstance(layer, Quantized) for part in parts.values() for layer in part.modules())
+        reason = f"{done} layers are quantized already" if done else "every site is kept"
+        raise ValueError(f"plan: target must have something to quantize, got {len(made.choices)} sites: {reason}. Load the original model.")
+    return made
+
+
+def _recipe(recipe: str | Recipe) -> Recipe:
+    return recipe_named(recipe) if isinstance(recipe, str) else recipe
+
+
+def _override(pattern: str, wish: LayerSpec | str | None) -> Rule:
+    if wish is None:
+        return Rule(pattern=pattern, spec=None, why="kept by request")
+    spec = recipe_named(wish).main_spec() if isinstance(wish, str) else wish
+    return Rule(pattern=pattern, spec=spec, why="set by request")
+
+
+def quantize(
+    target: Any,
+    plan: Plan | Recipe | str,
+    stats: Stats | None = None,
+    *,
+    prompts: Sequence[str] | None = None,
+    call_kwargs: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> Any:
+    """Replace planned layers by packed ones, in place, layer by layer.
+
+    Args:
+        target: pipeline or bare denoiser with real weights.
+        plan: a plan, or a recipe (name) to plan with.
+        stats: calibration result; needed by plans with static inputs.
+        prompts: calibrate with these when ``stats`` is missing.
+        call_kwargs: pipeline arguments for calibrating.
+        progress: show a bar.
+    Returns:
+        ``target``.
+    Raises:
+        ValueError: the plan does not fit the model, statistics are missing, a weight is NaN, infinite, integer or on the meta device.
+    """
+    made = plan if isinstance(plan, Plan) else globals()["plan"](target, plan)
+    parts = components_of(target)
+    work = [choice for choice in made.choices if choice.spec is not None]
+    _check_fit(made, parts)
+    if made.needs_stats and stats is None:
+        if prompts is None:
+            raise ValueError(
+                f"quantize: recipe {made.recipe!r} must have statistics for its static inputs, got none. "
+                "Pass prompts=[...], or stats=dqtk.calibrate(pipe, prompts, plan)."
+            )
+        stats = calibrate(target, prompts, made, call_kwargs=call_kwargs or call_kwargs_for(target), progress=progress)
+    touched = dict.fromkeys(choice.site.component for choice in work)
+    try:
+        for choice in tqdm(work, desc="quantize", unit="layer", disable=not progress):
+            _quantize_layer(parts[choice.site.component], choice, stats)
+    finally:
+        for name in touched:
+            _make_saveable(parts[name], made.recipe)
+    return target
+
+
+def _check_fit(plan: Plan, parts: Mapping[str, nn.Module]) -> None:
+    for component in plan.components:
+        if component.name not in parts:
+            raise ValueError(f"quantize: plan must be for components {sorted(parts)}, got {component.name}. Make a plan for this model.")
+        shapes = {site.id: site.shape for site in find_sites(parts[component.name], component.name)}
+        for choice in plan.choices:
+            if choice.site.component == component.name and shapes.get(choice.site.id) != choice.site.shape:
+                raise ValueError(
+                    f"quantize: plan must fit the model at {choice.site.id}: {choice.site.shape}, got {shapes.get(choice.site.id)}. "
+                    "Make a plan for this model."
+                )
+
+
+@torch.no_grad()
+def _quantize_layer(module: nn.Module, choice: Choice, stats: Stats | None) -> None:
+    site, spec = choice.site, choice.spec
+    assert spec is not None
+    layer: Any = module.get_submodule(site.path)
+    _check_weight(site.id, layer.weight)
+    input_scale = input_zero = None
+    if spec.needs_stats:
+        assert stats is not None
+        assert spec.input is not None
+        input_scale, input_zero = static_input_scale(*stats.input_range(site.id), spec.input)
+    matrix = layer.weight if isinstance(layer, nn.Linear) else to_matrix(layer.weight)
+    kind: Any = runtime_class(layer)
+    new = kind.like(layer, spec, device="meta")
+    device = layer.weight.device
+    packed = solve(matrix.detach(), spec)
+    scales = [None if s is None else s.to(device) for s in (input_scale, input_zero)]
+    new.fill(packed, layer.bias, *scales)
+    if layer.bias is None:
+        new.anchor = nn.Parameter(torch.empty(0, dtype=layer.weight.dtype, device=device), requires_grad=False)
+    replace_layer(module, site.path, new)
+
+
+def _check_weight(site: str, weight: torch.Tensor) -> None:
+    if weight.device.type == "meta":
+        raise ValueError(f"quantize: {site} must have real weights, got a meta tensor. Load the model with from_pretrained.")
+    if not weight.dtype.is_floating_point or weight.element_size() < 2:
+        raise ValueError(f"quantize: {site} must be float32, bfloat16 or float16, got {weight.dtype}. Load the unquantized model.")
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(f"quantize: {site} must have finite weights, got NaN or infinity. The checkpoint is damaged; keep the layer or load again.")
+
+
+def _make_saveable(module: nn.Module, recipe: str) -> None:
+    backend = backend_of(module)
+    if backend is not None and any(isinstance(layer, Quantized) for layer in module.modules()):
+        backend.attach(module, recipe)
+
+
+def save(pipe: Any, path: str | os.PathLike) -> None:
+    """``pipe.save_pretrained(path)`` that appears whole or not at all.
+
+    Raises:
+        ValueError: the folder exists and is not empty.
+    """
+    with written_whole(path, "save") as folder:
+        pipe.save_pretrained(folder)
+
+
+def load(path: str | os.PathLike, **kwargs: Any) -> Any:
+    """Load a saved pipeline or diffusers model; ``kwargs`` go to ``from_pretrained`` (for example ``torch_dtype``).
+
+    Raises:
+        ValueError: not a diffusers folder; damaged, edited or newer files.
+    """
+    diffusers = importlib.import_module("diffusers")
+    folder = Path(path)
+    if (folder / "model_index.json").is_file():
+        return diffusers.DiffusionPipeline.from_pretrained(folder, **kwargs)
+    if (folder / "config.json").is_file():
+        return diffusers.AutoModel.from_pretrained(folder, **kwargs)
+    raise ValueError(f"load: folder must hold model_index.json or config.json, got {folder}. Save with pipe.save_pretrained or dqtk.save.")

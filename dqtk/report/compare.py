@@ -1,0 +1,248 @@
+"""``compare``: what quantization (or any change) cost, measured on pairs.
+
+The same prompt and the same starting noise through both pipelines, image by image; scores of the pairs with intervals over
+prompts; the denoiser's error per step; times; sizes. Paired scores come first because unpaired ones cannot see small damage,
+and quantized models often *improve* them. With ``floor`` (say, the reference in bf16 when the reference is fp32) the same
+pipeline with another rounding is scored beside the candidate: a distance means little until one knows what rounding alone does.
+
+Images are scored as 8-bit pixels, which is what ``Comparison.save`` writes: every number can be recomputed from the files. The
+price: differences below half a level vanish, so a PSNR above about 58 dB means "a few pixels differ by one level".
+
+Wall times alternate batch by batch between the pipelines, so that a machine that slows down slows down both; the median per
+image is reported. The first batch (allocation, caches) and batches with recording hooks are left out while others remain.
+"""
+
+import io
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from . import environment
+from .comparison import Comparison, Curve, OracleScore, Row, SizePair, Timing
+from .generate import Batch, Task, check_call_kwargs, generate, make_tasks, to_tensor
+from .measures import curve_of, score_measures, step_measures
+from .scores import DEFAULT_SCORES, ImageScore, resolve_scores
+from .sizes import pipeline_sizes
+from .trajectory import Call, StepSums, TrajectoryMismatch, denoisers, own_trajectory, recorded, same_inputs
+
+Oracle = Callable[[Image.Image, str], Any]
+
+
+@dataclass(kw_only=True, slots=True)
+class _Steps:
+    """Step errors of one pipeline against the reference, gathered over batches; or why they cannot be paired."""
+
+    own: StepSums | None = None
+    same: StepSums | None = None
+    why_own: str | None = None
+    why_same: str | None = None
+
+    def add(self, pipe: Any, reference: list[Call], calls: list[Call], num_images: int) -> None:
+        if self.why_own is None:
+            try:
+                new = own_trajectory(reference, calls, num_images)
+                self.own = new if self.own is None else self.own.concatenated(new)
+            except TrajectoryMismatch as error:
+                self.own, self.why_own = None, str(error)
+        if self.why_same is None:
+            try:
+                new = same_inputs(pipe, reference, num_images)
+                self.same = new if self.same is None else self.same.concatenated(new)
+            except TrajectoryMismatch as error:
+                self.same, self.why_same = None, str(error)
+
+
+@dataclass(kw_only=True, slots=True)
+class _Found:
+    """What grows batch by batch. ``seconds`` are per image: (reference, candidate, whether hooks were recording)."""
+
+    steps: dict[str, _Steps]
+    rows: list[Row] = field(default_factory=list)
+    seconds: list[tuple[float, float, bool]] = field(default_factory=list)
+
+    def add(
+        self, reference: Any, others: Mapping[str, Any], batch: list[Task], kwargs: dict[str, Any], *, hooked: bool
+    ) -> dict[str, Batch]:
+        """Generate one batch with every pipeline, one after the other."""
+        made, calls = _run(reference, batch, kwargs, hooked=hooked, inputs=True)
+        outputs = {"reference": made}
+        for name, pipe in others.items():
+            outputs[name], own_calls = _run(pipe, batch, kwargs, hooked=hooked, inputs=False)
+            if hooked:
+                self.steps[name].add(pipe, calls, own_calls, len(batch))
+        self.seconds.append((made.seconds / len(batch), outputs["candidate"].seconds / len(batch), hooked))
+        return outputs
+
+    def curves(self) -> tuple[Curve, ...]:
+        found = [(name, kind, sums) for name, s in self.steps.items() for kind, sums in (("own", s.own), ("same", s.same))]
+        return tuple(curve_of(name, kind, sums) for name, kind, sums in found if sums is not None)
+
+    def timing(self, batch_size: int) -> Timing:
+        timed = [times for times in self.seconds[1:] if not times[2]]
+        note = "first batch and recorded batches left out"
+        if not timed:
+            timed = self.seconds[1:] or self.seconds
+            note = "all recorded, first left out" if len(self.seconds) > 1 else "warm-up included"
+        batches = "batch" if len(timed) == 1 else "batches"
+        return Timing(
+            reference=statistics.median(times[0] for times in timed),
+            candidate=statistics.median(times[1] for times in timed),
+            num_batches=len(timed),
+            batch_size=batch_size,
+            note=f"median of {len(timed)} interleaved {batches} of up to {batch_size} images, {note}",
+        )
+
+
+def compare(
+    reference: Any,
+    candidate: Any,
+    prompts: Sequence[str],
+    *,
+    seed: int = 0,
+    seeds_per_prompt: int = 1,
+    batch_size: int = 8,
+    call_kwargs: Mapping[str, Any] | None = None,
+    scores: Sequence[str | ImageScore] = DEFAULT_SCORES,
+    lpips_net: str = "alex",
+    lpips_weights: str | Path | None = None,
+    num_trajectory: int = 8,
+    oracle: Oracle | None = None,
+    floor: Any | None = None,
+    reference_name: str = "reference",
+    candidate_name: str = "candidate",
+    floor_name: str = "noise floor",
+    reference_folder: str | Path | None = None,
+    candidate_folder: str | Path | None = None,
+    plan_summary: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> Comparison:
+    """Generate with both pipelines and score the pairs.
+
+    ``reference`` and ``candidate`` are diffusers image pipelines that take ``prompt`` (or ``class_labels``: prompts are then
+    numbers or label names), and may be one object; ``call_kwargs`` goes to both (steps, guidance, size). ``num_trajectory``
+    prompts are also compared inside, step by step (0: none). ``oracle(image, prompt)`` returns a number in [0, 1] or an object
+    with ``mean`` and ``all_correct``. ``floor`` is a third pipeline scored like the candidate. Folders add sizes on disk;
+    ``plan_summary`` (plain data) is carried into the records and the page. Raises ``ValueError`` for no or empty prompts,
+    counts below 1, reserved ``call_kwargs``, unknown scores, or pipelines that return no images.
+    """
+    _check(prompts, seeds_per_prompt, batch_size, num_trajectory)
+    kwargs = check_call_kwargs(call_kwargs)
+    image_scores, missing = resolve_scores(scores, lpips_net=lpips_net, lpips_weights=lpips_weights)
+    tasks = make_tasks(prompts, seed, seeds_per_prompt)
+    num_recorded = min(num_trajectory, len(prompts)) * seeds_per_prompt if denoisers(reference) else 0
+    others = {"candidate": candidate} | ({"floor": floor} if floor is not None else {})
+    found = _Found(steps={name: _Steps() for name in others})
+    with tqdm(total=len(tasks), desc="compare", unit="pair", disable=not progress) as bar:
+        for batch, hooked in _batches(tasks, batch_size, num_recorded):
+            outputs = found.add(reference, others, batch, kwargs, hooked=hooked)
+            found.rows += _rows(batch, outputs, image_scores, oracle)
+            bar.update(len(batch))
+    recorded_prompts = [task.prompt_index for task in tasks[:num_recorded]]
+    step_input = {name: {"own": s.own or s.why_own, "same": s.same or s.why_same} for name, s in found.steps.items()}
+    return Comparison(
+        reference_name=reference_name,
+        candidate_name=candidate_name,
+        floor_name=floor_name if floor is not None else None,
+        rows=tuple(found.rows),
+        measures=(*score_measures(found.rows, image_scores, missing, seed), *step_measures(step_input, recorded_prompts, seed)),
+        curves=found.curves(),
+        timing=found.timing(batch_size),
+        sizes=_sizes(reference, candidate, reference_folder, candidate_folder),
+        seed=seed,
+        seeds_per_prompt=seeds_per_prompt,
+        call_kwargs={
+            key: value if isinstance(value, (int, float, str, bool, type(None))) else repr(value) for key, value in kwargs.items()
+        },
+        versions=environment.versions(),
+        hardware=environment.hardware(getattr(candidate, "_execution_device", "cpu")),
+        created=environment.now(),
+        plan_summary=dict(plan_summary) if plan_summary is not None else None,
+    )
+
+
+def _check(prompts: Sequence[str], seeds_per_prompt: int, batch_size: int, num_trajectory: int) -> None:
+    if isinstance(prompts, str):
+        raise ValueError(f"compare: prompts must be a list of texts, got one text {prompts!r}. Put it in a list.")
+    if len(prompts) == 0:
+        raise ValueError("compare: prompts must be at least one text, got none. Pass --prompts or prompts=[...].")
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(f"compare: prompts must be non-empty texts, got {prompt!r} at index {index}. Remove it.")
+    for name, value, least in (
+        ("seeds_per_prompt", seeds_per_prompt, 1),
+        ("batch_size", batch_size, 1),
+        ("num_trajectory", num_trajectory, 0),
+    ):
+        if value < least:
+            raise ValueError(f"compare: {name} must be at least {least}, got {value}. Choose a larger one.")
+
+
+def _batches(tasks: list[Task], batch_size: int, num_recorded: int) -> list[tuple[list[Task], bool]]:
+    """Batches with the recorded images first, in batches of their own: (tasks, recorded)."""
+    found = []
+    for part, hooked in ((tasks[:num_recorded], True), (tasks[num_recorded:], False)):
+        found += [(part[start : start + batch_size], hooked) for start in range(0, len(part), batch_size)]
+    return found
+
+
+def _run(pipe: Any, batch: list[Task], kwargs: dict[str, Any], *, hooked: bool, inputs: bool) -> tuple[Batch, list[Call]]:
+    if not hooked:
+        return generate(pipe, batch, kwargs), []
+    with recorded(pipe, inputs=inputs) as calls:
+        return generate(pipe, batch, kwargs), calls
+
+
+def _rows(batch: list[Task], outputs: dict[str, Batch], scores: Sequence[ImageScore], oracle: Oracle | None) -> list[Row]:
+    pixels = {side: to_tensor(made.images) for side, made in outputs.items()}
+    values: dict[str, dict[str, torch.Tensor]] = {
+        side: {score.name: score.function(pixels[side], pixels["reference"]) for score in scores}
+        for side in outputs
+        if side != "reference"
+    }
+    rows = []
+    for i, task in enumerate(batch):
+        images = {side: made.images[i] for side, made in outputs.items()}
+        judged = {side: _judge(oracle, image, task.prompt) for side, image in images.items()} if oracle is not None else {}
+        picked = {side: {name: float(value[i]) for name, value in found.items()} for side, found in values.items()}
+        rows.append(
+            Row(
+                id=task.id,
+                prompt_index=task.prompt_index,
+                repetition=task.repetition,
+                prompt=task.prompt,
+                seed=task.seed,
+                scores=picked["candidate"],
+                floor=picked.get("floor", {}),
+                oracle=judged,
+                images={side: _png(image) for side, image in images.items()},
+            )
+        )
+    return rows
+
+
+def _judge(oracle: Oracle, image: Image.Image, prompt: str) -> OracleScore:
+    said = oracle(image, prompt)
+    if isinstance(said, (int, float)):
+        return OracleScore(mean=float(said), all_correct=None)
+    return OracleScore(mean=float(said.mean), all_correct=bool(said.all_correct))
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _sizes(
+    reference: Any, candidate: Any, reference_folder: str | Path | None, candidate_folder: str | Path | None
+) -> tuple[SizePair, ...]:
+    before = {size.name: size for size in pipeline_sizes(reference, reference_folder)}
+    after = {size.name: size for size in pipeline_sizes(candidate, candidate_folder)}
+    names = list(before) + [name for name in after if name not in before]
+    return tuple(SizePair(name=name, reference=before.get(name), candidate=after.get(name)) for name in names)

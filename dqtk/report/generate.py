@@ -1,0 +1,139 @@
+"""Images of two pipelines that differ in nothing but their weights: same prompt, same starting noise, same settings.
+
+Each image has a generator of its own, on the CPU, seeded from (seed, prompt index, repetition). So an image does not depend on
+the batch it was made in, on its neighbours, or on the device; ``Row.seed`` alone reproduces it. Samplers that draw noise
+without being given the generators (a few ignore them) draw from torch's global one, which is seeded per batch and restored
+afterwards.
+"""
+
+import hashlib
+import inspect
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+_RESERVED = ("prompt", "class_labels", "generator", "num_images_per_prompt", "latents", "return_dict", "batch_size")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """One image to make: the ``prompt_index``-th prompt, its ``repetition``-th seed."""
+
+    prompt_index: int
+    repetition: int
+    prompt: str
+    seed: int
+
+    @property
+    def id(self) -> str:
+        return f"{self.prompt_index:04d}-{self.repetition}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """Images of one call and the wall time in seconds that it took, decoding and conversion to pixels included."""
+
+    images: tuple[Image.Image, ...]
+    seconds: float
+
+
+def image_seed(seed: int, prompt_index: int, repetition: int = 0) -> int:
+    """The 32-bit seed of one image: the first bytes of SHA-256 of the three numbers, so that neighbours share nothing."""
+    digest = hashlib.sha256(f"{seed}:{prompt_index}:{repetition}".encode()).digest()
+    return int.from_bytes(digest[:4], "big")
+
+
+def make_tasks(prompts: Sequence[str], seed: int, seeds_per_prompt: int) -> list[Task]:
+    """Every image of a comparison, prompt by prompt."""
+    return [
+        Task(prompt_index=i, repetition=r, prompt=prompt, seed=image_seed(seed, i, r))
+        for i, prompt in enumerate(prompts)
+        for r in range(seeds_per_prompt)
+    ]
+
+
+def check_call_kwargs(call_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What is passed on to the pipeline. Raises ``ValueError`` for what the comparison decides itself, and for latent output."""
+    kwargs = dict(call_kwargs or {})
+    taken = sorted(set(kwargs) & set(_RESERVED))
+    if taken:
+        raise ValueError(f"compare: call_kwargs must be free of {list(_RESERVED)}, got {taken}. compare sets these for each image.")
+    if kwargs.pop("output_type", "pil") == "latent":
+        raise ValueError(
+            "compare: output_type must be an image type, got 'latent'. Leave it out; images are compared as 8-bit pixels."
+        )
+    return kwargs
+
+
+def generate(pipe: Any, tasks: Sequence[Task], call_kwargs: Mapping[str, Any]) -> Batch:
+    """Make one batch. Images are what a user would save: 8-bit RGB. Raises ``ValueError`` for a pipeline that takes no prompt."""
+    generators = [torch.Generator("cpu").manual_seed(task.seed) for task in tasks]
+    inputs = _prompt_argument(pipe, [task.prompt for task in tasks])
+    device = getattr(pipe, "_execution_device", torch.device("cpu"))
+    with _quiet(pipe), _global_noise(device, tasks[0].seed), torch.no_grad():
+        start = time.perf_counter()
+        output = pipe(**inputs, **call_kwargs, generator=generators, output_type="pil")
+        seconds = time.perf_counter() - start
+    images = getattr(output, "images", None)
+    if images is None or len(images) != len(tasks):
+        got = "no images" if images is None else f"{len(images)} images"
+        raise ValueError(
+            f"compare: the pipeline must return one image per prompt ({len(tasks)}), got {got}. Video is not compared yet."
+        )
+    return Batch(images=tuple(image.convert("RGB") for image in images), seconds=seconds)
+
+
+def to_tensor(images: Sequence[Image.Image]) -> Tensor:
+    """8-bit RGB images of one size -> float32 [B, 3, H, W] in [0, 1]."""
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float() / 255
+
+
+def _prompt_argument(pipe: Any, prompts: list[str]) -> dict[str, Any]:
+    parameters = inspect.signature(pipe.__call__).parameters
+    if "prompt" in parameters:
+        return {"prompt": prompts}
+    if "class_labels" in parameters:
+        return {"class_labels": [_class_label(pipe, prompt) for prompt in prompts]}
+    raise ValueError(
+        f"compare: the pipeline must take 'prompt' or 'class_labels', got {type(pipe).__name__} with {sorted(parameters)}. "
+        "Unconditional pipelines are not compared yet."
+    )
+
+
+def _class_label(pipe: Any, prompt: str) -> int:
+    if prompt.strip().isdigit():
+        return int(prompt)
+    labels = getattr(pipe, "labels", None) or {}
+    if prompt not in labels:
+        raise ValueError(f"compare: a class-conditional prompt must be a number or a known label, got {prompt!r}. Use '0', '1', ….")
+    return int(labels[prompt])
+
+
+@contextmanager
+def _quiet(pipe: Any) -> Iterator[None]:
+    """Switch the pipeline's own progress bar off; put its setting back afterwards."""
+    before = getattr(pipe, "_progress_bar_config", None)
+    pipe.set_progress_bar_config(**{**(before or {}), "disable": True})
+    try:
+        yield
+    finally:
+        if before is None:
+            del pipe._progress_bar_config
+        else:
+            pipe._progress_bar_config = before
+
+
+@contextmanager
+def _global_noise(device: torch.device, seed: int) -> Iterator[None]:
+    """Seed torch's global generators inside, restore them outside."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,160 @@
+"""From values per image to the lines of the table: capped means with intervals, oracle changes and flips, error over all steps."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .comparison import Curve, Estimate, Measure, Row
+from .scores import ImageScore, bootstrap, pool_db
+from .trajectory import StepSums
+
+STEP_CAP_DB = 100.0  # what an exact denoiser output counts for in a mean over images
+_STEP_LABELS = {"own": "own trajectory", "same": "same inputs"}
+
+
+def score_measures(rows: Sequence[Row], scores: Sequence[ImageScore], missing: Mapping[str, str], seed: int) -> list[Measure]:
+    """One measure per image score, one per score that could not be measured, and the oracle's where rows have its verdicts."""
+    prompts = [row.prompt_index for row in rows]
+    found = []
+    for score in scores:
+        values = [row.scores[score.name] for row in rows]
+        floor = [row.floor[score.name] for row in rows if score.name in row.floor]
+        found.append(
+            Measure(
+                name=score.name,
+                label=score.label,
+                unit=score.unit,
+                higher_is_better=score.higher_is_better,
+                digits=score.digits,
+                num_samples=len(rows),
+                estimate=_estimate(_capped(values, score), prompts, seed),
+                floor=_estimate(_capped(floor, score), prompts, seed) if floor else None,
+                detail=_detail(score, values),
+            )
+        )
+    for name, why in missing.items():
+        found.append(_unmeasured(name, name.upper().replace("_", "-"), why))
+    if rows and rows[0].oracle:
+        found += _oracle_measures(rows, prompts, seed)
+    return found
+
+
+def step_measures(steps: Mapping[str, Mapping[str, Any]], prompts: Sequence[int], seed: int) -> list[Measure]:
+    """SQNR of the denoiser's output over all steps, per kind: mean over images with its interval; or why there is none.
+
+    ``steps`` maps pipeline -> kind -> ``StepSums``, a reason, or ``None`` where nothing was recorded.
+    """
+    found = []
+    for kind, label in _STEP_LABELS.items():
+        name, title = f"sqnr_{kind}", f"SQNR, {label}"
+        sums = steps["candidate"][kind]
+        if not isinstance(sums, StepSums):
+            found.append(
+                _unmeasured(name, title, sums or "no denoiser calls were recorded (num_trajectory=0, or no unet or transformer)")
+            )
+            continue
+        floor = steps.get("floor", {}).get(kind)
+        found.append(
+            Measure(
+                name=name,
+                label=title,
+                unit="dB",
+                higher_is_better=True,
+                digits=2,
+                num_samples=len(prompts),
+                estimate=_estimate(_over_steps(sums), prompts, seed),
+                floor=_estimate(_over_steps(floor), prompts, seed) if isinstance(floor, StepSums) else None,
+                detail={"num_steps": len(sums.sums), "cap_db": STEP_CAP_DB},
+            )
+        )
+    return found
+
+
+def curve_of(pipeline: str, kind: str, steps: StepSums) -> Curve:
+    """The per-step curve, pooled over images."""
+    pooled = [sums.pooled() for sums in steps.sums]
+    label = _STEP_LABELS[kind] if pipeline == "candidate" else f"noise floor, {_STEP_LABELS[kind]}"
+    return Curve(
+        kind=kind,
+        pipeline=pipeline,
+        label=label,
+        num_images=len(steps.sums[0].product) if steps.sums else 0,
+        timesteps=steps.timesteps,
+        sqnr_db=tuple(float(sums.sqnr_db()) for sums in pooled),
+        cosine=tuple(float(sums.cosine()) for sums in pooled),
+    )
+
+
+def _over_steps(steps: StepSums) -> list[float]:
+    """SQNR in dB per image over all steps, capped."""
+    total = steps.sums[0]
+    for sums in steps.sums[1:]:
+        total = total + sums
+    return [min(value, STEP_CAP_DB) for value in total.sqnr_db().tolist()]
+
+
+def _capped(values: Sequence[float], score: ImageScore) -> list[float]:
+    return [score.cap if score.cap is not None and math.isinf(value) else value for value in values]
+
+
+def _estimate(values: Sequence[float], prompts: Sequence[int], seed: int) -> Estimate:
+    interval = bootstrap(values, prompts, seed)
+    return Estimate(value=interval.estimate, low=interval.low, high=interval.high)
+
+
+def _detail(score: ImageScore, values: Sequence[float]) -> dict[str, Any]:
+    worst = min(values) if score.higher_is_better else max(values)
+    detail: dict[str, Any] = {"worst": _finite(worst, score), "median": _finite(statistics.median(values), score)}
+    if score.cap is not None:
+        detail |= {"cap": score.cap, "exact_matches": sum(math.isinf(value) for value in values)}
+    if score.name == "psnr":
+        detail["pooled"] = _finite(pool_db(values), score)
+    return detail
+
+
+def _finite(value: float, score: ImageScore) -> float:
+    return score.cap if score.cap is not None and math.isinf(value) else value
+
+
+def _unmeasured(name: str, label: str, why: str) -> Measure:
+    return Measure(name=name, label=label, unit="", higher_is_better=None, digits=2, num_samples=0, estimate=None, not_measured=why)
+
+
+def _oracle_measures(rows: Sequence[Row], prompts: Sequence[int], seed: int) -> list[Measure]:
+    means = {side: [row.oracle[side].mean for row in rows] for side in rows[0].oracle}
+    found = [_paired("oracle", "Oracle", means, prompts, seed, {})]
+    if all(score.all_correct is not None for row in rows for score in row.oracle.values()):
+        right = {side: [float(bool(row.oracle[side].all_correct)) for row in rows] for side in rows[0].oracle}
+        pairs = list(zip(right["reference"], right["candidate"], strict=True))
+        flips = {"right_to_wrong": pairs.count((1.0, 0.0)), "wrong_to_right": pairs.count((0.0, 1.0))}
+        found.append(_paired("all_correct", "All correct", right, prompts, seed, flips))
+    return [measure for group in found for measure in group]
+
+
+def _paired(
+    name: str, label: str, values: Mapping[str, Sequence[float]], prompts: Sequence[int], seed: int, detail: dict[str, Any]
+) -> list[Measure]:
+    """The reference's mean, the candidate's, and the mean of the paired change; the floor's change beside the last."""
+
+    def measure(suffix: str, words: str, of: Sequence[float], floor: Sequence[float] | None, more: dict[str, Any]) -> Measure:
+        return Measure(
+            name=f"{name}_{suffix}",
+            label=f"{label}, {words}",
+            unit="",
+            higher_is_better=True,
+            digits=3,
+            num_samples=len(of),
+            estimate=_estimate(of, prompts, seed),
+            floor=_estimate(floor, prompts, seed) if floor is not None else None,
+            detail=more,
+        )
+
+    before, after, floor = values["reference"], values["candidate"], values.get("floor")
+    change = [b - a for a, b in zip(before, after, strict=True)]
+    floor_change = [b - a for a, b in zip(before, floor, strict=True)] if floor is not None else None
+    return [
+        measure("reference", "original", before, None, {}),
+        measure("candidate", "candidate", after, floor, {}),
+        measure("change", "change", change, floor_change, detail),
+    ]

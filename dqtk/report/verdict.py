@@ -1,0 +1,66 @@
+"""The result in one sentence, by fixed rules, so that a report never flatters.
+
+PSNR against the original is put in words by its mean: 35 dB and more "hard to tell apart", 25 to 35 "the same picture with
+visible differences in detail", 15 to 25 "the same subject, drawn differently in places", below 15 "different pictures". That is
+a rule of thumb of this house for same-seed pairs, not a law; the noise floor says what a mere change of rounding does to the
+same pipeline.
+"""
+
+from typing import TYPE_CHECKING
+
+from .numbers import number_text, range_text
+
+if TYPE_CHECKING:
+    from .comparison import Comparison, Measure
+
+_WORDS = (
+    (35.0, "hard to tell from the original"),
+    (25.0, "the same pictures with visible differences in detail"),
+    (15.0, "the same subjects, drawn differently in places"),
+    (float("-inf"), "different pictures from the original's"),
+)
+
+
+def verdict(comparison: "Comparison") -> str:
+    """One or two sentences: closeness, the noise floor, what an oracle says, size."""
+    psnr = next((m for m in comparison.measures if m.name == "psnr" and m.estimate is not None), None)
+    num = len(comparison.rows)
+    parts = [f"{comparison.candidate_name} paints {_closeness(psnr, num)}{_floor(psnr)}."]
+    oracle = next((m for m in comparison.measures if m.name == "oracle_change" and m.estimate is not None), None)
+    if oracle is not None:
+        parts.append(_oracle(oracle))
+    return " ".join(parts)
+
+
+def _closeness(psnr: "Measure | None", num: int) -> str:
+    images = "image" if num == 1 else "images"
+    if psnr is None or psnr.estimate is None:
+        return f"{num} {images} beside the original (PSNR was not measured)"
+    exact = psnr.detail.get("exact_matches", 0)
+    if exact == num:
+        return f"exactly the original's pictures: {num} of {num} {images} are equal to the last bit"
+    value = psnr.estimate
+    words = next(words for least, words in _WORDS if value.value >= least)
+    interval = "" if value.low is None else f", 95 % interval {value.low:.1f} to {value.high:.1f}"
+    return f"{words}: mean PSNR {value.value:.1f} dB{interval}, over {num} {images}"
+
+
+def _floor(psnr: "Measure | None") -> str:
+    if psnr is None or psnr.floor is None or psnr.estimate is None or psnr.estimate.value == psnr.floor.value:
+        return ""
+    if psnr.estimate.high is not None and psnr.estimate.high >= psnr.floor.value:
+        return f"; no further away than the noise floor ({psnr.floor.value:.1f} dB)"
+    return f"; the noise floor is {psnr.floor.value:.1f} dB"
+
+
+def _oracle(oracle: "Measure") -> str:
+    change = oracle.estimate
+    assert change is not None
+    figures = number_text(change.value, 3, "+")
+    unclear = False
+    if change.low is not None and change.high is not None:
+        figures += f", 95 % interval {range_text(change.low, change.high, 3, '+')}"
+        unclear = change.low <= 0 <= change.high
+    if unclear or change.value == 0:
+        return f"The oracle sees no clear change in whether the captions are shown ({figures})."
+    return f"The oracle finds the captions shown {'better' if change.value > 0 else 'worse'} than before ({figures})."

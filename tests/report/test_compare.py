@@ -1,0 +1,246 @@
+"""``compare`` on small real pipelines: pairing, ordering, independence of the batch, hooks, error texts."""
+
+import copy
+import dataclasses
+import math
+
+import pytest
+import torch
+from conftest import PROMPTS, SETTINGS
+
+from dqtk.report.compare import compare
+from dqtk.report.generate import image_seed
+from dqtk.report.records import read_records
+from dqtk.report.scores import ImageScore
+
+
+def run(reference, candidate, prompts=PROMPTS, **arguments):
+    defaults = {
+        "call_kwargs": SETTINGS,
+        "scores": ("psnr", "ssim", "ms_ssim"),
+        "progress": False,
+        "num_trajectory": 2,
+        "batch_size": 2,
+    }
+    return compare(reference, candidate, prompts, **(defaults | arguments))
+
+
+def num_hooks(pipe):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in pipe.transformer.modules())
+
+
+@pytest.fixture(scope="module")
+def compared(pixart, perturbed):
+    return run(pixart, perturbed(0.1), floor=copy.deepcopy(pixart).to(torch.bfloat16), reference_name="original")
+
+
+def test_a_pipeline_equals_itself(pixart):
+    found = run(pixart, pixart, floor=pixart)
+    assert [row.scores["psnr"] for row in found.rows] == [math.inf] * 3
+    assert [row.floor["psnr"] for row in found.rows] == [math.inf] * 3
+    psnr = found.measure("psnr")
+    assert (psnr.estimate.value, psnr.estimate.low, psnr.detail["exact_matches"]) == (100.0, 100.0, 3)
+    assert found.measure("ssim").estimate.value == pytest.approx(1, abs=1e-6)
+    assert [curve.sqnr_db for curve in found.curves] == [(math.inf, math.inf)] * 4
+    assert [curve.cosine for curve in found.curves] == [(1.0, 1.0)] * 4
+    assert "equal to the last bit" in found.table()
+
+
+def test_more_noise_is_further_away(pixart, perturbed):
+    near, far = (run(pixart, perturbed(amount)) for amount in (0.02, 0.3))
+    for name in ("psnr", "ssim", "ms_ssim", "sqnr_own", "sqnr_same"):
+        assert near.measure(name).estimate.value > far.measure(name).estimate.value, name
+
+
+def test_rows_tell_prompt_and_seed_and_the_seed_reproduces_the_image(pixart, compared):
+    assert [row.prompt for row in compared.rows] == PROMPTS
+    assert [row.id for row in compared.rows] == ["0000-0", "0001-0", "0002-0"]
+    row = compared.rows[1]
+    assert row.seed == image_seed(0, 1, 0)
+    generator = torch.Generator().manual_seed(row.seed)
+    image = pixart(row.prompt, generator=generator, **SETTINGS).images[0]
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    kept = np.asarray(Image.open(io.BytesIO(row.images["reference"])), dtype=int)
+    assert np.abs(kept - np.asarray(image, dtype=int)).max() <= 1  # batched and single matrix products round differently
+
+
+def test_scores_do_not_depend_on_the_batch_size(pixart, perturbed):
+    candidate = perturbed(0.1)
+    ones, threes = run(pixart, candidate, batch_size=1), run(pixart, candidate, batch_size=3)
+    for a, b in zip(ones.rows, threes.rows, strict=True):
+        assert a.seed == b.seed
+        assert a.scores["psnr"] == pytest.approx(b.scores["psnr"], abs=0.05)
+    for a, b in zip(ones.curves, threes.curves, strict=True):
+        assert a.sqnr_db == pytest.approx(b.sqnr_db, abs=0.01)
+
+
+def test_first_step_has_only_its_own_error_and_later_ones_more(compared):
+    own, same = (next(c for c in compared.curves if (c.pipeline, c.kind) == ("candidate", kind)) for kind in ("own", "same"))
+    assert own.timesteps == same.timesteps
+    assert len(own.timesteps) == 2
+    assert own.num_images == 2
+    # Both pipelines begin with the same noise and text, so the first step's inputs are equal.
+    assert own.sqnr_db[0] == pytest.approx(same.sqnr_db[0], abs=1e-6)
+    assert own.sqnr_db[1] < same.sqnr_db[1]
+
+
+def test_the_floor_in_bf16_is_scored_beside(compared):
+    psnr = compared.measure("psnr")
+    assert psnr.floor.value > psnr.estimate.value
+    assert compared.measure("sqnr_same").floor.value == pytest.approx(42, abs=6)  # bf16: 8 bits of mantissa
+    assert {row.name for row in compared.records()} >= {"psnr", "psnr_floor", "sqnr_own_floor"}
+
+
+def test_replay_keeps_timesteps_out_of_the_cast(pixart):
+    """999 is 1000 in bf16: a cast timestep would show as an error far above bf16's."""
+    half = copy.deepcopy(pixart).to(torch.bfloat16)
+    found = run(pixart, half, prompts=PROMPTS[:1])
+    assert found.measure("sqnr_same").estimate.value > 36
+
+
+def test_seeds_per_prompt_are_different_pictures_of_one_prompt(pixart):
+    found = run(pixart, pixart, prompts=PROMPTS[:1], seeds_per_prompt=2, num_trajectory=0)
+    assert [row.id for row in found.rows] == ["0000-0", "0000-1"]
+    assert found.rows[0].images["reference"] != found.rows[1].images["reference"]
+    assert found.measure("psnr").estimate.low is None  # one prompt: no interval over prompts
+    assert found.measure("sqnr_own").not_measured.startswith("no denoiser calls were recorded")
+    assert found.curves == ()
+
+
+def test_another_seed_gives_other_noise():
+    assert len({image_seed(s, i, r) for s in range(5) for i in range(5) for r in range(5)}) == 125
+
+
+def test_oracle_and_flips(pixart):
+    seen = []
+
+    @dataclasses.dataclass
+    class Verdict:
+        mean: float
+        all_correct: bool
+
+    def oracle(image, prompt):
+        seen.append((image.size, prompt))
+        candidate = len(seen) % 2 == 0
+        return Verdict(mean=0.25 if candidate else 0.75, all_correct=not candidate)
+
+    found = run(pixart, pixart, oracle=oracle, num_trajectory=0, batch_size=1)
+    assert seen[0] == ((64, 64), PROMPTS[0])
+    assert found.measure("oracle_change").estimate.value == -0.5
+    assert found.measure("all_correct_change").detail == {"right_to_wrong": 3, "wrong_to_right": 0}
+    number = run(pixart, pixart, prompts=PROMPTS[:1], oracle=lambda image, prompt: 0.5, num_trajectory=0)
+    assert number.measure("oracle_reference").estimate.value == 0.5
+    assert not any(m.name.startswith("all_correct") for m in number.measures)
+
+
+def test_own_scores_and_missing_lpips(pixart, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    brightness = ImageScore(
+        name="brightness",
+        label="Brightness",
+        unit="",
+        higher_is_better=False,
+        function=lambda a, b: (a - b).abs().mean(dim=(1, 2, 3)),
+    )
+    found = run(pixart, pixart, prompts=PROMPTS[:1], scores=(brightness, "lpips"), num_trajectory=0)
+    assert found.rows[0].scores == {"brightness": 0.0}
+    lpips = found.measure("lpips")
+    assert lpips.estimate is None
+    assert "Download https://" in lpips.not_measured
+    assert next(r for r in found.records() if r.name == "lpips").value is None
+
+
+def test_hooks_and_progress_bar_are_put_back(pixart, perturbed):
+    candidate = perturbed(0.1)
+    candidate.set_progress_bar_config(desc="mine")
+    run(pixart, candidate, prompts=PROMPTS[:1])
+    assert num_hooks(pixart) == num_hooks(candidate) == 0
+    assert candidate._progress_bar_config == {"desc": "mine"}
+    assert not hasattr(pixart, "_progress_bar_config")
+
+
+@pytest.mark.parametrize("when", ["denoiser", "decoder"])
+def test_hooks_are_removed_when_generation_fails(pixart, when, monkeypatch):
+    failing = copy.copy(pixart)
+    module = pixart.transformer if when == "denoiser" else pixart.vae.decoder
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of paper")
+
+    monkeypatch.setattr(module, "forward", fail)
+    with pytest.raises(RuntimeError, match="out of paper"):
+        run(failing, pixart, prompts=PROMPTS[:1])
+    assert num_hooks(pixart) == 0
+    assert not hasattr(pixart, "_progress_bar_config")
+
+
+def test_torchs_global_generator_is_left_alone(pixart):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    run(pixart, pixart, prompts=PROMPTS[:1])
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_different_numbers_of_steps_are_reported_and_not_invented(pixart):
+    other = copy.copy(pixart)
+    other = type(pixart)(**{**pixart.components, "scheduler": copy.deepcopy(pixart.scheduler)})
+    original = other.__class__.__call__
+    twice = type(
+        "Twice",
+        (other.__class__,),
+        {"__call__": lambda self, *a, num_inference_steps=2, **k: original(self, *a, num_inference_steps=3, **k)},
+    )
+    other.__class__ = twice
+    found = run(pixart, other, prompts=PROMPTS[:1], call_kwargs=SETTINGS | {"prompt_embeds": None})
+    own = found.measure("sqnr_own")
+    assert own.estimate is None
+    assert own.not_measured.startswith("the reference made 2 denoiser calls and the candidate 3")
+    assert found.measure("sqnr_same").estimate.value == 100.0  # the same weights on the same inputs
+
+
+def test_saved_files_hold_the_numbers_and_nothing_is_overwritten(compared, tmp_path):
+    folder = compared.save(tmp_path / "out")
+    assert read_records(folder / "records.jsonl") == compared.records()
+    assert len((folder / "rows.jsonl").read_text().splitlines()) == 3
+    assert (folder / "images" / "0001-0-candidate.png").read_bytes() == compared.rows[1].images["candidate"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(
+        ValueError, match=r"Comparison\.save: folder must be new or empty, got .*out'\. Choose another, or remove it\."
+    ):
+        compared.save(folder)
+
+
+def test_times_are_medians_per_image_of_interleaved_batches(pixart):
+    found = run(pixart, pixart, num_trajectory=0, batch_size=1, floor=None)
+    assert found.timing.num_batches == 2  # the first of three is warm-up
+    assert 0 < found.timing.candidate < 60
+    assert "first batch" in found.timing.note
+    alone = run(pixart, pixart, prompts=PROMPTS[:1], num_trajectory=0)
+    assert "warm-up included" in alone.timing.note
+
+
+@pytest.mark.parametrize(
+    ("prompts", "changes", "words"),
+    [
+        ([], {}, r"prompts must be at least one text, got none\. Pass --prompts or prompts=\[\.\.\.\]\."),
+        ("a cat", {}, r"prompts must be a list of texts, got one text 'a cat'\."),
+        (["a cat", " "], {}, r"prompts must be non-empty texts, got ' ' at index 1\."),
+        (["a"], {"batch_size": 0}, r"batch_size must be at least 1, got 0\."),
+        (["a"], {"seeds_per_prompt": 0}, r"seeds_per_prompt must be at least 1, got 0\."),
+        (["a"], {"num_trajectory": -1}, r"num_trajectory must be at least 0, got -1\."),
+        (["a"], {"call_kwargs": {"generator": None}}, r"call_kwargs must be free of .*, got \['generator'\]\."),
+        (["a"], {"call_kwargs": {"output_type": "latent"}}, r"output_type must be an image type, got 'latent'\."),
+        (
+            ["a"],
+            {"scores": ("fid",)},
+            r"scores must be among \['lpips', 'ms_ssim', 'psnr', 'ssim'\] or ImageScore objects, got 'fid'\.",
+        ),
+    ],
+)
+def test_bad_input_is_refused_before_anything_runs(prompts, changes, words):
+    with pytest.raises(ValueError, match=f"^compare: {words}"):
+        run(object(), object(), prompts, **changes)
