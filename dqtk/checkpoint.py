@@ -80,7 +80,9 @@ def read_config(config: Mapping[str, Any], where: str = "quantization_config") -
             raise ValueError(f"{where}: spec of {path} must be one of {sorted(specs)}, got {name!r}. The file was edited.")
         layers[path] = specs[name]
     if _hash(layers) != config.get("hash"):
-        raise ValueError(f"{where}: hash must be {_hash(layers)} for these modules, got {config.get('hash')!r}. The file was edited.")
+        raise ValueError(
+            f"{where}: hash must be {_hash(layers)} for these modules, got {config.get('hash')!r}. The file was edited."
+        )
     return layers
 
 
@@ -94,7 +96,9 @@ def install(module: nn.Module, layers: Mapping[str, LayerSpec], where: str) -> N
         try:
             layer = module.get_submodule(path)
         except AttributeError:
-            raise ValueError(f"{where}: layer {path} must exist in {type(module).__name__}, got none. Was the model class changed?") from None
+            raise ValueError(
+                f"{where}: layer {path} must exist in {type(module).__name__}, got none. Was the model class changed?"
+            ) from None
         kind = runtime_class(layer)
         if kind is None or isinstance(layer, Quantized):
             raise ValueError(f"{where}: layer {path} must be a linear or convolution, got {type(layer).__name__}.")
@@ -140,17 +144,25 @@ def verify_files(files: Iterable[str | os.PathLike], where: str) -> None:
                 expected |= json.loads(text)
                 for name in file.keys():
                     if name not in expected:
-                        raise ValueError(f"{where}: {path} must hold only tensors of this checkpoint, got {name}. Files of two models are mixed.")
+                        raise ValueError(
+                            f"{where}: {path} must hold only tensors of this checkpoint, got {name}. Files of two models are mixed."
+                        )
                     if digest(file.get_tensor(name)) != expected[name]:
-                        raise ValueError(f"{where}: {name} in {path} must have digest {expected[name]}, got another. The file was damaged or edited.")
+                        raise ValueError(
+                            f"{where}: {name} in {path} must have digest {expected[name]}, got another. The file was damaged or edited."
+                        )
                     found.add(name)
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{where}: {path} must be a complete safetensors file, got: {error}. Copy or download it again.") from error
+            raise ValueError(
+                f"{where}: {path} must be a complete safetensors file, got: {error}. Copy or download it again."
+            ) from error
     # Tied tensors (T5's two names for its embedding) are written once.
     contents = {expected[name] for name in found}
     missing = sorted(name for name in set(expected) - found if expected[name] not in contents)
     if missing:
-        raise ValueError(f"{where}: files must hold all {len(expected)} tensors, got {len(found)}; missing {missing[0]} and {len(missing) - 1} more.")
+        raise ValueError(
+            f"{where}: files must hold all {len(expected)} tensors, got {len(found)}; missing {missing[0]} and {len(missing) - 1} more."
+        )
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------
@@ -160,7 +172,9 @@ def check_output(path: str | os.PathLike, where: str = "output") -> Path:
     """The path, which must not exist or be an empty folder."""
     folder = Path(path)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{where}: folder must be new or empty, got {folder}. Nothing was changed; choose another name or remove it first.")
+        raise ValueError(
+            f"{where}: folder must be new or empty, got {folder}. Nothing was changed; choose another name or remove it first."
+        )
     return folder
 
 

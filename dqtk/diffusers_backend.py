@@ -83,13 +83,17 @@ class DqtkQuantizer(DiffusersQuantizer):
             "Config and weights belong to different models."
         )
 
-    def create_quantized_param(self, model, param_value, param_name, target_device, state_dict, unexpected_keys=None, **kwargs) -> None:
+    def create_quantized_param(
+        self, model, param_value, param_name, target_device, state_dict, unexpected_keys=None, **kwargs
+    ) -> None:
         path, _, name = param_name.rpartition(".")
         layer = model.get_submodule(path)
         exact = state_dict[param_name]  # param_value was rounded to the load dtype
         wanted = getattr(layer, name)
         if exact.dtype != wanted.dtype:
-            raise ValueError(f"from_pretrained: {param_name} must be {wanted.dtype}, got {exact.dtype}. Config and weights belong to different models.")
+            raise ValueError(
+                f"from_pretrained: {param_name} must be {wanted.dtype}, got {exact.dtype}. Config and weights belong to different models."
+            )
         layer._buffers[name] = exact.to(target_device)
 
     def get_state_dict_and_metadata(self, state_dict, safe_serialization: bool = True):

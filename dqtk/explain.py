@@ -30,7 +30,15 @@ def explain(plan: Plan, sites: bool = True) -> str:
         blocks.append(f"{component.name} ({component.class_name}): {len(mine)} sites")
         if sites:
             rows = [
-                [c.site.path, c.site.role, "x".join(map(str, c.site.shape)), describe(c.spec), human(c.bytes_before), human(c.bytes_after), c.why]
+                [
+                    c.site.path,
+                    c.site.role,
+                    "x".join(map(str, c.site.shape)),
+                    describe(c.spec),
+                    human(c.bytes_before),
+                    human(c.bytes_after),
+                    c.why,
+                ]
                 for c in mine
             ]
             blocks.append(table(["site", "role", "shape", "bits", "before", "after", "why"], rows))

@@ -68,3 +68,11 @@ def backend_of(module: nn.Module) -> ModuleType | None:
         if loaded is not None and isinstance(module, getattr(loaded, base)):
             return importlib.import_module(backend)
     return None
+
+
+def quiet_hosts() -> None:
+    """Only errors from diffusers' and transformers' loggers, and no loading bars: for the shell, where dqtk shows its own."""
+    for name in ("diffusers", "transformers"):
+        logging = importlib.import_module(f"{name}.utils.logging")
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()

@@ -144,7 +144,8 @@ class Plan:
             "components": [asdict(c) for c in self.components],
             "specs": {names[text]: to_json(spec) for text, spec in texts.items()},
             "choices": [
-                {"site": asdict(c.site), "spec": None if c.spec is None else names[canonical(c.spec)], "why": c.why} for c in self.choices
+                {"site": asdict(c.site), "spec": None if c.spec is None else names[canonical(c.spec)], "why": c.why}
+                for c in self.choices
             ],
         }
 
@@ -164,7 +165,9 @@ class Plan:
             choices.append(Choice(site=site, spec=spec, why=row["why"]))
         plan = Plan(recipe=data["recipe"], components=tuple(Component(**c) for c in data["components"]), choices=tuple(choices))
         if plan.hash != data["hash"]:
-            raise ValueError(f"{where}: hash must be {plan.hash} for these choices, got {data['hash']}. The file was edited; make the plan again.")
+            raise ValueError(
+                f"{where}: hash must be {plan.hash} for these choices, got {data['hash']}. The file was edited; make the plan again."
+            )
         return plan
 
 
@@ -222,7 +225,9 @@ def _choose(site: Site, rules: Sequence[Rule], explicit: int) -> Choice:
             return Choice(site=site, spec=None, why=rule.why)
         if site.unsupported:
             if i < explicit:
-                raise ValueError(f"plan: {site.id} must be an ordinary linear or convolution to be quantized, got: {site.unsupported}. Keep it at 16 bits.")
+                raise ValueError(
+                    f"plan: {site.id} must be an ordinary linear or convolution to be quantized, got: {site.unsupported}. Keep it at 16 bits."
+                )
             return Choice(site=site, spec=None, why=f"not supported: {site.unsupported}")
         spec, note = fit(rule.spec, site)
         return Choice(site=site, spec=spec, why=f"{rule.why}; {note}" if note else rule.why)
@@ -234,10 +239,14 @@ def fit(spec: LayerSpec, site: Site) -> tuple[LayerSpec, str]:
     notes = []
     granularity = spec.weight.granularity
     if isinstance(granularity, PerGroup | TwoLevel) and site.channels % granularity.size:
-        size = next((s for s in (granularity.size // 2, granularity.size // 4) if s >= 16 and s % 8 == 0 and site.channels % s == 0), None)
+        size = next(
+            (s for s in (granularity.size // 2, granularity.size // 4) if s >= 16 and s % 8 == 0 and site.channels % s == 0), None
+        )
         if size is None:
             weight = replace(spec.weight, format=replace(spec.weight.format, bits=8, symmetric=True), granularity=PerChannel())
-            notes.append(f"8 bit per channel: no group of {granularity.size} or its half or quarter divides {site.channels} channels")
+            notes.append(
+                f"8 bit per channel: no group of {granularity.size} or its half or quarter divides {site.channels} channels"
+            )
         else:
             weight = replace(spec.weight, granularity=type(granularity)(size=size))
             notes.append(f"groups of {size}: {granularity.size} does not divide {site.channels} channels")

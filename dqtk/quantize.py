@@ -61,7 +61,9 @@ def plan(
     if not any(choice.spec for choice in made.choices):
         done = sum(isinstance(layer, Quantized) for part in parts.values() for layer in part.modules())
         reason = f"{done} layers are quantized already" if done else "every site is kept"
-        raise ValueError(f"plan: target must have something to quantize, got {len(made.choices)} sites: {reason}. Load the original model.")
+        raise ValueError(
+            f"plan: target must have something to quantize, got {len(made.choices)} sites: {reason}. Load the original model."
+        )
     return made
 
 
@@ -123,7 +125,9 @@ def quantize(
 def _check_fit(plan: Plan, parts: Mapping[str, nn.Module]) -> None:
     for component in plan.components:
         if component.name not in parts:
-            raise ValueError(f"quantize: plan must be for components {sorted(parts)}, got {component.name}. Make a plan for this model.")
+            raise ValueError(
+                f"quantize: plan must be for components {sorted(parts)}, got {component.name}. Make a plan for this model."
+            )
         shapes = {site.id: site.shape for site in find_sites(parts[component.name], component.name)}
         for choice in plan.choices:
             if choice.site.component == component.name and shapes.get(choice.site.id) != choice.site.shape:
@@ -162,7 +166,9 @@ def _check_weight(site: str, weight: torch.Tensor) -> None:
     if not weight.dtype.is_floating_point or weight.element_size() < 2:
         raise ValueError(f"quantize: {site} must be float32, bfloat16 or float16, got {weight.dtype}. Load the unquantized model.")
     if not bool(torch.isfinite(weight).all()):
-        raise ValueError(f"quantize: {site} must have finite weights, got NaN or infinity. The checkpoint is damaged; keep the layer or load again.")
+        raise ValueError(
+            f"quantize: {site} must have finite weights, got NaN or infinity. The checkpoint is damaged; keep the layer or load again."
+        )
 
 
 def _make_saveable(module: nn.Module, recipe: str) -> None:
@@ -193,4 +199,6 @@ def load(path: str | os.PathLike, **kwargs: Any) -> Any:
         return diffusers.DiffusionPipeline.from_pretrained(folder, **kwargs)
     if (folder / "config.json").is_file():
         return diffusers.AutoModel.from_pretrained(folder, **kwargs)
-    raise ValueError(f"load: folder must hold model_index.json or config.json, got {folder}. Save with pipe.save_pretrained or dqtk.save.")
+    raise ValueError(
+        f"load: folder must hold model_index.json or config.json, got {folder}. Save with pipe.save_pretrained or dqtk.save."
+    )

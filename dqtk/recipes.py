@@ -6,7 +6,21 @@ half their bytes and no measurable error (their input is one row per image).
 """
 
 from .plan import Recipe, Rule
-from .spec import MSE, AbsMax, Dynamic, Float, Int, LayerSpec, PerChannel, PerGroup, PerTensor, PerToken, TensorSpec, TwoLevel, did_you_mean
+from .spec import (
+    MSE,
+    AbsMax,
+    Dynamic,
+    Float,
+    Int,
+    LayerSpec,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    TensorSpec,
+    TwoLevel,
+    did_you_mean,
+)
 
 KEPT_ROLES = {
     "patch_embedding": "kept: first layer on the latents",

@@ -6,7 +6,9 @@ without at this size). Importing one imports no model library.
 
 import importlib
 import pkgutil
+from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +19,9 @@ from .sites import DENOISERS, Adapter
 def families() -> tuple[ModuleType, ...]:
     """The modules of ``dqtk.pipelines``, one per family."""
     package = importlib.import_module("dqtk.pipelines")
-    return tuple(importlib.import_module(f"dqtk.pipelines.{info.name}") for info in pkgutil.iter_modules(package.__path__) if not info.ispkg)
+    return tuple(
+        importlib.import_module(f"dqtk.pipelines.{info.name}") for info in pkgutil.iter_modules(package.__path__) if not info.ispkg
+    )
 
 
 @cache
@@ -39,3 +43,24 @@ def call_kwargs_for(pipe: Any) -> dict[str, Any]:
         if hasattr(family, "call_kwargs") and classes & set(family.ADAPTER.classes):
             needed |= family.call_kwargs(pipe)
     return needed
+
+
+def embedded_names() -> tuple[str, ...]:
+    """Names of the pipelines that come with dqtk."""
+    return importlib.import_module("dqtk.pipelines.tiny").names()
+
+
+def embedded_folder(name: str) -> Path:
+    """Folder of an embedded pipeline."""
+    return importlib.import_module("dqtk.pipelines.tiny").folder(name)
+
+
+def oracle_for(prompts: Sequence[str]) -> Callable[[Any, str], Any] | None:
+    """The exact reader of the embedded world, if every prompt is in its grammar; else None."""
+    scenes = importlib.import_module("dqtk.pipelines.tiny.scenes")
+    try:
+        for prompt in prompts:
+            scenes.parse_caption(prompt)
+    except ValueError:
+        return None
+    return importlib.import_module("dqtk.pipelines.tiny.oracle").judge

@@ -127,7 +127,9 @@ def components_of(target: Any) -> dict[str, nn.Module]:
         if isinstance(part, nn.Module) and (DENOISERS.fullmatch(name) or TEXT_ENCODERS.fullmatch(name))
     }
     if not any(DENOISERS.fullmatch(name) for name in found):
-        raise ValueError(f"components_of: pipeline must have a denoiser (unet or transformer), got {sorted(parts)}. Pass the module itself.")
+        raise ValueError(
+            f"components_of: pipeline must have a denoiser (unet or transformer), got {sorted(parts)}. Pass the module itself."
+        )
     return found
 
 
@@ -199,7 +201,10 @@ _INSIDE = (
     (r"upsample", "upsampler"),
     (r"attentions\.\d+\.proj_in$", "block_in"),
     (r"attentions\.\d+\.proj_out$", "block_out"),
-    (r"net\.0\.proj$|proj_mlp$|(mlp|ff|ffn|feed_forward|DenseReluDense)\w*\.(fc1|w1|w3|wi(_\d)?|linear_1|linear_3|gate_proj|up_proj|0)$", "ff.up"),
+    (
+        r"net\.0\.proj$|proj_mlp$|(mlp|ff|ffn|feed_forward|DenseReluDense)\w*\.(fc1|w1|w3|wi(_\d)?|linear_1|linear_3|gate_proj|up_proj|0)$",
+        "ff.up",
+    ),
     (r"net\.2$|(mlp|ff|ffn|feed_forward|DenseReluDense)\w*\.(fc2|w2|wo|linear_2|down_proj|2)$", "ff.down"),
     (r"single_\w*blocks\.\d+\.proj_out$", "ff.down"),  # attention output and feed-forward in one
 )

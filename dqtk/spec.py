@@ -28,7 +28,9 @@ class Int:
 
     def __post_init__(self) -> None:
         if not (isinstance(self.bits, int) and 2 <= self.bits <= 8):
-            raise ValueError(f"Int: bits must be an integer from 2 to 8, got {self.bits!r}. Use None in place of the spec to keep 16 bits.")
+            raise ValueError(
+                f"Int: bits must be an integer from 2 to 8, got {self.bits!r}. Use None in place of the spec to keep 16 bits."
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +114,9 @@ class MSE:
 
     def __post_init__(self) -> None:
         if not (isinstance(self.steps, int) and self.steps >= 2 and 0 < self.least < 1):
-            raise ValueError(f"MSE: steps must be at least 2 and least in (0, 1), got steps={self.steps!r}, least={self.least!r}. Use MSE().")
+            raise ValueError(
+                f"MSE: steps must be at least 2 and least in (0, 1), got steps={self.steps!r}, least={self.least!r}. Use MSE()."
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,9 +169,13 @@ class LayerSpec:
     def _check_weight(self) -> None:
         form, granularity = self.weight.format, self.weight.granularity
         if isinstance(granularity, PerToken) or isinstance(self.weight.range, Dynamic):
-            raise ValueError("LayerSpec: weight must be static with PerTensor, PerChannel, PerGroup or TwoLevel granularity. Weights have no tokens.")
+            raise ValueError(
+                "LayerSpec: weight must be static with PerTensor, PerChannel, PerGroup or TwoLevel granularity. Weights have no tokens."
+            )
         if isinstance(granularity, TwoLevel) and not (isinstance(form, Int) and form.symmetric and form.bits <= 4):
-            raise ValueError(f"LayerSpec: weight with TwoLevel granularity must be symmetric Int of at most 4 bits, got {form}. Use PerGroup.")
+            raise ValueError(
+                f"LayerSpec: weight with TwoLevel granularity must be symmetric Int of at most 4 bits, got {form}. Use PerGroup."
+            )
 
     def _check_input(self, spec: TensorSpec) -> None:
         if isinstance(spec.range, Dynamic) != isinstance(spec.granularity, PerToken):
@@ -176,13 +184,19 @@ class LayerSpec:
                 f"with {spec.range}. A token's range is known only when it arrives."
             )
         if isinstance(spec.granularity, PerChannel | PerGroup | TwoLevel):
-            raise ValueError(f"LayerSpec: input granularity must be PerToken or PerTensor, got {spec.granularity}. Matmuls need one scale per row.")
+            raise ValueError(
+                f"LayerSpec: input granularity must be PerToken or PerTensor, got {spec.granularity}. Matmuls need one scale per row."
+            )
         if isinstance(spec.format, Int) != isinstance(self.weight.format, Int):
-            raise ValueError(f"LayerSpec: weight and input must both be Int or both Float, got {self.weight.format} and {spec.format}.")
+            raise ValueError(
+                f"LayerSpec: weight and input must both be Int or both Float, got {self.weight.format} and {spec.format}."
+            )
         if isinstance(spec.format, Int) and spec.format.bits != 8:
             raise ValueError(f"LayerSpec: input Int must have 8 bits, got {spec.format.bits}. Use Int(bits=8).")
         if isinstance(spec.format, Int) and isinstance(self.weight.granularity, PerGroup):
-            raise ValueError("LayerSpec: weight under an Int input must be PerTensor, PerChannel or TwoLevel, got PerGroup. Use TwoLevel(size=64).")
+            raise ValueError(
+                "LayerSpec: weight under an Int input must be PerTensor, PerChannel or TwoLevel, got PerGroup. Use TwoLevel(size=64)."
+            )
         if isinstance(spec.format, Int) and isinstance(self.weight.format, Int) and not self.weight.format.symmetric:
             raise ValueError("LayerSpec: weight under an Int input must be symmetric. Use Int(bits=..., symmetric=True).")
 
@@ -216,7 +230,10 @@ def describe(spec: LayerSpec | None) -> str:
 
 # --- strict JSON -----------------------------------------------------------------------------------------------------
 
-_TYPES = {t.__name__: t for t in (Int, Float, PerTensor, PerChannel, PerToken, PerGroup, TwoLevel, AbsMax, MSE, Dynamic, TensorSpec, RTN, LayerSpec)}
+_TYPES = {
+    t.__name__: t
+    for t in (Int, Float, PerTensor, PerChannel, PerToken, PerGroup, TwoLevel, AbsMax, MSE, Dynamic, TensorSpec, RTN, LayerSpec)
+}
 
 
 def to_json(value: Any) -> Any:

@@ -19,7 +19,9 @@ def noise_level(scheduler: Any, timestep: Tensor) -> float:
     """
     values = timestep.detach().float().reshape(-1)
     if values.numel() > 1 and not bool((values == values[0]).all()):
-        raise ValueError(f"noise_level: timesteps must be equal within a call, got {values[:4].tolist()}. Per-token timesteps are not supported.")
+        raise ValueError(
+            f"noise_level: timesteps must be equal within a call, got {values[:4].tolist()}. Per-token timesteps are not supported."
+        )
     t = float(values[0])
     alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
     if alphas_cumprod is not None:

@@ -42,7 +42,9 @@ def calibrate(
     if not plan.needs_stats:
         return Stats()
     if not prompts:
-        raise ValueError("calibrate: prompts must hold at least one prompt, got none. Pass a list or a file with one prompt per line.")
+        raise ValueError(
+            "calibrate: prompts must hold at least one prompt, got none. Pass a list or a file with one prompt per line."
+        )
     sites = [c.site for c in plan.choices if c.spec is not None and c.spec.needs_stats]
     stats = Stats.load(output) if output is not None and Path(output).exists() else Stats()
     starts = range(stats.num_prompts, len(prompts), batch_size)

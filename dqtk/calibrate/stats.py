@@ -69,7 +69,9 @@ class Stats:
     def merge(self, other: "Stats") -> "Stats":
         """Both together. Raises ``ValueError`` when the bucket counts differ."""
         if self.num_buckets != other.num_buckets:
-            raise ValueError(f"Stats.merge: num_buckets must be {self.num_buckets}, got {other.num_buckets}. Calibrate with equal buckets.")
+            raise ValueError(
+                f"Stats.merge: num_buckets must be {self.num_buckets}, got {other.num_buckets}. Calibrate with equal buckets."
+            )
         merged = Stats(self.num_buckets, self.num_prompts + other.num_prompts, dict(self.inputs))
         for key, seen in other.inputs.items():
             merged.add(key, seen)
@@ -83,7 +85,9 @@ class Stats:
         """Least and largest input of a site over levels and branches, float32 [1] each. Raises ``ValueError`` if it was never called."""
         entries = list(self.of(site))
         if not entries:
-            raise ValueError(f"Stats: {site} must have been called during calibration, got no statistics. Calibrate with this model and plan.")
+            raise ValueError(
+                f"Stats: {site} must have been called during calibration, got no statistics. Calibrate with this model and plan."
+            )
         return torch.stack([e.low for e in entries]).amin(0), torch.stack([e.high for e in entries]).amax(0)
 
     def save(self, path: str | Path) -> None:
@@ -110,5 +114,7 @@ class Stats:
             stats = Stats(int(meta["num_buckets"]), int(meta["num_prompts"]))
             for name, count in json.loads(meta["counts"]).items():
                 low, high = file.get_tensor(f"{name}|range")
-                stats.inputs[Key.parse(name)] = InputStat(low.view(1), high.view(1), file.get_tensor(f"{name}|channel_absmax"), count)
+                stats.inputs[Key.parse(name)] = InputStat(
+                    low.view(1), high.view(1), file.get_tensor(f"{name}|channel_absmax"), count
+                )
         return stats

@@ -25,7 +25,9 @@ def from_matrix(matrix: Tensor, kernel_size: Sequence[int]) -> Tensor:
     return matrix.view(matrix.shape[0], *kernel_size, -1).movedim(-1, 1)
 
 
-def output_size(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> list[int]:
+def output_size(
+    size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> list[int]:
     """Spatial size of the result."""
     zipped = zip(size, kernel, stride, padding, dilation, strict=True)
     return [(length + 2 * p - d * (k - 1) - 1) // s + 1 for length, k, s, p, d in zipped]
@@ -80,12 +82,16 @@ def conv_int8(
 
     Returns [B, N, *S_out] in the dtype of ``x``, channels last in memory.
     """
-    return _conv_int8(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, kernel, stride, padding, dilation, matmul_reference)
+    return _conv_int8(
+        x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, kernel, stride, padding, dilation, matmul_reference
+    )
 
 
 @conv_int8.register_kernel("cpu")
 def _(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, kernel, stride, padding, dilation):
-    return _conv_int8(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, kernel, stride, padding, dilation, matmul_int_mm)
+    return _conv_int8(
+        x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, kernel, stride, padding, dilation, matmul_int_mm
+    )
 
 
 @conv_int8.register_fake
@@ -94,6 +100,10 @@ def _(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, kerne
     return x.new_empty((x.shape[0], *sizes, qweight.shape[0])).movedim(-1, 1)
 
 
-def conv_int8_reference(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, kernel, stride, padding, dilation) -> Tensor:
+def conv_int8_reference(
+    x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, kernel, stride, padding, dilation
+) -> Tensor:
     """The op's meaning on any device, for tests."""
-    return _conv_int8(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, kernel, stride, padding, dilation, matmul_reference)
+    return _conv_int8(
+        x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, kernel, stride, padding, dilation, matmul_reference
+    )

@@ -30,7 +30,9 @@ def matmul_int_mm(a_TK: Tensor, b_NK: Tensor) -> Tensor:
     return torch._int_mm(a_TK, b_NK.T)
 
 
-def epilogue(acc_TN: Tensor, x_scale: Tensor, input_zero: Tensor | None, w_NK: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
+def epilogue(
+    acc_TN: Tensor, x_scale: Tensor, input_zero: Tensor | None, w_NK: Tensor, w_scale: Tensor, bias: Tensor | None
+) -> Tensor:
     """float32 [T, N] = x_scale * w_scale * (acc - zero * sum_k w) + bias."""
     if input_zero is not None:
         acc_TN = acc_TN - input_zero.to(torch.int32) * w_NK.sum(dim=1, dtype=torch.int32)

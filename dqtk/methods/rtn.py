@@ -58,4 +58,3 @@ def _two_level(weight: Tensor, spec: TensorSpec, size: int) -> Packed:
     step = (scale * chosen)[..., None].expand(-1, -1, size).reshape(n, k)
     codes = encode(weight, step, None, form)
     return Packed(qweight=pack_codes(codes, spec), scale=scale, group_scale=chosen.to(torch.uint8))
-

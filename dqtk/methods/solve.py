@@ -23,4 +23,3 @@ def static_input_scale(low: Tensor, high: Tensor, spec: TensorSpec) -> tuple[Ten
     if isinstance(spec.format, Float):
         return scale, None
     return scale, (zero - 128 if zero is not None else scale.new_zeros(1))
-

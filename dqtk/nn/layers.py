@@ -48,7 +48,9 @@ class Quantized:
         integer = static and isinstance(spec.input.format, Int)  # type: ignore[union-attr]
         module.register_buffer("input_scale", torch.empty(1, dtype=torch.float32, device=device) if static else None)
         module.register_buffer("input_zero", torch.empty(1, dtype=torch.int32, device=device) if integer else None)
-        module.register_parameter("bias", nn.Parameter(torch.empty(n, dtype=dtype, device=device), requires_grad=False) if bias else None)
+        module.register_parameter(
+            "bias", nn.Parameter(torch.empty(n, dtype=dtype, device=device), requires_grad=False) if bias else None
+        )
         if not bias:
             module.anchor = nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False)
 
@@ -151,12 +153,21 @@ class QuantLinear(Quantized, nn.Linear):
     @classmethod
     def like(cls, layer: nn.Linear, spec: LayerSpec, dtype=None, device=None) -> "QuantLinear":
         """Empty storage for the same layer."""
-        new = cls(layer.in_features, layer.out_features, layer.bias is not None, spec, dtype or layer.weight.dtype, device or layer.weight.device)
+        new = cls(
+            layer.in_features,
+            layer.out_features,
+            layer.bias is not None,
+            spec,
+            dtype or layer.weight.dtype,
+            device or layer.weight.device,
+        )
         return new.train(layer.training)
 
     def forward(self, input: Tensor) -> Tensor:
         if self.spec.input is None:
-            return F.linear(input, self.dequantize_matrix().to(input.dtype), None if self.bias is None else self.bias.to(input.dtype))
+            return F.linear(
+                input, self.dequantize_matrix().to(input.dtype), None if self.bias is None else self.bias.to(input.dtype)
+            )
         if isinstance(self.spec.input.format, Float):
             return linear_fp8(input, self.qweight, self.scale, self.bias, self.input_scale)
         return linear_int8(

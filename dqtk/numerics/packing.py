@@ -47,7 +47,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """
     _check_bits("pack", bits)
     if codes.numel() and (codes.min() < 0 or codes.max() >= 2**bits):
-        raise ValueError(f"pack: codes must be in 0..{2**bits - 1}, got {int(codes.min())}..{int(codes.max())}. Add the offset first.")
+        raise ValueError(
+            f"pack: codes must be in 0..{2**bits - 1}, got {int(codes.min())}..{int(codes.max())}. Add the offset first."
+        )
     codes = codes.to(torch.uint8)
     if bits == 8:
         return codes.contiguous()
@@ -110,7 +112,9 @@ def empty_packed(spec: TensorSpec, n: int, k: int, device: torch.device | str) -
         return torch.empty(shape, dtype=dtype, device=device)
 
     num_groups = k // spec.granularity.size if isinstance(spec.granularity, PerGroup | TwoLevel) else 1
-    scale_shape = (1, 1) if isinstance(spec.granularity, PerTensor) else (n, num_groups if isinstance(spec.granularity, PerGroup) else 1)
+    scale_shape = (
+        (1, 1) if isinstance(spec.granularity, PerTensor) else (n, num_groups if isinstance(spec.granularity, PerGroup) else 1)
+    )
     two_level = isinstance(spec.granularity, TwoLevel)
     asymmetric = isinstance(spec.format, Int) and not spec.format.symmetric
     return Packed(

@@ -1,0 +1,231 @@
+"""The command line: ``dqtk explain | calibrate | quantize | generate | compare``.
+
+MODEL is an embedded pipeline's name (tiny-pixart, tiny-sdxl), a local diffusers folder, or a hub id. Errors that a person can mend are
+one line on stderr and exit status 2; Ctrl-C exits with 130 and leaves no half-written output.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .calibrate import Stats
+from .calibrate import calibrate as run_calibrate
+from .checkpoint import check_output, written_whole
+from .explain import table
+from .installed import summary
+from .plan import Plan
+from .quantize import plan as make_plan
+from .quantize import quantize, save
+from .recipes import RECIPES
+from .resolve import call_kwargs_for, oracle_for
+from .sources import load_pipeline, locate, meta_pipeline, read_prompts
+
+
+def parser() -> argparse.ArgumentParser:
+    """All verbs and flags; ``tests/test_cli.py`` freezes them."""
+    top = argparse.ArgumentParser(prog="dqtk", description="Post-training quantization for diffusers pipelines.")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    explain = verbs.add_parser("explain", help="show what a recipe would do; reads no weights")
+    _model_and_plan(explain)
+    explain.add_argument("--roles", action="store_true", help="one row per role instead of per site")
+    explain.add_argument("--output", type=Path, help="also write the plan as JSON")
+
+    calibrate = verbs.add_parser("calibrate", help="watch the inputs of the layers that need it; resumes an existing file")
+    _model_and_plan(calibrate)
+    _sampling(calibrate)
+    calibrate.add_argument("--output", type=Path, required=True, help="statistics file (.safetensors)")
+
+    quant = verbs.add_parser("quantize", help="quantize and save a pipeline")
+    _model_and_plan(quant)
+    _sampling(quant, prompts_required=False, dtype="stored")
+    quant.add_argument("--plan", type=Path, help="a plan written by explain --output, in place of a recipe")
+    quant.add_argument("--stats", type=Path, help="statistics written by calibrate, in place of prompts")
+    quant.add_argument("--output", type=Path, required=True, help="folder for the quantized pipeline; new or empty")
+
+    generate = verbs.add_parser("generate", help="write one PNG per prompt")
+    generate.add_argument("model", metavar="MODEL")
+    _sampling(generate)
+    generate.add_argument("--output", type=Path, required=True, help="folder for the pictures; new or empty")
+
+    compare = verbs.add_parser("compare", help="same prompts and seeds through two pipelines: scores, sizes, times, a page")
+    compare.add_argument("reference", metavar="REFERENCE")
+    compare.add_argument("candidate", metavar="CANDIDATE")
+    _sampling(compare)
+    compare.add_argument("--output", type=Path, required=True, help="the page (.html); records and pictures go beside it")
+    compare.add_argument("--no-floor", action="store_true", help="skip the bf16 run of the reference (the noise floor)")
+    compare.add_argument("--lpips-weights", type=Path, help="backbone weights for LPIPS (a torchvision AlexNet .pth)")
+    return top
+
+
+def _model_and_plan(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("model", metavar="MODEL", help="embedded name, local folder or hub id")
+    verb.add_argument("--recipe", metavar="NAME", help=f"for the denoisers: {', '.join(RECIPES)}")
+    verb.add_argument("--text-encoders", metavar="NAME", help="recipe for the text encoders (default: leave them)")
+    verb.add_argument("--keep", metavar="PATTERN", action="append", default=[], help="keep matching sites at 16 bits; repeatable")
+    verb.add_argument(
+        "--set", metavar="PATTERN=RECIPE", action="append", default=[], help="another recipe for matching sites; repeatable"
+    )
+
+
+def _sampling(verb: argparse.ArgumentParser, prompts_required: bool = True, dtype: str = "float32") -> None:
+    verb.add_argument(
+        "--prompts", nargs="+", metavar="FILE|TEXT", required=prompts_required, help="a text file, one per line, or prompts"
+    )
+    verb.add_argument("--num-prompts", type=int, metavar="N", help="use the first N")
+    verb.add_argument("--steps", type=int, help="num_inference_steps (default: the pipeline's)")
+    verb.add_argument("--guidance", type=float, help="guidance_scale (default: the pipeline's)")
+    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--batch-size", type=int, default=8)
+    verb.add_argument(
+        "--dtype", choices=("stored", "float32", "bfloat16", "float16"), default=dtype, help="compute dtype (%(default)s)"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options = parser().parse_args(words)
+    command = shlex.join(["dqtk", *words])
+    try:
+        {"explain": _explain, "calibrate": _calibrate, "quantize": _quantize, "generate": _generate, "compare": _compare}[
+            options.verb
+        ](options, command)
+    except (ValueError, OSError) as error:
+        print(f"dqtk {options.verb}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"dqtk {options.verb}: interrupted; nothing half-written was left", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _plan_for(options: argparse.Namespace, pipe: Any) -> Plan:
+    if options.recipe is None:
+        raise ValueError(f"--recipe must be given, one of {', '.join(RECIPES)}.")
+    overrides: dict[str, Any] = dict.fromkeys(options.keep)
+    for wish in options.set:
+        pattern, equals, recipe = wish.rpartition("=")
+        if not equals:
+            raise ValueError(f"--set must be PATTERN=RECIPE, got {wish!r}.")
+        overrides[pattern] = recipe
+    return make_plan(pipe, options.recipe, text_encoders=options.text_encoders, overrides=overrides)
+
+
+def _call_kwargs(options: argparse.Namespace, pipe: Any) -> dict[str, Any]:
+    kwargs = call_kwargs_for(pipe)
+    if options.steps is not None:
+        kwargs["num_inference_steps"] = options.steps
+    if options.guidance is not None:
+        kwargs["guidance_scale"] = options.guidance
+    return kwargs
+
+
+def _explain(options: argparse.Namespace, command: str) -> None:
+    plan = _plan_for(options, meta_pipeline(options.model))
+    print(plan.explain(sites=not options.roles))
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(plan.to_json(), indent=1))
+
+
+def _calibrate(options: argparse.Namespace, command: str) -> None:
+    prompts = read_prompts(options.prompts, options.num_prompts)
+    pipe = load_pipeline(options.model, options.dtype)
+    plan = _plan_for(options, pipe)
+    if not plan.needs_stats:
+        print(f"recipe {plan.recipe} needs no calibration; nothing was written")
+        return
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    kwargs = _call_kwargs(options, pipe)
+    stats = run_calibrate(
+        pipe, prompts, plan, seed=options.seed, batch_size=options.batch_size, call_kwargs=kwargs, output=options.output
+    )
+    print(f"{options.output}: {stats.num_prompts} prompts, {len(stats.inputs)} entries")
+
+
+def _quantize(options: argparse.Namespace, command: str) -> None:
+    check_output(options.output, "quantize")
+    if (options.plan is None) == (options.recipe is None):
+        raise ValueError("exactly one of --recipe and --plan must be given.")
+    stored = Plan.from_json(json.loads(options.plan.read_text()), str(options.plan)) if options.plan else None
+    if stored is None:
+        _plan_for(options, meta_pipeline(options.model))  # wrong names and patterns fail before any weight is read
+    prompts = read_prompts(options.prompts, options.num_prompts) if options.prompts else None
+    pipe = load_pipeline(options.model, options.dtype)
+    plan = stored if stored is not None else _plan_for(options, pipe)
+    stats = Stats.load(options.stats) if options.stats else None
+    quantize(pipe, plan, stats, prompts=prompts, call_kwargs=_call_kwargs(options, pipe))
+    save(pipe, options.output)
+    rows = [_size_row(plan, component.name) for component in plan.components]
+    print(table(["component", "bf16", "quantized", "ratio", "left at 16 bit"], rows))
+    print(f"{options.output}: recipe {plan.recipe}, plan {plan.hash}")
+
+
+def _size_row(plan: Plan, component: str) -> list[str]:
+    size = plan.sizes(component)
+    return [
+        component,
+        f"{size['bytes_before'] / 1e6:.2f} MB",
+        f"{size['bytes_after'] / 1e6:.2f} MB",
+        f"{size['bytes_after'] / size['bytes_before']:.3f}",
+        f"{100 * (1 - size['quantized_share']):.1f} %",
+    ]
+
+
+def _generate(options: argparse.Namespace, command: str) -> None:
+    from .report.generate import generate, make_tasks
+
+    check_output(options.output, "generate")
+    prompts = read_prompts(options.prompts, options.num_prompts)
+    pipe = load_pipeline(options.model, options.dtype)
+    tasks = make_tasks(prompts, options.seed, 1)
+    with written_whole(options.output, "generate") as folder:
+        for start in range(0, len(tasks), options.batch_size):
+            part = tasks[start : start + options.batch_size]
+            for task, image in zip(part, generate(pipe, part, _call_kwargs(options, pipe)).images, strict=True):
+                image.save(folder / f"{task.id}.png")
+        lines = [json.dumps({"id": task.id, "prompt": task.prompt, "seed": task.seed}) for task in tasks]
+        (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    print(f"{options.output}: {len(tasks)} pictures")
+
+
+def _compare(options: argparse.Namespace, command: str) -> None:
+    from .report.compare import compare
+    from .report.page import write_page
+
+    prompts = read_prompts(options.prompts, options.num_prompts)
+    beside = options.output.with_suffix("")
+    check_output(beside, "compare")
+    reference, candidate = load_pipeline(options.reference, options.dtype), load_pipeline(options.candidate, options.dtype)
+    floor = None if options.no_floor or options.dtype != "float32" else load_pipeline(options.reference, "bfloat16")
+    folders = [Path(locate(model)) for model in (options.reference, options.candidate)]
+    result = compare(
+        reference,
+        candidate,
+        prompts,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        call_kwargs=_call_kwargs(options, reference),
+        oracle=oracle_for(prompts),
+        floor=floor,
+        floor_name="bf16 against fp32",
+        reference_name=options.reference,
+        candidate_name=options.candidate,
+        reference_folder=folders[0] if folders[0].is_dir() else None,
+        candidate_folder=folders[1] if folders[1].is_dir() else None,
+        plan_summary=summary(candidate),
+        lpips_weights=options.lpips_weights,
+    )
+    result.save(beside)
+    write_page(result, options.output, command=command)
+    print(result.table())
+    print(f"{options.output}: page; {beside}: records and pictures")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

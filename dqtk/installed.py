@@ -1,0 +1,65 @@
+"""The plan that a quantized pipeline carries: read from its layers, not from what somebody once asked for."""
+
+from collections import Counter
+from typing import Any
+
+from torch import nn
+
+from .nn import Quantized
+from .plan import Choice, Component, Plan
+from .resolve import adapters
+from .sites import components_of, find_sites
+from .spec import describe
+
+
+def installed_plan(target: Any) -> Plan:
+    """Every site of a (partly) quantized pipeline or module with the spec that is in place; components without any are left out."""
+    components, choices, recipes = [], [], []
+    for name, part in components_of(target).items():
+        layers = {path: layer for path, layer in part.named_modules() if isinstance(layer, Quantized)}
+        if not layers:
+            continue
+        config = getattr(getattr(part, "hf_quantizer", None), "quantization_config", None)
+        recipes.append(getattr(config, "fields", {}).get("recipe", ""))
+        components.append(Component(name=name, class_name=type(part).__name__, num_parameters=num_parameters(part)))
+        for site in find_sites(part, name, adapters().get(type(part).__name__)):
+            layer = layers.get(site.path)
+            choices.append(Choice(site=site, spec=layer.spec if layer else None, why="quantized" if layer else "16 bit"))
+    return Plan(recipe=", ".join(dict.fromkeys(r for r in recipes if r)), components=tuple(components), choices=tuple(choices))
+
+
+def num_parameters(module: nn.Module) -> int:
+    """Logical parameters: packed weights count as the weights they stand for."""
+    packed: list[Any] = [layer for layer in module.modules() if isinstance(layer, Quantized)]
+    return sum(p.numel() for p in module.parameters()) + sum(layer.n * layer.k for layer in packed)
+
+
+def summary(target: Any) -> dict[str, Any] | None:
+    """Plain data for records and the report page; None when nothing is quantized."""
+    plan = installed_plan(target)
+    if not plan.components:
+        return None
+    parts = components_of(target)
+    kernels = Counter(
+        layer.kernel() for component in plan.components for layer in parts[component.name].modules() if isinstance(layer, Quantized)
+    )
+    return {
+        "recipe": plan.recipe,
+        "hash": plan.hash,
+        "components": {
+            component.name: {"class": component.class_name, **plan.sizes(component.name)} for component in plan.components
+        },
+        "sites": [
+            {
+                "id": choice.site.id,
+                "role": choice.site.role,
+                "shape": list(choice.site.shape),
+                "weight_bits": choice.spec.weight.bits if choice.spec else None,
+                "input_bits": choice.spec.input.bits if choice.spec and choice.spec.input else None,
+                "spec": describe(choice.spec),
+                "why": choice.why,
+            }
+            for choice in plan.choices
+        ],
+        "kernels": dict(kernels),
+    }

@@ -1,0 +1,57 @@
+"""Bytes in memory and on disk."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from dqtk.report.numbers import bytes_text, number_text, range_text, ratio_text
+from dqtk.report.sizes import bytes_in_memory, bytes_on_disk, pipeline_sizes
+
+
+def test_parameters_and_buffers_once_each():
+    module = nn.Linear(10, 4, dtype=torch.bfloat16)  # 80 + 8 bytes
+    module.register_buffer("qweight", torch.zeros(7, dtype=torch.uint8))
+    assert bytes_in_memory(module) == 95
+    tied = nn.ModuleList([module, nn.Linear(10, 4, bias=False)])
+    tied[1].weight = module.weight
+    assert bytes_in_memory(tied) == 95
+    with torch.device("meta"):
+        assert bytes_in_memory(nn.Linear(10, 4)) == 176
+
+
+def test_saved_folder_by_component(tmp_path):
+    for name, size in (
+        ("unet/a-00001-of-00002.safetensors", 5),
+        ("unet/a-00002-of-00002.safetensors", 6),
+        ("vae/m.bin", 3),
+        ("x.pt", 2),
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"0" * size)
+    (tmp_path / "unet" / "config.json").write_text("{}")
+    assert bytes_on_disk(tmp_path) == {"unet": 11, "vae": 3, "": 2}
+    pipe = SimpleNamespace(components={"unet": nn.Linear(2, 2, bias=False), "scheduler": object(), "vae": None})
+    sizes = {size.name: (size.in_memory, size.on_disk) for size in pipeline_sizes(pipe, tmp_path)}
+    assert sizes == {"unet": (16, 11), "vae": (None, 3), "": (None, 2)}
+    with pytest.raises(
+        ValueError, match=r"bytes_on_disk: folder must be a saved pipeline's folder, got .*nowhere'\. Save the pipeline first"
+    ):
+        bytes_on_disk(tmp_path / "nowhere")
+
+
+def test_numbers_as_people_read_them():
+    assert [bytes_text(n) for n in (0, 1023, 1536, 5 * 2**20, 3 * 2**30, None)] == [
+        "0 B",
+        "1023 B",
+        "1.5 KiB",
+        "5.0 MiB",
+        "3.00 GiB",
+        "\N{EN DASH}",
+    ]
+    assert number_text(-0.5, 2) == "\N{MINUS SIGN}0.50"
+    assert range_text(None, None, 2) == "one prompt only"
+    assert range_text(-1, 2, 1, "+") == "\N{MINUS SIGN}1.0 to +2.0"
+    assert ratio_text(4, 1) == "0.25\N{MULTIPLICATION SIGN}"
+    assert ratio_text(None, 1) == ratio_text(0, 1) == "\N{EN DASH}"
