@@ -1,1 +1,1 @@
-"""Families: one file each, holding an ``ADAPTER`` and what the family's pipelines need. Imported lazily; imports no model library."""
+"""Families: one file each, an ``ADAPTER`` and what the family's pipelines need. Imported lazily; imports no model library."""

@@ -5,7 +5,7 @@
 v-prediction, min-SNR weighting (Hang et al. 2023, gamma 5), one caption in ten dropped for classifier-free guidance, EMA of
 everything that is trained. The first part of the budget runs on half-size pictures (8x8 latents, a quarter of the cost): text is
 learned there, detail afterwards, as the PixArt papers do. Resumable: ``WORK/NAME.pt`` is written every 5 minutes. ``finish`` writes
-the EMA weights as a bf16 diffusers folder to ``WORK/NAME``.
+the EMA weights as a bf16 diffusers folder to ``WORK/NAME`` (tiny-sdxl's first token is prepared there, see ``first_token.py``).
 """
 
 import argparse
@@ -13,6 +13,7 @@ import copy
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import Tensor, nn
 
 from .build import MAX_TOKENS, new_pixart, new_sdxl
+from .first_token import prepare_first_token
 from .muon import Muon
 from .scenes import render, sample_scene
 from .train_vae import to_float
@@ -72,84 +74,100 @@ def predict_pixart(pipe, ids: list[Tensor], masks: list[Tensor], drop: Tensor, x
     return pipe.transformer(x, states, t, {"resolution": None, "aspect_ratio": None}, encoder_attention_mask=mask).sample
 
 
+class Run:
+    """Everything that a training run is resumed from: modules, their averages, the optimizer, counters."""
+
+    def __init__(self, modules: list[nn.Module], lr: float, file: Path):
+        self.modules, self.file = modules, file
+        self.ema = [copy.deepcopy(m).requires_grad_(False) for m in modules]
+        self.optimizer = Muon(modules, lr=lr, weight_decay=0.01)
+        self.step, self.spent, self.images = 0, 0.0, 0
+        if file.exists():
+            state = torch.load(file, weights_only=True)
+            for part, saved in zip(self.modules + self.ema, state["modules"] + state["ema"], strict=True):
+                part.load_state_dict(saved)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.spent, self.images = state["step"], state["spent"], state["images"]
+
+    def update(self, loss: Tensor, rate: float, num_images: int) -> None:
+        """One optimizer step and one step of the averages."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for m in self.modules for p in m.parameters()], 1.0)
+        self.optimizer.step()
+        self.step, self.images = self.step + 1, self.images + num_images
+        decay = min(0.9985, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            for averaged, module in zip(self.ema, self.modules, strict=True):
+                torch._foreach_lerp_(list(averaged.parameters()), list(module.parameters()), 1 - decay)
+
+    def save(self, spent: float) -> None:
+        state = {
+            "modules": [m.state_dict() for m in self.modules],
+            "ema": [m.state_dict() for m in self.ema],
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "spent": spent,
+            "images": self.images,
+        }
+        torch.save(state, self.file.with_suffix(".tmp"))
+        self.file.with_suffix(".tmp").replace(self.file)
+
+
+def learning_rate(lr: float, step: int, progress: float) -> float:
+    """Warm-up over 200 steps, constant to 60 % of the budget, then a quarter of a cosine down to 2 %."""
+    decline = 1.0 if progress < 0.6 else max(0.02, math.cos((progress - 0.6) / 0.4 * math.pi / 2))
+    return lr * min(1.0, (step + 1) / 200) * decline
+
+
 def train(name: str, work: Path, minutes: float, seed: int, batch_size: int, lr: float) -> None:
+    """Train until ``minutes`` of wall time are spent, over all resumed runs together; ends with ``finish``."""
     torch.manual_seed(seed)
     vae = AutoencoderKL.from_pretrained(work / "vae")
     pipe = NEW[name](vae)
     predict = predict_sdxl if name == "tiny-sdxl" else predict_pixart
-    modules = trained_modules(pipe)
-    ema = [copy.deepcopy(m).requires_grad_(False) for m in modules]
-    optimizer = Muon(modules, lr=lr, weight_decay=0.01)
-    step, spent, images = 0, 0.0, 0
-    state_file = work / f"{name}.pt"
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        for module, averaged, saved, saved_ema in zip(modules, ema, state["modules"], state["ema"], strict=True):
-            module.load_state_dict(saved)
-            averaged.load_state_dict(saved_ema)
-        optimizer.load_state_dict(state["optimizer"])
-        step, spent, images = state["step"], state["spent"], state["images"]
+    run = Run(trained_modules(pipe), lr, work / f"{name}.pt")
     data = {side: latents(vae, work, side) for side in (32, 64)}
     captions = [sample_scene(0, i).caption for i in range(NUM_PICTURES)]
     tokenizers = [t for t in (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)) if t is not None]
     coded = [t(captions, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt") for t in tokenizers]
     abar = pipe.scheduler.alphas_cumprod.float()
-    generator = torch.Generator().manual_seed(seed + step)
+    generator = torch.Generator().manual_seed(seed + run.step)
     log = (work / f"{name}.log.jsonl").open("a")
     start, last_save, losses = time.time(), time.time(), []
-    while (elapsed := spent + time.time() - start) < minutes * 60:
+    while (elapsed := run.spent + time.time() - start) < minutes * 60:
         progress = elapsed / (minutes * 60)
-        decline = 1.0 if progress < 0.6 else max(0.02, math.cos((progress - 0.6) / 0.4 * math.pi / 2))
-        rate = lr * min(1.0, (step + 1) / 200) * decline
-        for group in optimizer.param_groups:
-            group["lr"] = rate
         side = 32 if progress < HALF_SIZE_UNTIL else 64
         rows = torch.randint(0, NUM_PICTURES, (batch_size,), generator=generator)
-        x0 = data[side][rows].float()
-        noise = torch.randn(x0.shape, generator=generator)
-        # Stratified times: one per equal slice, shuffled by the rows' own randomness.
-        t = ((torch.arange(batch_size) + torch.rand(batch_size, generator=generator)) / batch_size * len(abar)).long()
-        signal, sigma = abar[t].sqrt()[:, None, None, None], (1 - abar[t]).sqrt()[:, None, None, None]
         drop = torch.rand(batch_size, generator=generator) < 0.1
         ids, masks = [c.input_ids[rows] for c in coded], [c.attention_mask[rows] for c in coded]
-        with torch.autocast("cpu", torch.bfloat16):
-            v = predict(pipe, ids, masks, drop, signal * x0 + sigma * noise, t)
-        snr = abar[t] / (1 - abar[t])
-        weight = snr.clamp(max=5) / (snr + 1) + 0.1
-        loss = (weight * (v.float() - (signal * noise - sigma * x0)).square().mean(dim=(1, 2, 3))).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_([p for m in modules for p in m.parameters()], 1.0)
-        optimizer.step()
-        step, images = step + 1, images + batch_size
-        with torch.no_grad():
-            decay = min(0.9985, (1 + step) / (10 + step))
-            for averaged, module in zip(ema, modules, strict=True):
-                torch._foreach_lerp_(list(averaged.parameters()), list(module.parameters()), 1 - decay)
+        loss = v_loss(lambda x, t: predict(pipe, ids, masks, drop, x, t), data[side][rows].float(), abar, generator)  # noqa: B023
+        run.update(loss, learning_rate(lr, run.step, progress), batch_size)
         losses.append(loss.item())
-        if step % 100 == 0:
-            row = {"step": step, "seconds": round(elapsed), "images": images, "side": side}
-            row["loss"] = round(float(np.mean(losses)), 5)
-            print(json.dumps(row), file=log, flush=True)
+        if run.step % 100 == 0:
+            row = {"step": run.step, "seconds": round(elapsed), "images": run.images, "side": side}
+            print(json.dumps(row | {"loss": round(float(np.mean(losses)), 5)}), file=log, flush=True)
             losses.clear()
         if time.time() - last_save > 300:
-            save(state_file, modules, ema, optimizer, step, elapsed, images)
+            run.save(elapsed)
             last_save = time.time()
-    save(state_file, modules, ema, optimizer, step, minutes * 60, images)
+    run.save(minutes * 60)
     finish(name, work)
 
 
-def save(file: Path, modules, ema, optimizer, step: int, spent: float, images: int) -> None:
-    state = {
-        "modules": [m.state_dict() for m in modules],
-        "ema": [m.state_dict() for m in ema],
-        "optimizer": optimizer.state_dict(),
-        "step": step,
-        "spent": spent,
-        "images": images,
-    }
-    torch.save(state, file.with_suffix(".tmp"))
-    file.with_suffix(".tmp").replace(file)
+def v_loss(predict: Callable[[Tensor, Tensor], Tensor], x0: Tensor, abar: Tensor, generator: torch.Generator) -> Tensor:
+    """min-SNR-weighted squared error of the predicted velocity; one time per equal slice of the schedule."""
+    num = len(x0)
+    noise = torch.randn(x0.shape, generator=generator)
+    t = ((torch.arange(num) + torch.rand(num, generator=generator)) / num * len(abar)).long()
+    signal, sigma = abar[t].sqrt()[:, None, None, None], (1 - abar[t]).sqrt()[:, None, None, None]
+    with torch.autocast("cpu", torch.bfloat16):
+        v = predict(signal * x0 + sigma * noise, t)
+    snr = abar[t] / (1 - abar[t])
+    weight = snr.clamp(max=5) / (snr + 1) + 0.1
+    return (weight * (v.float() - (signal * noise - sigma * x0)).square().mean(dim=(1, 2, 3))).mean()
 
 
 def finish(name: str, work: Path) -> DiffusionPipeline:
@@ -158,6 +176,8 @@ def finish(name: str, work: Path) -> DiffusionPipeline:
     state = torch.load(work / f"{name}.pt", weights_only=True)
     for module, saved in zip(trained_modules(pipe), state["ema"], strict=True):
         module.load_state_dict(saved)
+    if name == "tiny-sdxl":
+        prepare_first_token(pipe, sorted({sample_scene(0, i).caption for i in range(256)}))
     pipe.to(torch.bfloat16).save_pretrained(work / name)
     return pipe
 
