@@ -1,8 +1,8 @@
 """Choices as frozen data: number format, granularity, how a range is found, of one tensor and of one layer.
 
 One dataclass per choice; the type is the key (``methods`` and ``numerics`` dispatch on it), absence is ``None``, there are no mode
-strings. Everything here is data that a plan can hold without importing the code that acts on it. JSON is strict both ways: an unknown
-type or field is an error that names the place and suggests the nearest known word.
+strings. Everything here is data that a plan can hold without importing the code that acts on it. JSON is strict both ways: an
+unknown type or field is an error that names the place and suggests the nearest known word.
 
 Shapes are given for a weight seen as a matrix [N, K]: N output features, K input features; a convolution's K is (taps, C_in) with
 the channel innermost, so that a group lies along C_in at one tap.
@@ -21,7 +21,10 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Int:
-    """``bits``-bit integers (2 to 8). Symmetric: codes -(2^(b-1)-1) .. 2^(b-1)-1, zero is code 0. Asymmetric: 2^b codes and a zero point."""
+    """``bits``-bit integers (2 to 8).
+
+    Symmetric: codes -(2^(b-1)-1) .. 2^(b-1)-1, zero is code 0. Asymmetric: 2^b codes and a zero point.
+    """
 
     bits: int
     symmetric: bool = True
@@ -64,7 +67,7 @@ class PerChannel:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PerToken:
-    """One scale per token (row) of an input [T, K]; per sample for a convolution's input, which has no tokens. Scale shape [T, 1]."""
+    """One scale per token (row) of an input [T, K]; per sample for a convolution, whose input has no tokens. Scale shape [T, 1]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,9 +84,10 @@ class PerGroup:
 class TwoLevel:
     """Groups whose scales are small integers times one float per output channel, so that every weight is an int8 number.
 
-    weight[n, k] = scale[n] * group_scale[n, k // size] * code[n, k], with |group_scale * code| <= 127: one int8 matmul serves the
-    whole layer although the groups differ (the "progressive" quantization of QServe, Lin et al. 2024, arXiv 2405.04532, section 4.1;
-    here symmetric in both levels, and group scales are chosen by error, not by absmax). Scale shapes [N, 1] float and [N, K / size] uint8.
+    weight[n, k] = scale[n] * group_scale[n, k // size] * code[n, k], with |group_scale * code| <= 127: one int8 matmul serves
+    the whole layer although the groups differ (the "progressive" quantization of QServe, Lin et al. 2024, arXiv 2405.04532,
+    section 4.1; here symmetric in both levels, and group scales are chosen by error, not by absmax). Scale shapes [N, 1] float and
+    [N, K / size] uint8.
     """
 
     size: int = 64
@@ -170,7 +174,8 @@ class LayerSpec:
         form, granularity = self.weight.format, self.weight.granularity
         if isinstance(granularity, PerToken) or isinstance(self.weight.range, Dynamic):
             raise ValueError(
-                "LayerSpec: weight must be static with PerTensor, PerChannel, PerGroup or TwoLevel granularity. Weights have no tokens."
+                "LayerSpec: weight must be static with PerTensor, PerChannel, PerGroup or TwoLevel granularity, "
+                f"got {granularity} with {self.weight.range}. Weights have no tokens."
             )
         if isinstance(granularity, TwoLevel) and not (isinstance(form, Int) and form.symmetric and form.bits <= 4):
             raise ValueError(
@@ -180,12 +185,13 @@ class LayerSpec:
     def _check_input(self, spec: TensorSpec) -> None:
         if isinstance(spec.range, Dynamic) != isinstance(spec.granularity, PerToken):
             raise ValueError(
-                f"LayerSpec: input must be PerToken with Dynamic range or PerTensor with a calibrated range, got {spec.granularity} "
-                f"with {spec.range}. A token's range is known only when it arrives."
+                f"LayerSpec: input must be PerToken with Dynamic range or PerTensor with a calibrated range, "
+                f"got {spec.granularity} with {spec.range}. A token's range is known only when it arrives."
             )
         if isinstance(spec.granularity, PerChannel | PerGroup | TwoLevel):
             raise ValueError(
-                f"LayerSpec: input granularity must be PerToken or PerTensor, got {spec.granularity}. Matmuls need one scale per row."
+                f"LayerSpec: input granularity must be PerToken or PerTensor, got {spec.granularity}. "
+                "Matmuls need one scale per row."
             )
         if isinstance(spec.format, Int) != isinstance(self.weight.format, Int):
             raise ValueError(
@@ -193,12 +199,18 @@ class LayerSpec:
             )
         if isinstance(spec.format, Int) and spec.format.bits != 8:
             raise ValueError(f"LayerSpec: input Int must have 8 bits, got {spec.format.bits}. Use Int(bits=8).")
-        if isinstance(spec.format, Int) and isinstance(self.weight.granularity, PerGroup):
+        self._check_weight_under_input()
+
+    def _check_weight_under_input(self) -> None:
+        form = self.weight.format
+        if isinstance(self.weight.granularity, PerGroup):
+            allowed = "PerTensor, PerChannel or TwoLevel" if isinstance(form, Int) else "PerTensor or PerChannel"
+            remedy = "Use TwoLevel(size=64)." if isinstance(form, Int) else "Use PerChannel()."
+            raise ValueError(f"LayerSpec: weight under a quantized input must be {allowed}, got PerGroup. {remedy}")
+        if isinstance(form, Int) and not form.symmetric:
             raise ValueError(
-                "LayerSpec: weight under an Int input must be PerTensor, PerChannel or TwoLevel, got PerGroup. Use TwoLevel(size=64)."
+                f"LayerSpec: weight under an Int input must be symmetric, got {form}. Use Int(bits={form.bits}, symmetric=True)."
             )
-        if isinstance(spec.format, Int) and isinstance(self.weight.format, Int) and not self.weight.format.symmetric:
-            raise ValueError("LayerSpec: weight under an Int input must be symmetric. Use Int(bits=..., symmetric=True).")
 
     @property
     def needs_stats(self) -> bool:
@@ -244,9 +256,13 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(data: Any, where: str = "spec") -> Any:
-    """Inverse of ``to_json``. Raises ``ValueError`` that names ``where`` for unknown types or fields and for values of a wrong type."""
+    """Inverse of ``to_json``.
+
+    Raises:
+        ValueError: naming ``where``: not an object, an unknown type or field, a value of a wrong type, an impossible combination.
+    """
     if not isinstance(data, dict):
-        return data
+        raise ValueError(f"{where}: value must be an object with a type, got {data!r}. See dqtk/spec.py.")
     kind = _lookup(data.get("type"), _TYPES, where, "type")
     fields = {f.name: f for f in dataclasses.fields(kind)}
     hints = typing.get_type_hints(kind)
@@ -255,19 +271,22 @@ def from_json(data: Any, where: str = "spec") -> Any:
         if key == "type":
             continue
         _lookup(key, fields, f"{where}: {kind.__name__}", "field")
-        arguments[key] = from_json(value, f"{where}.{key}")
+        arguments[key] = from_json(value, f"{where}.{key}") if isinstance(value, dict) else value
         if not isinstance(arguments[key], _allowed(hints[key])):
-            names = " or ".join(t.__name__ for t in _allowed(hints[key]))
+            names = " or ".join("None" if t is types.NoneType else t.__name__ for t in _allowed(hints[key]))
             raise ValueError(f"{where}.{key}: value must be {names}, got {value!r}. See dqtk/spec.py.")
     missing = [f.name for f in fields.values() if f.default is dataclasses.MISSING and f.name not in arguments]
     if missing:
         raise ValueError(f"{where}: {kind.__name__} must have {', '.join(missing)}, got {sorted(arguments)}. Add the field.")
-    return kind(**arguments)
+    try:
+        return kind(**arguments)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _allowed(hint: Any) -> tuple[type, ...]:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else (hint,)
-    return tuple(float if t is float else t for t in options) + ((int,) if float in options else ())
+    return (*options, int) if float in options else options
 
 
 def _lookup(name: Any, known: dict[str, Any], where: str, what: str) -> Any:

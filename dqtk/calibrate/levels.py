@@ -1,8 +1,8 @@
 """Noise level of a denoiser call, in [0, 1]: the share of noise in the latents.
 
 For variance-preserving schedules it is sqrt(1 - alpha_bar), for flow matching it is sigma, for EDM-like ones sigma / (1 + sigma).
-It is read from the timestep through the scheduler's own tables, never from a counter of calls, so it survives another number of steps
-and another scheduler of the same kind.
+It is read from the timestep through the scheduler's own tables, never from a counter of calls, so it survives another number of
+steps and another scheduler of the same kind.
 """
 
 from typing import Any
@@ -14,6 +14,8 @@ from torch import Tensor
 def noise_level(scheduler: Any, timestep: Tensor) -> float:
     """Level of one call. ``timestep`` is what the denoiser was called with: a number, [1] or [B] with equal entries.
 
+    For flow matching it may be a timestep or sigma itself; a 1 that could be either is sigma.
+
     Raises:
         ValueError: for timesteps that differ within the batch.
     """
@@ -23,16 +25,40 @@ def noise_level(scheduler: Any, timestep: Tensor) -> float:
             f"noise_level: timesteps must be equal within a call, got {values[:4].tolist()}. Per-token timesteps are not supported."
         )
     t = float(values[0])
+    if hasattr(scheduler, "precondition_noise"):
+        return _edm_level(scheduler, t)
     alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
     if alphas_cumprod is not None:
-        position = min(max(t, 0.0), len(alphas_cumprod) - 1.0)
-        low = int(position)
-        high = min(low + 1, len(alphas_cumprod) - 1)
-        table = alphas_cumprod.double()
-        alpha = table[low] + (table[high] - table[low]) * (position - low)
-        return float(torch.sqrt(1 - alpha))
+        return _variance_preserving_level(alphas_cumprod.double(), t)
+    return _flow_level(scheduler, t)
+
+
+def _variance_preserving_level(table: Tensor, t: float) -> float:
+    position = min(max(t, 0.0), len(table) - 1.0)
+    low = int(position)
+    high = min(low + 1, len(table) - 1)
+    alpha = table[low] + (table[high] - table[low]) * (position - low)
+    return float(torch.sqrt(1 - alpha))
+
+
+def _edm_level(scheduler: Any, t: float) -> float:
+    # The timestep is a function of sigma that differs between schedulers; its table lies beside that of the sigmas.
+    sigma = float(scheduler.sigmas[int((scheduler.timesteps.double() - t).abs().argmin())])
+    return sigma / (1 + sigma)
+
+
+def _flow_level(scheduler: Any, t: float) -> float:
     steps = float(getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000))
-    return min(max(t if t <= 1 else t / steps, 0.0), 1.0)
+    scaled = t > 1 or not _is_sigma(getattr(scheduler, "timesteps", None), t, steps)
+    return min(max(t / steps if scaled else t, 0.0), 1.0)
+
+
+def _is_sigma(table: Tensor | None, t: float, steps: float) -> bool:
+    # Some denoisers are called with sigma itself, others with a timestep; up to 1 it may be either: the scheduler's table tells.
+    if table is None or not len(table):
+        return True
+    distance_sigma, distance_timestep = ((table.double() - value).abs().min() for value in (t * steps, t))
+    return bool(distance_sigma <= distance_timestep)
 
 
 def bucket_of(level: float, num_buckets: int) -> int:

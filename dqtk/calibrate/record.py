@@ -1,13 +1,15 @@
 """Record the inputs of sites while a pipeline runs. Hooks live inside a context manager; nothing stays on the modules."""
 
+import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..sites import DENOISERS, Site, components_of
+from dqtk.sites import DENOISERS, Site, components_of
+
 from .levels import bucket_of, noise_level
 from .stats import NO_LEVEL, InputStat, Key, Stats
 
@@ -39,35 +41,34 @@ def recording(pipe: Any, sites: Sequence[Site], stats: Stats, num_prompts: int) 
     """
     parts = components_of(pipe)
     calls = {name: _Call() for name in parts}
-    handles = []
-    for name, part in parts.items():
-        if DENOISERS.fullmatch(name):
-            handles.append(part.register_forward_pre_hook(_level_hook(calls[name], pipe, stats, num_prompts), with_kwargs=True))
-    for site in sites:
-        layer = parts[site.component].get_submodule(site.path)
-        handles.append(layer.register_forward_pre_hook(_site_hook(site, calls[site.component], stats)))
-    try:
+    with ExitStack() as hooks:
+        for name, part in parts.items():
+            if DENOISERS.fullmatch(name):
+                level = _level_hook(calls[name], pipe, stats, num_prompts)
+                hooks.callback(part.register_forward_pre_hook(level, with_kwargs=True).remove)
+        for site in sites:
+            layer = parts[site.component].get_submodule(site.path)
+            seen = _site_hook(site, calls[site.component], stats)
+            hooks.callback(layer.register_forward_pre_hook(seen, with_kwargs=True).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _level_hook(call: _Call, pipe: Any, stats: Stats, num_prompts: int):
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        sample = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
-        timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+        names = list(inspect.signature(type(module).forward).parameters)[1:]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        timestep = next((given[name] for name in ("timestep", "timesteps", "t") if given.get(name) is not None), None)
         if timestep is not None:
-            timestep = torch.as_tensor(timestep)
-            call.bucket = bucket_of(noise_level(pipe.scheduler, timestep), stats.num_buckets)
-        call.guided = sample is not None and sample.shape[0] == 2 * num_prompts
+            call.bucket = bucket_of(noise_level(pipe.scheduler, torch.as_tensor(timestep)), stats.num_buckets)
+        sample = given.get(names[0])  # [B, ...], or a list of B samples
+        call.guided = sample is not None and len(sample) == 2 * num_prompts
 
     return hook
 
 
 def _site_hook(site: Site, call: _Call, stats: Stats):
-    def hook(module: nn.Module, args: tuple) -> None:
-        x = args[0]
+    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        x = args[0] if args else kwargs["input"]
         if x.numel() == 0:
             return
         halves = {"all": x}

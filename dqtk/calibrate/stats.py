@@ -1,7 +1,7 @@
 """What calibration saw, mergeable and small.
 
-One entry per key (site, noise-level bucket, CFG branch): least and largest input value, absmax per input channel, number of rows. Merging
-is min, max and addition, so statistics can be streamed, resumed and gathered from several processes in any order.
+One entry per key (site, noise-level bucket, CFG branch): least and largest input value, absmax per input channel, number of rows.
+Merging is min, max and addition, so statistics can be streamed, resumed and gathered from several processes in any order.
 """
 
 import json
@@ -9,9 +9,10 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -82,13 +83,23 @@ class Stats:
         return (seen for key, seen in self.inputs.items() if key.site == site)
 
     def input_range(self, site: str) -> tuple[Tensor, Tensor]:
-        """Least and largest input of a site over levels and branches, float32 [1] each. Raises ``ValueError`` if it was never called."""
+        """Least and largest input of a site over levels and branches, float32 [1] each.
+
+        Raises:
+            ValueError: the site was never called, or saw NaN or infinity.
+        """
         entries = list(self.of(site))
         if not entries:
             raise ValueError(
                 f"Stats: {site} must have been called during calibration, got no statistics. Calibrate with this model and plan."
             )
-        return torch.stack([e.low for e in entries]).amin(0), torch.stack([e.high for e in entries]).amax(0)
+        low, high = torch.stack([e.low for e in entries]).amin(0), torch.stack([e.high for e in entries]).amax(0)
+        if not bool(torch.isfinite(low) & torch.isfinite(high)):
+            raise ValueError(
+                f"Stats: inputs of {site} must be finite, got {float(low)} to {float(high)}. "
+                "Calibrate in bfloat16 or float32, or keep the site at 16 bits."
+            )
+        return low, high
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file (temporary name, then rename)."""
@@ -106,15 +117,24 @@ class Stats:
 
     @staticmethod
     def load(path: str | Path) -> "Stats":
-        """Inverse of ``save``."""
-        with safe_open(path, framework="pt") as file:
-            meta = file.metadata() or {}
-            if "counts" not in meta:
-                raise ValueError(f"Stats.load: {path} must be a file written by Stats.save, got other metadata {sorted(meta)}.")
-            stats = Stats(int(meta["num_buckets"]), int(meta["num_prompts"]))
-            for name, count in json.loads(meta["counts"]).items():
-                low, high = file.get_tensor(f"{name}|range")
-                stats.inputs[Key.parse(name)] = InputStat(
-                    low.view(1), high.view(1), file.get_tensor(f"{name}|channel_absmax"), count
-                )
+        """Inverse of ``save``.
+
+        Raises:
+            ValueError: a damaged file, or one of another kind.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                return Stats._read(file, path)
+        except SafetensorError as error:
+            raise ValueError(f"Stats.load: {path} must be a complete file, got: {error}. Remove it and calibrate again.") from error
+
+    @staticmethod
+    def _read(file: Any, path: str | Path) -> "Stats":
+        meta = file.metadata() or {}
+        if "counts" not in meta:
+            raise ValueError(f"Stats.load: {path} must be a file written by Stats.save, got other metadata {sorted(meta)}.")
+        stats = Stats(int(meta["num_buckets"]), int(meta["num_prompts"]))
+        for name, count in json.loads(meta["counts"]).items():
+            low, high = file.get_tensor(f"{name}|range")
+            stats.inputs[Key.parse(name)] = InputStat(low.view(1), high.view(1), file.get_tensor(f"{name}|channel_absmax"), count)
         return stats

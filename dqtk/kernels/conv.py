@@ -1,8 +1,8 @@
 """dqtk:: op of integer convolutions, 1 to 3 spatial dimensions, no groups.
 
-The stored weight is a matrix [N, K] with K = (taps, C_in), channel innermost; the kernel gathers channels-last windows of int8 codes
-and calls the integer matmul. Convolution inputs have no tokens, so dynamic rounding is per sample. Padding holds the zero point,
-which stands for the number 0.
+The stored weight is a matrix [N, K] with K = (taps, C_in), channel innermost; the kernel gathers channels-last windows of int8
+codes and calls the integer matmul. Convolution inputs have no tokens, so dynamic rounding is per sample. Padding holds the zero
+point, which stands for the number 0.
 """
 
 import math
@@ -11,8 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..numerics.packing import integer_weight
+from dqtk.numerics.packing import integer_weight
+
 from .int8 import epilogue, matmul_int_mm, matmul_reference, quantize_rows
+from .straight_through import conv_input_gradient, sum_to_bias
 
 
 def to_matrix(weight: Tensor) -> Tensor:
@@ -98,6 +100,27 @@ def _(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, kerne
 def _(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, kernel, stride, padding, dilation):
     sizes = output_size(x.shape[2:], kernel, stride, padding, dilation)
     return x.new_empty((x.shape[0], *sizes, qweight.shape[0])).movedim(-1, 1)
+
+
+def _save_conv_int8(ctx, inputs, output) -> None:
+    x, qweight, scale, group_scale, bias, _, _, ctx.bits, ctx.kernel, ctx.stride, ctx.padding, ctx.dilation = inputs
+    ctx.save_for_backward(qweight, scale, group_scale)
+    ctx.shape, ctx.dtype, ctx.bias_dtype = x.shape, x.dtype, None if bias is None else bias.dtype
+
+
+def _backward_conv_int8(ctx, grad):
+    qweight, scale, group_scale = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        matrix = integer_weight(qweight, group_scale, ctx.bits, math.prod(ctx.kernel) * ctx.shape[1]).float() * scale
+        weight = from_matrix(matrix, ctx.kernel)
+        grad_x = conv_input_gradient(grad, weight, ctx.shape, ctx.stride, ctx.padding, ctx.dilation).to(ctx.dtype)
+    if ctx.needs_input_grad[4]:
+        grad_bias = sum_to_bias(grad, 1).to(ctx.bias_dtype)
+    return grad_x, None, None, None, grad_bias, *[None] * 7
+
+
+conv_int8.register_autograd(_backward_conv_int8, setup_context=_save_conv_int8)
 
 
 def conv_int8_reference(

@@ -13,7 +13,7 @@ def quantize_rows(x_TK: Tensor, input_scale: Tensor | None, input_zero: Tensor |
     x = x_TK.float()
     if input_scale is None:
         scale = x.abs().amax(dim=1, keepdim=True) / 127
-        scale = torch.where(scale > 1e-30, scale, torch.ones_like(scale))
+        scale = torch.where(scale <= 1e-30, torch.ones_like(scale), scale)  # NaN and infinity stay, so the result shows them
         return (x / scale).round().clamp(-127, 127).to(torch.int8), scale
     codes = (x / input_scale).round()
     codes = codes if input_zero is None else codes + input_zero
@@ -27,7 +27,7 @@ def matmul_reference(a_TK: Tensor, b_NK: Tensor) -> Tensor:
 
 def matmul_int_mm(a_TK: Tensor, b_NK: Tensor) -> Tensor:
     """The same through ``torch._int_mm`` (VNNI or AMX through oneDNN on x86)."""
-    return torch._int_mm(a_TK, b_NK.T)
+    return torch._int_mm(a_TK.contiguous(), b_NK.T)  # oneDNN refuses overlapping rows, which windows of one sample can be
 
 
 def epilogue(

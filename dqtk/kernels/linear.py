@@ -6,8 +6,10 @@
 import torch
 from torch import Tensor
 
-from ..numerics.packing import integer_weight
+from dqtk.numerics.packing import integer_weight
+
 from .int8 import epilogue, matmul_int_mm, matmul_reference, quantize_rows
+from .straight_through import input_gradient, sum_to_bias
 
 
 def _linear_int8(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, matmul) -> Tensor:
@@ -58,6 +60,26 @@ def _(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits):
     return x.new_empty((*x.shape[:-1], qweight.shape[0]))
 
 
+def _save_linear_int8(ctx, inputs, output) -> None:
+    x, qweight, scale, group_scale, bias, _, _, bits = inputs
+    ctx.save_for_backward(qweight, scale, group_scale)
+    ctx.bits, ctx.k, ctx.dtype, ctx.bias_dtype = bits, x.shape[-1], x.dtype, None if bias is None else bias.dtype
+
+
+def _backward_linear_int8(ctx, grad):
+    qweight, scale, group_scale = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        weight = integer_weight(qweight, group_scale, ctx.bits, ctx.k)
+        grad_x = input_gradient(grad, weight, scale).to(ctx.dtype)
+    if ctx.needs_input_grad[4]:
+        grad_bias = sum_to_bias(grad, -1).to(ctx.bias_dtype)
+    return grad_x, None, None, None, grad_bias, None, None, None
+
+
+linear_int8.register_autograd(_backward_linear_int8, setup_context=_save_linear_int8)
+
+
 def linear_int8_reference(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits) -> Tensor:
     """The op's meaning on any device, for tests and for the ``emulated`` choice."""
     return _linear_int8(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, matmul_reference)
@@ -78,7 +100,7 @@ def linear_fp8(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, i
     rows = x.reshape(-1, x.shape[-1]).float()
     if input_scale is None:
         x_scale = rows.abs().amax(dim=1, keepdim=True) / 448 if rows.numel() else rows.new_ones((rows.shape[0], 1))
-        x_scale = torch.where(x_scale > 1e-30, x_scale, torch.ones_like(x_scale))
+        x_scale = torch.where(x_scale <= 1e-30, torch.ones_like(x_scale), x_scale)
     else:
         x_scale = input_scale.view(1, 1)
     codes = (rows / x_scale).clamp(-448, 448).to(torch.float8_e4m3fn)
@@ -90,3 +112,19 @@ def linear_fp8(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, i
 @linear_fp8.register_fake
 def _(x, qweight, scale, bias, input_scale):
     return x.new_empty((*x.shape[:-1], qweight.shape[0]))
+
+
+def _save_linear_fp8(ctx, inputs, output) -> None:
+    x, qweight, scale, bias, _ = inputs
+    ctx.save_for_backward(qweight, scale)
+    ctx.dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
+
+
+def _backward_linear_fp8(ctx, grad):
+    qweight, scale = ctx.saved_tensors
+    grad_x = input_gradient(grad, qweight, scale).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+    grad_bias = sum_to_bias(grad, -1).to(ctx.bias_dtype) if ctx.needs_input_grad[3] else None
+    return grad_x, None, None, grad_bias, None
+
+
+linear_fp8.register_autograd(_backward_linear_fp8, setup_context=_save_linear_fp8)

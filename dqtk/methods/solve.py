@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..numerics.affine import scale_of_range
-from ..numerics.packing import Packed
-from ..spec import RTN, Float, LayerSpec, TensorSpec
+from dqtk.numerics.affine import scale_of_range
+from dqtk.numerics.packing import Packed
+from dqtk.spec import RTN, Float, LayerSpec, TensorSpec
+
 from .rtn import rtn
 
 SOLVERS: dict[type, Callable[[Tensor, TensorSpec], Packed]] = {RTN: rtn}

@@ -1,5 +1,5 @@
 """Runtime layers."""
 
-from .layers import FLOAT_BUFFERS, QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear, Quantized, runtime_class
+from .layers import BUFFERS, QuantConv1d, QuantConv2d, QuantConv3d, Quantized, QuantLinear, runtime_class
 
-__all__ = ["FLOAT_BUFFERS", "QuantConv1d", "QuantConv2d", "QuantConv3d", "QuantLinear", "Quantized", "runtime_class"]
+__all__ = ["BUFFERS", "QuantConv1d", "QuantConv2d", "QuantConv3d", "QuantLinear", "Quantized", "runtime_class"]

@@ -22,12 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import conv_int8, from_matrix, linear_fp8, linear_int8, report_of
-from ..numerics.packing import Packed, dequantize, empty_packed, storage_bits
-from ..spec import Float, Int, LayerSpec, describe
-from .lazy_weight import LazyWeight
+from dqtk.kernels import conv_int8, from_matrix, linear_fp8, linear_int8, report_of
+from dqtk.numerics.packing import Packed, dequantize, empty_packed, storage_bits
+from dqtk.spec import Float, Int, LayerSpec, describe
 
-FLOAT_BUFFERS = ("qweight", "scale", "input_scale")  # keep their dtype (qweight may be float8) whatever the compute dtype
+from .lazy_weight import LazyWeight, read_only
+
+BUFFERS = ("qweight", "scale", "group_scale", "zero", "input_scale", "input_zero")  # their dtypes never change
 
 
 class Quantized:
@@ -41,8 +42,9 @@ class Quantized:
         module: Any = self
         module.spec, module.n, module.k = spec, n, k
         dtype = dtype or torch.get_default_dtype()
-        packed = empty_packed(spec.weight, n, k, device or "cpu")
-        for name in ("qweight", "scale", "group_scale", "zero"):
+        device = torch.get_default_device() if device is None else device
+        packed = empty_packed(spec.weight, n, k, device)
+        for name in BUFFERS[:4]:
             module.register_buffer(name, getattr(packed, name))
         static = spec.needs_stats
         integer = static and isinstance(spec.input.format, Int)  # type: ignore[union-attr]
@@ -57,7 +59,7 @@ class Quantized:
     def fill(self, packed: Packed, bias: Tensor | None, input_scale: Tensor | None, input_zero: Tensor | None) -> None:
         """Put the solver's result in place."""
         module: Any = self
-        for name in ("qweight", "scale", "group_scale", "zero"):
+        for name in BUFFERS[:4]:
             setattr(module, name, getattr(packed, name))
         if module.input_scale is not None:
             assert input_scale is not None
@@ -77,8 +79,21 @@ class Quantized:
     @property
     def weight(self) -> Tensor:
         """Read-only logical weight in the compute dtype; decodes when used."""
+        if torch.compiler.is_compiling():
+            return self.dequantize()  # traceable; where only metadata is asked for, the compiler drops the computation
         module: Any = self
         return LazyWeight(self, self.weight_shape, self.compute_dtype, module.qweight.device)
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        raise read_only(self, "assignment")
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As torch's, except that nothing may take the place of ``weight``."""
+        if name == "weight":
+            raise read_only(self, "assignment")
+        module: Any = self
+        nn.Module.register_parameter(module, name, param)
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -98,11 +113,14 @@ class Quantized:
     def plain(self) -> nn.Module:
         """An ordinary torch layer with the decoded weight."""
         module: Any = self
-        base = next(base for base, quantized in CLASS_OF.items() if isinstance(self, quantized))
+        base = base_class(type(self))
         new: Any = base.__new__(base)
         nn.Module.__init__(new)
         skip = ("spec", "n", "k")
         new.__dict__.update({name: value for name, value in vars(module).items() if not name.startswith("_") and name not in skip})
+        if isinstance(new, nn.modules.conv._ConvNd):
+            padding: Any = new.padding
+            new._reversed_padding_repeated_twice = [p for p in reversed(padding) for _ in range(2)]
         new.weight = nn.Parameter(self.dequantize().contiguous(), requires_grad=False)
         new.register_parameter("bias", module.bias)
         return new
@@ -125,9 +143,10 @@ class Quantized:
         return storage_bits(self.spec.weight.bits)
 
     def _apply(self, fn, recurse: bool = True):
-        # Module.to(dtype) casts every floating buffer; scales keep their exact float32 values and only change device.
+        # Module.to(dtype) casts every floating buffer (and Module.type every buffer); codes and scales keep their exact values and
+        # only change device.
         module: Any = self
-        kept = {name: tensor for name in FLOAT_BUFFERS if (tensor := getattr(module, name)) is not None}
+        kept = {name: tensor for name in BUFFERS if (tensor := getattr(module, name)) is not None}
         nn.Module._apply(module, fn, recurse)
         for name, tensor in kept.items():
             moved = getattr(module, name)
@@ -163,7 +182,7 @@ class QuantLinear(Quantized, nn.Linear):
         )
         return new.train(layer.training)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002, torch's name
         if self.spec.input is None:
             return F.linear(
                 input, self.dequantize_matrix().to(input.dtype), None if self.bias is None else self.bias.to(input.dtype)
@@ -176,12 +195,22 @@ class QuantLinear(Quantized, nn.Linear):
 
 
 class _QuantConv(Quantized):
-    """Forward and construction of the three convolution classes."""
+    """Forward and construction of the three convolution classes. ``like`` makes one.
+
+    Called with a convolution's arguments, the class makes an ordinary convolution: PEFT builds adapters from ``type(layer)``.
+    """
+
+    def __new__(cls, *args, **kwargs) -> Any:
+        return base_class(cls)(*args, **kwargs) if args or kwargs else super().__new__(cls)
 
     @classmethod
     def like(cls, layer, spec: LayerSpec, dtype=None, device=None):
-        """Empty storage for the same layer."""
-        new = cls.__new__(cls)
+        """Empty storage for the same layer. Raises ``ValueError`` for a Float input: there is no FP8 convolution."""
+        if spec.input is not None and isinstance(spec.input.format, Float):
+            raise ValueError(
+                f"{cls.__name__}: input must be Int or None, got {spec.input.format}. Use LayerSpec(weight=..., input=None)."
+            )
+        new: Any = cls.__new__(cls)
         k = layer.in_channels * math.prod(layer.kernel_size)
         new._setup(spec, layer.out_channels, k, layer.bias is not None, dtype or layer.weight.dtype, device or layer.weight.device)
         for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"):
@@ -202,15 +231,16 @@ class _QuantConv(Quantized):
     def op(self) -> str:
         return "weight_only" if self.spec.input is None else "conv_int8"
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002, torch's name
         module: Any = self
+        dims = len(module.kernel_size)
         if self.spec.input is None:
             weight = from_matrix(self.dequantize_matrix().to(input.dtype), module.kernel_size)
             bias = None if module.bias is None else module.bias.to(input.dtype)
-            conv = (F.conv1d, F.conv2d, F.conv3d)[len(module.kernel_size) - 1]
+            conv = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
             return conv(input, weight, bias, module.stride, module.padding, module.dilation)
-        return conv_int8(
-            input,
+        output = conv_int8(
+            input if input.ndim > dims + 1 else input[None],
             module.qweight,
             module.scale,
             module.group_scale,
@@ -223,6 +253,7 @@ class _QuantConv(Quantized):
             list(module.padding),
             list(module.dilation),
         )
+        return output if input.ndim > dims + 1 else output[0]
 
 
 class QuantConv1d(_QuantConv, nn.Conv1d):
@@ -244,3 +275,8 @@ CLASS_OF = {nn.Linear: QuantLinear, nn.Conv1d: QuantConv1d, nn.Conv2d: QuantConv
 def runtime_class(layer: nn.Module) -> type | None:
     """The class that replaces ``layer``, or None where there is none."""
     return next((new for base, new in CLASS_OF.items() if isinstance(layer, base)), None)
+
+
+def base_class(kind: type) -> Any:
+    """The torch class that a runtime class stands for."""
+    return next(base for base, quantized in CLASS_OF.items() if issubclass(kind, quantized))

@@ -1,21 +1,24 @@
 """``layer.weight`` of a quantized layer: a read-only tensor that knows its shape, dtype and device and decodes only when used.
 
-Host models read ``weight.dtype`` on hot paths (T5's feed-forward, Wan's time embedder) and must not pay for a decode; libraries that
-add to ``weight`` in place (LoRA merging) must not believe that it worked. Both follow from a wrapper without storage: metadata is
-free, an operation decodes first, and writing raises.
+Host models read ``weight.dtype`` on hot paths (T5's feed-forward, Wan's time embedder) and must not pay for a decode; libraries
+that add to ``weight`` in place (LoRA merging) must not believe that it worked. Both follow from a wrapper without storage: metadata
+is free, an operation decodes first, and an operation that would write raises, which the operators' own schemas tell.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-_WRITES = {"__set__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__ipow__"}
+_OUTSIDE_DISPATCH = {"numpy", "tolist", "__array__"}  # read storage directly
 
 
 class LazyWeight(Tensor):
     """Stands for ``layer.dequantize()``. Never stored on a module."""
 
     _is_hf_initialized = True  # transformers' weight initialization must leave it alone
+    layer: Any
 
     @staticmethod
     def __new__(cls, layer, shape, dtype, device):
@@ -24,7 +27,7 @@ class LazyWeight(Tensor):
     def __init__(self, layer, shape, dtype, device):
         self.layer = layer
 
-    def __repr__(self, **kwargs) -> str:
+    def __repr__(self, **kwargs) -> str:  # type: ignore[override]
         return f"LazyWeight({tuple(self.shape)}, dtype={self.dtype}, of {type(self.layer).__name__})"
 
     def __deepcopy__(self, memo):
@@ -34,20 +37,37 @@ class LazyWeight(Tensor):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        writes = name in _WRITES or (name.endswith("_") and not name.endswith("__"))
-        if writes and name != "requires_grad_" and args and isinstance(args[0], cls):
-            raise RuntimeError(
-                f"{type(args[0].layer).__name__}: weight is decoded from packed codes and cannot be changed in place ({name}). "
-                "Keep the adapter unmerged, or merge it into the unquantized model and quantize that."
-            )
-        if name == "__get__" and getattr(func, "__self__", None) is Tensor.data:
-            return args[0]
+        if getattr(func, "__self__", None) is Tensor.data:
+            if name == "__get__":
+                return args[0]
+            if isinstance(args[0], cls):
+                raise read_only(args[0].layer, "data")
+        if name == "__setitem__" and isinstance(args[0], cls):  # would write into a decoded view
+            raise read_only(args[0].layer, name)
+        if name in _OUTSIDE_DISPATCH:
+            return func(args[0].layer.dequantize(), *args[1:], **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
+        kwargs = kwargs or {}
+        for i, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                written = args[i] if i < len(args) else kwargs.get(argument.name)
+                for value in tree_leaves(written):
+                    if isinstance(value, cls):
+                        raise read_only(value.layer, func.name().partition("::")[2])
+
         def decode(value):
             return value.layer.dequantize() if isinstance(value, cls) else value
 
-        return func(*tree_map(decode, args), **tree_map(decode, kwargs or {}))
+        return func(*tree_map(decode, args), **tree_map(decode, kwargs))
+
+
+def read_only(layer: Any, operation: str) -> RuntimeError:
+    """The error for an attempt to change a decoded weight."""
+    return RuntimeError(
+        f"{type(layer).__name__}: weight is decoded from packed codes and cannot be changed in place ({operation}). "
+        "Keep the adapter unmerged, or merge it into the unquantized model and quantize that."
+    )

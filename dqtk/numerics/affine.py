@@ -10,7 +10,7 @@ Scales are float32; all arithmetic is float32, whatever the input. A row of zero
 import torch
 from torch import Tensor
 
-from ..spec import MSE, AbsMax, Dynamic, Float, Format, Int, Range
+from dqtk.spec import MSE, AbsMax, Dynamic, Float, Format, Int, Range
 
 FP8_MAX = 448.0  # largest finite torch.float8_e4m3fn
 
@@ -61,8 +61,8 @@ def scale_of_range(low: Tensor, high: Tensor, form: Format) -> tuple[Tensor, Ten
 
 
 def _nonzero(scale: Tensor) -> Tensor:
-    # Smaller scales than the least normal float32 times 448 would lose the reciprocal; such rows are zero for any purpose.
-    return torch.where(scale > 1e-30, scale, torch.ones_like(scale))
+    # Smaller scales than the least normal float32 times 448 would lose the reciprocal; such rows are zero in effect. NaN stays NaN.
+    return torch.where(scale <= 1e-30, torch.ones_like(scale), scale)
 
 
 def _error(x: Tensor, scale: Tensor, zero: Tensor | None, form: Format) -> Tensor:

@@ -1,7 +1,7 @@
 """Codes as bytes: 2-, 3-, 4- and 8-bit integers really packed, and back.
 
-Codes are packed along the last dimension, whose length is padded with zeros to a multiple of 8 codes. A *plane* layout keeps unpacking
-to shifts and masks on whole vectors, for any width. Eight codes c0..c7 of b bits become b bytes:
+Codes are packed along the last dimension, whose length is padded with zeros to a multiple of 8 codes. A *plane* layout keeps
+unpacking to shifts and masks on whole vectors, for any width. Eight codes c0..c7 of b bits become b bytes:
 
     4 bits:  byte i = c_i | c_{i+4} << 4                       i = 0..3
              [c4c4c4c4 c0c0c0c0] [c5.. c1..] [c6.. c2..] [c7.. c3..]
@@ -9,8 +9,8 @@ to shifts and masks on whole vectors, for any width. Eight codes c0..c7 of b bit
     3 bits:  bytes 0, 1 hold the low two bits as above; byte 2 holds the high bits, bit j = high bit of c_j
     8 bits:  the code itself
 
-Signed codes are stored with an offset of 2^(b-1); 8-bit signed codes are stored as int8 without one.
-These bytes are the checkpoint format: golden tests freeze them.
+Signed codes are stored with an offset of 2^(b-1), b the stored width; 8-bit signed codes are stored as int8 without one. Codes of
+5, 6 and 7 bits are stored in 8, with the offset. These bytes are the checkpoint format: golden tests freeze them.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..spec import Float, Int, PerChannel, PerGroup, PerTensor, TensorSpec, TwoLevel
+from dqtk.spec import Float, Int, PerChannel, PerGroup, PerTensor, TensorSpec, TwoLevel
+
 from .affine import code_range
 
 WIDTHS = (2, 3, 4, 8)
@@ -111,7 +112,7 @@ def empty_packed(spec: TensorSpec, n: int, k: int, device: torch.device | str) -
     def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    num_groups = k // spec.granularity.size if isinstance(spec.granularity, PerGroup | TwoLevel) else 1
+    num_groups = count_groups(spec, k)
     scale_shape = (
         (1, 1) if isinstance(spec.granularity, PerTensor) else (n, num_groups if isinstance(spec.granularity, PerGroup) else 1)
     )
@@ -123,6 +124,16 @@ def empty_packed(spec: TensorSpec, n: int, k: int, device: torch.device | str) -
         group_scale=empty((n, num_groups), torch.uint8) if two_level else None,
         zero=empty(scale_shape, torch.uint8) if asymmetric else None,
     )
+
+
+def count_groups(spec: TensorSpec, k: int) -> int:
+    """Groups in a row of K inputs; 1 where the row shares a scale. Raises ``ValueError`` if the group size does not divide K."""
+    if not isinstance(spec.granularity, PerGroup | TwoLevel):
+        return 1
+    size = spec.granularity.size
+    if k % size:
+        raise ValueError(f"count_groups: group size must divide the {k} inputs of the weight, got {size}. Choose another size.")
+    return k // size
 
 
 def stored_dtype(spec: TensorSpec) -> torch.dtype:
@@ -160,8 +171,12 @@ def unpack_codes(qweight: Tensor, spec: TensorSpec, k: int) -> Tensor:
         return qweight
     assert isinstance(spec.format, Int)
     width = storage_bits(spec.bits)
-    codes = unpack(qweight, width, k)
-    return codes.to(torch.int8) - 2 ** (width - 1) if spec.format.symmetric else codes
+    return _signed(qweight, width, k) if spec.format.symmetric else unpack(qweight, width, k)
+
+
+def _signed(qweight: Tensor, width: int, k: int) -> Tensor:
+    # At width 8 the conversion to int8 wraps around and the subtraction wraps back.
+    return unpack(qweight, width, k).to(torch.int8) - 2 ** (width - 1)
 
 
 def integer_weight(qweight: Tensor, group_scale: Tensor | None, bits: int, k: int) -> Tensor:
@@ -169,7 +184,7 @@ def integer_weight(qweight: Tensor, group_scale: Tensor | None, bits: int, k: in
 
     ``bits`` is the stored width (2, 3, 4 or 8).
     """
-    codes = qweight if bits == 8 else unpack(qweight, bits, k).to(torch.int8) - 2 ** (bits - 1)
+    codes = qweight if qweight.dtype == torch.int8 else _signed(qweight, bits, k)
     if group_scale is None:
         return codes
     return (codes.unflatten(1, (group_scale.shape[1], -1)) * group_scale.to(torch.int8)[..., None]).flatten(1)

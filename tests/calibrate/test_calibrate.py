@@ -1,0 +1,124 @@
+"""Calibration of a real pipeline, against watching it by hand; interrupted and continued."""
+
+import pytest
+import torch
+
+import dqtk
+from dqtk.calibrate import Stats, calibrate
+
+PROMPTS = ["a red square", "a large blue circle", "two small green triangles"]
+
+
+def run(pixart, plan, call_kwargs, prompts=PROMPTS, **options):
+    return calibrate(pixart, prompts, plan, call_kwargs=call_kwargs, progress=False, **options)
+
+
+def same(a, b):
+    assert a.num_prompts == b.num_prompts
+    assert a.inputs.keys() == b.inputs.keys()
+    for key, seen in a.inputs.items():
+        other = b.inputs[key]
+        assert seen.count == other.count
+        assert torch.equal(seen.low, other.low)
+        assert torch.equal(seen.high, other.high)
+        assert torch.equal(seen.channel_absmax, other.channel_absmax)
+
+
+@pytest.fixture(scope="module")
+def stats(pixart, plan, call_kwargs):
+    return run(pixart, plan, call_kwargs, batch_size=2)
+
+
+def test_every_site_of_the_plan_is_seen(stats, plan):
+    assert {key.site for key in stats.inputs} == {c.site.id for c in plan.choices if c.spec is not None and c.spec.needs_stats}
+    assert stats.num_prompts == 3
+
+
+def test_denoiser_keys_are_levels_and_branches(stats):
+    keys = [key for key in stats.inputs if key.site.startswith("transformer:transformer_blocks.0.attn1.to_q")]
+    assert len({key.bucket for key in keys}) == 2
+    assert {key.branch for key in keys} == {"uncond", "cond"}
+    assert len(keys) == 4
+    assert {key.bucket for key in stats.inputs if key.site.startswith("text_encoder:")} == {-1}
+
+
+def test_ranges_equal_brute_force(pixart, plan, call_kwargs, stats):
+    """Least and largest of everything that goes into a layer, gathered by hand."""
+    path = "transformer_blocks.0.ff.net.0.proj"
+    seen = []
+    handle = pixart.transformer.get_submodule(path).register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    for start, batch in ((0, PROMPTS[:2]), (2, PROMPTS[2:])):
+        generators = [torch.Generator().manual_seed(start + i) for i in range(len(batch))]
+        pixart(batch, generator=generators, output_type="latent", **call_kwargs)
+    handle.remove()
+    low, high = stats.input_range(f"transformer:{path}")
+    assert len(seen) == 6
+    assert float(low) == min(float(x.min()) for x in seen)
+    assert float(high) == max(float(x.max()) for x in seen)
+    keys = [key for key in stats.inputs if key.site == f"transformer:{path}"]
+    assert sum(stats.inputs[key].count for key in keys) == sum(x.shape[0] * x.shape[1] for x in seen)
+
+
+def test_no_hook_stays(pixart, stats):
+    parts = (pixart.transformer, pixart.text_encoder)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for part in parts for m in part.modules())
+
+
+def test_prompts_in_batches_of_any_size_give_the_same_ranges(pixart, plan, call_kwargs, stats):
+    """Noise comes from one seed per prompt; only rounding of other matmul shapes may differ."""
+    single = run(pixart, plan, call_kwargs, batch_size=1)
+    assert single.inputs.keys() == stats.inputs.keys()
+    for site in ("transformer:transformer_blocks.0.attn1.to_q", "transformer:transformer_blocks.1.ff.net.2"):
+        for a, b in zip(single.input_range(site), stats.input_range(site), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_interrupted_and_continued_equals_one_run(pixart, plan, call_kwargs, stats, tmp_path, monkeypatch):
+    output = tmp_path / "stats.safetensors"
+    calls = []
+    kind = type(pixart)
+    original = kind.__call__
+
+    def interrupted(self, prompts, **kwargs):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(prompts)
+        return original(self, prompts, **kwargs)
+
+    monkeypatch.setattr(kind, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(pixart, plan, call_kwargs, batch_size=2, output=output)
+    monkeypatch.undo()
+    assert Stats.load(output).num_prompts == 2
+    same(run(pixart, plan, call_kwargs, batch_size=2, output=output), stats)
+    same(Stats.load(output), stats)
+
+
+def test_finished_output_is_returned_without_running(pixart, plan, call_kwargs, stats, tmp_path, monkeypatch):
+    stats.save(tmp_path / "s")
+    monkeypatch.setattr(type(pixart), "__call__", lambda *args, **kwargs: pytest.fail("ran"))
+    same(run(pixart, plan, call_kwargs, output=tmp_path / "s"), stats)
+
+
+def test_output_of_another_plan_is_refused(pixart, plan, call_kwargs, stats, tmp_path):
+    one = next(iter(stats.inputs))
+    Stats(num_prompts=1, inputs={one: stats.inputs[one]}).save(tmp_path / "s")
+    with pytest.raises(
+        ValueError, match=r"calibrate: output .*s must hold statistics of all \d+ planned sites, got none for .*remove it"
+    ):
+        run(pixart, plan, call_kwargs, output=tmp_path / "s")
+
+
+def test_plans_without_static_inputs_need_no_run(pixart, monkeypatch):
+    monkeypatch.setattr(type(pixart), "__call__", lambda *args, **kwargs: pytest.fail("ran"))
+    assert calibrate(pixart, [], dqtk.plan(pixart, "w8a8")).num_prompts == 0
+
+
+def test_bad_calls(pixart, plan, call_kwargs):
+    with pytest.raises(ValueError, match="calibrate: prompts must hold at least one prompt, got none"):
+        run(pixart, plan, call_kwargs, prompts=[])
+    bare = dqtk.plan(pixart.transformer, "w8a8-static")
+    with pytest.raises(
+        ValueError, match=r"calibrate: pipe must be a pipeline .*, got PixArtTransformer2DModel\. Pass the pipeline"
+    ):
+        calibrate(pixart.transformer, PROMPTS, bare)

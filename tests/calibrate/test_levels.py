@@ -1,0 +1,101 @@
+"""The noise level of a call, read through the scheduler's own tables."""
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
+
+from dqtk.calibrate.levels import bucket_of, noise_level
+
+VARIANCE_PRESERVING = [DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler]
+
+
+def levels(scheduler, num_steps, scale=1.0):
+    scheduler.set_timesteps(num_steps)
+    return [noise_level(scheduler, t * scale) for t in scheduler.timesteps]
+
+
+@pytest.mark.parametrize("kind", VARIANCE_PRESERVING)
+@pytest.mark.parametrize("num_steps", [3, 20, 50])
+def test_variance_preserving(kind, num_steps):
+    scheduler = kind()
+    found = levels(scheduler, num_steps)
+    assert all(0 <= level <= 1 for level in found)
+    assert found == sorted(found, reverse=True)
+    expected = [float((1 - scheduler.alphas_cumprod[int(t)]).sqrt()) for t in scheduler.timesteps.round()]
+    assert found == pytest.approx(expected, abs=2e-3)
+
+
+def test_fractional_timesteps_lie_between_their_neighbours():
+    scheduler = EulerDiscreteScheduler()
+    low, between, high = (noise_level(scheduler, torch.tensor(t)) for t in (500.0, 500.25, 501.0))
+    assert low < between < high
+    assert between - low < high - between
+
+
+def test_timesteps_beyond_the_table_are_its_ends():
+    scheduler = DDIMScheduler()
+    assert noise_level(scheduler, torch.tensor(-5)) == noise_level(scheduler, torch.tensor(0))
+    assert noise_level(scheduler, torch.tensor(5000)) == noise_level(scheduler, torch.tensor(999))
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("num_steps", [1, 4, 28, 1000])
+@pytest.mark.parametrize("scale", [1.0, 1e-3], ids=["timestep", "sigma"])
+def test_flow_matching(shift, num_steps, scale):
+    """sigma itself, whether the denoiser is called with timesteps (SD3) or with sigmas (Flux); also at 1000 steps."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    found, expected = levels(scheduler, num_steps, scale), scheduler.sigmas[:-1].tolist()
+    if shift == 1.0 and scale == 1.0 and num_steps > 1:
+        assert found.pop() == 1.0  # timestep 1 of 1000, which is taken for sigma 1: both are in the table
+        expected.pop()
+    assert found == pytest.approx(expected, abs=1e-6)
+    assert found == sorted(found, reverse=True)
+
+
+def test_flow_matching_survives_rounding_to_bfloat16():
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(28)
+    for scale in (1.0, 1e-3):
+        found = [noise_level(scheduler, (t * scale).bfloat16()) for t in scheduler.timesteps]
+        assert found == pytest.approx(scheduler.sigmas[:-1].tolist(), abs=4e-3)
+
+
+def test_edm():
+    """The timestep is a function of sigma; the level is sigma / (1 + sigma)."""
+    scheduler = EDMEulerScheduler()
+    found = levels(scheduler, 10)
+    sigmas = scheduler.sigmas[:-1]
+    assert found == pytest.approx((sigmas / (1 + sigmas)).tolist())
+    assert found == sorted(found, reverse=True)
+
+
+def test_level_does_not_depend_on_the_number_of_steps():
+    scheduler = DDIMScheduler()
+    found = []
+    for num_steps in (10, 50):
+        scheduler.set_timesteps(num_steps)
+        found.append(noise_level(scheduler, torch.tensor(500)))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (4,), (2, 3)], ids=str)
+def test_equal_timesteps_of_any_shape(shape):
+    scheduler = DDIMScheduler()
+    assert noise_level(scheduler, torch.full(shape, 321)) == noise_level(scheduler, torch.tensor(321))
+
+
+@pytest.mark.parametrize("timestep", [torch.tensor([1.0, 2.0]), torch.tensor([[5, 5], [5, 6]])], ids=["samples", "tokens"])
+def test_unequal_timesteps_are_refused(timestep):
+    with pytest.raises(ValueError, match=r"noise_level: timesteps must be equal within a call, got \[.*Per-token timesteps"):
+        noise_level(DDIMScheduler(), timestep)
+
+
+def test_buckets():
+    assert [bucket_of(level, 10) for level in (0.0, 0.05, 0.1, 0.55, 0.999, 1.0)] == [0, 0, 1, 5, 9, 9]
+    assert bucket_of(1.0, 1) == 0
