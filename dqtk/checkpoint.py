@@ -6,15 +6,16 @@ Configuration (``quantization_config`` in config.json)::
      "specs": {"s0": {...}}, "modules": {"transformer_blocks.0.attn1.to_q": "s0", ...}}
 
 It is derived from the layers that are really in the model, so it is true whatever happened before. Every safetensors file carries a
-digest of every tensor of the component in its metadata (``dqtk_digests``); loading compares names and contents, so a missing,
-superfluous, truncated or edited tensor is an error and never a model that runs with wrong numbers.
+digest of every tensor of the component in its metadata (``dqtk_digests``; a tensor that shares another's memory, as T5's embedding
+does, carries ``=name`` of that other instead). Loading compares names and contents, so a missing, superfluous, truncated or edited
+tensor is an error and never a model that runs with wrong numbers.
 """
 
 import hashlib
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .nn import Quantized, runtime_class
@@ -31,6 +32,7 @@ from .spec import LayerSpec, canonical, from_json, to_json
 FORMAT_VERSION = 1
 METHOD = "dqtk"
 DIGESTS = "dqtk_digests"
+_MIXED = "Files of two models are mixed."
 
 
 # --- configuration ---------------------------------------------------------------------------------------------------
@@ -73,10 +75,13 @@ def read_config(config: Mapping[str, Any], where: str = "quantization_config") -
             f"{where}: format_version must be {FORMAT_VERSION}, got {version!r}. "
             "The checkpoint was written by another version of dqtk: pip install -U dqtk."
         )
+    for field in ("specs", "modules"):
+        if not isinstance(config.get(field), Mapping):
+            raise ValueError(f"{where}: {field} must be a JSON object, got {config.get(field)!r}. The file was edited.")
     specs = {name: from_json(data, f"{where}.specs.{name}") for name, data in config["specs"].items()}
     layers = {}
     for path, name in config["modules"].items():
-        if name not in specs:
+        if not isinstance(specs.get(name), LayerSpec):
             raise ValueError(f"{where}: spec of {path} must be one of {sorted(specs)}, got {name!r}. The file was edited.")
         layers[path] = specs[name]
     if _hash(layers) != config.get("hash"):
@@ -101,7 +106,9 @@ def install(module: nn.Module, layers: Mapping[str, LayerSpec], where: str) -> N
             ) from None
         kind = runtime_class(layer)
         if kind is None or isinstance(layer, Quantized):
-            raise ValueError(f"{where}: layer {path} must be a linear or convolution, got {type(layer).__name__}.")
+            raise ValueError(
+                f"{where}: layer {path} must be a linear or convolution, got {type(layer).__name__}. Was the model class changed?"
+            )
         replace_layer(module, path, kind.like(layer, spec))  # type: ignore[attr-defined]
 
 
@@ -124,11 +131,17 @@ def digest(tensor: Tensor) -> str:
 
 def file_metadata(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
     """Metadata for every safetensors file of a component."""
-    return {DIGESTS: json.dumps({name: digest(tensor) for name, tensor in state_dict.items()}, separators=(",", ":"))}
+    owners: dict[Any, str] = {}
+    digests = {}
+    for name, tensor in state_dict.items():
+        memory = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()) if tensor.numel() else name
+        owner = owners.setdefault(memory, name)
+        digests[name] = digest(tensor) if owner == name else f"={owner}"
+    return {DIGESTS: json.dumps(digests, separators=(",", ":"))}
 
 
-def verify_files(files: Iterable[str | os.PathLike], where: str) -> None:
-    """Compare the tensors of a component's files with the digests written beside them.
+def verify_files(files: Iterable[str | os.PathLike], where: str) -> dict[str, str]:
+    """Compare the tensors of a component's files with the digests written beside them, which are returned.
 
     Raises:
         ValueError: a file cannot be read, has no digests, misses a tensor, holds an unknown one, or one that was changed.
@@ -138,31 +151,50 @@ def verify_files(files: Iterable[str | os.PathLike], where: str) -> None:
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
-                text = (file.metadata() or {}).get(DIGESTS)
-                if text is None:
-                    raise ValueError(f"{where}: {path} must carry {DIGESTS} metadata, got none. Save the model again with dqtk.")
-                expected |= json.loads(text)
-                for name in file.keys():
-                    if name not in expected:
-                        raise ValueError(
-                            f"{where}: {path} must hold only tensors of this checkpoint, got {name}. Files of two models are mixed."
-                        )
-                    if digest(file.get_tensor(name)) != expected[name]:
-                        raise ValueError(
-                            f"{where}: {name} in {path} must have digest {expected[name]}, got another. The file was damaged or edited."
-                        )
+                digests = _digests_of(file.metadata(), f"{where}: {path}")
+                expected = expected or digests
+                if digests != expected:
+                    raise ValueError(
+                        f"{where}: {path} must belong to the same model as the files before it, got another's. {_MIXED}"
+                    )
+                for name in file.keys():  # noqa: SIM118 (not a dictionary)
+                    _verify_tensor(name, file.get_tensor(name), expected, f"{where}: {path}")
                     found.add(name)
         except (SafetensorError, OSError) as error:
             raise ValueError(
                 f"{where}: {path} must be a complete safetensors file, got: {error}. Copy or download it again."
             ) from error
-    # Tied tensors (T5's two names for its embedding) are written once.
-    contents = {expected[name] for name in found}
-    missing = sorted(name for name in set(expected) - found if expected[name] not in contents)
+    # Of tensors that share memory one is written.
+    written = {_owner(name, expected) for name in found}
+    missing = sorted(name for name in expected if _owner(name, expected) not in written)
     if missing:
         raise ValueError(
-            f"{where}: files must hold all {len(expected)} tensors, got {len(found)}; missing {missing[0]} and {len(missing) - 1} more."
+            f"{where}: files must hold all {len(expected)} tensors, got {len(found)}: missing {missing[0]} and "
+            f"{len(missing) - 1} more. Copy or download the folder again."
         )
+    return expected
+
+
+def _digests_of(metadata: Mapping[str, str] | None, where: str) -> dict[str, str]:
+    text = (metadata or {}).get(DIGESTS)
+    if text is None:
+        raise ValueError(f"{where} must carry {DIGESTS} metadata, got none. Save the model again with dqtk.")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} must carry {DIGESTS} as JSON, got: {error}. The file was damaged or edited.") from error
+
+
+def _owner(name: str, digests: Mapping[str, str]) -> str:
+    return digests[name][1:] if digests[name].startswith("=") else name
+
+
+def _verify_tensor(name: str, tensor: Tensor, expected: Mapping[str, str], where: str) -> None:
+    if name not in expected:
+        raise ValueError(f"{where} must hold only tensors of this checkpoint, got {name}. {_MIXED}")
+    wanted = expected[_owner(name, expected)]
+    if digest(tensor) != wanted:
+        raise ValueError(f"{where} must hold {name} with digest {wanted}, got another. The file was damaged or edited.")
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------
@@ -170,10 +202,10 @@ def verify_files(files: Iterable[str | os.PathLike], where: str) -> None:
 
 def check_output(path: str | os.PathLike, where: str = "output") -> Path:
     """The path, which must not exist or be an empty folder."""
-    folder = Path(path)
+    folder = Path(path).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(
-            f"{where}: folder must be new or empty, got {folder}. Nothing was changed; choose another name or remove it first."
+            f"{where}: folder must be new or empty, got {path}. Nothing was changed; choose another name or remove it first."
         )
     return folder
 
@@ -183,12 +215,12 @@ def written_whole(path: str | os.PathLike, where: str = "output") -> Iterator[Pa
     """A temporary folder beside ``path`` that becomes it on success and vanishes on any failure, Ctrl-C included."""
     folder = check_output(path, where)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
+    partial.mkdir()
     try:
         yield partial
         if folder.exists():
             folder.rmdir()
-        partial.chmod(0o755)
         partial.rename(folder)
     finally:
         if partial.exists():
@@ -197,9 +229,12 @@ def written_whole(path: str | os.PathLike, where: str = "output") -> Iterator[Pa
 
 def save_module(module: nn.Module, path: str | os.PathLike, recipe: str = "") -> None:
     """Write a bare quantized module: ``model.safetensors`` and ``config.json`` with its ``quantization_config``."""
-    state = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
+    state = module.state_dict()
+    metadata = {"format": "pt", **file_metadata(state)}
+    digests = json.loads(metadata[DIGESTS])
+    once = {name: tensor.contiguous() for name, tensor in state.items() if _owner(name, digests) == name}
     with written_whole(path, "save") as folder:
-        save_file(state, folder / "model.safetensors", metadata={"format": "pt", **file_metadata(state)})
+        save_file(once, folder / "model.safetensors", metadata=metadata)
         config = {"class": type(module).__name__, "quantization_config": config_of(module, recipe)}
         (folder / "config.json").write_text(json.dumps(config, indent=2))
 
@@ -213,13 +248,32 @@ def load_module(module: nn.Module, path: str | os.PathLike) -> nn.Module:
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise ValueError(f"load: folder must hold config.json and model.safetensors, got {folder}. Use dqtk.load for pipelines.")
-    config = json.loads((folder / "config.json").read_text())
-    verify_files([folder / "model.safetensors"], "load")
-    install(module, read_config(config["quantization_config"], f"load: {folder}"), f"load: {folder}")
-    with safe_open(folder / "model.safetensors", framework="pt") as file:
-        state = {name: file.get_tensor(name) for name in file.keys()}
+    layers = read_config(_stored_config(folder / "config.json"), f"load: {folder}")
+    digests = verify_files([folder / "model.safetensors"], "load")
+    install(module, layers, f"load: {folder}")
+    once = load_file(folder / "model.safetensors")
+    state = {name: once[_owner(name, digests)] for name in digests}
     try:
         module.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"load: {folder} must fit {type(module).__name__}, got: {error}") from error
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"load: {folder} must fit {type(module).__name__}, got: {said} Build the module that was saved."
+        ) from error
+    empty = [name for name, tensor in [*module.named_parameters(), *module.named_buffers()] if tensor.is_meta]
+    if empty:
+        raise ValueError(
+            f"load: {type(module).__name__} must get every tensor from the file, got none for {empty[0]} (it is not saved). "
+            "Build the module on a real device."
+        )
     return module
+
+
+def _stored_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"load: {path} must be JSON, got: {error}. Copy or download it again.") from error
+    if not isinstance(config, dict) or not isinstance(config.get("quantization_config"), dict):
+        raise ValueError(f"load: {path} must hold a quantization_config, got none. Was the module quantized before saving?")
+    return config["quantization_config"]

@@ -1,11 +1,12 @@
 """The command line: ``dqtk explain | calibrate | quantize | generate | compare``.
 
-MODEL is an embedded pipeline's name (tiny-pixart, tiny-sdxl), a local diffusers folder, or a hub id. Errors that a person can mend are
-one line on stderr and exit status 2; Ctrl-C exits with 130 and leaves no half-written output.
+MODEL is an embedded pipeline's name (tiny-pixart, tiny-sdxl), a local diffusers folder, or a hub id. Errors that a person can mend
+are one line on stderr and exit status 2; Ctrl-C exits with 130 and leaves no half-written output.
 """
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -16,13 +17,13 @@ from .calibrate import Stats
 from .calibrate import calibrate as run_calibrate
 from .checkpoint import check_output, written_whole
 from .explain import table
-from .installed import summary
+from .installed import installed_plan, summary
 from .plan import Plan
 from .quantize import plan as make_plan
 from .quantize import quantize, save
 from .recipes import RECIPES
 from .resolve import call_kwargs_for, oracle_for
-from .sources import load_pipeline, locate, meta_pipeline, read_prompts
+from .sources import load_pipeline, locate, meta_pipeline, read_json, read_prompts, readable
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="dqtk", description="Post-training quantization for diffusers pipelines.")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    explain = verbs.add_parser("explain", help="show what a recipe would do; reads no weights")
+    explain = verbs.add_parser("explain", help="show what a recipe would do, or what was done to MODEL; reads no weights")
     _model_and_plan(explain)
     explain.add_argument("--roles", action="store_true", help="one row per role instead of per site")
     explain.add_argument("--output", type=Path, help="also write the plan as JSON")
@@ -76,25 +77,33 @@ def _sampling(verb: argparse.ArgumentParser, prompts_required: bool = True, dtyp
     verb.add_argument(
         "--prompts", nargs="+", metavar="FILE|TEXT", required=prompts_required, help="a text file, one per line, or prompts"
     )
-    verb.add_argument("--num-prompts", type=int, metavar="N", help="use the first N")
-    verb.add_argument("--steps", type=int, help="num_inference_steps (default: the pipeline's)")
+    verb.add_argument("--num-prompts", type=_positive, metavar="N", help="use the first N")
+    verb.add_argument("--steps", type=_positive, help="num_inference_steps (default: the pipeline's)")
     verb.add_argument("--guidance", type=float, help="guidance_scale (default: the pipeline's)")
     verb.add_argument("--seed", type=int, default=0)
-    verb.add_argument("--batch-size", type=int, default=8)
+    verb.add_argument("--batch-size", type=_positive, default=8)
     verb.add_argument(
         "--dtype", choices=("stored", "float32", "bfloat16", "float16"), default=dtype, help="compute dtype (%(default)s)"
     )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"value must be a positive integer, got {text!r}.")
+    return int(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = parser().parse_args(words)
-    command = shlex.join(["dqtk", *words])
+    run = {"explain": _explain, "calibrate": _calibrate, "quantize": _quantize, "generate": _generate, "compare": _compare}
     try:
-        {"explain": _explain, "calibrate": _calibrate, "quantize": _quantize, "generate": _generate, "compare": _compare}[
-            options.verb
-        ](options, command)
+        run[options.verb](options, shlex.join(["dqtk", *words]))
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError) as error:
         print(f"dqtk {options.verb}: error: {error}", file=sys.stderr)
         return 2
@@ -106,12 +115,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _plan_for(options: argparse.Namespace, pipe: Any) -> Plan:
     if options.recipe is None:
-        raise ValueError(f"--recipe must be given, one of {', '.join(RECIPES)}.")
+        raise ValueError(f"--recipe must be one of {', '.join(RECIPES)}, got none. Add it.")
     overrides: dict[str, Any] = dict.fromkeys(options.keep)
     for wish in options.set:
         pattern, equals, recipe = wish.rpartition("=")
         if not equals:
-            raise ValueError(f"--set must be PATTERN=RECIPE, got {wish!r}.")
+            raise ValueError(f"--set must be PATTERN=RECIPE, got {wish!r}. For example --set '*.ff.*=w8a8'.")
         overrides[pattern] = recipe
     return make_plan(pipe, options.recipe, text_encoders=options.text_encoders, overrides=overrides)
 
@@ -126,7 +135,12 @@ def _call_kwargs(options: argparse.Namespace, pipe: Any) -> dict[str, Any]:
 
 
 def _explain(options: argparse.Namespace, command: str) -> None:
-    plan = _plan_for(options, meta_pipeline(options.model))
+    pipe = meta_pipeline(options.model)
+    plan = installed_plan(pipe)
+    if options.recipe is not None or not plan.components:
+        plan = _plan_for(options, pipe)
+    elif options.keep or options.set or options.text_encoders:
+        raise ValueError(f"--keep, --set and --text-encoders must come with --recipe, got none. {options.model} is quantized.")
     print(plan.explain(sites=not options.roles))
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -150,20 +164,32 @@ def _calibrate(options: argparse.Namespace, command: str) -> None:
 
 def _quantize(options: argparse.Namespace, command: str) -> None:
     check_output(options.output, "quantize")
-    if (options.plan is None) == (options.recipe is None):
-        raise ValueError("exactly one of --recipe and --plan must be given.")
-    stored = Plan.from_json(json.loads(options.plan.read_text()), str(options.plan)) if options.plan else None
-    if stored is None:
-        _plan_for(options, meta_pipeline(options.model))  # wrong names and patterns fail before any weight is read
+    if options.plan is None:
+        plan = _plan_for(options, meta_pipeline(options.model))  # wrong names and patterns fail before any weight is read
+    elif options.recipe or options.text_encoders or options.keep or options.set:
+        raise ValueError("--plan must stand alone, got --recipe, --text-encoders, --keep or --set too. A plan has decided already.")
+    else:
+        plan = Plan.from_json(read_json(options.plan, "--plan"), str(options.plan))
     prompts = read_prompts(options.prompts, options.num_prompts) if options.prompts else None
+    stats = _read_stats(options.stats) if options.stats else None
+    if plan.needs_stats and stats is None and prompts is None:
+        raise ValueError(f"--prompts or --stats must be given for recipe {plan.recipe}, got neither. Its inputs are calibrated.")
     pipe = load_pipeline(options.model, options.dtype)
-    plan = stored if stored is not None else _plan_for(options, pipe)
-    stats = Stats.load(options.stats) if options.stats else None
-    quantize(pipe, plan, stats, prompts=prompts, call_kwargs=_call_kwargs(options, pipe))
+    if plan.needs_stats and stats is None and prompts is not None:
+        kwargs = _call_kwargs(options, pipe)
+        stats = run_calibrate(pipe, prompts, plan, seed=options.seed, batch_size=options.batch_size, call_kwargs=kwargs)
+    quantize(pipe, plan, stats)
     save(pipe, options.output)
     rows = [_size_row(plan, component.name) for component in plan.components]
     print(table(["component", "bf16", "quantized", "ratio", "left at 16 bit"], rows))
     print(f"{options.output}: recipe {plan.recipe}, plan {plan.hash}")
+
+
+def _read_stats(path: Path) -> Stats:
+    if not path.is_file():
+        raise ValueError(f"--stats: file must exist, got {path}. Write it with dqtk calibrate.")
+    with readable(f"--stats: {path}", "a file written by dqtk calibrate"):
+        return Stats.load(path)
 
 
 def _size_row(plan: Plan, component: str) -> list[str]:

@@ -9,17 +9,17 @@ tensors are cast to the load dtype before the quantizer sees them, so scales are
 import enum
 from typing import Any
 
-import torch
+from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
-from .checkpoint import METHOD, config_of, file_metadata, install, read_config, verify_files
-from .nn import Quantized
+from .checkpoint import METHOD, config_of, file_metadata, install, quantized_layers, read_config, replace_layer, verify_files
+from .nn import BUFFERS, Quantized
 
 
-class Method(str, enum.Enum):
+class Method(enum.StrEnum):
     """diffusers reads ``quant_method.value``."""
 
     DQTK = METHOD
@@ -30,7 +30,7 @@ class DqtkConfig(QuantizationConfigMixin):
 
     def __init__(self, **fields: Any):
         fields.pop("quant_method", None)
-        self.quant_method = Method.DQTK
+        self.quant_method = Method.DQTK  # type: ignore[assignment]  # their enum is closed
         read_config(fields)
         self.fields = fields
 
@@ -49,9 +49,16 @@ class DqtkQuantizer(DiffusersQuantizer):
 
     use_keep_in_fp32_modules = True
     requires_calibration = True
+    quantization_config: Any  # a DqtkConfig
 
     def validate_environment(self, *args, **kwargs) -> None:
-        """Nothing: every device runs, and ``explain`` and reports say by which kernel."""
+        """Every device runs; only offloading to disk while loading is refused: it bypasses the quantizer and rounds scales."""
+        device_map = kwargs.get("device_map")
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError(
+                "from_pretrained: device_map must place quantized layers in memory, got 'disk'. "
+                "Load on the CPU and call enable_group_offload(offload_to_disk_path=...)."
+            )
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         verify_files(checkpoint_files, "from_pretrained")
@@ -73,9 +80,7 @@ class DqtkQuantizer(DiffusersQuantizer):
 
     def check_if_quantized_param(self, model, param_value, param_name: str, state_dict, **kwargs) -> bool:
         path, _, name = param_name.rpartition(".")
-        return name in ("qweight", "scale", "group_scale", "zero", "input_scale", "input_zero") and isinstance(
-            model.get_submodule(path), Quantized
-        )
+        return name in BUFFERS and isinstance(model.get_submodule(path), Quantized)
 
     def check_quantized_param_shape(self, param_name: str, current_param, loaded_param) -> None:
         raise ValueError(
@@ -83,7 +88,7 @@ class DqtkQuantizer(DiffusersQuantizer):
             "Config and weights belong to different models."
         )
 
-    def create_quantized_param(
+    def create_quantized_param(  # type: ignore[override]
         self, model, param_value, param_name, target_device, state_dict, unexpected_keys=None, **kwargs
     ) -> None:
         path, _, name = param_name.rpartition(".")
@@ -92,7 +97,8 @@ class DqtkQuantizer(DiffusersQuantizer):
         wanted = getattr(layer, name)
         if exact.dtype != wanted.dtype:
             raise ValueError(
-                f"from_pretrained: {param_name} must be {wanted.dtype}, got {exact.dtype}. Config and weights belong to different models."
+                f"from_pretrained: {param_name} must be {wanted.dtype}, got {exact.dtype}. "
+                "Config and weights belong to different models."
             )
         layer._buffers[name] = exact.to(target_device)
 
@@ -115,11 +121,11 @@ class DqtkQuantizer(DiffusersQuantizer):
     def is_compileable(self) -> bool:
         return True
 
-    def _dequantize(self, model: nn.Module) -> nn.Module:
-        from .checkpoint import quantized_layers, replace_layer
-
+    def _dequantize(self, model: Any) -> nn.Module:
         for path, layer in quantized_layers(model).items():
             replace_layer(model, path, layer.plain())
+        # diffusers leaves the entry in the config, and a plain model saved with it cannot be loaded.
+        model._internal_dict = FrozenDict({key: value for key, value in model.config.items() if key != "quantization_config"})
         return model
 
 
@@ -136,4 +142,6 @@ def attach(model: Any, recipe: str) -> None:
     model.hf_quantizer = DqtkQuantizer(config, pre_quantized=True)
     model.is_quantized = True
     model.quantization_method = Method.DQTK
-    assert isinstance(model.dtype, torch.dtype)
+
+
+register()

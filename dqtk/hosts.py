@@ -1,7 +1,7 @@
 """Which library a model comes from, and registering with it without importing it.
 
-``import dqtk`` must not import diffusers (7 s). If the library is already there, its backend registers at once; otherwise a one-shot
-import hook runs it right after the library's registry module has been executed. Both orders are tested.
+``import dqtk`` must not import diffusers (7 s). If the library is already there, its backend registers at once; otherwise a
+one-shot import hook runs it right after the library's registry module has been executed. Both orders are tested.
 """
 
 import importlib
@@ -21,7 +21,7 @@ def register_with_hosts() -> None:
     waiting = {}
     for registry, backend in REGISTRIES.items():
         if registry in sys.modules:
-            importlib.import_module(backend).register()
+            importlib.import_module(backend)
         else:
             waiting[registry] = backend
     if waiting:
@@ -47,6 +47,8 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
 
 class _ThenRegister(importlib.abc.Loader):
+    """Executes a registry module and then imports the backend, which registers itself."""
+
     def __init__(self, loader: Any, backend: str):
         self.loader, self.backend = loader, backend
 
@@ -55,7 +57,7 @@ class _ThenRegister(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        importlib.import_module(self.backend).register()
+        importlib.import_module(self.backend)  # registers, unless it is what imports the registry: then it does so at its end
 
 
 def backend_of(module: nn.Module) -> ModuleType | None:

@@ -1,7 +1,7 @@
 """From intent to fact: a ``Recipe`` (ordered rules) becomes a ``Plan`` (every site, its spec, and why).
 
-A plan costs nothing to make, is plain JSON, and is all that the later verbs read. Its ``hash`` covers what changes numbers (sites and
-specs), not the words that explain them.
+A plan costs nothing to make, is plain JSON, and is all that the later verbs read. Its ``hash`` covers what changes numbers (sites
+and specs), not the words that explain them.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from typing import Any
 
 from .numerics.packing import stored_bytes
 from .sites import ROLES, Adapter, Site, components_of, find_sites
-from .spec import Float, LayerSpec, PerChannel, PerGroup, TwoLevel, canonical, describe, did_you_mean, from_json, to_json
+from .spec import Float, Int, LayerSpec, PerChannel, PerGroup, TwoLevel, canonical, describe, did_you_mean, from_json, to_json
 
 FORMAT_VERSION = 1
 
@@ -68,7 +68,10 @@ class Choice:
         """Codes, scales and zero points, or the 16-bit weight."""
         if self.spec is None:
             return self.bytes_before
-        static = 8 if self.spec.needs_stats else 0
+        static = 0
+        if self.spec.needs_stats:
+            assert self.spec.input is not None
+            static = 8 if isinstance(self.spec.input.format, Int) else 4  # scale, and the zero point of integers
         return stored_bytes(self.spec.weight, self.site.n, self.site.k) + static
 
 
@@ -109,7 +112,7 @@ class Plan:
         )
 
     def sizes(self, component: str) -> dict[str, float]:
-        """``bytes_before`` and ``bytes_after`` (weights at bf16, everything else at bf16), ``quantized_share`` of the parameters."""
+        """``bytes_before`` and ``bytes_after`` (what stays, at bf16), ``quantized_share`` of the ``num_parameters``."""
         total = next(c.num_parameters for c in self.components if c.name == component)
         mine = [c for c in self.choices if c.site.component == component]
         quantized = sum(c.site.num_weights for c in mine if c.spec is not None)
@@ -152,23 +155,35 @@ class Plan:
     @staticmethod
     def from_json(data: Mapping[str, Any], where: str = "plan") -> "Plan":
         """Inverse of ``to_json``. Raises ``ValueError`` for a newer version, unknown fields or a hash that does not fit."""
-        version = data.get("format_version")
+        version = data.get("format_version") if isinstance(data, Mapping) else None
         if version != FORMAT_VERSION:
             raise ValueError(f"{where}: format_version must be {FORMAT_VERSION}, got {version!r}. Update dqtk to read newer plans.")
+        try:
+            plan = Plan._parse(data, where)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{where}: plan must have the fields that to_json writes, got: {error}. Make the plan again."
+            ) from error
+        if plan.hash != data.get("hash"):
+            raise ValueError(
+                f"{where}: hash must be {plan.hash} for these choices, got {data.get('hash')}. "
+                "The file was edited; make the plan again."
+            )
+        return plan
+
+    @staticmethod
+    def _parse(data: Mapping[str, Any], where: str) -> "Plan":
         specs = {name: from_json(spec, f"{where}: specs.{name}") for name, spec in data["specs"].items()}
         choices = []
         for row in data["choices"]:
             site = Site(**{**row["site"], "shape": tuple(row["site"]["shape"])})
             spec = None if row["spec"] is None else specs.get(row["spec"])
             if row["spec"] is not None and spec is None:
-                raise ValueError(f"{where}: spec of {site.id} must be one of {sorted(specs)}, got {row['spec']!r}.")
+                raise ValueError(
+                    f"{where}: spec of {site.id} must be one of {sorted(specs)}, got {row['spec']!r}. Make the plan again."
+                )
             choices.append(Choice(site=site, spec=spec, why=row["why"]))
-        plan = Plan(recipe=data["recipe"], components=tuple(Component(**c) for c in data["components"]), choices=tuple(choices))
-        if plan.hash != data["hash"]:
-            raise ValueError(
-                f"{where}: hash must be {plan.hash} for these choices, got {data['hash']}. The file was edited; make the plan again."
-            )
-        return plan
+        return Plan(recipe=data["recipe"], components=tuple(Component(**c) for c in data["components"]), choices=tuple(choices))
 
 
 def resolve(
@@ -213,8 +228,14 @@ def resolve(
 def _check_patterns(rules: Iterable[Rule], sites: Sequence[Site]) -> None:
     for rule in rules:
         if rule.pattern is not None and not any(site.matches(rule.pattern) for site in sites):
-            near = did_you_mean(rule.pattern.strip("*"), [site.path for site in sites])
-            raise ValueError(f"plan: pattern must match at least one of {len(sites)} sites, got {rule.pattern!r}.{near}")
+            wish = rule.pattern.strip("*.")
+            length = wish.count(".") + 1
+            ends = dict.fromkeys(".".join(site.path.split(".")[-length:]) for site in sites)
+            near = did_you_mean(wish, [*ends, *(site.path for site in sites)])
+            raise ValueError(
+                f"plan: pattern must match at least one of {len(sites)} sites, got {rule.pattern!r}."
+                f"{near or ' Patterns are globs on the names that explain lists.'}"
+            )
 
 
 def _choose(site: Site, rules: Sequence[Rule], explicit: int) -> Choice:
@@ -226,7 +247,8 @@ def _choose(site: Site, rules: Sequence[Rule], explicit: int) -> Choice:
         if site.unsupported:
             if i < explicit:
                 raise ValueError(
-                    f"plan: {site.id} must be an ordinary linear or convolution to be quantized, got: {site.unsupported}. Keep it at 16 bits."
+                    f"plan: {site.id} must be an ordinary linear or convolution to be quantized, got: {site.unsupported}. "
+                    "Keep it at 16 bits."
                 )
             return Choice(site=site, spec=None, why=f"not supported: {site.unsupported}")
         spec, note = fit(rule.spec, site)
@@ -243,7 +265,8 @@ def fit(spec: LayerSpec, site: Site) -> tuple[LayerSpec, str]:
             (s for s in (granularity.size // 2, granularity.size // 4) if s >= 16 and s % 8 == 0 and site.channels % s == 0), None
         )
         if size is None:
-            weight = replace(spec.weight, format=replace(spec.weight.format, bits=8, symmetric=True), granularity=PerChannel())
+            eight = spec.weight.format if isinstance(spec.weight.format, Float) else Int(bits=8)
+            weight = replace(spec.weight, format=eight, granularity=PerChannel())
             notes.append(
                 f"8 bit per channel: no group of {granularity.size} or its half or quarter divides {site.channels} channels"
             )

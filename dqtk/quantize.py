@@ -1,7 +1,8 @@
 """The main path: plan, (calibrate,) quantize, save, load.
 
-``quantize`` streams: one layer's weight is read, solved, packed and swapped before the next is touched, so the peak is about one layer
-above the model. Whatever interrupts it, the model is told which layers were really replaced: saving it then is still true.
+``quantize`` streams: one layer's weight is read, solved, packed and swapped before the next is touched, so the peak is about one
+layer above the model. Whatever can be wrong with the model is found before the first layer is touched; whatever interrupts it
+later, the model is told which layers were really replaced: saving it then is still true.
 """
 
 import importlib
@@ -15,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .calibrate import Stats, calibrate
-from .checkpoint import replace_layer, written_whole
+from .checkpoint import replace_layer, save_module, written_whole
 from .hosts import backend_of
 from .kernels import to_matrix
 from .methods.solve import solve, static_input_scale
@@ -24,7 +25,8 @@ from .plan import Choice, Plan, Recipe, Rule, resolve
 from .recipes import recipe_named
 from .resolve import adapters, call_kwargs_for
 from .sites import DENOISERS, components_of, find_sites
-from .spec import LayerSpec
+from .sources import model_class, readable
+from .spec import LayerSpec, describe
 
 
 def plan(
@@ -46,13 +48,17 @@ def plan(
     """
     parts = components_of(target)
     denoisers = [name for name in parts if name == "model" or DENOISERS.fullmatch(name)]
+    encoders = [name for name in parts if name not in denoisers]
     rules = [_override(pattern, wish) for pattern, wish in (overrides or {}).items()]
-    made = resolve(_recipe(recipe), target, only=denoisers, overrides=rules, adapters=adapters())
+    theirs = [] if text_encoders is None else _matching(rules, parts, encoders)
+    mine = [rule for rule in rules if rule not in theirs or _matching([rule], parts, denoisers)]
+    made = resolve(_recipe(recipe), target, only=denoisers, overrides=mine, adapters=adapters())
     if text_encoders is not None:
-        encoders = [name for name in parts if name not in denoisers]
         if not encoders:
-            raise ValueError(f"plan: text_encoders must be None for a target without text encoders, got {text_encoders!r}.")
-        more = resolve(_recipe(text_encoders), target, only=encoders)
+            raise ValueError(
+                f"plan: text_encoders must be None for a target without text encoders, got {text_encoders!r}. Leave it out."
+            )
+        more = resolve(_recipe(text_encoders), target, only=encoders, overrides=theirs)
         made = Plan(
             recipe=f"{made.recipe}, text encoders {more.recipe}",
             components=made.components + more.components,
@@ -60,15 +66,23 @@ def plan(
         )
     if not any(choice.spec for choice in made.choices):
         done = sum(isinstance(layer, Quantized) for part in parts.values() for layer in part.modules())
-        reason = f"{done} layers are quantized already" if done else "every site is kept"
-        raise ValueError(
-            f"plan: target must have something to quantize, got {len(made.choices)} sites: {reason}. Load the original model."
-        )
+        reason = next((choice.why for choice in made.choices if choice.site.unsupported), "every site is kept")
+        said = f"{done} layers are quantized already. Load the original model." if done else f"{reason}. Change the recipe."
+        raise ValueError(f"plan: target must have something to quantize, got {len(made.choices)} sites: {said}")
     return made
+
+
+_make_plan = plan  # quantize has an argument of that name
 
 
 def _recipe(recipe: str | Recipe) -> Recipe:
     return recipe_named(recipe) if isinstance(recipe, str) else recipe
+
+
+def _matching(rules: Sequence[Rule], parts: Mapping[str, nn.Module], names: Sequence[str]) -> list[Rule]:
+    """The rules that match some site of these components."""
+    sites = [site for name in names for site in find_sites(parts[name], name)]
+    return [rule for rule in rules if any(rule.matches(site) for site in sites)]
 
 
 def _override(pattern: str, wish: LayerSpec | str | None) -> Rule:
@@ -99,9 +113,10 @@ def quantize(
     Returns:
         ``target``.
     Raises:
-        ValueError: the plan does not fit the model, statistics are missing, a weight is NaN, infinite, integer or on the meta device.
+        ValueError: the plan does not fit the model, statistics are missing, or a weight is packed already, NaN, infinite,
+            integer or on the meta device. Nothing was changed then.
     """
-    made = plan if isinstance(plan, Plan) else globals()["plan"](target, plan)
+    made = plan if isinstance(plan, Plan) else _make_plan(target, plan)
     parts = components_of(target)
     work = [choice for choice in made.choices if choice.spec is not None]
     _check_fit(made, parts)
@@ -112,6 +127,8 @@ def quantize(
                 "Pass prompts=[...], or stats=dqtk.calibrate(pipe, prompts, plan)."
             )
         stats = calibrate(target, prompts, made, call_kwargs=call_kwargs or call_kwargs_for(target), progress=progress)
+    for choice in work:
+        _check_layer(parts[choice.site.component].get_submodule(choice.site.path), choice, stats)
     touched = dict.fromkeys(choice.site.component for choice in work)
     try:
         for choice in tqdm(work, desc="quantize", unit="layer", disable=not progress):
@@ -129,10 +146,10 @@ def _check_fit(plan: Plan, parts: Mapping[str, nn.Module]) -> None:
                 f"quantize: plan must be for components {sorted(parts)}, got {component.name}. Make a plan for this model."
             )
         shapes = {site.id: site.shape for site in find_sites(parts[component.name], component.name)}
-        for choice in plan.choices:
-            if choice.site.component == component.name and shapes.get(choice.site.id) != choice.site.shape:
+        for site in (choice.site for choice in plan.choices if choice.site.component == component.name):
+            if shapes.get(site.id) != site.shape:
                 raise ValueError(
-                    f"quantize: plan must fit the model at {choice.site.id}: {choice.site.shape}, got {shapes.get(choice.site.id)}. "
+                    f"quantize: plan must fit the model at {site.id}: {site.shape}, got {shapes.get(site.id)}. "
                     "Make a plan for this model."
                 )
 
@@ -142,7 +159,6 @@ def _quantize_layer(module: nn.Module, choice: Choice, stats: Stats | None) -> N
     site, spec = choice.site, choice.spec
     assert spec is not None
     layer: Any = module.get_submodule(site.path)
-    _check_weight(site.id, layer.weight)
     input_scale = input_zero = None
     if spec.needs_stats:
         assert stats is not None
@@ -160,14 +176,22 @@ def _quantize_layer(module: nn.Module, choice: Choice, stats: Stats | None) -> N
     replace_layer(module, site.path, new)
 
 
-def _check_weight(site: str, weight: torch.Tensor) -> None:
+def _check_layer(layer: Any, choice: Choice, stats: Stats | None) -> None:
+    site, weight = choice.site.id, layer.weight
+    if isinstance(layer, Quantized):
+        raise ValueError(f"quantize: {site} must be unquantized, got {describe(layer.spec)} already. Load the original model.")
+    if choice.spec is not None and choice.spec.needs_stats and stats is not None:
+        stats.input_range(site)  # raises when it was never called
     if weight.device.type == "meta":
-        raise ValueError(f"quantize: {site} must have real weights, got a meta tensor. Load the model with from_pretrained.")
+        raise ValueError(
+            f"quantize: {site} must have real weights, got a meta tensor. Load the model with from_pretrained; offload afterwards."
+        )
     if not weight.dtype.is_floating_point or weight.element_size() < 2:
         raise ValueError(f"quantize: {site} must be float32, bfloat16 or float16, got {weight.dtype}. Load the unquantized model.")
     if not bool(torch.isfinite(weight).all()):
         raise ValueError(
-            f"quantize: {site} must have finite weights, got NaN or infinity. The checkpoint is damaged; keep the layer or load again."
+            f"quantize: {site} must have finite weights, got NaN or infinity. "
+            "The checkpoint is damaged; load it again, or keep this site at 16 bits."
         )
 
 
@@ -178,27 +202,31 @@ def _make_saveable(module: nn.Module, recipe: str) -> None:
 
 
 def save(pipe: Any, path: str | os.PathLike) -> None:
-    """``pipe.save_pretrained(path)`` that appears whole or not at all.
+    """``pipe.save_pretrained(path)`` that appears whole or not at all. Of a bare module: ``checkpoint.save_module``.
 
     Raises:
         ValueError: the folder exists and is not empty.
     """
+    if not hasattr(pipe, "save_pretrained"):
+        save_module(pipe, path)
+        return
     with written_whole(path, "save") as folder:
         pipe.save_pretrained(folder)
 
 
 def load(path: str | os.PathLike, **kwargs: Any) -> Any:
-    """Load a saved pipeline or diffusers model; ``kwargs`` go to ``from_pretrained`` (for example ``torch_dtype``).
+    """Load a saved pipeline, diffusers model or text encoder; ``kwargs`` go to ``from_pretrained`` (such as ``dtype``).
 
     Raises:
         ValueError: not a diffusers folder; damaged, edited or newer files.
     """
     diffusers = importlib.import_module("diffusers")
     folder = Path(path)
-    if (folder / "model_index.json").is_file():
-        return diffusers.DiffusionPipeline.from_pretrained(folder, **kwargs)
-    if (folder / "config.json").is_file():
-        return diffusers.AutoModel.from_pretrained(folder, **kwargs)
+    with readable(f"load: {path}"):
+        if (folder / "model_index.json").is_file():
+            return diffusers.DiffusionPipeline.from_pretrained(folder, **kwargs)
+        if (folder / "config.json").is_file():
+            return model_class(folder).from_pretrained(folder, **kwargs)
     raise ValueError(
         f"load: folder must hold model_index.json or config.json, got {folder}. Save with pipe.save_pretrained or dqtk.save."
     )

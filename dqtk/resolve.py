@@ -27,7 +27,7 @@ def families() -> tuple[ModuleType, ...]:
 @cache
 def adapters() -> dict[str, Adapter]:
     """Denoiser class name -> adapter."""
-    found = {}
+    found: dict[str, Adapter] = {}
     for family in families():
         adapter = getattr(family, "ADAPTER", None)
         if adapter is not None:

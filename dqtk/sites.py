@@ -1,12 +1,13 @@
 """Sites: the places of a model that can be quantized, found by structure and named by role.
 
-A site is an ``nn.Linear`` or ``nn.Conv1d/2d/3d``. Its role comes from where it stands (inside a repeated block or outside), from its
-kind and from the words in its path; the words are those that diffusers and transformers use for the same thing. That is enough to plan
-any denoiser and any text encoder without knowing its family. An ``Adapter`` (one file per family in ``pipelines/``) only corrects it.
+A site is an ``nn.Linear`` or ``nn.Conv1d/2d/3d``. Its role comes from where it stands (inside a repeated block or outside), from
+its kind and from the words in its path; the words are those that diffusers and transformers use for the same thing. That is enough
+to plan any denoiser and any text encoder without knowing its family. An ``Adapter`` (one file per family in ``pipelines/``) only
+corrects it.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -128,7 +129,8 @@ def components_of(target: Any) -> dict[str, nn.Module]:
     }
     if not any(DENOISERS.fullmatch(name) for name in found):
         raise ValueError(
-            f"components_of: pipeline must have a denoiser (unet or transformer), got {sorted(parts)}. Pass the module itself."
+            f"components_of: pipeline must have a denoiser (unet, transformer or prior), got {sorted(parts)}. "
+            "Pass the module itself."
         )
     return found
 
@@ -136,7 +138,7 @@ def components_of(target: Any) -> dict[str, nn.Module]:
 def find_sites(module: nn.Module, component: str = "model", adapter: Adapter | None = None) -> list[Site]:
     """All sites of a module in definition order. Works on the meta device."""
     inside = _paths_in_blocks(module)
-    owners: dict[int, str] = {}
+    ties = _ties(module)
     sites = []
     for path, layer in module.named_modules():
         if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
@@ -154,7 +156,7 @@ def find_sites(module: nn.Module, component: str = "model", adapter: Adapter | N
                 shape=tuple(layer.weight.shape),
                 bias=layer.bias is not None,
                 shared_input=_shared_input(component, path, role),
-                unsupported=_unsupported(layer, path, owners),
+                unsupported=_unsupported(layer, path, ties),
             )
         )
     return sites
@@ -167,11 +169,20 @@ def _paths_in_blocks(module: nn.Module) -> set[str]:
     return {path for path, _ in module.named_modules() if path.startswith(below)} if below else set()
 
 
-def _unsupported(layer: Any, path: str, owners: dict[int, str]) -> str | None:
-    if isinstance(layer.weight, nn.Parameter):
-        owner = owners.setdefault(id(layer.weight), path)
-        if owner != path:
-            return f"weight is tied to {owner}"
+def _ties(module: nn.Module) -> dict[int, list[str]]:
+    """Parameter -> all its names. Packing one of several would save nothing and part what belongs together."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return names
+
+
+def _unsupported(layer: Any, path: str, ties: Mapping[int, list[str]]) -> str | None:
+    if not path:
+        return "it is the whole model, which cannot be replaced in place"
+    others = [name for name in ties.get(id(layer.weight), ()) if name != f"{path}.weight"]
+    if others:
+        return f"weight is tied to {others[0]}"
     if isinstance(layer, nn.Linear):
         known = type(layer) is nn.Linear
     else:
@@ -254,7 +265,7 @@ def _shared_input(component: str, path: str, role: str) -> str | None:
     return None
 
 
-def meta(factory, *args, **kwargs) -> nn.Module:
+def meta(factory: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
     """Build a module without memory: ``meta(UNet2DConditionModel, **config)``."""
     with torch.device("meta"):
         return factory(*args, **kwargs)

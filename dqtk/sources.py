@@ -2,20 +2,24 @@
 
 import importlib
 import json
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .hosts import quiet_hosts
+from .checkpoint import METHOD, install, read_config
+from .hosts import backend_of, quiet_hosts
 from .resolve import embedded_folder, embedded_names
 from .sites import DENOISERS, TEXT_ENCODERS, meta
 from .spec import did_you_mean
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def locate(model: str) -> str:
@@ -24,21 +28,22 @@ def locate(model: str) -> str:
     Raises:
         ValueError: neither an embedded name, nor a diffusers folder, nor the form of a hub id.
     """
-    if model in embedded_names():
+    names = embedded_names()
+    if model in names:
         return str(embedded_folder(model))
     path = Path(model)
     if path.is_dir():
         if not (path / "model_index.json").is_file():
             raise ValueError(
-                f"model: folder must hold model_index.json (a saved diffusers pipeline), got {model} with {_listing(path)}."
+                f"model: folder must hold model_index.json (a saved diffusers pipeline), got {model} with {_listing(path)}. "
+                "Give the folder that pipe.save_pretrained wrote."
             )
         return str(path)
     if _HUB_ID.fullmatch(model) and not path.exists():
         return model
-    names = embedded_names()
     raise ValueError(
-        f"model: MODEL must be an embedded pipeline ({', '.join(names)}), a diffusers folder or a hub id (owner/name), got {model!r}."
-        f"{did_you_mean(model, names)}"
+        f"model: MODEL must be an embedded pipeline ({', '.join(names) or 'none is installed'}), a diffusers folder or a hub id "
+        f"(owner/name), got {model!r}.{did_you_mean(model, names) or ' Check the spelling.'}"
     )
 
 
@@ -47,11 +52,43 @@ def _listing(path: Path) -> str:
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "") if names else "nothing"
 
 
-def local_folder(where: str) -> Path:
-    """The folder itself, or that of a hub id after downloading it to diffusers' cache."""
+def local_folder(model: str, weights: bool = True) -> Path:
+    """The folder of a MODEL; a hub id is downloaded to the hub's cache first, or found there when offline.
+
+    ``weights=False`` fetches the configurations only.
+    """
+    where = locate(model)
     if Path(where).is_dir():
         return Path(where)
-    return Path(importlib.import_module("diffusers").DiffusionPipeline.download(where))
+    with readable(f"model: {model} is not a local folder, so it", "on the hub or in its cache"):
+        if weights:
+            return Path(importlib.import_module("diffusers").DiffusionPipeline.download(where))
+        hub = importlib.import_module("huggingface_hub")
+        return Path(hub.snapshot_download(where, allow_patterns=["model_index.json", "*/config.json"]))
+
+
+@contextmanager
+def readable(where: str, what: str = "complete and readable") -> Iterator[None]:
+    """Whatever the host libraries say about files that they cannot fetch or read, as one line.
+
+    TypeError: a configuration value of a wrong type. RuntimeError: transformers on tensors of a wrong shape.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError, RuntimeError, TypeError) as error:
+        said = " ".join(str(error).split())
+        said = said if len(said) <= 400 else f"{said[:400]}..."
+        raise ValueError(f"{where} must be {what}, got: {said or type(error).__name__}") from error
+
+
+def read_json(path: str | Path, where: str) -> Any:
+    """A JSON file. Raises ``ValueError`` that names it when it is missing or no JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{where}: file must exist, got {path}. Check the path.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{where}: {path} must be JSON, got: {error}. Write or copy it again.") from error
 
 
 def stored_dtype(folder: Path) -> str:
@@ -59,7 +96,7 @@ def stored_dtype(folder: Path) -> str:
     for file in sorted(folder.glob("*/*.safetensors")):
         if DENOISERS.fullmatch(file.parent.name):
             with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():
+                for name in tensors.keys():  # noqa: SIM118 (not a dictionary)
                     kind = tensors.get_slice(name).get_dtype()
                     if kind in _DTYPES and not name.endswith(("scale", "input_scale")):
                         return _DTYPES[kind]
@@ -72,69 +109,94 @@ def load_pipeline(model: str, dtype: str = "float32") -> Any:
     Raises:
         ValueError: unknown model, damaged files, or a hub that cannot be reached.
     """
-    where = locate(model)
+    folder = local_folder(model)
     diffusers = importlib.import_module("diffusers")
     quiet_hosts()
-    try:
-        folder = local_folder(where)
+    with readable(f"model: {model}"):
         chosen = stored_dtype(folder) if dtype == "stored" else dtype
         pipe = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=getattr(torch, chosen))
-    except (OSError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"model: {model} must be a complete diffusers pipeline that can be read, got: {first}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 class MetaPipeline:
-    """Denoisers and text encoders without weights, enough for ``dqtk.plan``."""
+    """Denoisers and text encoders without weights, enough for ``dqtk.plan`` and ``installed_plan``."""
 
     def __init__(self, components: dict[str, Any]):
         self.components = components
 
 
 def meta_pipeline(model: str) -> MetaPipeline:
-    """The pipeline's planned components on the meta device, from their configs alone: no weights are read or downloaded."""
-    where = locate(model)
-    diffusers = importlib.import_module("diffusers")
-    index = diffusers.DiffusionPipeline.load_config(where)
+    """The pipeline's planned components on the meta device, from their configs alone: no weights are read or downloaded.
+
+    Layers that dqtk has quantized stand there as empty runtime layers. Raises ``ValueError`` for other quantized models.
+    """
+    folder = local_folder(model, weights=False)
     parts = {}
-    for name, entry in index.items():
-        if not (isinstance(entry, list) and entry[0] and (DENOISERS.fullmatch(name) or TEXT_ENCODERS.fullmatch(name))):
-            continue
-        library, class_name = entry
-        kind = getattr(importlib.import_module(library), class_name)
-        if library == "transformers":
-            config = kind.config_class.from_pretrained(where, subfolder=name)
-        else:
-            config = kind.load_config(where, subfolder=name)
-        quantized = config.get("quantization_config") if isinstance(config, dict) else getattr(config, "quantization_config", None)
-        if quantized:
-            method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-            raise ValueError(
-                f"model: {model} must be unquantized to be planned, got {name} with quantization_config ({method}). Plan the original."
-            )
-        parts[name] = meta(kind, config) if library == "transformers" else meta(kind.from_config, config)
+    for name, entry in read_json(folder / "model_index.json", f"model: {model}").items():
+        if isinstance(entry, list) and entry[0] and (DENOISERS.fullmatch(name) or TEXT_ENCODERS.fullmatch(name)):
+            with readable(f"model: {name} of {model}"):
+                parts[name] = _meta_model(folder / name, *entry)
     return MetaPipeline(parts)
+
+
+def _meta_model(folder: Path, library: str, class_name: str) -> torch.nn.Module:
+    config = read_json(folder / "config.json", "config")
+    stored = config.pop("quantization_config", None)
+    method = stored.get("quant_method") if isinstance(stored, dict) else stored
+    if method not in (None, METHOD):
+        raise ValueError(f"{folder.name}: quant_method must be {METHOD} or none, got {method!r}. Plan the original.")
+    kind = _class_of(library, class_name)
+    made = meta(kind.from_config, config) if hasattr(kind, "load_config") else meta(kind, kind.config_class.from_dict(config))
+    if stored is not None:
+        install(made, read_config(stored, folder.name), folder.name)
+        backend: Any = backend_of(made)
+        backend.attach(made, stored.get("recipe", ""))
+    return made
+
+
+def model_class(folder: Path) -> Any:
+    """The class that a saved model's ``config.json`` names: diffusers writes ``_class_name``, transformers ``architectures``."""
+    config = read_json(folder / "config.json", "load")
+    if "_class_name" in config:
+        return _class_of("diffusers", config["_class_name"])
+    if config.get("architectures"):
+        return _class_of("transformers", config["architectures"][0])
+    raise ValueError(
+        f"{folder}/config.json must name a diffusers or transformers class, got {sorted(config)}. "
+        "Fill a bare module with dqtk.checkpoint.load_module(module, folder)."
+    )
+
+
+def _class_of(library: str, class_name: str) -> Any:
+    """A class by the two words of ``model_index.json``: from diffusers, transformers, or one of diffusers' pipeline modules."""
+    diffusers = importlib.import_module("diffusers")
+    known = {"diffusers": diffusers, "transformers": importlib.import_module("transformers")}
+    place = known.get(library) or getattr(diffusers.pipelines, library, None)
+    kind = getattr(place, class_name, None)
+    if kind is None:
+        raise ValueError(f"class must be one of diffusers or transformers, got {library}.{class_name}. Update the library.")
+    return kind
 
 
 def read_prompts(words: list[str], num: int | None = None) -> list[str]:
     """Prompts from the command line: a text file with one per line, or the prompts themselves.
 
     Raises:
-        ValueError: a file that does not exist or holds nothing.
+        ValueError: a file that does not exist, is not text or holds nothing.
     """
-    if len(words) == 1 and (words[0].endswith(".txt") or Path(words[0]).is_file()):
-        path = Path(words[0])
-        if not path.is_file():
+    if len(words) == 1 and (words[0].endswith(".txt") or os.path.isfile(words[0])):
+        try:
+            words = Path(words[0]).read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
             raise ValueError(
-                f"prompts: file must exist, got {path}. Give a text file with one prompt per line, or the prompts themselves."
-            )
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    else:
-        prompts = [word for word in words if word.strip()]
+                f"prompts: file must exist, got {words[0]}. Give a text file with one prompt per line, or the prompts themselves."
+            ) from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"prompts: {words[0]} must be UTF-8 text, got: {error}. Save it as UTF-8.") from error
+    prompts = [word.strip() for word in words if word.strip()]
     if not prompts:
-        raise ValueError(f"prompts: there must be at least one prompt, got none in {words}.")
+        raise ValueError("prompts: list must hold at least one prompt, got none. Give a file with one per line, or the prompts.")
     return prompts if num is None else prompts[:num]
 
 
@@ -142,7 +204,7 @@ def saved_recipe(folder: str | Path) -> dict[str, Any]:
     """Component -> ``quantization_config`` of a saved dqtk folder; empty when nothing is quantized."""
     found = {}
     for config in sorted(Path(folder).glob("*/config.json")):
-        stored = json.loads(config.read_text()).get("quantization_config")
-        if stored and stored.get("quant_method") == "dqtk":
+        stored = read_json(config, "config").get("quantization_config")
+        if stored and stored.get("quant_method") == METHOD:
             found[config.parent.name] = stored
     return found

@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import nn
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -15,7 +16,7 @@ class DqtkTextConfig(QuantizationConfigMixin):
 
     def __init__(self, **fields: Any):
         fields.pop("quant_method", None)
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]  # a registered name is enough
         read_config(fields)
         self.fields = fields
 
@@ -31,20 +32,30 @@ class DqtkTextConfig(QuantizationConfigMixin):
         return self.to_dict()
 
     def __repr__(self) -> str:
-        return f"DqtkTextConfig(recipe={self.fields.get('recipe')!r}, {len(self.fields['modules'])} layers, hash={self.fields['hash']})"
+        fields = self.fields
+        return f"DqtkTextConfig(recipe={fields.get('recipe')!r}, {len(fields['modules'])} layers, hash={fields['hash']})"
 
 
 class DqtkTextQuantizer(HfQuantizer):
     """Loads and saves dqtk checkpoints of transformers models."""
 
     requires_calibration = True
+    quantization_config: Any  # a DqtkTextConfig
 
     def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files=None, **kwargs) -> None:
-        verify_files(checkpoint_files or [], "from_pretrained")
+        digests = verify_files(checkpoint_files or [], "from_pretrained")
         install(model, read_config(self.quantization_config.fields), "from_pretrained")
+        names = set(model.state_dict())
+        missing = sorted(names - set(digests))
+        if missing and names > set(digests):  # else the checkpoint uses older names, which transformers translates
+            raise ValueError(
+                f"from_pretrained: checkpoint must hold every tensor of {type(model).__name__}, got none for {missing[0]} "
+                f"and {len(missing) - 1} more. Was the model class or its config changed?"
+            )
 
     def get_state_dict_and_metadata(self, model):
-        return None, file_metadata(model.state_dict())
+        # Digests go by the names in the file: a model that was loaded under older names is saved under these again.
+        return None, file_metadata(revert_weight_conversion(model, model.state_dict()))
 
     def is_serializable(self) -> bool:
         return True
@@ -77,3 +88,6 @@ def attach(model: Any, recipe: str) -> None:
     model.hf_quantizer = DqtkTextQuantizer(config, pre_quantized=True)
     model.is_quantized = True
     model.quantization_method = METHOD
+
+
+register()

@@ -19,6 +19,6 @@ def report_of(op: str, device: str) -> str:
     """What runs for ``op`` ("linear_int8", "conv_int8", "linear_fp8", "weight_only") on a device type such as "cpu"."""
     if op == "weight_only":
         return "weights decoded to the compute dtype, then torch's own matmul"
-    if op in ("linear_int8", "conv_int8") and device == "cpu":
+    if op in ("linear_int8", "conv_int8") and device in ("cpu", "cuda"):
         return "integer matmul through torch._int_mm"
     return "emulated in floating point"

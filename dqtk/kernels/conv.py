@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dqtk.numerics.packing import integer_weight
 
-from .int8 import epilogue, matmul_int_mm, matmul_reference, quantize_rows
+from .int8 import epilogue, matmul_int_mm, matmul_padded, matmul_reference, quantize_rows
 from .straight_through import conv_input_gradient, sum_to_bias
 
 
@@ -93,6 +93,13 @@ def conv_int8(
 def _(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, kernel, stride, padding, dilation):
     return _conv_int8(
         x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, kernel, stride, padding, dilation, matmul_int_mm
+    )
+
+
+@conv_int8.register_kernel("cuda")
+def _(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, kernel, stride, padding, dilation):
+    return _conv_int8(
+        x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, kernel, stride, padding, dilation, matmul_padded
     )
 
 

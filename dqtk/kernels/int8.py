@@ -26,8 +26,17 @@ def matmul_reference(a_TK: Tensor, b_NK: Tensor) -> Tensor:
 
 
 def matmul_int_mm(a_TK: Tensor, b_NK: Tensor) -> Tensor:
-    """The same through ``torch._int_mm`` (VNNI or AMX through oneDNN on x86)."""
+    """The same through ``torch._int_mm`` (on x86: VNNI or AMX through oneDNN)."""
     return torch._int_mm(a_TK.contiguous(), b_NK.T)  # oneDNN refuses overlapping rows, which windows of one sample can be
+
+
+def matmul_padded(a_TK: Tensor, b_NK: Tensor) -> Tensor:
+    """The same on CUDA, whose ``torch._int_mm`` wants more than 16 rows and multiples of 8 elsewhere; zeros add nothing."""
+    t, n = a_TK.shape[0], b_NK.shape[0]
+    pad_t, pad_n, pad_k = max(0, 32 - t), -n % 8, -a_TK.shape[1] % 8
+    a = torch.nn.functional.pad(a_TK, (0, pad_k, 0, pad_t)) if pad_k or pad_t else a_TK
+    b = torch.nn.functional.pad(b_NK, (0, pad_k, 0, pad_n)) if pad_k or pad_n else b_NK
+    return matmul_int_mm(a, b)[:t, :n]
 
 
 def epilogue(
@@ -36,5 +45,5 @@ def epilogue(
     """float32 [T, N] = x_scale * w_scale * (acc - zero * sum_k w) + bias."""
     if input_zero is not None:
         acc_TN = acc_TN - input_zero.to(torch.int32) * w_NK.sum(dim=1, dtype=torch.int32)
-    y = acc_TN.float() * x_scale * w_scale.view(1, -1)
-    return y if bias is None else y + bias.float()
+    y = acc_TN.float().mul_(x_scale).mul_(w_scale.view(1, -1))  # in place: fresh output pages cost half of the op's time
+    return y if bias is None else y.add_(bias.float())

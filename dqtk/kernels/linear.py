@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dqtk.numerics.packing import integer_weight
 
-from .int8 import epilogue, matmul_int_mm, matmul_reference, quantize_rows
+from .int8 import epilogue, matmul_int_mm, matmul_padded, matmul_reference, quantize_rows
 from .straight_through import input_gradient, sum_to_bias
 
 
@@ -53,6 +53,11 @@ def linear_int8(
 @linear_int8.register_kernel("cpu")
 def _(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits):
     return _linear_int8(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, matmul_int_mm)
+
+
+@linear_int8.register_kernel("cuda")
+def _(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits):
+    return _linear_int8(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, matmul_padded)
 
 
 @linear_int8.register_fake

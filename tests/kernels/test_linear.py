@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dqtk.kernels import linear_fp8, linear_int8, linear_int8_reference, report_of
+from dqtk.kernels.int8 import matmul_padded, matmul_reference
 from dqtk.methods.rtn import rtn
 from dqtk.numerics.packing import dequantize, storage_bits
 from dqtk.spec import Float, Int, PerChannel, PerTensor, TensorSpec, TwoLevel
@@ -201,6 +202,14 @@ def test_shapes_are_known_without_data(shape):
 def test_reports_name_what_runs():
     assert report_of("linear_int8", "cpu") == "integer matmul through torch._int_mm"
     assert report_of("conv_int8", "cpu") == "integer matmul through torch._int_mm"
-    assert report_of("linear_int8", "cuda") == "emulated in floating point"
+    assert report_of("linear_int8", "mps") == "emulated in floating point"
     assert report_of("linear_fp8", "cpu") == "emulated in floating point"
     assert "decoded" in report_of("weight_only", "cpu")
+
+
+@pytest.mark.parametrize(("t", "k", "n"), [(1, 8, 8), (3, 13, 5), (40, 64, 24), (17, 30, 9)])
+def test_padded_matmul_of_cuda_is_exact(t, k, n):
+    generator = torch.Generator().manual_seed(t)
+    a = torch.randint(-128, 128, (t, k), dtype=torch.int8, generator=generator)
+    b = torch.randint(-127, 128, (n, k), dtype=torch.int8, generator=generator)
+    assert torch.equal(matmul_padded(a, b), matmul_reference(a, b))

@@ -1,0 +1,86 @@
+"""Untrained embedded pipelines as saved folders, built once; tests load from them and may change what they loaded."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dqtk.resolve import call_kwargs_for
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory):
+    """Saved untrained pipelines by name: "pixart" and "sdxl", fp32."""
+    from dqtk.pipelines.tiny.build import new_pixart, new_sdxl
+    from dqtk.pipelines.tiny.train_vae import new_vae
+
+    folders = {}
+    for seed, (name, new) in enumerate({"pixart": new_pixart, "sdxl": new_sdxl}.items()):
+        torch.manual_seed(seed)
+        folders[name] = tmp_path_factory.mktemp("tiny") / name
+        new(new_vae()).save_pretrained(folders[name])
+    return folders
+
+
+@pytest.fixture(scope="session")
+def load_tiny(tiny_folders):
+    """Function (name, dtype=float32) -> a pipeline of one's own."""
+    from diffusers import DiffusionPipeline
+
+    def load(name, dtype=torch.float32):
+        pipe = DiffusionPipeline.from_pretrained(tiny_folders[name], dtype=dtype)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def draw():
+    """Function (pipe, **kwargs) -> latents of one guided denoising step from a fixed seed.
+
+    Tensors are first moved to memory of their own: what safetensors maps from a file starts at any address, and torch's float32
+    matmuls round differently by alignment (seen: 3e-5 between a plain pipeline and its own copy).
+    """
+
+    def call(pipe, **kwargs):
+        for module in pipe.components.values():
+            if isinstance(module, torch.nn.Module):
+                for tensor in (*module.parameters(), *module.buffers()):
+                    tensor.data = tensor.data.clone()
+        pipe.set_progress_bar_config(disable=True)
+        options = {"num_inference_steps": 1, "output_type": "latent", "generator": torch.Generator().manual_seed(3)}
+        return pipe("a large red circle on a plain blue background", **options, **call_kwargs_for(pipe), **kwargs).images
+
+    return call
+
+
+@pytest.fixture
+def bare():
+    """A small module of no library: what ``quantize`` takes besides pipelines."""
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Linear(64, 96), torch.nn.GELU(), torch.nn.Linear(96, 64, bias=False), torch.nn.GELU(), torch.nn.Linear(64, 16)
+    ).requires_grad_(False)
+
+
+@pytest.fixture
+def meta_pipe():
+    """A stand-in for a pipeline: a bare transformer and a bare text encoder on the meta device."""
+    with torch.device("meta"):
+        blocks = torch.nn.ModuleList([torch.nn.ModuleDict({"a": _attention(), "ff": _feed_forward()}) for _ in range(2)])
+        transformer = torch.nn.ModuleDict({"proj_in": torch.nn.Linear(8, 64), "blocks": blocks, "proj_out": torch.nn.Linear(64, 8)})
+        encoder = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([_attention()])})
+    return SimpleNamespace(components={"transformer": transformer, "text_encoder": encoder, "scheduler": object()})
+
+
+def _attention():
+    projections = {name: torch.nn.Linear(64, 64) for name in ("to_q", "to_k", "to_v", "to_out")}
+    return torch.nn.ModuleDict({"self_attn": torch.nn.ModuleDict(projections)})
+
+
+def _feed_forward():
+    return torch.nn.ModuleDict({"fc1": torch.nn.Linear(64, 256), "fc2": torch.nn.Linear(256, 64)})

@@ -1,0 +1,185 @@
+"""The command line: its flags are frozen, and the words people type do what they say, end to end on an untrained pipeline."""
+
+import argparse
+import io
+import json
+import shutil
+import sys
+
+import diffusers
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+import dqtk
+from dqtk.checkpoint import quantized_layers
+from dqtk.cli import main, parser
+from dqtk.plan import Plan
+
+PLANNING = ["--keep", "--recipe", "--set", "--text-encoders"]
+SAMPLING = ["--batch-size", "--dtype", "--guidance", "--num-prompts", "--prompts", "--seed", "--steps"]
+GOLDEN_FLAGS = {
+    "explain": sorted(["MODEL", *PLANNING, "--roles", "--output"]),
+    "calibrate": sorted(["MODEL", *PLANNING, *SAMPLING, "--output"]),
+    "quantize": sorted(["MODEL", *PLANNING, *SAMPLING, "--plan", "--stats", "--output"]),
+    "generate": sorted(["MODEL", *SAMPLING, "--output"]),
+    "compare": sorted(["REFERENCE", "CANDIDATE", *SAMPLING, "--output", "--no-floor", "--lpips-weights"]),
+}
+
+
+def verbs():
+    actions = parser()._subparsers._group_actions
+    return actions[0].choices
+
+
+def test_flags_are_frozen():
+    found = {
+        name: sorted(option for a in verb._actions if a.dest != "help" for option in (a.option_strings or [a.metavar]))
+        for name, verb in verbs().items()
+    }
+    assert found == GOLDEN_FLAGS
+
+
+def test_defaults_are_frozen():
+    for name, verb in verbs().items():
+        defaults = {action.dest: action.default for action in verb._actions}
+        assert defaults.get("dtype", "") == {"explain": "", "quantize": "stored"}.get(name, "float32")
+        if name != "explain":
+            assert (defaults["seed"], defaults["batch_size"], defaults["steps"], defaults["guidance"]) == (0, 8, None, None)
+        for action in verb._actions:
+            if isinstance(action, argparse._StoreAction) and action.option_strings:
+                assert action.help or action.dest in ("seed", "batch_size"), f"{name} {action.dest}"
+
+
+@pytest.mark.parametrize("words", [["--steps", "0"], ["--batch-size", "-1"], ["--num-prompts", "many"], ["--dtype", "int8"]])
+def test_numbers_that_make_no_sense(words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["generate", "tiny-pixart", "--prompts", "x", "--output", "out", *words])
+    assert words[0] in capsys.readouterr().err
+
+
+@pytest.fixture
+def folder(tiny_folders, tmp_path):
+    shutil.copytree(tiny_folders["pixart"], tmp_path / "tiny-pixart")
+    return str(tmp_path / "tiny-pixart")
+
+
+@pytest.fixture
+def say(capsys):
+    """Function (*words) -> what the command printed."""
+
+    def run(*words):
+        capsys.readouterr()
+        assert main([str(word) for word in words]) == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_explain_reads_no_weights(folder, say, tmp_path, load_tiny):
+    for file in (tmp_path / "tiny-pixart").rglob("*.safetensors"):
+        file.unlink()
+    text = say("explain", folder, "--recipe", "w4a8", "--output", tmp_path / "deep" / "plan.json")
+    expected = dqtk.plan(load_tiny("pixart"), "w4a8")
+    assert text == expected.explain() + "\n"
+    assert Plan.from_json(json.loads((tmp_path / "deep" / "plan.json").read_text())) == expected
+    roles = say("explain", folder, "--recipe", "w4a8", "--roles")
+    assert roles == expected.explain(sites=False) + "\n"
+
+
+def test_explain_into_a_closed_pipe(folder, monkeypatch, capsys):
+    """``dqtk explain | head -1`` is no error: quiet, and the status that shells give to a closed pipe."""
+
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+        def fileno(self):
+            return 99
+
+    redirected = []
+    monkeypatch.setattr(sys, "stdout", Closed())
+    monkeypatch.setattr("os.dup2", lambda source, target: redirected.append(target))
+    assert main(["explain", folder, "--recipe", "w8a8"]) == 141
+    assert redirected == [99]
+    assert capsys.readouterr().err == ""
+
+
+def test_quantize_then_generate_then_explain(folder, say, tmp_path):
+    out = tmp_path / "pixart-w4a8"
+    text = say("quantize", folder, "--recipe", "w4a8", "--text-encoders", "w8a16", "--output", out)
+    assert "transformer" in text
+    assert "text_encoder" in text
+    assert f"{out}: recipe w4a8, text encoders w8a16, plan " in text
+    pipe = diffusers.DiffusionPipeline.from_pretrained(out)
+    assert {layer.spec.weight.bits for layer in quantized_layers(pipe.transformer).values()} == {4, 8}
+
+    text = say("generate", out, "--prompts", "a red circle", "two blue crosses", "--steps", 1, "--output", tmp_path / "pictures")
+    assert text == f"{tmp_path / 'pictures'}: 2 pictures\n"
+    tasks = [json.loads(line) for line in (tmp_path / "pictures" / "prompts.jsonl").read_text().splitlines()]
+    assert [task["prompt"] for task in tasks] == ["a red circle", "two blue crosses"]
+    for task in tasks:
+        with Image.open(tmp_path / "pictures" / f"{task['id']}.png") as image:
+            assert image.size == (64, 64)
+
+    text = say("explain", out)
+    plan = dqtk.installed.installed_plan(pipe)
+    assert text == plan.explain() + "\n"
+    assert plan.hash in text
+    assert main(["explain", str(out), "--keep", "*"]) == 2
+
+
+def test_keep_and_set(folder, say, tmp_path):
+    words = ["--recipe", "w8a8", "--keep", "*.attn1.*", "--set", "*.ff.*=w4a16", "--keep", "*.attn2.to_q"]
+    say("quantize", folder, *words, "--output", tmp_path / "out")
+    layers = quantized_layers(dqtk.load(tmp_path / "out").transformer)
+    assert {layer.spec.weight.bits for path, layer in layers.items() if ".ff." in path} == {4}
+    assert not [path for path in layers if ".attn1." in path or path.endswith("attn2.to_q")]
+    assert [path for path in layers if path.endswith("attn2.to_k")]
+
+
+def contents(folder):
+    """The denoiser's tensors by their digests, and its configuration."""
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    with safe_open(file, framework="pt") as tensors:
+        return tensors.metadata()["dqtk_digests"], (folder / "transformer" / "config.json").read_text()
+
+
+def test_plan_file_in_place_of_a_recipe(folder, say, tmp_path):
+    words = ["--recipe", "w4a16", "--keep", "*.attn1.*"]
+    say("explain", folder, *words, "--output", tmp_path / "plan.json")
+    plan = Plan.from_json(json.loads((tmp_path / "plan.json").read_text()))
+    assert plan.hash in say("quantize", folder, "--plan", tmp_path / "plan.json", "--output", tmp_path / "a")
+    say("quantize", folder, *words, "--output", tmp_path / "b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_calibrate_then_quantize_is_quantize_with_prompts(folder, say, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue cross\na green square\n")
+    common = [folder, "--recipe", "w8a8-static", "--steps", 1]
+    sampling = ["--prompts", tmp_path / "prompts.txt", "--num-prompts", 2, "--seed", 5, "--batch-size", 1]
+    text = say("calibrate", *common, *sampling, "--output", tmp_path / "stats.safetensors")
+    assert text.startswith(f"{tmp_path / 'stats.safetensors'}: 2 prompts, ")
+    say("quantize", *common, "--stats", tmp_path / "stats.safetensors", "--output", tmp_path / "a")
+    say("quantize", *common, *sampling, "--output", tmp_path / "b")
+    say("quantize", *common, *sampling, "--seed", 6, "--output", tmp_path / "c")
+    a, b, c = (contents(tmp_path / name) for name in "abc")
+    assert a == b
+    assert a != c  # the seed is heard
+
+
+def test_calibrate_says_when_there_is_nothing_to_do(folder, say, tmp_path):
+    text = say("calibrate", folder, "--recipe", "w8a8", "--prompts", "x", "--output", tmp_path / "stats.safetensors")
+    assert text == "recipe w8a8 needs no calibration; nothing was written\n"
+    assert not (tmp_path / "stats.safetensors").exists()
+
+
+def test_stored_dtype_is_kept(load_tiny, say, tmp_path):
+    load_tiny("pixart", torch.bfloat16).save_pretrained(tmp_path / "bf16")
+    say("quantize", tmp_path / "bf16", "--recipe", "w8a8", "--output", tmp_path / "q")
+    loaded = dqtk.load(tmp_path / "q", dtype=torch.bfloat16)
+    assert {t.dtype for t in loaded.transformer.parameters()} == {torch.bfloat16}
+    say("quantize", tmp_path / "bf16", "--recipe", "w8a8", "--dtype", "float32", "--output", tmp_path / "q32")
+    size = [sum(f.stat().st_size for f in (tmp_path / name / "transformer").glob("*.safetensors")) for name in ("q", "q32")]
+    assert size[0] < size[1]

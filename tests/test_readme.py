@@ -1,0 +1,53 @@
+"""README's Python runs, on the embedded pipeline in place of the hub id; its commands are ones that the shell accepts."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from dqtk.cli import parser
+from dqtk.resolve import embedded_folder
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+HUB_ID = "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"
+
+
+def test_python_blocks_run_in_order(tmp_path, monkeypatch):
+    from diffusers import DiffusionPipeline
+
+    monkeypatch.chdir(tmp_path)
+    first, second = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert HUB_ID in first
+    folder = str(embedded_folder("tiny-pixart"))
+    names: dict = {}
+    exec(first.replace(HUB_ID, folder), names)
+    assert (tmp_path / "pixart-w4a8" / "model_index.json").is_file()
+    DiffusionPipeline.from_pretrained(tmp_path / "pixart-w4a8")
+
+    (tmp_path / "second").mkdir()
+    monkeypatch.chdir(tmp_path / "second")
+    names = {"dqtk": names["dqtk"], "pipe": DiffusionPipeline.from_pretrained(folder), "prompts": ["a red circle"]}
+    exec(second, names)
+    assert (tmp_path / "second" / "pixart-w4a8" / "model_index.json").is_file()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/recipes.md", "benchmarks/demo.sh"])
+def test_commands_parse(page):
+    lines = [line.strip().removeprefix("run ") for line in (ROOT / page).read_text(encoding="utf-8").splitlines()]
+    commands = [shlex.split(line) for line in lines if line.startswith("dqtk ") and "|" not in line]
+    assert commands
+    for words in commands:
+        parser().parse_args(words[1:])
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+def test_recipe_table_is_complete():
+    from dqtk.recipes import RECIPES
+
+    assert set(re.findall(r"^\| `([\w-]+)` \|", README, flags=re.MULTILINE)) == set(RECIPES)

@@ -1,0 +1,51 @@
+"""The generic recipes: what each name promises, and what all of them keep."""
+
+import re
+
+import pytest
+
+import dqtk
+from dqtk.recipes import KEPT_ROLES, RECIPES, recipe_named
+from dqtk.sites import ROLES
+from dqtk.spec import describe
+
+GOLDEN = {
+    "w8a16": "W8 per channel, A16",
+    "w8a8": "W8 per channel, A8 per token",
+    "w8a8-static": "W8 per channel, A8 per tensor asym",
+    "w4a16": "W4 group 64 asym, A16",
+    "w4a8": "W4 group 64 two-level, A8 per token",
+    "fp8": "WFP8 per channel, AFP8 per token",
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_names_mean_what_they_say(name):
+    recipe = recipe_named(name)
+    assert recipe.name == name
+    assert describe(recipe.main_spec()) == GOLDEN[name]
+    bits = int(re.search(r"\d", name)[0])
+    assert recipe.main_spec().weight.bits == bits
+    assert recipe.main_spec().needs_stats == (name == "w8a8-static")
+
+
+def test_no_other_names():
+    assert set(RECIPES) == set(GOLDEN)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_same_roles_are_kept_and_modulation_keeps_its_input(name, load_tiny):
+    plan = dqtk.plan(load_tiny("sdxl"), name)
+    for choice in plan.choices:
+        if choice.site.role in KEPT_ROLES:
+            assert (choice.spec, choice.why) == (None, KEPT_ROLES[choice.site.role])
+        elif choice.site.role == "modulation":
+            assert describe(choice.spec) == "W8 per channel, A16"
+        else:
+            assert choice.spec is not None, choice.site.id
+    assert set(KEPT_ROLES) <= set(ROLES)
+
+
+def test_suggestion_for_an_unknown_name():
+    with pytest.raises(ValueError, match=r"recipe: name must be one of .*, got 'w8a8static'\. Did you mean 'w8a8-static'\?"):
+        recipe_named("w8a8static")
