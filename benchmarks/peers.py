@@ -75,9 +75,7 @@ def main() -> None:
             }
             with RESULTS.open("a") as file:
                 print(json.dumps(row), file=file)
-            print(
-                f"{model:12} {name:22} PSNR {row['psnr']:6.2f} dB {row['psnr_interval']}, {row["seconds_per_image"]:.3f} s"
-            )
+            print(f"{model:12} {name:22} PSNR {row['psnr']:6.2f} dB {row['psnr_interval']}, {row['seconds_per_image']:.3f} s")
 
 
 if __name__ == "__main__":
