@@ -179,6 +179,10 @@ def finish(name: str, work: Path) -> DiffusionPipeline:
     if name == "tiny-sdxl":
         prepare_first_token(pipe, sorted({sample_scene(0, i).caption for i in range(256)}))
     pipe.to(torch.bfloat16).save_pretrained(work / name)
+    for file in (work / name).glob("*/config.json"):  # the folder in which the autoencoder was trained means nothing elsewhere
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     return pipe
 
 
