@@ -11,6 +11,6 @@ run dqtk compare tiny-pixart out/pixart-w4a8 --prompts $prompts --num-prompts 24
 
 run dqtk explain tiny-sdxl --recipe w8a8 --roles
 run dqtk quantize tiny-sdxl --recipe w8a8 --output out/sdxl-w8a8
-run dqtk compare tiny-sdxl out/sdxl-w8a8 --prompts $prompts --num-prompts 24 --output out/report-sdxl.html
+run dqtk compare tiny-sdxl out/sdxl-w8a8 --prompts $prompts --num-prompts 24 --steps 20 --output out/report-sdxl.html
 
 printf '\nOpen out/report.html and out/report-sdxl.html in a browser.\n'
