@@ -1,7 +1,7 @@
 """The main path: plan, (calibrate,) quantize, save, load.
 
-``quantize`` streams: one layer's weight is read, solved, packed and swapped before the next is touched, so the peak is about one
-layer above the model. Whatever can be wrong with the model is found before the first layer is touched; whatever interrupts it
+``quantize`` streams: one layer's weight is read, solved, packed and swapped before the next is touched, so the peak is a few
+layers above the model. Whatever can be wrong with the model is found before the first layer is touched; whatever interrupts it
 later, the model is told which layers were really replaced: saving it then is still true.
 """
 

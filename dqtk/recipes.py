@@ -2,7 +2,7 @@
 
 Kept at 16 bits: what is small, runs once, or is known to break first: entrance and exit layers, the noise-level embedding, the text
 projection. Modulation layers are a quarter of a Flux, so they are not kept: they get 8-bit weights with 16-bit inputs, which costs
-half their bytes and no measurable error (their input is one row per image).
+half their bytes; their input is one row per image.
 """
 
 from .plan import Recipe, Rule

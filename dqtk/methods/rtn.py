@@ -12,6 +12,8 @@ from dqtk.numerics.affine import code_range, encode, find_scale
 from dqtk.numerics.packing import Packed, count_groups, max_group_scale, pack_codes
 from dqtk.spec import Int, PerTensor, TensorSpec, TwoLevel
 
+BLOCK = 2**18  # weights rounded at a time
+
 
 def rtn(weight: Tensor, spec: TensorSpec) -> Packed:
     """Quantize a weight.
@@ -24,8 +26,17 @@ def rtn(weight: Tensor, spec: TensorSpec) -> Packed:
     Raises:
         ValueError: the group size does not divide K.
     """
-    weight = weight.float()
     num_groups = count_groups(spec, weight.shape[1])
+    if isinstance(spec.granularity, PerTensor):
+        return _rtn_rows(weight, spec, num_groups)
+    # Output channels do not depend on each other; blocks of them bound the temporaries of the range search.
+    parts = [_rtn_rows(block, spec, num_groups) for block in weight.split(max(1, BLOCK // weight.shape[1]))]
+    joined = {name: [getattr(part, name) for part in parts] for name in ("qweight", "scale", "group_scale", "zero")}
+    return Packed(**{name: None if tensors[0] is None else torch.cat(tensors) for name, tensors in joined.items()})
+
+
+def _rtn_rows(weight: Tensor, spec: TensorSpec, num_groups: int) -> Packed:
+    weight = weight.float()
     if isinstance(spec.granularity, TwoLevel):
         return _two_level(weight, spec, spec.granularity.size)
     n, k = weight.shape

