@@ -31,8 +31,14 @@ def rtn(weight: Tensor, spec: TensorSpec) -> Packed:
         return _rtn_rows(weight, spec, num_groups)
     # Output channels do not depend on each other; blocks of them bound the temporaries of the range search.
     parts = [_rtn_rows(block, spec, num_groups) for block in weight.split(max(1, BLOCK // weight.shape[1]))]
-    joined = {name: [getattr(part, name) for part in parts] for name in ("qweight", "scale", "group_scale", "zero")}
-    return Packed(**{name: None if tensors[0] is None else torch.cat(tensors) for name, tensors in joined.items()})
+    group_scales = [part.group_scale for part in parts if part.group_scale is not None]
+    zeros = [part.zero for part in parts if part.zero is not None]
+    return Packed(
+        qweight=torch.cat([part.qweight for part in parts]),
+        scale=torch.cat([part.scale for part in parts]),
+        group_scale=torch.cat(group_scales) if group_scales else None,
+        zero=torch.cat(zeros) if zeros else None,
+    )
 
 
 def _rtn_rows(weight: Tensor, spec: TensorSpec, num_groups: int) -> Packed:
