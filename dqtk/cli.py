@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("reference", metavar="REFERENCE")
     compare.add_argument("candidate", metavar="CANDIDATE")
     _sampling(compare)
-    compare.add_argument("--output", type=Path, required=True, help="the page (.html); records and pictures go beside it")
+    compare.add_argument("--output", type=Path, required=True, help="the page (NAME.html); records and pictures go to NAME-records")
     compare.add_argument("--no-floor", action="store_true", help="skip the bf16 run of the reference (the noise floor)")
     compare.add_argument("--lpips-weights", type=Path, help="backbone weights for LPIPS (a torchvision AlexNet .pth)")
     return top
@@ -78,7 +78,7 @@ def _sampling(verb: argparse.ArgumentParser, prompts_required: bool = True, dtyp
         "--prompts", nargs="+", metavar="FILE|TEXT", required=prompts_required, help="a text file, one per line, or prompts"
     )
     verb.add_argument("--num-prompts", type=_positive, metavar="N", help="use the first N")
-    verb.add_argument("--steps", type=_positive, help="num_inference_steps (default: the pipeline's)")
+    verb.add_argument("--steps", type=_positive, help="num_inference_steps (default: the pipeline's or its family file's)")
     verb.add_argument("--guidance", type=float, help="guidance_scale (default: the pipeline's)")
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument("--batch-size", type=_positive, default=8)
@@ -225,7 +225,7 @@ def _compare(options: argparse.Namespace, command: str) -> None:
     from .report.page import write_page
 
     prompts = read_prompts(options.prompts, options.num_prompts)
-    beside = options.output.with_suffix("")
+    beside = options.output.with_name(f"{options.output.stem}-records")
     check_output(beside, "compare")
     reference, candidate = load_pipeline(options.reference, options.dtype), load_pipeline(options.candidate, options.dtype)
     floor = None if options.no_floor or options.dtype != "float32" else load_pipeline(options.reference, "bfloat16")

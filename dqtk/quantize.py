@@ -6,6 +6,7 @@ later, the model is told which layers were really replaced: saving it then is st
 """
 
 import importlib
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -188,7 +189,7 @@ def _check_layer(layer: Any, choice: Choice, stats: Stats | None) -> None:
         )
     if not weight.dtype.is_floating_point or weight.element_size() < 2:
         raise ValueError(f"quantize: {site} must be float32, bfloat16 or float16, got {weight.dtype}. Load the unquantized model.")
-    if not bool(torch.isfinite(weight).all()):
+    if weight.numel() and not all(math.isfinite(bound) for bound in weight.detach().aminmax()):  # NaN propagates; no temporaries
         raise ValueError(
             f"quantize: {site} must have finite weights, got NaN or infinity. "
             "The checkpoint is damaged; load it again, or keep this site at 16 bits."

@@ -1,7 +1,7 @@
 """The one place that finds things outside the engine, lazily and by name: family files in ``dqtk.pipelines``.
 
-A family file may define ``ADAPTER`` (a ``sites.Adapter``) and ``call_kwargs(pipe) -> dict`` (arguments that the pipeline cannot do
-without at this size). Importing one imports no model library.
+A family file may define ``ADAPTER`` (a ``sites.Adapter``) and ``call_kwargs(pipe) -> dict`` (arguments that the pipeline needs
+at this size). Importing one imports no model library.
 """
 
 import importlib

@@ -52,8 +52,9 @@ def draw():
                 for tensor in (*module.parameters(), *module.buffers()):
                     tensor.data = tensor.data.clone()
         pipe.set_progress_bar_config(disable=True)
-        options = {"num_inference_steps": 1, "output_type": "latent", "generator": torch.Generator().manual_seed(3)}
-        return pipe("a large red circle on a plain blue background", **options, **call_kwargs_for(pipe), **kwargs).images
+        options = call_kwargs_for(pipe) | {"num_inference_steps": 1, "output_type": "latent"} | kwargs
+        generator = torch.Generator().manual_seed(3)
+        return pipe("a large red circle on a plain blue background", generator=generator, **options).images
 
     return call
 

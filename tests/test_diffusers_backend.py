@@ -35,7 +35,7 @@ def quantized(pipe, recipe, **kwargs):
     plan = dqtk.plan(pipe, recipe, **kwargs)
     stats = None
     if plan.needs_stats:
-        steps = {"num_inference_steps": 1, **call_kwargs_for(pipe)}
+        steps = call_kwargs_for(pipe) | {"num_inference_steps": 1}
         stats = dqtk.calibrate(pipe, ["a small blue cross"], plan, call_kwargs=steps, progress=False)
     return dqtk.quantize(pipe, plan, stats, progress=False)
 
@@ -112,7 +112,7 @@ import torch
 from dqtk.resolve import call_kwargs_for
 from dqtk.spec import from_json, to_json
 pipe = diffusers.DiffusionPipeline.from_pretrained({str(folder)!r}, dtype=torch.bfloat16)
-options = dict(num_inference_steps=1, output_type="latent", generator=torch.Generator().manual_seed(3), **call_kwargs_for(pipe))
+options = call_kwargs_for(pipe) | dict(num_inference_steps=1, output_type="latent", generator=torch.Generator().manual_seed(3))
 torch.save(pipe("a large red circle on a plain blue background", **options).images, {str(tmp_path / "latents.pt")!r})
 """
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, timeout=120)

@@ -262,7 +262,7 @@ def test_sizes_are_the_bytes_on_disk(load_tiny, tmp_path, recipe):
     if plan.needs_stats:
         from dqtk.resolve import call_kwargs_for
 
-        kwargs = {"num_inference_steps": 1, **call_kwargs_for(pipe)}
+        kwargs = call_kwargs_for(pipe) | {"num_inference_steps": 1}
         stats = dqtk.calibrate(pipe, ["a circle"], plan, call_kwargs=kwargs, progress=False)
     dqtk.quantize(pipe, plan, stats, progress=False)
     pipe.transformer.save_pretrained(tmp_path / "t")

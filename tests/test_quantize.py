@@ -1,5 +1,6 @@
 """The main path in memory: what is replaced and by what, calibration on the way, ordinary pipelines of other families."""
 
+import json
 import sys
 
 import diffusers
@@ -7,6 +8,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
 
 import dqtk
 from dqtk.checkpoint import digest, quantized_layers
@@ -61,11 +63,27 @@ def test_one_layer_at_a_time(bare, monkeypatch):
     assert seen == [[False, False, False], [True, False, False], [True, True, False]]
 
 
+@pytest.mark.parametrize("recipe", ["w8a16", "w4a16", "w4a8"])
+def test_peak_memory_is_one_layer_above_the_model(recipe, tmp_path):
+    """What torch allocates at any moment, from its own allocation events; a layer is 8 MB of bf16."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        model = nn.Sequential(*(nn.Linear(2048, 2048, dtype=torch.bfloat16) for _ in range(3)))
+        with record_function("model is there"):
+            dqtk.quantize(model, recipe, progress=False)
+    recorded.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    start = next(event["ts"] for event in events if event.get("name") == "model is there")
+    allocated = sorted((e["ts"], e["args"]["Total Allocated"]) for e in events if e.get("name") == "[memory]")
+    before = max(entry for entry in allocated if entry[0] <= start)[1]
+    layer = 2048 * 2048 * 2
+    assert 0.4 * layer < max(total for ts, total in allocated if ts > start) - before < 1.1 * layer
+
+
 def test_prompts_calibrate_on_the_way(load_tiny, draw):
     kwargs = {"num_inference_steps": 1}
     first, second = load_tiny("pixart"), load_tiny("pixart")
     plan = dqtk.plan(first, "w8a8-static")
-    options = kwargs | call_kwargs_for(first)
+    options = call_kwargs_for(first) | kwargs
     dqtk.quantize(first, plan, prompts=["a red circle"], call_kwargs=options, progress=False)
     stats = dqtk.calibrate(second, ["a red circle"], plan, call_kwargs=options, progress=False)
     dqtk.quantize(second, plan, stats, progress=False)

@@ -217,5 +217,8 @@ def test_families_are_found_by_class():
 
 def test_call_kwargs_of_known_and_unknown_families(load_tiny):
     assert call_kwargs_for(load_tiny("pixart"))["max_sequence_length"] == 20
-    assert call_kwargs_for(load_tiny("sdxl")) == {}
+    assert call_kwargs_for(load_tiny("sdxl")) == {"num_inference_steps": 20}
+    large = load_tiny("sdxl")
+    large.unet.register_to_config(sample_size=128)
+    assert call_kwargs_for(large) == {}
     assert call_kwargs_for(torch.nn.Linear(2, 2)) == {}

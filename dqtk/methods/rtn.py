@@ -5,11 +5,13 @@ group scale; every group then takes the integer scale with the least squared err
 of the weight at 4 bits (42 at 3, 127 at 2) and is exact, because group scales are small integers.
 """
 
+from dataclasses import fields
+
 import torch
 from torch import Tensor
 
 from dqtk.numerics.affine import code_range, encode, find_scale
-from dqtk.numerics.packing import Packed, count_groups, max_group_scale, pack_codes
+from dqtk.numerics.packing import Packed, count_groups, empty_packed, max_group_scale, pack_codes
 from dqtk.spec import Int, PerTensor, TensorSpec, TwoLevel
 
 BLOCK = 2**18  # weights rounded at a time
@@ -30,15 +32,15 @@ def rtn(weight: Tensor, spec: TensorSpec) -> Packed:
     if isinstance(spec.granularity, PerTensor):
         return _rtn_rows(weight, spec, num_groups)
     # Output channels do not depend on each other; blocks of them bound the temporaries of the range search.
-    parts = [_rtn_rows(block, spec, num_groups) for block in weight.split(max(1, BLOCK // weight.shape[1]))]
-    group_scales = [part.group_scale for part in parts if part.group_scale is not None]
-    zeros = [part.zero for part in parts if part.zero is not None]
-    return Packed(
-        qweight=torch.cat([part.qweight for part in parts]),
-        scale=torch.cat([part.scale for part in parts]),
-        group_scale=torch.cat(group_scales) if group_scales else None,
-        zero=torch.cat(zeros) if zeros else None,
-    )
+    n, k = weight.shape
+    packed, rows = empty_packed(spec, n, k, weight.device), max(1, BLOCK // k)
+    for start in range(0, n, rows):
+        block = _rtn_rows(weight[start : start + rows], spec, num_groups)
+        for field in fields(Packed):
+            stored, part = getattr(packed, field.name), getattr(block, field.name)
+            if part is not None:
+                stored[start : start + rows] = part
+    return packed
 
 
 def _rtn_rows(weight: Tensor, spec: TensorSpec, num_groups: int) -> Packed:

@@ -1,10 +1,12 @@
 """Train the denoiser and text encoders of tiny-sdxl or tiny-pixart on the captioned world.
 
     python -m dqtk.pipelines.tiny.train_denoiser tiny-pixart --work work/tiny --minutes 110 --threads 1
+    python -m dqtk.pipelines.tiny.train_denoiser tiny-pixart --work work/more --minutes 60 --ema 0.995 --start FOLDER
 
 v-prediction, min-SNR weighting (Hang et al. 2023, gamma 5), one caption in ten dropped for classifier-free guidance, EMA of
 everything that is trained. The first part of the budget runs on half-size pictures (8x8 latents, a quarter of the cost): text is
-learned there, detail afterwards, as the PixArt papers do. Resumable: ``WORK/NAME.pt`` is written every 5 minutes. ``finish`` writes
+learned there, detail afterwards, as the PixArt papers do; a run that starts from trained weights is at full size throughout.
+Resumable: ``WORK/NAME.pt`` is written every 5 minutes. ``finish`` writes
 the EMA weights as a bf16 diffusers folder to ``WORK/NAME`` (tiny-sdxl's first token is prepared there, see ``first_token.py``).
 """
 
@@ -50,6 +52,11 @@ def latents(vae: AutoencoderKL, work: Path, side: int, seed: int = 0) -> Tensor:
     return torch.load(file, weights_only=True)
 
 
+def untrained(name: str, work: Path) -> DiffusionPipeline:
+    """The pipeline with random weights around the trained autoencoder of ``work``."""
+    return NEW[name](AutoencoderKL.from_pretrained(work / "vae"))
+
+
 def trained_modules(pipe: DiffusionPipeline) -> list[nn.Module]:
     names = ("unet", "transformer", "text_encoder", "text_encoder_2")
     return [getattr(pipe, name) for name in names if getattr(pipe, name, None) is not None]
@@ -77,8 +84,8 @@ def predict_pixart(pipe, ids: list[Tensor], masks: list[Tensor], drop: Tensor, x
 class Run:
     """Everything that a training run is resumed from: modules, their averages, the optimizer, counters."""
 
-    def __init__(self, modules: list[nn.Module], lr: float, file: Path):
-        self.modules, self.file = modules, file
+    def __init__(self, modules: list[nn.Module], lr: float, file: Path, max_decay: float):
+        self.modules, self.file, self.max_decay = modules, file, max_decay
         self.ema = [copy.deepcopy(m).requires_grad_(False) for m in modules]
         self.optimizer = Muon(modules, lr=lr, weight_decay=0.01)
         self.step, self.spent, self.images = 0, 0.0, 0
@@ -98,7 +105,7 @@ class Run:
         nn.utils.clip_grad_norm_([p for m in self.modules for p in m.parameters()], 1.0)
         self.optimizer.step()
         self.step, self.images = self.step + 1, self.images + num_images
-        decay = min(0.9985, (1 + self.step) / (10 + self.step))
+        decay = min(self.max_decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             for averaged, module in zip(self.ema, self.modules, strict=True):
                 torch._foreach_lerp_(list(averaged.parameters()), list(module.parameters()), 1 - decay)
@@ -122,24 +129,26 @@ def learning_rate(lr: float, step: int, progress: float) -> float:
     return lr * min(1.0, (step + 1) / 200) * decline
 
 
-def train(name: str, work: Path, minutes: float, seed: int, batch_size: int, lr: float) -> None:
+def train(
+    name: str, work: Path, minutes: float, seed: int, batch_size: int, lr: float, max_decay: float, start: Path | None
+) -> None:
     """Train until ``minutes`` of wall time are spent, over all resumed runs together; ends with ``finish``."""
     torch.manual_seed(seed)
-    vae = AutoencoderKL.from_pretrained(work / "vae")
-    pipe = NEW[name](vae)
+    pipe = untrained(name, work) if start is None else DiffusionPipeline.from_pretrained(start)
+    vae, half_size_until = pipe.vae, 0.0 if start is not None else HALF_SIZE_UNTIL
     predict = predict_sdxl if name == "tiny-sdxl" else predict_pixart
-    run = Run(trained_modules(pipe), lr, work / f"{name}.pt")
-    data = {side: latents(vae, work, side) for side in (32, 64)}
+    run = Run(trained_modules(pipe), lr, work / f"{name}.pt", max_decay)
+    data = {side: latents(vae, work, side) for side in ((32, 64) if half_size_until else (64,))}
     captions = [sample_scene(0, i).caption for i in range(NUM_PICTURES)]
     tokenizers = [t for t in (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)) if t is not None]
     coded = [t(captions, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt") for t in tokenizers]
     abar = pipe.scheduler.alphas_cumprod.float()
     generator = torch.Generator().manual_seed(seed + run.step)
     log = (work / f"{name}.log.jsonl").open("a")
-    start, last_save, losses = time.time(), time.time(), []
-    while (elapsed := run.spent + time.time() - start) < minutes * 60:
+    began, last_save, losses = time.time(), time.time(), []
+    while (elapsed := run.spent + time.time() - began) < minutes * 60:
         progress = elapsed / (minutes * 60)
-        side = 32 if progress < HALF_SIZE_UNTIL else 64
+        side = 32 if progress < half_size_until else 64
         rows = torch.randint(0, NUM_PICTURES, (batch_size,), generator=generator)
         drop = torch.rand(batch_size, generator=generator) < 0.1
         ids, masks = [c.input_ids[rows] for c in coded], [c.attention_mask[rows] for c in coded]
@@ -154,7 +163,7 @@ def train(name: str, work: Path, minutes: float, seed: int, batch_size: int, lr:
             run.save(elapsed)
             last_save = time.time()
     run.save(minutes * 60)
-    finish(name, work)
+    finish(name, work, start)
 
 
 def v_loss(predict: Callable[[Tensor, Tensor], Tensor], x0: Tensor, abar: Tensor, generator: torch.Generator) -> Tensor:
@@ -170,9 +179,9 @@ def v_loss(predict: Callable[[Tensor, Tensor], Tensor], x0: Tensor, abar: Tensor
     return (weight * (v.float() - (signal * noise - sigma * x0)).square().mean(dim=(1, 2, 3))).mean()
 
 
-def finish(name: str, work: Path) -> DiffusionPipeline:
+def finish(name: str, work: Path, start: Path | None) -> DiffusionPipeline:
     """Write the EMA weights of the last saved state as a bf16 pipeline to ``WORK/NAME``."""
-    pipe = NEW[name](AutoencoderKL.from_pretrained(work / "vae"))
+    pipe = untrained(name, work) if start is None else DiffusionPipeline.from_pretrained(start)
     state = torch.load(work / f"{name}.pt", weights_only=True)
     for module, saved in zip(trained_modules(pipe), state["ema"], strict=True):
         module.load_state_dict(saved)
@@ -195,10 +204,13 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--ema", type=float, default=0.9985, help="decay of the averages (steps: 1 / (1 - decay))")
+    parser.add_argument("--start", type=Path, help="a trained pipeline to go on from")
     parser.add_argument("--finish", action="store_true", help="only export the last saved state")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.finish:
-        finish(arguments.name, arguments.work)
+        finish(arguments.name, arguments.work, arguments.start)
     else:
-        train(arguments.name, arguments.work, arguments.minutes, arguments.seed, arguments.batch_size, arguments.lr)
+        a = arguments
+        train(a.name, a.work, a.minutes, a.seed, a.batch_size, a.lr, a.ema, a.start)

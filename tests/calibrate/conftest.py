@@ -21,7 +21,7 @@ def pixart():
 @pytest.fixture(scope="session")
 def call_kwargs(pixart):
     """Three steps with guidance."""
-    return {"num_inference_steps": 3, "guidance_scale": 3.0, **call_kwargs_for(pixart)}
+    return call_kwargs_for(pixart) | {"num_inference_steps": 3, "guidance_scale": 3.0}
 
 
 @pytest.fixture(scope="session")
