@@ -8,6 +8,8 @@ Importing dqtk registers its checkpoint format with diffusers and transformers (
 ``DiffusionPipeline.from_pretrained`` loads quantized folders.
 """
 
+from typing import Any
+
 from .calibrate import Stats, calibrate
 from .hosts import register_with_hosts
 from .plan import Plan, Recipe, Rule
@@ -26,11 +28,25 @@ __all__ = [
     "Site",
     "Stats",
     "calibrate",
+    "compare",
     "find_sites",
     "load",
     "plan",
     "quantize",
     "save",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "compare":  # only when asked for: it brings image metrics
+        from .report.compare import compare
+
+        return compare
+    raise AttributeError(f"module 'dqtk' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 register_with_hosts()

@@ -130,7 +130,13 @@ def digest(tensor: Tensor) -> str:
 
 
 def file_metadata(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
-    """Metadata for every safetensors file of a component."""
+    """Metadata for every safetensors file of a component. Raises ``ValueError`` for a model that wears adapters."""
+    worn = next((name for name in state_dict if ".base_layer." in name), None)
+    if worn is not None:
+        raise ValueError(
+            f"save: model must be saved without adapters (LoRA), got {worn}. Save them by themselves (save_lora_adapter, "
+            "save_lora_weights) and unload them first; neither could be loaded from one folder."
+        )
     owners: dict[Any, str] = {}
     digests = {}
     for name, tensor in state_dict.items():

@@ -8,22 +8,26 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from .calibrate import Stats
 from .calibrate import calibrate as run_calibrate
+from .calls import call_arguments
 from .checkpoint import check_output, written_whole
-from .explain import table
+from .explain import totals
 from .installed import installed_plan, summary
 from .plan import Plan
 from .quantize import plan as make_plan
 from .quantize import quantize, save
 from .recipes import RECIPES
-from .resolve import call_kwargs_for, oracle_for
-from .sources import load_pipeline, locate, meta_pipeline, read_json, read_prompts, readable
+from .resolve import oracle_for
+from .sources import load_pipeline, local_folder, meta_pipeline, read_json, read_prompts, readable
 
 
 def parser() -> argparse.ArgumentParser:
@@ -93,20 +97,32 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+class _Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise _Terminated
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = parser().parse_args(words)
     run = {"explain": _explain, "calibrate": _calibrate, "quantize": _quantize, "generate": _generate, "compare": _compare}
     try:
+        signal.signal(signal.SIGTERM, _terminate)  # as Ctrl-C: what is half-written is removed on the way out
         run[options.verb](options, shlex.join(["dqtk", *words]))
         sys.stdout.flush()
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         print(f"dqtk {options.verb}: error: {error}", file=sys.stderr)
         return 2
+    except _Terminated:
+        print(f"dqtk {options.verb}: terminated; nothing half-written was left", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print(f"dqtk {options.verb}: interrupted; nothing half-written was left", file=sys.stderr)
         return 130
@@ -126,7 +142,7 @@ def _plan_for(options: argparse.Namespace, pipe: Any) -> Plan:
 
 
 def _call_kwargs(options: argparse.Namespace, pipe: Any) -> dict[str, Any]:
-    kwargs = call_kwargs_for(pipe)
+    kwargs = call_arguments(pipe, None)
     if options.steps is not None:
         kwargs["num_inference_steps"] = options.steps
     if options.guidance is not None:
@@ -134,7 +150,14 @@ def _call_kwargs(options: argparse.Namespace, pipe: Any) -> dict[str, Any]:
     return kwargs
 
 
+def _check_new_file(path: Path, verb: str) -> None:
+    if path.exists():
+        raise ValueError(f"{verb}: output must be a new file, got {path}, which exists. Choose another, or remove it.")
+
+
 def _explain(options: argparse.Namespace, command: str) -> None:
+    if options.output is not None:
+        _check_new_file(options.output, "explain")
     pipe = meta_pipeline(options.model)
     plan = installed_plan(pipe)
     if options.recipe is not None or not plan.components:
@@ -144,7 +167,12 @@ def _explain(options: argparse.Namespace, command: str) -> None:
     print(plan.explain(sites=not options.roles))
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(plan.to_json(), indent=1))
+        partial = options.output.with_name(f".{options.output.name}.partial")
+        try:
+            partial.write_text(json.dumps(plan.to_json(), indent=1))
+            os.replace(partial, options.output)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def _calibrate(options: argparse.Namespace, command: str) -> None:
@@ -174,14 +202,15 @@ def _quantize(options: argparse.Namespace, command: str) -> None:
     stats = _read_stats(options.stats) if options.stats else None
     if plan.needs_stats and stats is None and prompts is None:
         raise ValueError(f"--prompts or --stats must be given for recipe {plan.recipe}, got neither. Its inputs are calibrated.")
+    if stats is not None and not plan.needs_stats:
+        raise ValueError(f"--stats must be left out for recipe {plan.recipe}, got {options.stats}. No input of it is calibrated.")
     pipe = load_pipeline(options.model, options.dtype)
     if plan.needs_stats and stats is None and prompts is not None:
         kwargs = _call_kwargs(options, pipe)
         stats = run_calibrate(pipe, prompts, plan, seed=options.seed, batch_size=options.batch_size, call_kwargs=kwargs)
     quantize(pipe, plan, stats)
     save(pipe, options.output)
-    rows = [_size_row(plan, component.name) for component in plan.components]
-    print(table(["component", "bf16", "quantized", "ratio", "left at 16 bit"], rows))
+    print(totals(plan))
     print(f"{options.output}: recipe {plan.recipe}, plan {plan.hash}")
 
 
@@ -190,17 +219,6 @@ def _read_stats(path: Path) -> Stats:
         raise ValueError(f"--stats: file must exist, got {path}. Write it with dqtk calibrate.")
     with readable(f"--stats: {path}", "a file written by dqtk calibrate"):
         return Stats.load(path)
-
-
-def _size_row(plan: Plan, component: str) -> list[str]:
-    size = plan.sizes(component)
-    return [
-        component,
-        f"{size['bytes_before'] / 1e6:.2f} MB",
-        f"{size['bytes_after'] / 1e6:.2f} MB",
-        f"{size['bytes_after'] / size['bytes_before']:.3f}",
-        f"{100 * (1 - size['quantized_share']):.1f} %",
-    ]
 
 
 def _generate(options: argparse.Namespace, command: str) -> None:
@@ -217,7 +235,7 @@ def _generate(options: argparse.Namespace, command: str) -> None:
                 image.save(folder / f"{task.id}.png")
         lines = [json.dumps({"id": task.id, "prompt": task.prompt, "seed": task.seed}) for task in tasks]
         (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
-    print(f"{options.output}: {len(tasks)} pictures")
+    print(f"{options.output}: {len(tasks)} {'picture' if len(tasks) == 1 else 'pictures'}")
 
 
 def _compare(options: argparse.Namespace, command: str) -> None:
@@ -227,9 +245,10 @@ def _compare(options: argparse.Namespace, command: str) -> None:
     prompts = read_prompts(options.prompts, options.num_prompts)
     beside = options.output.with_name(f"{options.output.stem}-records")
     check_output(beside, "compare")
+    _check_new_file(options.output, "compare")
     reference, candidate = load_pipeline(options.reference, options.dtype), load_pipeline(options.candidate, options.dtype)
     floor = None if options.no_floor or options.dtype != "float32" else load_pipeline(options.reference, "bfloat16")
-    folders = [Path(locate(model)) for model in (options.reference, options.candidate)]
+    folders = [local_folder(model) for model in (options.reference, options.candidate)]
     result = compare(
         reference,
         candidate,
@@ -237,13 +256,13 @@ def _compare(options: argparse.Namespace, command: str) -> None:
         seed=options.seed,
         batch_size=options.batch_size,
         call_kwargs=_call_kwargs(options, reference),
-        oracle=oracle_for(prompts),
+        oracle=oracle_for(reference, prompts),
         floor=floor,
         floor_name="bf16 against fp32",
         reference_name=options.reference,
         candidate_name=options.candidate,
-        reference_folder=folders[0] if folders[0].is_dir() else None,
-        candidate_folder=folders[1] if folders[1].is_dir() else None,
+        reference_folder=folders[0],
+        candidate_folder=folders[1],
         plan_summary=summary(candidate),
         lpips_weights=options.lpips_weights,
     )

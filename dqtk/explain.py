@@ -1,5 +1,6 @@
 """A plan as text: what happens to every site and why, what stays at 16 bits, and what that saves."""
 
+from collections import Counter
 from typing import Any
 
 from .plan import Plan
@@ -44,21 +45,33 @@ def explain(plan: Plan, sites: bool = True) -> str:
             blocks.append(table(["site", "role", "shape", "bits", "before", "after", "why"], rows))
         else:
             blocks.append(table(["role", "bits", "sites", "before", "after", "why"], _role_rows(mine)))
-    rows = []
-    for component in plan.components:
-        size = plan.sizes(component.name)
-        rows.append(
-            [
-                component.name,
-                f"{size['num_parameters'] / 1e6:.2f} M",
-                human(size["bytes_before"]),
-                human(size["bytes_after"]),
-                f"{size['bytes_after'] / size['bytes_before']:.3f}",
-                f"{100 * (1 - size['quantized_share']):.1f} %",
-            ]
-        )
-    blocks.append(table(["component", "parameters", "bf16", "quantized", "ratio", "left at 16 bit"], rows))
+    blocks.append(totals(plan))
     return "\n\n".join(blocks)
+
+
+def totals(plan: Plan) -> str:
+    """One line per component and their sum: size against bf16, how many layers got which bits."""
+    sizes = {component.name: plan.sizes(component.name) for component in plan.components}
+    bits = {name: Counter(c.spec.weight.bits if c.spec else 16 for c in plan.of(name).choices) for name in sizes}
+    if len(sizes) > 1:
+        keys = ("bytes_before", "bytes_after", "num_parameters")
+        total = {key: sum(size[key] for size in sizes.values()) for key in keys}
+        quantized = sum(size["quantized_share"] * size["num_parameters"] for size in sizes.values())
+        sizes["together"] = total | {"quantized_share": quantized / max(total["num_parameters"], 1)}
+        bits["together"] = sum(bits.values(), Counter())
+    rows = [
+        [
+            name,
+            f"{size['num_parameters'] / 1e6:.2f} M",
+            human(size["bytes_before"]),
+            human(size["bytes_after"]),
+            f"{size['bytes_after'] / size['bytes_before']:.3f}",
+            f"{100 * (1 - size['quantized_share']):.1f} %",
+            ", ".join(f"{num} at {width} bit" for width, num in sorted(bits[name].items())),
+        ]
+        for name, size in sizes.items()
+    ]
+    return table(["component", "parameters", "bf16", "quantized", "ratio", "left at 16 bit", "layers"], rows)
 
 
 def _role_rows(choices: list[Any]) -> list[list[str]]:

@@ -131,9 +131,12 @@ class Plan:
         mine, theirs = ({c.site.id: c.spec for c in plan.choices} for plan in (self, other))
         lines = []
         for site in dict.fromkeys([*mine, *theirs]):
+            if site in mine and site in theirs and mine[site] == theirs[site]:
+                continue
             a, b = (describe(part[site]) if site in part else "absent" for part in (mine, theirs))
-            if a != b:
-                lines.append(f"{site}: {a} -> {b}")
+            if a == b:  # the short names do not show where they differ
+                a, b = (canonical(part[site]) for part in (mine, theirs))
+            lines.append(f"{site}: {a} -> {b}")
         return lines
 
     def to_json(self) -> dict[str, Any]:

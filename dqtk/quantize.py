@@ -17,6 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .calibrate import Stats, calibrate
+from .calibrate.run import fingerprint
 from .checkpoint import replace_layer, save_module, written_whole
 from .hosts import backend_of
 from .kernels import to_matrix
@@ -24,9 +25,9 @@ from .methods.solve import solve, static_input_scale
 from .nn import Quantized, runtime_class
 from .plan import Choice, Plan, Recipe, Rule, resolve
 from .recipes import recipe_named
-from .resolve import adapters, call_kwargs_for
+from .resolve import adapters
 from .sites import DENOISERS, components_of, find_sites
-from .sources import model_class, readable
+from .sources import model_class, readable, stored_dtype
 from .spec import LayerSpec, describe
 
 
@@ -109,7 +110,7 @@ def quantize(
         plan: a plan, or a recipe (name) to plan with.
         stats: calibration result; needed by plans with static inputs.
         prompts: calibrate with these when ``stats`` is missing.
-        call_kwargs: pipeline arguments for calibrating.
+        call_kwargs: pipeline arguments for calibrating, over those that its family needs.
         progress: show a bar.
     Returns:
         ``target``.
@@ -127,7 +128,9 @@ def quantize(
                 f"quantize: recipe {made.recipe!r} must have statistics for its static inputs, got none. "
                 "Pass prompts=[...], or stats=dqtk.calibrate(pipe, prompts, plan)."
             )
-        stats = calibrate(target, prompts, made, call_kwargs=call_kwargs or call_kwargs_for(target), progress=progress)
+        stats = calibrate(target, prompts, made, call_kwargs=call_kwargs, progress=progress)
+    if made.needs_stats and stats is not None and stats.run.get("model", mine := fingerprint(target, made)) != mine:
+        raise ValueError("quantize: stats must come from this model, got those of another (other weights). Calibrate this one.")
     for choice in work:
         _check_layer(parts[choice.site.component].get_submodule(choice.site.path), choice, stats)
     touched = dict.fromkeys(choice.site.component for choice in work)
@@ -177,6 +180,9 @@ def _quantize_layer(module: nn.Module, choice: Choice, stats: Stats | None) -> N
     replace_layer(module, site.path, new)
 
 
+_HOST_HOOKS = ("_hf_hook", "_diffusers_hook")
+
+
 def _check_layer(layer: Any, choice: Choice, stats: Stats | None) -> None:
     site, weight = choice.site.id, layer.weight
     if isinstance(layer, Quantized):
@@ -186,6 +192,19 @@ def _check_layer(layer: Any, choice: Choice, stats: Stats | None) -> None:
     if weight.device.type == "meta":
         raise ValueError(
             f"quantize: {site} must have real weights, got a meta tensor. Load the model with from_pretrained; offload afterwards."
+        )
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or any(name in vars(layer) for name in _HOST_HOOKS)
+    if hooked:
+        raise ValueError(
+            f"quantize: {site} must have no hooks, got some (offloading, weight normalization, your own). "
+            "Quantize first; the new layer would not have them."
+        )
+    if choice.spec is not None:
+        kind: Any = runtime_class(layer)
+        kind.like(layer, choice.spec, device="meta")  # raises for a group size that does not fit
+    if layer.bias is not None and not bool(torch.isfinite(layer.bias).all()):
+        raise ValueError(
+            f"quantize: {site} must have a finite bias, got NaN or infinity. The checkpoint is damaged; load it again."
         )
     if not weight.dtype.is_floating_point or weight.element_size() < 2:
         raise ValueError(f"quantize: {site} must be float32, bfloat16 or float16, got {weight.dtype}. Load the unquantized model.")
@@ -216,13 +235,18 @@ def save(pipe: Any, path: str | os.PathLike) -> None:
 
 
 def load(path: str | os.PathLike, **kwargs: Any) -> Any:
-    """Load a saved pipeline, diffusers model or text encoder; ``kwargs`` go to ``from_pretrained`` (such as ``dtype``).
+    """Load a saved pipeline, diffusers model or text encoder; ``kwargs`` go to ``from_pretrained``.
+
+    Without ``dtype`` it is the stored one for all parts. (diffusers' own default is float32 for denoisers and the stored one for
+    text encoders, which do not fit together.)
 
     Raises:
         ValueError: not a diffusers folder; damaged, edited or newer files.
     """
     diffusers = importlib.import_module("diffusers")
     folder = Path(path)
+    if not {"dtype", "torch_dtype"} & set(kwargs):
+        kwargs["dtype"] = getattr(torch, stored_dtype(folder))
     with readable(f"load: {path}"):
         if (folder / "model_index.json").is_file():
             return diffusers.DiffusionPipeline.from_pretrained(folder, **kwargs)

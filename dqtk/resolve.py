@@ -55,12 +55,6 @@ def embedded_folder(name: str) -> Path:
     return importlib.import_module("dqtk.pipelines.tiny").folder(name)
 
 
-def oracle_for(prompts: Sequence[str]) -> Callable[[Any, str], Any] | None:
-    """The exact reader of the embedded world, if every prompt is in its grammar; else None."""
-    scenes = importlib.import_module("dqtk.pipelines.tiny.scenes")
-    try:
-        for prompt in prompts:
-            scenes.parse_caption(prompt)
-    except ValueError:
-        return None
-    return importlib.import_module("dqtk.pipelines.tiny.oracle").judge
+def oracle_for(pipe: Any, prompts: Sequence[str]) -> Callable[[Any, str], Any] | None:
+    """An exact reader of what this pipeline paints for these prompts, if there is one."""
+    return importlib.import_module("dqtk.pipelines.tiny").oracle_for(pipe, prompts)

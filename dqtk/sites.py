@@ -100,12 +100,13 @@ class Adapter:
     """What structure alone cannot know about a family. Every field may stay empty.
 
     classes: denoiser class names it is for. roles: (glob on the path, role), first match wins over what structure says.
-    keep: (glob on the path, why), sites that recipes leave at 16 bits.
+    keep: (glob on the path, why), sites that recipes leave at 16 bits. reversed_time: the denoiser is given 1 - sigma as its time.
     """
 
     classes: tuple[str, ...]
     roles: tuple[tuple[str, str], ...] = ()
     keep: tuple[tuple[str, str], ...] = ()
+    reversed_time: bool = False
 
 
 def components_of(target: Any) -> dict[str, nn.Module]:

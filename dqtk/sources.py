@@ -92,15 +92,22 @@ def read_json(path: str | Path, where: str) -> Any:
 
 
 def stored_dtype(folder: Path) -> str:
-    """The dtype in which the denoiser's weights are stored: that of its first matrix that is not a code."""
-    for file in sorted(folder.glob("*/*.safetensors")):
-        if DENOISERS.fullmatch(file.parent.name):
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a dictionary)
-                    kind = tensors.get_slice(name).get_dtype()
-                    if kind in _DTYPES and not name.endswith(("scale", "input_scale")):
-                        return _DTYPES[kind]
+    """The dtype in which the weights of a pipeline's denoiser, or of one model, are stored: its first float that is no scale."""
+    files = [file for file in sorted(folder.glob("*/*.safetensors")) if DENOISERS.fullmatch(file.parent.name)]
+    for file in files or sorted(folder.glob("*.safetensors")):
+        with readable(f"model: {file}"), safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dictionary)
+                kind = tensors.get_slice(name).get_dtype()
+                if kind in _DTYPES and not name.endswith(("scale", "input_scale")):
+                    return _DTYPES[kind]
     return "float32"
+
+
+def check_files(folder: Path) -> None:
+    """Raises ``ValueError`` that names a safetensors file with a damaged header or a missing end; the hosts do not name it."""
+    for file in sorted(folder.rglob("*.safetensors")):
+        with readable(f"model: {file}"), safe_open(file, framework="pt"):
+            pass
 
 
 def load_pipeline(model: str, dtype: str = "float32") -> Any:
@@ -112,6 +119,7 @@ def load_pipeline(model: str, dtype: str = "float32") -> Any:
     folder = local_folder(model)
     diffusers = importlib.import_module("diffusers")
     quiet_hosts()
+    check_files(folder)
     with readable(f"model: {model}"):
         chosen = stored_dtype(folder) if dtype == "stored" else dtype
         pipe = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=getattr(torch, chosen))
@@ -198,13 +206,3 @@ def read_prompts(words: list[str], num: int | None = None) -> list[str]:
     if not prompts:
         raise ValueError("prompts: list must hold at least one prompt, got none. Give a file with one per line, or the prompts.")
     return prompts if num is None else prompts[:num]
-
-
-def saved_recipe(folder: str | Path) -> dict[str, Any]:
-    """Component -> ``quantization_config`` of a saved dqtk folder; empty when nothing is quantized."""
-    found = {}
-    for config in sorted(Path(folder).glob("*/config.json")):
-        stored = read_json(config, "config").get("quantization_config")
-        if stored and stored.get("quant_method") == METHOD:
-            found[config.parent.name] = stored
-    return found

@@ -188,6 +188,8 @@ class LayerSpec:
                 f"LayerSpec: input must be PerToken with Dynamic range or PerTensor with a calibrated range, "
                 f"got {spec.granularity} with {spec.range}. A token's range is known only when it arrives."
             )
+        if isinstance(spec.range, MSE):
+            raise ValueError("LayerSpec: input range must be AbsMax or Dynamic, got MSE. Calibration keeps ranges, not samples.")
         if isinstance(spec.granularity, PerChannel | PerGroup | TwoLevel):
             raise ValueError(
                 f"LayerSpec: input granularity must be PerToken or PerTensor, got {spec.granularity}. "
@@ -222,7 +224,7 @@ class LayerSpec:
 
 
 def describe(spec: LayerSpec | None) -> str:
-    """A short name such as ``W4 group 64 (two-level) A8 per token``."""
+    """A short name such as ``W4 group 64 two-level, A8 per token``; the solver where it is not RTN."""
     if spec is None:
         return "16 bit"
 
@@ -237,7 +239,8 @@ def describe(spec: LayerSpec | None) -> str:
         }[type(tensor.granularity)]
         return f"{form}{tensor.bits} {where}" + ("" if getattr(tensor.format, "symmetric", True) else " asym")
 
-    return f"W{short(spec.weight)}, " + (f"A{short(spec.input)}" if spec.input else "A16")
+    solver = "" if spec.solver == RTN() else f", {type(spec.solver).__name__}"
+    return f"W{short(spec.weight)}, " + (f"A{short(spec.input)}" if spec.input else "A16") + solver
 
 
 # --- strict JSON -----------------------------------------------------------------------------------------------------
@@ -302,5 +305,15 @@ def did_you_mean(name: Any, known: typing.Iterable[str]) -> str:
 
 
 def canonical(value: Any) -> str:
-    """One text per spec, for hashing and for sharing equal specs in a file."""
-    return json.dumps(to_json(value), sort_keys=True, separators=(",", ":"))
+    """One text per spec, for hashing and for sharing equal specs in a file.
+
+    Fields at their default are left out: hashes of old plans and checkpoints stay valid when a spec gains a field.
+    """
+    return json.dumps(_chosen(value), sort_keys=True, separators=(",", ":"))
+
+
+def _chosen(value: Any) -> Any:
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    given = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if getattr(value, f.name) != f.default}
+    return {"type": type(value).__name__} | {name: _chosen(part) for name, part in given.items()}

@@ -3,6 +3,7 @@
 Damaged checkpoints have their tests in test_checkpoint.py and the backends' files, folders and hub ids in test_sources.py.
 """
 
+import dataclasses
 import json
 import re
 import shutil
@@ -17,6 +18,7 @@ import dqtk
 from dqtk.checkpoint import quantized_layers
 from dqtk.cli import main
 from dqtk.resolve import call_kwargs_for
+from dqtk.spec import Int, LayerSpec, PerGroup, TensorSpec
 
 HOUSE_STYLE = r"^[^:]+: .* must .*, got.*[.?]$"
 
@@ -34,6 +36,10 @@ def spoil(module, how):
         last.weight = nn.Parameter(last.weight.to(torch.float8_e4m3fn), requires_grad=False)
     elif how == "meta":
         last.to("meta")
+    elif how == "bias":
+        last.bias.data[2] = float("nan")
+    elif how == "hook":
+        last.register_forward_hook(lambda module, args, output: output)
     else:
         last.weight.data[3, 5] = float(how)
 
@@ -46,6 +52,8 @@ def spoil(module, how):
         ("-inf", r"quantize: model:4 must have finite weights, got NaN or infinity"),
         ("integer", r"quantize: model:4 must be float32, bfloat16 or float16, got torch\.int8\. Load the unquantized model\."),
         ("float8", r"quantize: model:4 must be float32, bfloat16 or float16, got torch\.float8_e4m3fn\."),
+        ("bias", r"quantize: model:4 must have a finite bias, got NaN or infinity\."),
+        ("hook", r"quantize: model:4 must have no hooks, got some \(offloading, .*\)\. Quantize first"),
         ("meta", r"quantize: model:4 must have real weights, got a meta tensor\. Load the model with from_pretrained"),
     ],
 )
@@ -58,6 +66,16 @@ def test_bad_weights_are_found_before_anything_changes(bare, how, says):
     assert type(bare[0]) is nn.Linear
     dqtk.quantize(bare, dqtk.plan(bare, "w8a8", overrides={"4": None}), progress=False)  # the remedy works
     assert list(quantized_layers(bare)) == ["0", "2"]
+
+
+def test_a_plan_that_does_not_fit_changes_nothing(bare):
+    """Made by hand or edited: its group size divides the first layer's inputs and not the second's."""
+    plan = dqtk.plan(bare, "w4a16")
+    odd = LayerSpec(weight=TensorSpec(format=Int(bits=4), granularity=PerGroup(size=40)))
+    wrong = dataclasses.replace(plan, choices=(plan.choices[0], *(dataclasses.replace(c, spec=odd) for c in plan.choices[1:])))
+    with pytest.raises(ValueError, match="group size must divide the 96 inputs"):
+        dqtk.quantize(bare, wrong, progress=False)
+    assert quantized_layers(bare) == {}
 
 
 def test_plan_of_another_model(bare):
@@ -196,13 +214,25 @@ def test_damaged_inputs_from_the_shell(shell, folder, tmp_path):
     line = shell("quantize", folder, "--recipe", "w8a8", *out)
     assert "transformer:transformer_blocks.3.attn1.to_q must have finite weights, got NaN or infinity." in line
     (folder / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"x" * 50)
-    assert f"model: {folder} must be complete and readable, got: " in shell("quantize", folder, "--recipe", "w8a8", *out)
+    assert "pytorch_model.safetensors must be complete and readable, got: " in shell("quantize", folder, "--recipe", "w8a8", *out)
 
 
 def test_plan_of_another_model_from_the_shell(shell, folder, tiny_folders, tmp_path):
     assert main(["explain", str(tiny_folders["sdxl"]), "--recipe", "w8a8", "--output", str(tmp_path / "p.json")]) == 0
     line = shell("quantize", folder, "--plan", tmp_path / "p.json", "--output", tmp_path / "out")
     assert "quantize: plan must be for components ['text_encoder', 'transformer'], got unet." in line
+
+
+@pytest.mark.parametrize("verb", ["explain", "compare"])
+def test_files_that_exist_are_not_replaced(shell, folder, tmp_path, verb):
+    notes = tmp_path / "notes.html"
+    notes.write_text("MY NOTES")
+    words = [folder, "--recipe", "w8a8"] if verb == "explain" else [folder, folder, "--prompts", "a circle"]
+    said = shell(verb, *words, "--output", notes)
+    assert (
+        said == f"dqtk {verb}: error: {verb}: output must be a new file, got {notes}, which exists. Choose another, or remove it."
+    )
+    assert notes.read_text() == "MY NOTES"
 
 
 def test_full_output_folder_is_untouched(shell, folder, tmp_path):

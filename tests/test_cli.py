@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import shutil
+import subprocess
 import sys
 
 import diffusers
@@ -13,6 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 
 import dqtk
+from dqtk.calibrate import Stats
 from dqtk.checkpoint import quantized_layers
 from dqtk.cli import main, parser
 from dqtk.plan import Plan
@@ -183,3 +185,31 @@ def test_stored_dtype_is_kept(load_tiny, say, tmp_path):
     say("quantize", tmp_path / "bf16", "--recipe", "w8a8", "--dtype", "float32", "--output", tmp_path / "q32")
     size = [sum(f.stat().st_size for f in (tmp_path / name / "transformer").glob("*.safetensors")) for name in ("q", "q32")]
     assert size[0] < size[1]
+
+
+@pytest.mark.parametrize("verb", ["quantize", "generate"])
+def test_terminated_while_writing_leaves_nothing(folder, tmp_path, verb):
+    """SIGTERM (a batch system, docker stop) as Ctrl-C: the half-written folder is removed."""
+    more = ["--recipe", "w8a8"] if verb == "quantize" else ["--prompts", "a circle", "--steps", "1"]
+    script = f"""
+import os, pathlib, signal, sys
+from dqtk import checkpoint, cli
+rename = pathlib.Path.rename
+def kill(self, target):
+    assert any(self.iterdir())
+    os.kill(os.getpid(), signal.SIGTERM)
+    return rename(self, target)
+pathlib.Path.rename = kill
+sys.exit(cli.main({[verb, folder, *more, "--output", str(tmp_path / "out")]!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=180)
+    assert done.returncode == 143, done.stderr
+    assert f"dqtk {verb}: terminated; nothing half-written was left" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny-pixart"]
+
+
+def test_stats_that_nothing_needs(folder, tmp_path, capsys):
+    Stats(num_prompts=1).save(tmp_path / "s")
+    words = ["quantize", folder, "--recipe", "w8a8", "--stats", str(tmp_path / "s"), "--output", str(tmp_path / "out")]
+    assert main(words) == 2
+    assert "--stats must be left out for recipe w8a8" in capsys.readouterr().err

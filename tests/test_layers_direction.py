@@ -29,6 +29,7 @@ nn
 kernels
 explain
 plan
+calls
 resolve
 sites
 numerics

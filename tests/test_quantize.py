@@ -92,20 +92,6 @@ def test_prompts_calibrate_on_the_way(load_tiny, draw):
     assert torch.equal(draw(first), draw(second))
 
 
-def test_call_kwargs_come_from_the_family_when_not_given(load_tiny, monkeypatch):
-    """PixArt at this size cannot run without them."""
-    pipe = load_tiny("pixart")
-    pipe.scheduler.config.num_train_timesteps  # noqa: B018 (a real scheduler)
-    seen = []
-    monkeypatch.setattr(
-        sys.modules["dqtk.quantize"], "calibrate", lambda *a, call_kwargs, **k: seen.append(call_kwargs) or dqtk.Stats()
-    )
-    with pytest.raises(ValueError, match=r"must have been called during calibration"):
-        dqtk.quantize(pipe, "w8a8-static", prompts=["x"], progress=False)
-    assert seen[0]["use_resolution_binning"] is False
-    assert quantized_layers(pipe.transformer) == {}
-
-
 def test_two_passes_add_up(load_tiny, tmp_path):
     """Denoiser first, text encoder later; or one more layer later: the second plan concerns what is left."""
     pipe = load_tiny("pixart")
@@ -239,3 +225,33 @@ def test_convolutions_of_every_dimension(recipe):
         for d in (1, 2, 3):
             got = module[f"conv{d}"](inputs[d - 1])
             assert ((got - exact[d - 1]).norm() / exact[d - 1].norm()) < (0.15 if "4" in recipe else 0.06)
+
+
+def test_class_labels_calibrate_too(tmp_path):
+    """Static inputs of a class-conditional pipeline; its prompts are numbers or label names."""
+    torch.manual_seed(0)
+    pipe = dit()
+    pipe.set_progress_bar_config(disable=True)
+    plan = dqtk.plan(pipe, "w8a8-static")
+    dqtk.quantize(pipe, plan, prompts=["0", "3"], call_kwargs={"num_inference_steps": 2}, progress=False)
+    assert len(quantized_layers(pipe.transformer)) == sum(choice.spec is not None for choice in plan.choices)
+
+
+def test_calibrate_knows_what_the_family_needs(load_tiny):
+    """The README's line, without arguments: a small PixArt cannot be called without them."""
+    pipe = load_tiny("pixart")
+    plan = dqtk.plan(pipe, "w8a8-static")
+    stats = dqtk.calibrate(pipe, ["a red circle"], plan, call_kwargs={"num_inference_steps": 1}, progress=False)
+    assert stats.num_prompts == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_load_takes_the_stored_dtype_for_all_parts(load_tiny, draw, dtype, tmp_path):
+    """diffusers alone would mix float32 denoisers with bf16 text encoders, which then do not fit together."""
+    pipe = load_tiny("sdxl", dtype)
+    dqtk.quantize(pipe, "w4a8", progress=False)
+    dqtk.save(pipe, tmp_path / "q")
+    loaded = dqtk.load(tmp_path / "q")
+    assert loaded.unet.dtype == loaded.text_encoder.dtype == loaded.vae.dtype == dtype
+    draw(loaded)
+    assert dqtk.load(tmp_path / "q" / "unet").dtype == dtype

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 import dqtk
 from dqtk.checkpoint import quantized_layers
 from dqtk.installed import installed_plan
-from dqtk.resolve import adapters, call_kwargs_for, embedded_names, families
-from dqtk.sources import load_pipeline, local_folder, locate, meta_pipeline, read_json, read_prompts, saved_recipe, stored_dtype
+from dqtk.resolve import adapters, call_kwargs_for, embedded_names, families, oracle_for
+from dqtk.sources import load_pipeline, local_folder, locate, meta_pipeline, read_json, read_prompts, stored_dtype
 
 
 @pytest.fixture
@@ -85,8 +85,6 @@ def test_stored_dtype_of_a_quantized_folder_is_that_of_what_was_kept(load_tiny, 
         path = tmp_path / str(dtype)
         dqtk.save(pipe, path)
         assert stored_dtype(path) == str(dtype).removeprefix("torch.")
-        assert set(saved_recipe(path)) == {"transformer"}
-        assert saved_recipe(path)["transformer"]["recipe"] == "w8a8"
 
 
 WEIGHTS, CONFIG = "transformer/diffusion_pytorch_model.safetensors", "transformer/config.json"
@@ -112,7 +110,7 @@ WEIGHTS, CONFIG = "transformer/diffusion_pytorch_model.safetensors", "transforme
 )
 def test_damaged_pipelines_are_one_line(folder, damage, says):
     damage(folder)
-    with pytest.raises(ValueError, match=rf"model: {folder} must be complete and readable, got: .*({says})") as error:
+    with pytest.raises(ValueError, match=rf"model: {folder}\S* must be complete and readable, got: .*({says})") as error:
         load_pipeline(str(folder))
     assert "\n" not in str(error.value)
 
@@ -125,7 +123,7 @@ def test_truncated_weights(folder):
     file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     assert len(load_file(file)) > 100
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match=r"model: \S+ must be complete and readable, got: "):
+    with pytest.raises(ValueError, match=r"model: \S+/diffusion_pytorch_model.safetensors must be complete and readable, got: "):
         load_pipeline(str(folder))
 
 
@@ -222,3 +220,19 @@ def test_call_kwargs_of_known_and_unknown_families(load_tiny):
     large.unet.register_to_config(sample_size=128)
     assert call_kwargs_for(large) == {}
     assert call_kwargs_for(torch.nn.Linear(2, 2)) == {}
+
+
+def test_sides_of_miniature_unets(load_tiny):
+    pipe = load_tiny("sdxl")
+    for side, steps in ((16, 20), ((16, 24), 20), ((64, 16), None), (None, None)):
+        pipe.unet.register_to_config(sample_size=side)
+        assert call_kwargs_for(pipe).get("num_inference_steps") == steps
+
+
+def test_the_oracle_is_for_pictures_of_its_size(load_tiny):
+    """The captions alone do not tell: another model may be given them too."""
+    pipe, captions = load_tiny("pixart"), ["a large red circle in the top left on a plain white background"]
+    assert oracle_for(pipe, captions) is not None
+    assert oracle_for(pipe, [*captions, "a cat"]) is None
+    pipe.transformer.register_to_config(sample_size=128)
+    assert oracle_for(pipe, captions) is None

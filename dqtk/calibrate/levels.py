@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 
-def noise_level(scheduler: Any, timestep: Tensor) -> float:
+def noise_level(scheduler: Any, timestep: Tensor, reversed_time: bool = False) -> float:
     """Level of one call. ``timestep`` is what the denoiser was called with: a number, [1] or [B] with equal entries.
 
-    For flow matching it may be a timestep or sigma itself; a 1 that could be either is sigma.
+    For flow matching it may be a timestep or sigma itself; a 1 that could be either is sigma. ``reversed_time`` (an adapter's
+    field): the denoiser is given 1 - sigma.
 
     Raises:
         ValueError: for timesteps that differ within the batch.
@@ -25,10 +26,15 @@ def noise_level(scheduler: Any, timestep: Tensor) -> float:
             f"noise_level: timesteps must be equal within a call, got {values[:4].tolist()}. Per-token timesteps are not supported."
         )
     t = float(values[0])
-    if hasattr(scheduler, "precondition_noise"):
+    config = getattr(scheduler, "config", None) or {}
+    if reversed_time:
+        return min(max(1 - t, 0.0), 1.0)
+    if hasattr(scheduler, "precondition_noise") or config.get("timestep_type") == "continuous":
         return _edm_level(scheduler, t)
+    # Several schedulers serve both kinds of model and keep a table of alphas that flow matching does not use.
+    flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
     alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
-    if alphas_cumprod is not None:
+    if alphas_cumprod is not None and not flow:
         return _variance_preserving_level(alphas_cumprod.double(), t)
     return _flow_level(scheduler, t)
 

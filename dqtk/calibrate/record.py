@@ -1,13 +1,13 @@
 """Record the inputs of sites while a pipeline runs. Hooks live inside a context manager; nothing stays on the modules."""
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from dqtk.calls import given_arguments, time_of
+from dqtk.resolve import adapters
 from dqtk.sites import DENOISERS, Site, components_of
 
 from .levels import bucket_of, noise_level
@@ -55,12 +55,13 @@ def recording(pipe: Any, sites: Sequence[Site], stats: Stats, num_prompts: int) 
 
 def _level_hook(call: _Call, pipe: Any, stats: Stats, num_prompts: int):
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        names = list(inspect.signature(type(module).forward).parameters)[1:]
-        given = dict(zip(names, args, strict=False)) | kwargs
-        timestep = next((given[name] for name in ("timestep", "timesteps", "t") if given.get(name) is not None), None)
-        if timestep is not None:
-            call.bucket = bucket_of(noise_level(pipe.scheduler, torch.as_tensor(timestep)), stats.num_buckets)
-        sample = given.get(names[0])  # [B, ...], or a list of B samples
+        given = given_arguments(module, args, kwargs)
+        time = time_of(given)
+        if time is not None:
+            adapter = adapters().get(type(module).__name__)
+            level = noise_level(pipe.scheduler, time, reversed_time=adapter is not None and adapter.reversed_time)
+            call.bucket = bucket_of(level, stats.num_buckets)
+        sample = next(iter(given.values()), None)  # [B, ...], or a list of B samples
         call.guided = sample is not None and len(sample) == 2 * num_prompts
 
     return hook

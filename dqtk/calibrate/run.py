@@ -1,6 +1,8 @@
 """The verb ``calibrate``: run the pipeline on prompts and keep what its layers saw."""
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from dqtk.calls import call_arguments, prompt_argument
+from dqtk.checkpoint import digest
 from dqtk.plan import Plan
+from dqtk.sites import components_of
 
 from .record import recording
 from .stats import Stats
@@ -33,34 +38,40 @@ def calibrate(
         plan: decides which sites are watched. A plan that needs no statistics returns empty ones at once.
         seed: prompt i starts from generator seed + i.
         batch_size: prompts per call.
-        call_kwargs: passed to the pipeline, for example ``{"num_inference_steps": 20}``.
-        output: file that is written after every batch and continued from if it exists: with the same prompts, seed and plan.
+        call_kwargs: passed to the pipeline, for example ``{"num_inference_steps": 20}``, over what its family needs.
+        output: file that is written after every batch and continued from if it exists. It knows its prompts, seed, arguments and
+            sites; prompts may be added at the end.
         progress: show a bar.
     Returns:
         Statistics over all steps of all prompts, both guidance branches.
     Raises:
-        ValueError: no prompts, a target that is not a pipeline, or an ``output`` that belongs to other sites.
+        ValueError: no prompts, a target that is not a pipeline, or an ``output`` that belongs to another run.
     """
     if not plan.needs_stats:
         return Stats()
     _check_call(pipe, prompts)
     sites = [c.site for c in plan.choices if c.spec is not None and c.spec.needs_stats]
     stats = Stats.load(output) if output is not None and Path(output).exists() else Stats()
+    kwargs = call_arguments(pipe, call_kwargs)
+    run = _identity(pipe, plan, prompts, seed, kwargs)
     if stats.num_prompts:
-        _check_sites(stats, [site.id for site in sites], output)
+        _check_same_run(stats, run, output)
     starts = range(stats.num_prompts, len(prompts), batch_size)
     for start in tqdm(starts, desc="calibrate", disable=not progress):
         batch = list(prompts[start : start + batch_size])
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
         with recording(pipe, sites, stats, len(batch)), torch.no_grad():
-            pipe(batch, generator=generators, output_type="latent", **(call_kwargs or {}))
+            pipe(**prompt_argument(pipe, batch, "prompts"), generator=generators, **(kwargs | {"output_type": "latent"}))
         stats.num_prompts += len(batch)
+        stats.run = run(stats.num_prompts)
         if output is not None:
             stats.save(output)
     return stats
 
 
 def _check_call(pipe: Any, prompts: Sequence[str]) -> None:
+    if isinstance(prompts, str):
+        raise ValueError(f"calibrate: prompts must be a list of texts, got one text {prompts!r}. Put it in a list.")
     if not prompts:
         raise ValueError(
             "calibrate: prompts must hold at least one prompt, got none. Pass a list or a file with one prompt per line."
@@ -72,10 +83,37 @@ def _check_call(pipe: Any, prompts: Sequence[str]) -> None:
         )
 
 
-def _check_sites(stats: Stats, planned: Sequence[str], output: Any) -> None:
-    unseen = set(planned) - {key.site for key in stats.inputs}
-    if unseen:
-        raise ValueError(
-            f"calibrate: output {output} must hold statistics of all {len(planned)} planned sites, got none for {min(unseen)}. "
-            "It was written for another plan or model; remove it or choose another name."
-        )
+def fingerprint(target: Any, plan: Plan) -> str:
+    """A digest of the first and last watched weight: tells models apart, whatever float dtype they are loaded in."""
+    watched = [c.site for c in plan.choices if c.spec is not None and c.spec.needs_stats]
+    parts = components_of(target)
+    ends: list[Any] = [parts[site.component].get_submodule(site.path).weight for site in (watched[0], watched[-1])]
+    return " ".join(digest(weight.detach().bfloat16()) for weight in ends)
+
+
+def _identity(
+    pipe: Any, plan: Plan, prompts: Sequence[str], seed: int, kwargs: Mapping[str, Any]
+) -> Callable[[int], dict[str, str]]:
+    """Number of prompts seen -> what statistics of them depend on, in words."""
+    sites = sorted(c.site.id for c in plan.choices if c.spec is not None and c.spec.needs_stats)
+    fixed = {
+        "sites": f"{len(sites)} sites, {_short(sites)}",
+        "model": fingerprint(pipe, plan),
+        "seed": str(seed),
+        "call_kwargs": json.dumps({name: repr(value) for name, value in sorted(kwargs.items())}),
+    }
+    return lambda num: fixed | {"prompts": f"{num} prompts, {_short(prompts[:num])}"}
+
+
+def _short(texts: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:12]
+
+
+def _check_same_run(stats: Stats, run: Callable[[int], dict[str, str]], output: Any) -> None:
+    for name, here in run(stats.num_prompts).items():
+        stored = stats.run.get(name)
+        if stored != here:
+            raise ValueError(
+                f"calibrate: {name} of {output} must be those of this run ({here}), got {stored}. "
+                "It was written by another run; remove it or choose another name."
+            )

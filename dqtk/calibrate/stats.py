@@ -55,13 +55,20 @@ class InputStat:
         )
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class Stats:
-    """Statistics of a pipeline. ``num_prompts`` prompts have been seen; ``num_buckets`` noise-level buckets divide [0, 1]."""
+    """Statistics of a pipeline. ``num_prompts`` prompts have been seen; ``num_buckets`` noise-level buckets divide [0, 1].
+
+    ``run`` says what run they come from (see ``calibrate``); merged ones come from several and say nothing.
+    """
 
     num_buckets: int = 10
     num_prompts: int = 0
     inputs: dict[Key, InputStat] = field(default_factory=dict)
+    run: dict[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"Stats({self.num_prompts} prompts, {len(self.inputs)} entries of {len({key.site for key in self.inputs})} sites)"
 
     def add(self, key: Key, seen: InputStat) -> None:
         """Merge one observation."""
@@ -111,6 +118,7 @@ class Stats:
             tensors[f"{name}|channel_absmax"] = seen.channel_absmax.contiguous()
             counts[name] = seen.count
         meta = {"num_buckets": str(self.num_buckets), "num_prompts": str(self.num_prompts), "counts": json.dumps(counts)}
+        meta["run"] = json.dumps(self.run)
         partial = path.with_name(f".{path.name}.partial")
         save_file(tensors, partial, metadata=meta)
         os.replace(partial, path)
@@ -131,9 +139,11 @@ class Stats:
     @staticmethod
     def _read(file: Any, path: str | Path) -> "Stats":
         meta = file.metadata() or {}
-        if "counts" not in meta:
-            raise ValueError(f"Stats.load: {path} must be a file written by Stats.save, got other metadata {sorted(meta)}.")
-        stats = Stats(int(meta["num_buckets"]), int(meta["num_prompts"]))
+        if not {"counts", "run"} <= set(meta):
+            raise ValueError(
+                f"Stats.load: {path} must be a file written by Stats.save, got other metadata {sorted(meta)}. Calibrate again."
+            )
+        stats = Stats(int(meta["num_buckets"]), int(meta["num_prompts"]), run=json.loads(meta["run"]))
         for name, count in json.loads(meta["counts"]).items():
             low, high = file.get_tensor(f"{name}|range")
             stats.inputs[Key.parse(name)] = InputStat(low.view(1), high.view(1), file.get_tensor(f"{name}|channel_absmax"), count)

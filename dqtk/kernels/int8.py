@@ -9,15 +9,16 @@ from torch import Tensor
 
 
 def quantize_rows(x_TK: Tensor, input_scale: Tensor | None, input_zero: Tensor | None) -> tuple[Tensor, Tensor]:
-    """int8 codes [T, K] and scales [T, 1] or [1, 1]; x ~ scale * (code - zero)."""
+    """int8 codes [T, K] and scales [T, 1]; x ~ scale * (code - zero). A row with NaN or infinity gets such a scale."""
     x = x_TK.float()
     if input_scale is None:
         scale = x.abs().amax(dim=1, keepdim=True) / 127
-        scale = torch.where(scale <= 1e-30, torch.ones_like(scale), scale)  # NaN and infinity stay, so the result shows them
+        scale = torch.where(scale <= 1e-30, torch.ones_like(scale), scale)
         return (x / scale).round().clamp(-127, 127).to(torch.int8), scale
     codes = (x / input_scale).round()
     codes = codes if input_zero is None else codes + input_zero
-    return codes.clamp(-128, 127).to(torch.int8), input_scale.view(1, 1)
+    total = x.sum(dim=1, keepdim=True)
+    return codes.clamp(-128, 127).to(torch.int8), torch.where(total.isfinite(), input_scale.view(1, 1), total)
 
 
 def matmul_reference(a_TK: Tensor, b_NK: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ pipeline with another rounding is scored beside the candidate: a distance means 
 Images are scored as 8-bit pixels, which is what ``Comparison.save`` writes: every number can be recomputed from the files. The
 price: differences below half a level vanish, so a PSNR above about 58 dB means "a few pixels differ by one level".
 
-Wall times alternate batch by batch between the pipelines, so that a machine that slows down slows down both; the median per
-image is reported. The first batch (allocation, caches) and batches with recording hooks are left out while others remain.
+Wall times alternate batch by batch between the pipelines, and so does who goes first: a machine that slows down slows down both.
+The median per image is reported. The first batch (allocation, caches) and batches with recording hooks are left out; where nothing
+else was made, the first batch is made again twice by both.
 """
 
 import io
@@ -23,13 +24,15 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from dqtk.calls import call_arguments, denoisers
+
 from . import environment
 from .comparison import Comparison, Curve, OracleScore, Row, SizePair, Timing
 from .generate import Batch, Task, check_call_kwargs, generate, make_tasks, to_tensor
 from .measures import curve_of, score_measures, step_measures
 from .scores import DEFAULT_SCORES, ImageScore, resolve_scores
 from .sizes import pipeline_sizes
-from .trajectory import Call, StepSums, TrajectoryMismatch, denoisers, own_trajectory, recorded, same_inputs
+from .trajectory import Call, StepSums, TrajectoryMismatch, compute_dtype, own_trajectory, recorded, same_inputs
 
 Oracle = Callable[[Image.Image, str], Any]
 
@@ -65,19 +68,31 @@ class _Found:
     steps: dict[str, _Steps]
     rows: list[Row] = field(default_factory=list)
     seconds: list[tuple[float, float, bool]] = field(default_factory=list)
+    turn: int = 0
 
     def add(
         self, reference: Any, others: Mapping[str, Any], batch: list[Task], kwargs: dict[str, Any], *, hooked: bool
     ) -> dict[str, Batch]:
-        """Generate one batch with every pipeline, one after the other."""
-        made, calls = _run(reference, batch, kwargs, hooked=hooked, inputs=True)
-        outputs = {"reference": made}
-        for name, pipe in others.items():
-            outputs[name], own_calls = _run(pipe, batch, kwargs, hooked=hooked, inputs=False)
-            if hooked:
-                self.steps[name].add(pipe, calls, own_calls, len(batch))
-        self.seconds.append((made.seconds / len(batch), outputs["candidate"].seconds / len(batch), hooked))
+        """Generate one batch with every pipeline, one after the other; who begins changes from batch to batch."""
+        self.turn += 1
+        pipes = {"reference": reference, **others}
+        made = {
+            name: _run(pipes[name], batch, kwargs, hooked=hooked, inputs=name == "reference")
+            for name in (list(pipes) if self.turn % 2 else reversed(pipes))
+        }
+        if hooked:
+            for name, pipe in others.items():
+                self.steps[name].add(pipe, made["reference"][1], made[name][1], len(batch))
+        outputs = {name: made[name][0] for name in pipes}
+        seconds = [outputs[name].seconds / len(batch) for name in ("reference", "candidate")]
+        self.seconds.append((seconds[0], seconds[1], hooked))
         return outputs
+
+    def time_again(self, reference: Any, others: Mapping[str, Any], batch: list[Task], kwargs: dict[str, Any]) -> None:
+        """Two more rounds of a batch, for its time only, unless a batch without hooks was made after the first."""
+        if all(hooked for _, _, hooked in self.seconds[1:]):
+            for _ in range(2):
+                self.add(reference, {"candidate": others["candidate"]}, batch, kwargs, hooked=False)
 
     def curves(self) -> tuple[Curve, ...]:
         found = [(name, kind, sums) for name, s in self.steps.items() for kind, sums in (("own", s.own), ("same", s.same))]
@@ -86,9 +101,6 @@ class _Found:
     def timing(self, batch_size: int) -> Timing:
         timed = [times for times in self.seconds[1:] if not times[2]]
         note = "first batch and recorded batches left out"
-        if not timed:
-            timed = self.seconds[1:] or self.seconds
-            note = "all recorded, first left out" if len(self.seconds) > 1 else "warm-up included"
         batches = "batch" if len(timed) == 1 else "batches"
         return Timing(
             reference=statistics.median(times[0] for times in timed),
@@ -125,14 +137,15 @@ def compare(
     """Generate with both pipelines and score the pairs.
 
     ``reference`` and ``candidate`` are diffusers image pipelines that take ``prompt`` (or ``class_labels``: prompts are then
-    numbers or label names), and may be one object; ``call_kwargs`` goes to both (steps, guidance, size). ``num_trajectory``
+    numbers or label names), and may be one object; ``call_kwargs`` goes to both (steps, guidance, size), over what
+    the family needs. ``num_trajectory``
     prompts are also compared inside, step by step (0: none). ``oracle(image, prompt)`` returns a number in [0, 1] or an object
     with ``mean`` and ``all_correct``. ``floor`` is a third pipeline scored like the candidate. Folders add sizes on disk;
     ``plan_summary`` (plain data) is carried into the records and the page. Raises ``ValueError`` for no or empty prompts,
     counts below 1, reserved ``call_kwargs``, unknown scores, or pipelines that return no images.
     """
     _check(prompts, seeds_per_prompt, batch_size, num_trajectory)
-    kwargs = check_call_kwargs(call_kwargs)
+    kwargs = check_call_kwargs(call_arguments(reference, call_kwargs))
     image_scores, missing = resolve_scores(scores, lpips_net=lpips_net, lpips_weights=lpips_weights)
     tasks = make_tasks(prompts, seed, seeds_per_prompt)
     num_recorded = min(num_trajectory, len(prompts)) * seeds_per_prompt if denoisers(reference) else 0
@@ -143,6 +156,7 @@ def compare(
             outputs = found.add(reference, others, batch, kwargs, hooked=hooked)
             found.rows += _rows(batch, outputs, image_scores, oracle)
             bar.update(len(batch))
+        found.time_again(reference, others, tasks[:batch_size], kwargs)
     recorded_prompts = [task.prompt_index for task in tasks[:num_recorded]]
     step_input = {name: {"own": s.own or s.why_own, "same": s.same or s.why_same} for name, s in found.steps.items()}
     return Comparison(
@@ -154,6 +168,7 @@ def compare(
         curves=found.curves(),
         timing=found.timing(batch_size),
         sizes=_sizes(reference, candidate, reference_folder, candidate_folder),
+        dtype=_dtype_of(reference),
         seed=seed,
         seeds_per_prompt=seeds_per_prompt,
         call_kwargs={
@@ -237,6 +252,12 @@ def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def _dtype_of(pipe: Any) -> str:
+    """The compute dtype of the denoisers, in words."""
+    found = {str(compute_dtype(module)).removeprefix("torch.") for module in denoisers(pipe).values()}
+    return ", ".join(sorted(found)) or "unknown"
 
 
 def _sizes(

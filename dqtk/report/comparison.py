@@ -101,10 +101,16 @@ class SizePair:
     reference: ComponentSize | None
     candidate: ComponentSize | None
 
+    def places(self) -> list[tuple[str, int | None, int | None]]:
+        """(where, bytes before, bytes after) for each place that either is known in."""
+        before, after = (size.places() if size else {} for size in (self.reference, self.candidate))
+        return [(place, before.get(place), after.get(place)) for place in {**before, **after}]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """Everything that ``compare`` found. ``rows`` are in the order of the prompts; ``worst_first`` sorts them."""
+    """Everything that ``compare`` found. ``rows`` are in the order of the prompts; ``worst_first`` sorts them. ``dtype``: what the
+    original computed in."""
 
     reference_name: str
     candidate_name: str
@@ -114,6 +120,7 @@ class Comparison:
     curves: tuple[Curve, ...]
     timing: Timing
     sizes: tuple[SizePair, ...]
+    dtype: str
     seed: int
     seeds_per_prompt: int
     call_kwargs: dict[str, Any]

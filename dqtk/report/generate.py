@@ -7,7 +7,6 @@ afterwards.
 """
 
 import hashlib
-import inspect
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from dqtk.calls import prompt_argument
 
 _RESERVED = ("prompt", "class_labels", "generator", "num_images_per_prompt", "latents", "return_dict", "batch_size")
 
@@ -75,7 +76,7 @@ def check_call_kwargs(call_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
 def generate(pipe: Any, tasks: Sequence[Task], call_kwargs: Mapping[str, Any]) -> Batch:
     """Make one batch. Images are what a user would save: 8-bit RGB. Raises ``ValueError`` for a pipeline that takes no prompt."""
     generators = [torch.Generator("cpu").manual_seed(task.seed) for task in tasks]
-    inputs = _prompt_argument(pipe, [task.prompt for task in tasks])
+    inputs = prompt_argument(pipe, [task.prompt for task in tasks], "prompts")
     device = getattr(pipe, "_execution_device", torch.device("cpu"))
     with _quiet(pipe), _global_noise(device, tasks[0].seed), torch.no_grad():
         start = time.perf_counter()
@@ -93,27 +94,6 @@ def generate(pipe: Any, tasks: Sequence[Task], call_kwargs: Mapping[str, Any]) -
 def to_tensor(images: Sequence[Image.Image]) -> Tensor:
     """8-bit RGB images of one size -> float32 [B, 3, H, W] in [0, 1]."""
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float() / 255
-
-
-def _prompt_argument(pipe: Any, prompts: list[str]) -> dict[str, Any]:
-    parameters = inspect.signature(pipe.__call__).parameters
-    if "prompt" in parameters:
-        return {"prompt": prompts}
-    if "class_labels" in parameters:
-        return {"class_labels": [_class_label(pipe, prompt) for prompt in prompts]}
-    raise ValueError(
-        f"compare: the pipeline must take 'prompt' or 'class_labels', got {type(pipe).__name__} with {sorted(parameters)}. "
-        "Unconditional pipelines are not compared yet."
-    )
-
-
-def _class_label(pipe: Any, prompt: str) -> int:
-    if prompt.strip().isdigit():
-        return int(prompt)
-    labels = getattr(pipe, "labels", None) or {}
-    if prompt not in labels:
-        raise ValueError(f"compare: a class-conditional prompt must be a number or a known label, got {prompt!r}. Use '0', '1', ….")
-    return int(labels[prompt])
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """From a comparison to its records: one per measure, noise floor, time and size."""
 
+import hashlib
+import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +25,19 @@ def _record(comparison: "Comparison", **fields: Any) -> Record:
         plan_hash=plan.get("hash"),
         versions=comparison.versions,
         hardware=comparison.hardware,
-        **fields,
+        **(fields | {"extra": fields["extra"] | _conditions(comparison)}),
     )
+
+
+def _conditions(comparison: "Comparison") -> dict[str, Any]:
+    """What else a number depends on: the dtype, the pipelines' arguments, the prompts."""
+    prompts = json.dumps([row.prompt for row in comparison.rows])
+    return {
+        "dtype": comparison.dtype,
+        "call_kwargs": comparison.call_kwargs,
+        "num_prompts": comparison.num_prompts,
+        "prompts_sha256": hashlib.sha256(prompts.encode()).hexdigest()[:16],
+    }
 
 
 def _numbers(estimate: "Estimate | None") -> dict[str, float | None]:
@@ -55,7 +68,7 @@ def _sizes(comparison: "Comparison") -> Iterator[Record]:
     facts = {"unit": "B", "higher_is_better": False, "num_samples": 1}
     for pair in comparison.sizes:
         for side, size in (("reference", pair.reference), ("candidate", pair.candidate)):
-            for place in ("in_memory", "on_disk"):
+            for place in ("in_memory", "at_16_bit", "on_disk"):
                 num_bytes = getattr(size, place) if size is not None else None
                 if num_bytes is not None:
                     name, extra = f"bytes_{place}_{side}", {"component": pair.name}

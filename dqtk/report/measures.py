@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from .comparison import Curve, Estimate, Measure, Row
@@ -30,7 +31,7 @@ def score_measures(rows: Sequence[Row], scores: Sequence[ImageScore], missing: M
                 num_samples=len(rows),
                 estimate=_estimate(_capped(values, score), prompts, seed),
                 floor=_estimate(_capped(floor, score), prompts, seed) if floor else None,
-                detail=_detail(score, values),
+                detail=_detail(score, values) | _beyond_floor(score, values, floor, prompts, seed),
             )
         )
     for name, why in missing.items():
@@ -95,7 +96,7 @@ def _over_steps(steps: StepSums) -> list[float]:
 
 
 def _capped(values: Sequence[float], score: ImageScore) -> list[float]:
-    return [score.cap if score.cap is not None and math.isinf(value) else value for value in values]
+    return list(values) if score.cap is None else [min(value, score.cap) for value in values]
 
 
 def _estimate(values: Sequence[float], prompts: Sequence[int], seed: int) -> Estimate:
@@ -113,8 +114,20 @@ def _detail(score: ImageScore, values: Sequence[float]) -> dict[str, Any]:
     return detail
 
 
+def _beyond_floor(
+    score: ImageScore, values: Sequence[float], floor: Sequence[float], prompts: Sequence[int], seed: int
+) -> dict[str, Any]:
+    """How much worse a pair is than the noise floor of the same prompt and seed: mean of the paired difference, with interval."""
+    if not floor:
+        return {}
+    sign = 1 if score.higher_is_better else -1
+    pairs = zip(_capped(values, score), _capped(floor, score), strict=True)
+    found = _estimate([sign * (other - value) for value, other in pairs], prompts, seed)
+    return {"beyond_floor": {"value": found.value, "low": found.low, "high": found.high}}
+
+
 def _finite(value: float, score: ImageScore) -> float:
-    return score.cap if score.cap is not None and math.isinf(value) else value
+    return value if score.cap is None else min(value, score.cap)
 
 
 def _unmeasured(name: str, label: str, why: str) -> Measure:
@@ -128,8 +141,19 @@ def _oracle_measures(rows: Sequence[Row], prompts: Sequence[int], seed: int) -> 
         right = {side: [float(bool(row.oracle[side].all_correct)) for row in rows] for side in rows[0].oracle}
         pairs = list(zip(right["reference"], right["candidate"], strict=True))
         flips = {"right_to_wrong": pairs.count((1.0, 0.0)), "wrong_to_right": pairs.count((0.0, 1.0))}
-        found.append(_paired("all_correct", "All correct", right, prompts, seed, flips))
+        found.append(_with_exact_bound(_paired("all_correct", "All correct", right, prompts, seed, flips)))
     return [measure for group in found for measure in group]
+
+
+def _with_exact_bound(measures: list[Measure]) -> list[Measure]:
+    """Where no picture flipped, a bootstrap would claim certainty: the bound is then that of a rate never seen in so many tries."""
+    before, after, change = measures
+    estimate, flips = change.estimate, change.detail
+    assert estimate is not None
+    if estimate.low is None or flips["right_to_wrong"] or flips["wrong_to_right"]:
+        return measures
+    bound = 1 - 0.025 ** (1 / change.num_samples)
+    return [before, after, replace(change, estimate=Estimate(value=0.0, low=-bound, high=bound))]
 
 
 def _paired(

@@ -1,5 +1,7 @@
 """Numbers as people read them, in the terminal and on the page alike."""
 
+from dqtk.explain import human
+
 DASH = "\N{EN DASH}"  # where there is no number
 MINUS = "\N{MINUS SIGN}"  # a line does not break after it, as it does after a hyphen
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -18,16 +20,8 @@ def range_text(low: float | None, high: float | None, digits: int, sign: str = "
 
 
 def bytes_text(num_bytes: float | None) -> str:
-    """1536 -> "1.5 KiB"; ``None`` -> a dash."""
-    if num_bytes is None:
-        return DASH
-    if num_bytes < 1024:
-        return f"{num_bytes:.0f} B"
-    for unit in ("KiB", "MiB"):
-        num_bytes /= 1024
-        if num_bytes < 1024:
-            return f"{num_bytes:.1f} {unit}"
-    return f"{num_bytes / 1024:.2f} GiB"
+    """1500 -> "1.50 kB"; ``None`` -> a dash."""
+    return DASH if num_bytes is None else human(num_bytes)
 
 
 def ratio_text(before: float | None, after: float | None) -> str:

@@ -207,8 +207,7 @@ def _cost(comparison: Comparison, plan: Mapping[str, Any] | None) -> str:
     times = [number(f"{t.reference:.3f} s"), number(f"{t.candidate:.3f} s", small=ratio_text(t.reference, t.candidate))]
     rows = [row("Time per image", times)]
     for pair in comparison.sizes:
-        for place, words in (("on_disk", "on disk"), ("in_memory", "in memory")):
-            before, after = (getattr(size, place) if size else None for size in (pair.reference, pair.candidate))
+        for words, before, after in pair.places():
             if before is not None or after is not None:
                 cells = [number(bytes_text(before)), number(bytes_text(after), small=ratio_text(before, after))]
                 rows.append(row(f"{pair.name or 'top folder'} {words}", cells))
@@ -216,7 +215,7 @@ def _cost(comparison: Comparison, plan: Mapping[str, Any] | None) -> str:
     kernels = [row(str(name), [number(str(num))]) for name, num in (plan or {}).get("kernels", {}).items()]
     if kernels:
         body += "<h3>What ran</h3>" + table("Kernels that ran", ("Kernel", "Layers"), kernels)
-    note = f"Time: {t.note}, on {_machine(comparison)}. In memory: weights as they are stored."
+    note = f"Time: {t.note}, on {_machine(comparison)}. In memory: weights as they lie there, computing in {comparison.dtype}."
     return section("cost", "Size and time", note, body)
 
 

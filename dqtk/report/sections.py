@@ -187,6 +187,7 @@ def reproduce_section(comparison: Comparison, command: str) -> str:
         "seed": comparison.seed,
         "seeds per prompt": comparison.seeds_per_prompt,
         "batch size": comparison.timing.batch_size,
+        "compute dtype": comparison.dtype,
         **comparison.call_kwargs,
     }
     shown = f"<pre><code>{escape(command)}</code></pre>" if command else ""

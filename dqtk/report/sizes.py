@@ -6,16 +6,25 @@ from typing import Any
 
 from torch import nn
 
+from dqtk.nn import Quantized
+from dqtk.nn.layers import BUFFERS
+
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".msgpack", ".h5", ".onnx", ".gguf")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ComponentSize:
-    """Bytes of one component: stored tensors in memory, weight files on disk (``None``: not there, or no folder)."""
+    """Bytes of one component: tensors in memory, the same once it computes at 16 bits, weight files on disk; ``None``: none."""
 
     name: str
     in_memory: int | None
+    at_16_bit: int | None
     on_disk: int | None
+
+    def places(self) -> dict[str, int | None]:
+        """Words -> bytes, without the 16-bit figure where it says nothing new."""
+        found = {"on disk": self.on_disk, "in memory": self.in_memory}
+        return found if self.at_16_bit == self.in_memory else found | {"in memory at 16 bit": self.at_16_bit}
 
 
 def bytes_in_memory(module: nn.Module) -> int:
@@ -31,6 +40,18 @@ def bytes_in_memory(module: nn.Module) -> int:
             key = (str(part.device), storage.data_ptr()) if storage.data_ptr() else ("meta", id(part))
             seen[key] = storage.nbytes()
     return sum(seen.values())
+
+
+def bytes_at_16_bit(module: nn.Module) -> int:
+    """Bytes in memory once the module computes at 16 bits: wider floats count two bytes; codes and scales keep theirs."""
+    stored = bytes_in_memory(module)
+    seen: dict[int, int] = {}
+    for part in module.modules():
+        for name, tensor in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)):
+            kept = isinstance(part, Quantized) and name in BUFFERS
+            if tensor.is_floating_point() and tensor.element_size() > 2 and not kept and not _inner_names(tensor):
+                seen[id(tensor)] = tensor.numel() * (tensor.element_size() - 2)
+    return stored - sum(seen.values())
 
 
 def _inner_names(tensor: Any) -> list[str]:
@@ -60,6 +81,9 @@ def pipeline_sizes(pipe: Any, folder: str | Path | None = None) -> tuple[Compone
     """Sizes of every component of a diffusers pipeline that has weights, in its own order; on disk too when ``folder`` is given."""
     modules = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     memory = {name: bytes_in_memory(part) for name, part in modules.items()}
+    narrow = {name: bytes_at_16_bit(part) for name, part in modules.items()}
     disk = bytes_on_disk(folder) if folder is not None else {}
     names = list(memory) + [name for name in disk if name not in memory]
-    return tuple(ComponentSize(name=name, in_memory=memory.get(name), on_disk=disk.get(name)) for name in names)
+    return tuple(
+        ComponentSize(name=name, in_memory=memory.get(name), at_16_bit=narrow.get(name), on_disk=disk.get(name)) for name in names
+    )

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .comparison import Comparison
 
 WIDTH = 100  # columns
-_NAME = 28
+_NAME = 36
 
 
 def as_text(comparison: "Comparison") -> str:
@@ -28,11 +28,10 @@ def as_text(comparison: "Comparison") -> str:
     t = comparison.timing
     lines += ["", *_row("time per image", f"{t.reference:.3f} s -> {t.candidate:.3f} s ({t.note})")]
     for pair in comparison.sizes:
-        for place in ("in_memory", "on_disk"):
-            before, after = (getattr(size, place) if size else None for size in (pair.reference, pair.candidate))
+        for place, before, after in pair.places():
             if before and after is not None:
                 change = f"{bytes_text(before)} -> {bytes_text(after)} ({ratio_text(before, after)})"
-                lines += _row(f"{pair.name} {place.replace('_', ' ')}", change)
+                lines += _row(f"{pair.name} {place}", change)
     for kernel, num in (comparison.plan_summary or {}).get("kernels", {}).items():
         lines += _row("ran", f"{kernel}: {num} layers")
     return "\n".join(lines)

@@ -10,8 +10,6 @@ consecutive calls with one timestep, so that guidance by two calls counts as one
 Hooks live inside ``recorded``: nothing stays on the modules, whatever happens in between.
 """
 
-import inspect
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .scores import pair_sums
+from dqtk.calls import denoisers, given_arguments, time_of
 
-_DENOISER = re.compile(r"(unet|transformer)(_\d+)?")
+from .scores import pair_sums
 
 
 class TrajectoryMismatch(ValueError):
@@ -55,11 +53,6 @@ class StepSums:
         return StepSums(timesteps=self.timesteps, sums=sums)
 
 
-def denoisers(pipe: Any) -> dict[str, nn.Module]:
-    """The pipeline's denoising components by name: ``unet``, ``transformer``, and numbered ones such as ``transformer_2``."""
-    return {name: part for name, part in pipe.components.items() if _DENOISER.fullmatch(name) and isinstance(part, nn.Module)}
-
-
 @contextmanager
 def recorded(pipe: Any, *, inputs: bool) -> Iterator[list[Call]]:
     """Record every denoiser call made inside, in order; with ``inputs`` what it was given too (copies, shared while unchanged)."""
@@ -76,6 +69,11 @@ def recorded(pipe: Any, *, inputs: bool) -> Iterator[list[Call]]:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             timestep, kept_args, kept_kwargs = pending.pop()
             tensor = first_tensor(output).detach().clone()
+            if not bool(torch.isfinite(tensor).all()):
+                raise ValueError(
+                    f"compare: outputs of {name} ({type(module).__name__}) must be finite, got NaN or infinity at timestep "
+                    f"{timestep}. The model is damaged, or overflows in this dtype."
+                )
             calls.append(Call(component=name, timestep=timestep, args=kept_args, kwargs=kept_kwargs, output=tensor))
 
         return hook
@@ -113,11 +111,15 @@ def same_inputs(pipe: Any, reference: Sequence[Call], num_images: int) -> StepSu
         if call.component not in modules:
             raise TrajectoryMismatch(f"the candidate has no component {call.component!r}")
         module = modules[call.component]
-        place = _Placed(source=call.output.dtype, target=_compute_dtype(module), device=_device(pipe, module))
+        place = _Placed(source=call.output.dtype, target=compute_dtype(module), device=_device(pipe, module))
         kwargs = {k: v if k == "timestep" else place(v) for k, v in call.kwargs.items()}
         if isinstance(kwargs.get("timestep"), Tensor):
             kwargs["timestep"] = kwargs["timestep"].to(place.device)
-        outputs.append(first_tensor(module(*place(call.args), **kwargs)).detach())
+        try:
+            outputs.append(first_tensor(module(*place(call.args), **kwargs)).detach())
+        except (RuntimeError, ValueError, TypeError) as error:
+            said = " ".join(str(error).split())[:200]
+            raise TrajectoryMismatch(f"the candidate's {call.component} does not take the original's inputs: {said}") from error
     return _sums(reference, outputs, num_images)
 
 
@@ -195,7 +197,8 @@ class _Placed:
         return value
 
 
-def _compute_dtype(module: nn.Module) -> torch.dtype:
+def compute_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype that a model says it computes in, else that of its first floating parameter."""
     dtype = getattr(module, "dtype", None)
     if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
         return dtype
@@ -210,12 +213,6 @@ def _device(pipe: Any, module: nn.Module) -> torch.device:
 
 
 def _timestep(module: nn.Module, args: tuple, kwargs: dict) -> float | None:
-    """The noise level's coordinate of a call, read from the argument named ``timestep``."""
-    value = kwargs.get("timestep")
-    if value is None and args:
-        names = list(inspect.signature(module.forward).parameters)
-        if "timestep" in names and names.index("timestep") < len(args):
-            value = args[names.index("timestep")]
-    if isinstance(value, Tensor):
-        return float(value.flatten()[0])
-    return float(value) if isinstance(value, (int, float)) else None
+    """The time of a call as one number; that of the first sample where they differ."""
+    time = time_of(given_arguments(module, args, kwargs))
+    return None if time is None else float(time.flatten()[0])

@@ -1,6 +1,6 @@
 """The result in one sentence, by fixed rules, so that a report never flatters.
 
-PSNR against the original is put in words by its mean: 35 dB and more "hard to tell apart", 25 to 35 "the same picture with
+PSNR against the original is put in words by the median pair: 35 dB and more "hard to tell apart", 25 to 35 "the same picture with
 visible differences in detail", 15 to 25 "the same subject, drawn differently in places", below 15 "different pictures". That is
 a rule of thumb of this house for same-seed pairs, not a law; the noise floor says what a mere change of rounding does to the
 same pipeline.
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from .comparison import Comparison, Measure
 
 _WORDS = (
-    (35.0, "hard to tell from the original"),
+    (35.0, "pictures that are hard to tell from the original's"),
     (25.0, "the same pictures with visible differences in detail"),
     (15.0, "the same subjects, drawn differently in places"),
-    (float("-inf"), "different pictures from the original's"),
+    (float("-inf"), "other pictures than the original's"),
 )
 
 
@@ -38,17 +38,22 @@ def _closeness(psnr: "Measure | None", num: int) -> str:
         return f"{num} {images} beside the original (PSNR was not measured)"
     exact = psnr.detail.get("exact_matches", 0)
     if exact == num:
-        return f"exactly the original's pictures: {num} of {num} {images} are equal to the last bit"
-    value = psnr.estimate
-    words = next(words for least, words in _WORDS if value.value >= least)
-    interval = "" if value.low is None else f", 95 % interval {value.low:.1f} to {value.high:.1f}"
-    return f"{words}: mean PSNR {value.value:.1f} dB{interval}, over {num} {images}"
+        return f"exactly the original's pictures: {num} {images}, equal to the last bit"
+    value, median, worst = psnr.estimate, psnr.detail["median"], psnr.detail["worst"]
+    words = next(words for least, words in _WORDS if median >= least)
+    if value.low is None:
+        return f"{words}: PSNR {value.value:.1f} dB over {num} {images}"
+    return (
+        f"{words}: mean PSNR {value.value:.1f} dB (95 % interval {value.low:.1f} to {value.high:.1f}), "
+        f"{median:.1f} dB in the median and {worst:.1f} dB in the worst of {num} {images}"
+    )
 
 
 def _floor(psnr: "Measure | None") -> str:
     if psnr is None or psnr.floor is None or psnr.estimate is None or psnr.estimate.value == psnr.floor.value:
         return ""
-    if psnr.estimate.high is not None and psnr.estimate.high >= psnr.floor.value:
+    beyond = psnr.detail.get("beyond_floor", {}).get("low")
+    if beyond is not None and beyond <= 0:
         return f"; no further away than the noise floor ({psnr.floor.value:.1f} dB)"
     return f"; the noise floor is {psnr.floor.value:.1f} dB"
 

@@ -4,7 +4,9 @@ They paint the captioned world of ``scenes``; ``oracle`` reads pictures back; ``
 scripts, seeds and log summaries are here too. Nothing in the engine knows them: whatever works here works with a hub id.
 """
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 _WEIGHTS = Path(__file__).parent / "weights"
 
@@ -19,3 +21,19 @@ def folder(name: str) -> Path:
     if name not in names():
         raise ValueError(f"tiny.folder: name must be one of {', '.join(names())}, got {name!r}.")
     return _WEIGHTS / name
+
+
+def oracle_for(pipe: Any, prompts: Sequence[str]) -> Callable[[Any, str], Any] | None:
+    """``oracle.judge`` for a pipeline that paints pictures of the captioned world's size for captions of its grammar; else None."""
+    from . import oracle, scenes  # scipy, and a table of all captions
+
+    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    side = getattr(getattr(denoiser, "config", None), "sample_size", None)
+    if side is None or side * getattr(pipe, "vae_scale_factor", 0) != scenes.SIZE:
+        return None
+    try:
+        for prompt in prompts:
+            scenes.parse_caption(prompt)
+    except ValueError:
+        return None
+    return oracle.judge

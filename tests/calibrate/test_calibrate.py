@@ -1,5 +1,8 @@
 """Calibration of a real pipeline, against watching it by hand; interrupted and continued."""
 
+import copy
+import re
+
 import pytest
 import torch
 
@@ -79,11 +82,11 @@ def test_interrupted_and_continued_equals_one_run(pixart, plan, call_kwargs, sta
     kind = type(pixart)
     original = kind.__call__
 
-    def interrupted(self, prompts, **kwargs):
+    def interrupted(self, prompt, **kwargs):
         if calls:
             raise KeyboardInterrupt
-        calls.append(prompts)
-        return original(self, prompts, **kwargs)
+        calls.append(prompt)
+        return original(self, prompt, **kwargs)
 
     monkeypatch.setattr(kind, "__call__", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -100,13 +103,23 @@ def test_finished_output_is_returned_without_running(pixart, plan, call_kwargs, 
     same(run(pixart, plan, call_kwargs, output=tmp_path / "s"), stats)
 
 
-def test_output_of_another_plan_is_refused(pixart, plan, call_kwargs, stats, tmp_path):
-    one = next(iter(stats.inputs))
-    Stats(num_prompts=1, inputs={one: stats.inputs[one]}).save(tmp_path / "s")
-    with pytest.raises(
-        ValueError, match=r"calibrate: output .*s must hold statistics of all \d+ planned sites, got none for .*remove it"
-    ):
-        run(pixart, plan, call_kwargs, output=tmp_path / "s")
+@pytest.mark.parametrize("what", ["sites", "seed", "call_kwargs", "prompts", "model"])
+def test_output_of_another_run_is_refused(pixart, plan, call_kwargs, stats, tmp_path, what):
+    stats.save(tmp_path / "s")
+    other = dqtk.plan(pixart, "w8a8-static", overrides={"transformer_blocks.0.attn1.to_q": None})
+    options = {
+        "sites": {"plan": other},
+        "seed": {"seed": 7},
+        "call_kwargs": {"call_kwargs": call_kwargs | {"guidance_scale": 2.0}},
+        "model": {},
+        "prompts": {"prompts": ["another prompt", *PROMPTS[1:]]},
+    }[what]
+    if what == "model":
+        last = [c.site for c in plan.choices if c.spec is not None and c.spec.needs_stats][-1]
+        options["pixart"] = copy.deepcopy(pixart)
+        options["pixart"].components[last.component].get_submodule(last.path).weight.data.mul_(1.1)
+    with pytest.raises(ValueError, match=rf"calibrate: {what} of .*s must be those of this run \(.*\), got .*remove it"):
+        run(**({"pixart": pixart, "plan": plan, "call_kwargs": call_kwargs, "output": tmp_path / "s"} | options))
 
 
 def test_plans_without_static_inputs_need_no_run(pixart, monkeypatch):
@@ -122,3 +135,24 @@ def test_bad_calls(pixart, plan, call_kwargs):
         ValueError, match=r"calibrate: pipe must be a pipeline .*, got PixArtTransformer2DModel\. Pass the pipeline"
     ):
         calibrate(pixart.transformer, PROMPTS, bare)
+
+
+def test_statistics_of_another_model_are_refused(pixart, plan, stats):
+    """Also with equal shapes; the same weights in another dtype are the same model."""
+    other = copy.deepcopy(pixart).to(torch.bfloat16)
+    other.transformer.pos_embed.to(torch.bfloat16)
+    dqtk.quantize(other, plan, stats, progress=False)
+    third = copy.deepcopy(pixart)
+    first = next(c.site for c in plan.choices if c.spec is not None)
+    third.components[first.component].get_submodule(first.path).weight.data.neg_()
+    with pytest.raises(ValueError, match=r"quantize: stats must come from this model, got those of another \(other weights\)\."):
+        dqtk.quantize(third, plan, stats, progress=False)
+
+
+def test_one_text_is_no_list_of_prompts(pixart, plan):
+    with pytest.raises(ValueError, match=r"calibrate: prompts must be a list of texts, got one text 'a cat'\. Put it in a list\."):
+        calibrate(pixart, "a cat", plan)
+
+
+def test_statistics_say_what_they_are_in_one_line(stats):
+    assert re.fullmatch(r"Stats\(3 prompts, \d+ entries of \d+ sites\)", repr(stats))

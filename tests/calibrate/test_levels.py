@@ -8,8 +8,10 @@ from diffusers import (
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
 )
 
+from dqtk import resolve
 from dqtk.calibrate.levels import bucket_of, noise_level
 
 VARIANCE_PRESERVING = [DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler]
@@ -42,6 +44,36 @@ def test_timesteps_beyond_the_table_are_its_ends():
     scheduler = DDIMScheduler()
     assert noise_level(scheduler, torch.tensor(-5)) == noise_level(scheduler, torch.tensor(0))
     assert noise_level(scheduler, torch.tensor(5000)) == noise_level(scheduler, torch.tensor(999))
+
+
+@pytest.mark.parametrize("kind", [UniPCMultistepScheduler, DPMSolverMultistepScheduler])
+def test_flow_matching_by_schedulers_that_know_alphas_too(kind):
+    """Wan's and Sana's: they hold a table of alphas that this mode does not use."""
+    scheduler = kind(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    found = levels(scheduler, 8)
+    assert found == pytest.approx(scheduler.sigmas[:-1].tolist(), abs=2e-3)
+    assert found[-1] < 0.5
+
+
+def test_continuous_timesteps():
+    """Stable Video Diffusion's: the timestep is a logarithm of sigma."""
+    scheduler = EulerDiscreteScheduler(
+        timestep_type="continuous", prediction_type="v_prediction", use_karras_sigmas=True, sigma_min=0.002, sigma_max=700.0
+    )
+    found = levels(scheduler, 10)
+    assert found == pytest.approx([float(s / (1 + s)) for s in scheduler.sigmas[:-1]], abs=1e-6)
+    assert found[0] > 0.99
+    assert found[-1] < 0.01
+
+
+def test_reversed_time():
+    """Z-Image and Lumina 2 give their denoisers 1 - sigma."""
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(5)
+    for sigma in scheduler.sigmas[:-1]:
+        assert noise_level(scheduler, 1 - sigma, reversed_time=True) == pytest.approx(float(sigma), abs=1e-6)
+    assert resolve.adapters()["ZImageTransformer2DModel"].reversed_time
+    assert resolve.adapters()["Lumina2Transformer2DModel"].reversed_time
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])

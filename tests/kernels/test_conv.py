@@ -136,3 +136,16 @@ def test_shapes_are_known_without_data(case):
     real, meta = conv_int8(*call), conv_int8(*(v.to("meta") if isinstance(v, torch.Tensor) else v for v in call))
     assert meta.is_meta
     assert (meta.shape, meta.dtype, meta.stride()) == (real.shape, real.dtype, real.stride())
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+@pytest.mark.parametrize("mode", INPUTS)
+def test_inputs_do_not_hide_nan(wrong, mode):
+    """The whole sample shows it; the others do not."""
+    case = CASES[0]
+    _, packed, bias = stored(case, 8)
+    x = seeded(2, *case[0][1:])
+    x.view(2, -1)[1, 3] = wrong
+    y = conv_int8(*arguments(x, case, packed, 8, bias, mode))
+    assert not torch.isfinite(y[1]).any()
+    assert torch.isfinite(y[0]).all()

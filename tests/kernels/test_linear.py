@@ -122,11 +122,13 @@ def test_static_range_saturates():
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
-def test_dynamic_inputs_do_not_hide_nan(wrong):
+@pytest.mark.parametrize("mode", INPUTS)
+def test_inputs_do_not_hide_nan(wrong, mode):
+    """A diverged model must not look healthy."""
     _, packed, bias = stored(7, 24, 8)
     x = seeded(3, 24)
     x[1, 4] = wrong
-    y = linear_int8(*arguments(x, packed, 8, bias, "dynamic"))
+    y = linear_int8(*arguments(x, packed, 8, bias, mode))
     assert not torch.isfinite(y[1]).any()
     assert torch.isfinite(y[[0, 2]]).all()
 

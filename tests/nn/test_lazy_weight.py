@@ -65,7 +65,7 @@ def test_it_decodes_when_used(layer):
     assert torch.equal(torch.zeros(7, 24).copy_(weight), expected.float())
     assert float(weight.abs().max()) == float(expected.abs().max())
     assert weight.tolist() == expected.tolist()
-    for copied in (weight.clone(), weight.detach(), weight.data.clone(), copy.deepcopy(weight)):
+    for copied in (weight.clone(), weight.detach().clone(), weight.data.clone(), copy.deepcopy(weight)):
         assert type(copied) is torch.Tensor
         assert torch.equal(copied, expected)
 
@@ -146,3 +146,27 @@ def test_it_is_neither_parameter_nor_state(layer):
     assert "weight" not in layer.state_dict()
     with pytest.raises(AttributeError):
         del layer.weight
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda w: w.detach().add_(1),
+        lambda w: w.view(-1).mul_(2),
+        lambda w: w.t().mul_(2),
+        lambda w: w[0].add_(1),
+        lambda w: w[0, 1:3].fill_(0),
+        lambda w: w.data.view(-1).add_(1),
+        lambda w: w.detach()[0].zero_(),
+    ],
+)
+def test_a_write_through_a_view_raises(layer, write):
+    with pytest.raises(RuntimeError, match="decoded from packed codes"):
+        write(layer.weight)
+
+
+def test_views_read_like_the_tensor(layer):
+    weight, expected = layer.weight, layer.dequantize()
+    for view in (lambda w: w.t(), lambda w: w[1:3, ::2], lambda w: w.view(-1), lambda w: w.detach().unsqueeze(0)):
+        assert torch.equal(view(weight) + 0, view(expected))
+        assert view(weight).stride() == view(expected).stride()

@@ -7,6 +7,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 
+import dqtk
+
 TARGETS = ["first", "second", "conv"]
 COMBINATIONS = [("w8", "w4", "w8"), ("w8a8", "w4a8", "w4a8"), ("fp8", "wfp8", "w8a8-static")]
 
@@ -110,3 +112,13 @@ def test_saved_adapters_hold_adapters_only(small):
     state = peft.get_peft_model_state_dict(get_peft_model(small(), config()))
     assert len(state) == 6
     assert all("lora_" in name for name in state)
+
+
+def test_a_model_that_wears_an_adapter_is_not_saved(load_tiny, tmp_path):
+    """Its folder could not be loaded: neither the codes nor the adapter would be found under their names."""
+    pipe = load_tiny("sdxl")
+    dqtk.quantize(pipe, "w8a8", progress=False)
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(ValueError, match=r"save: model must be saved without adapters .*base_layer.*unload them first"):
+        dqtk.save(pipe, tmp_path / "q")
+    assert not (tmp_path / "q").exists()

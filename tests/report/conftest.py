@@ -66,6 +66,12 @@ def made_up_row(index, psnr, prompt=None, lost=False):
     )
 
 
+@pytest.fixture
+def row():
+    """A function (index, PSNR) -> Row with all scores, oracle and pictures."""
+    return made_up_row
+
+
 @pytest.fixture(scope="session")
 def plan_summary():
     """Plain data as the engine gives it, with a block structure and one kept layer."""
@@ -113,8 +119,8 @@ def made_up(plan_summary):
             for pipeline in ("candidate", "floor")
             for kind in ("own", "same")
         ]
-        size = ComponentSize(name="transformer", in_memory=8000, on_disk=8100)
-        smaller = ComponentSize(name="transformer", in_memory=2400, on_disk=2500)
+        size = ComponentSize(name="transformer", in_memory=8000, at_16_bit=8000, on_disk=8100)
+        smaller = ComponentSize(name="transformer", in_memory=2400, at_16_bit=2400, on_disk=2500)
         fields = {
             "reference_name": "tiny-pixart",
             "candidate_name": "out/pixart-w4a8",
@@ -124,6 +130,7 @@ def made_up(plan_summary):
             "curves": tuple(curves),
             "timing": Timing(reference=1.0, candidate=0.5, num_batches=2, batch_size=8, note="median of 2 batches"),
             "sizes": (SizePair(name="transformer", reference=size, candidate=smaller),),
+            "dtype": "bfloat16",
             "seed": 0,
             "seeds_per_prompt": 1,
             "call_kwargs": {"num_inference_steps": 3},

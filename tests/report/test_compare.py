@@ -12,8 +12,11 @@ from PIL import Image
 
 from dqtk.report.compare import compare
 from dqtk.report.generate import image_seed
+from dqtk.report.measures import _capped, score_measures
 from dqtk.report.records import read_records
-from dqtk.report.scores import ImageScore
+from dqtk.report.scores import ImageScore, resolve_scores
+from dqtk.report.trajectory import Call, TrajectoryMismatch, same_inputs
+from dqtk.report.verdict import verdict
 
 SETTINGS = {"num_inference_steps": 2, "use_resolution_binning": False, "clean_caption": False}
 PROMPTS = [
@@ -210,8 +213,10 @@ def test_times_are_medians_per_image_of_interleaved_batches(pixart):
     assert found.timing.num_batches == 2  # the first of three is warm-up
     assert 0 < found.timing.candidate < 60
     assert "first batch" in found.timing.note
-    alone = run(pixart, pixart, prompts=PROMPTS[:1], num_trajectory=0)
-    assert "warm-up included" in alone.timing.note
+    for num_trajectory in (0, 8):  # one warm-up batch, hooked or not: the batch is made again for its time
+        alone = run(pixart, pixart, prompts=PROMPTS[:1], num_trajectory=num_trajectory, floor=None)
+        assert alone.timing.num_batches == 2
+        assert len(alone.rows) == 1
 
 
 @pytest.mark.parametrize(
@@ -235,3 +240,40 @@ def test_times_are_medians_per_image_of_interleaved_batches(pixart):
 def test_bad_input_is_refused_before_anything_runs(prompts, changes, words):
     with pytest.raises(ValueError, match=f"^compare: {words}"):
         run(object(), object(), prompts, **changes)
+
+
+def test_a_difference_beyond_the_cap_is_not_worse_than_none():
+    score = resolve_scores(("psnr",))[0][0]
+    assert _capped([113.1, math.inf, 40.0], score) == [100.0, 100.0, 40.0]
+
+
+def test_closeness_to_the_floor_is_judged_pair_by_pair(made_up, row):
+    """Prompts differ by far more than candidate and floor do: only the paired difference shows that each is 3 dB worse."""
+    values = [float(v) for v in range(20, 60, 4)]
+    rows = tuple(dataclasses.replace(row(i, v), floor={"psnr": v + 3}) for i, v in enumerate(values))
+    scores, _ = resolve_scores(("psnr",))
+    (measure, *_) = score_measures(rows, scores, {}, 0)
+    assert measure.estimate.high > measure.floor.value
+    assert measure.detail["beyond_floor"] == {"value": pytest.approx(3), "low": pytest.approx(3), "high": pytest.approx(3)}
+    assert "no further away" not in verdict(made_up(measures=(measure,), rows=rows))
+
+
+def test_no_flip_in_few_pictures_is_no_certainty(row):
+    rows = [row(i, 30.0) for i in range(24)]
+    change = next(m for m in score_measures(rows, [], {}, 0) if m.name == "all_correct_change")
+    assert (change.estimate.value, change.estimate.high) == (0, pytest.approx(0.1425, abs=1e-3))  # 1 - 0.025^(1/24)
+    assert change.estimate.low == -change.estimate.high
+
+
+def test_a_model_that_computes_nan_is_named(pixart):
+    broken = copy.deepcopy(pixart)
+    broken.transformer.proj_out.weight.data[0, 0] = math.nan
+    with pytest.raises(ValueError, match=r"compare: outputs of transformer .* must be finite, got NaN or infinity at timestep"):
+        run(pixart, broken)
+
+
+def test_models_of_another_shape_have_no_steps_in_common(pixart):
+    latents = torch.zeros(1, 9, 16, 16)
+    call = Call(component="transformer", timestep=1.0, args=(latents,), kwargs={}, output=torch.zeros(1, 4, 16, 16))
+    with pytest.raises(TrajectoryMismatch, match="the candidate's transformer does not take the original's inputs"):
+        same_inputs(pixart, [call], 1)

@@ -27,7 +27,7 @@ def test_class_labels_by_number_and_by_name(dit):
     found = compare(dit, dit, ["7", "hen"], call_kwargs={"num_inference_steps": 2}, scores=("psnr",), progress=False)
     assert found.measure("psnr").detail["exact_matches"] == 2
     assert len(found.curves[0].sqnr_db) == 2
-    with pytest.raises(ValueError, match=r"^compare: a class-conditional prompt must be a number or a known label, got 'fox'\."):
+    with pytest.raises(ValueError, match=r"^prompts: a class-conditional prompt must be a number or a known label, got 'fox'\."):
         compare(dit, dit, ["fox"], progress=False)
 
 
@@ -37,7 +37,7 @@ def test_pipelines_without_a_prompt_are_refused(dit):
             raise AssertionError("not called")
 
     pipe = Unconditional(**dit.components)
-    with pytest.raises(ValueError, match=r"^compare: the pipeline must take 'prompt' or 'class_labels', got Unconditional with"):
+    with pytest.raises(ValueError, match=r"^prompts: the pipeline must take 'prompt' or 'class_labels', got Unconditional with"):
         compare(pipe, pipe, ["a"], progress=False)
 
 

@@ -119,11 +119,15 @@ def test_verdict_words_follow_the_numbers(made_up):
     def of(*values, **changes):
         return verdict(made_up(values, **changes))
 
-    assert "hard to tell from the original: mean PSNR 40.0 dB" in of(40.0, 40.0)
+    assert "hard to tell from the original's: mean PSNR 40.0 dB" in of(40.0, 40.0)
     assert "visible differences in detail" in of(30.0, 30.0)
     assert "drawn differently in places" in of(20.0, 20.0)
-    assert "different pictures" in of(9.0, 9.0)
-    assert "2 of 2 images are equal to the last bit" in of(math.inf, math.inf)
+    assert "other pictures than the original's" in of(9.0, 9.0)
+    assert "paints exactly the original's pictures: 2 images, equal to the last bit" in of(math.inf, math.inf)
+    # Exact matches do not buy the rest a better word: the median decides, and the worst is named.
+    mixed = of(math.inf, math.inf, 12.0, 12.0, 12.0)
+    assert "other pictures than the original's: mean PSNR 47.2 dB" in mixed
+    assert "12.0 dB in the median and 12.0 dB in the worst of 5 images" in mixed
     assert "the noise floor is 50.0 dB" in of(30.0, 31.0)
     assert "no further away than the noise floor" in of(49.0, 52.0)
     assert "The oracle finds the captions shown worse than before" in of(30.0)  # the only image lost it

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+import dqtk
 from dqtk.report.numbers import bytes_text, number_text, range_text, ratio_text
-from dqtk.report.sizes import bytes_in_memory, bytes_on_disk, pipeline_sizes
+from dqtk.report.sizes import bytes_at_16_bit, bytes_in_memory, bytes_on_disk, pipeline_sizes
 
 
 def test_parameters_and_buffers_once_each():
@@ -19,6 +20,15 @@ def test_parameters_and_buffers_once_each():
     assert bytes_in_memory(tied) == 95
     with torch.device("meta"):
         assert bytes_in_memory(nn.Linear(10, 4)) == 176
+
+
+def test_sixteen_bit_sizes_keep_codes_and_scales():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    assert bytes_at_16_bit(model) == 2 * (64 * 64 + 64) * 2
+    dqtk.quantize(model, dqtk.plan(model, "w8a16", overrides={"1": None}), progress=False)
+    assert bytes_at_16_bit(model) == (64 * 64 + 64 * 4 + 64 * 2) + (64 * 64 + 64) * 2
+    wide = bytes_at_16_bit(model)
+    assert bytes_in_memory(model.to(torch.bfloat16)) == bytes_at_16_bit(model) == wide
 
 
 def test_saved_folder_by_component(tmp_path):
@@ -44,10 +54,10 @@ def test_saved_folder_by_component(tmp_path):
 def test_numbers_as_people_read_them():
     assert [bytes_text(n) for n in (0, 1023, 1536, 5 * 2**20, 3 * 2**30, None)] == [
         "0 B",
-        "1023 B",
-        "1.5 KiB",
-        "5.0 MiB",
-        "3.00 GiB",
+        "1.02 kB",
+        "1.54 kB",
+        "5.24 MB",
+        "3.22 GB",
         "\N{EN DASH}",
     ]
     assert number_text(-0.5, 2) == "\N{MINUS SIGN}0.50"
