@@ -14,11 +14,11 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 HUB_ID = "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"
 
 
-def test_python_blocks_run_in_order(tmp_path, monkeypatch):
+def test_python_blocks_run_in_order(tmp_path, monkeypatch, capsys):
     from diffusers import DiffusionPipeline
 
     monkeypatch.chdir(tmp_path)
-    first, second = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    first, second, load, compare = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert HUB_ID in first
     folder = str(embedded_folder("tiny-pixart"))
     names: dict = {}
@@ -28,9 +28,14 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch):
 
     (tmp_path / "second").mkdir()
     monkeypatch.chdir(tmp_path / "second")
-    names = {"dqtk": names["dqtk"], "pipe": DiffusionPipeline.from_pretrained(folder), "prompts": ["a red circle"]}
+    names = {"dqtk": names["dqtk"], "pipe": names["dqtk"].load(folder), "prompts": ["a red circle"]}
     exec(second, names)
     assert (tmp_path / "second" / "pixart-w4a8" / "model_index.json").is_file()
+
+    exec(load, names)
+    names["original"] = names["dqtk"].load(folder)
+    exec(compare, names | {"prompts": ["a large red circle in the top left on a plain white background"]})
+    assert "PSNR (dB)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/recipes.md", "benchmarks/demo.sh"])
