@@ -15,11 +15,12 @@ import torch
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
 import dqtk
+from dqtk.prompt_sets import read_prompts
 from dqtk.report.compare import compare
 from dqtk.report.environment import hardware, now, versions
 from dqtk.resolve import call_kwargs_for
 from dqtk.sites import DENOISERS
-from dqtk.sources import load_pipeline, read_prompts
+from dqtk.sources import load_pipeline
 
 RESULTS = Path(__file__).parent / "results.jsonl"
 PROMPTS = Path(__file__).parent.parent / "pipelines" / "tiny" / "prompts.txt"

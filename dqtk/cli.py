@@ -1,4 +1,4 @@
-"""The command line: ``dqtk explain | calibrate | quantize | generate | compare``.
+"""The command line: ``dqtk explain | calibrate | quantize | generate | compare | evaluate | run``.
 
 MODEL is an embedded pipeline's name (tiny-pixart, tiny-sdxl), a local diffusers folder, or a hub id. Errors that a person can mend
 are one line on stderr and exit status 2; Ctrl-C exits with 130 and leaves no half-written output.
@@ -23,11 +23,12 @@ from .checkpoint import check_output, written_whole
 from .explain import totals
 from .installed import installed_plan, summary
 from .plan import Plan
+from .prompt_sets import read_prompts
 from .quantize import plan as make_plan
 from .quantize import quantize, save
 from .recipes import RECIPES
 from .resolve import oracle_for
-from .sources import load_pipeline, local_folder, meta_pipeline, read_json, read_prompts, readable
+from .sources import load_pipeline, local_folder, meta_pipeline, read_json, readable
 
 
 def parser() -> argparse.ArgumentParser:
@@ -64,7 +65,30 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--output", type=Path, required=True, help="the page (NAME.html); records and pictures go to NAME-records")
     compare.add_argument("--no-floor", action="store_true", help="skip the bf16 run of the reference (the noise floor)")
     compare.add_argument("--lpips-weights", type=Path, help="backbone weights for LPIPS (a torchvision AlexNet .pth)")
+
+    evaluate = verbs.add_parser("evaluate", help="two folders of pictures, without any model: pairs by name, or sets")
+    evaluate.add_argument("reference", metavar="A")
+    evaluate.add_argument("candidate", metavar="B")
+    evaluate.add_argument("--metrics", nargs="+", metavar="NAME", default=["psnr", "ssim", "ms_ssim"], help="(%(default)s)")
+    evaluate.add_argument(
+        "--extractors", nargs="+", metavar="NAME", default=[], help="tiny-clip, inception2015, open_clip:WHERE, ..."
+    )
+    evaluate.add_argument("--unpaired", action="store_true", help="compare the sets only; names need not match")
+    evaluate.add_argument("--output", type=Path, required=True, help="folder for results; an earlier one's features are used again")
+    _gates(evaluate)
+
+    job = verbs.add_parser(
+        "run", help="a batch job from a YAML file; resumes; accelerate launch -m dqtk run JOB uses many processes"
+    )
+    job.add_argument("job", metavar="JOB", type=Path)
+    _gates(job)
     return top
+
+
+def _gates(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--fail-if", metavar="CONDITION", action="append", default=[], help="exit with 3 if so, e.g. 'psnr < 30'; repeatable"
+    )
 
 
 def _model_and_plan(verb: argparse.ArgumentParser) -> None:
@@ -109,10 +133,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = parser().parse_args(words)
-    run = {"explain": _explain, "calibrate": _calibrate, "quantize": _quantize, "generate": _generate, "compare": _compare}
+    run = {
+        "explain": _explain,
+        "calibrate": _calibrate,
+        "quantize": _quantize,
+        "generate": _generate,
+        "compare": _compare,
+        "evaluate": _evaluate,
+        "run": _run,
+    }
     try:
         signal.signal(signal.SIGTERM, _terminate)  # as Ctrl-C: what is half-written is removed on the way out
-        run[options.verb](options, shlex.join(["dqtk", *words]))
+        status = run[options.verb](options, shlex.join(["dqtk", *words]))
         sys.stdout.flush()
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -126,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"dqtk {options.verb}: interrupted; nothing half-written was left", file=sys.stderr)
         return 130
-    return 0
+    return status or 0
 
 
 def _plan_for(options: argparse.Namespace, pipe: Any) -> Plan:
@@ -270,6 +302,47 @@ def _compare(options: argparse.Namespace, command: str) -> None:
     write_page(result, options.output, command=command)
     print(result.table())
     print(f"{options.output}: page; {beside}: records and pictures")
+
+
+def _evaluate(options: argparse.Namespace, command: str) -> int:
+    from .jobs.gates import parse_gate
+    from .jobs.run import evaluate
+
+    gates = [parse_gate(text) for text in options.fail_if]
+    records = evaluate(
+        options.reference,
+        options.candidate,
+        options.output,
+        metrics=options.metrics,
+        extractors=options.extractors,
+        unpaired=options.unpaired,
+    )
+    return _results(options.output, records, gates)
+
+
+def _run(options: argparse.Namespace, command: str) -> int:
+    from .jobs.gates import parse_gate
+    from .jobs.run import run
+    from .jobs.spec import read_job
+
+    gates = [parse_gate(text) for text in options.fail_if]
+    job = read_job(options.job)
+    return _results(Path(job.output), run(job), gates)
+
+
+def _results(output: Path, records: Sequence[Any], gates: Sequence[Any]) -> int:
+    """Print the table and what a gate says; 3 if one fails."""
+    from .jobs.gates import tripped
+
+    if os.environ.get("RANK", "0") == "0":
+        print((output / "report.md").read_text(encoding="utf-8"))
+        print(f"{output}: results.json, samples.parquet, report.md, report.tex, report.html")
+    variants = read_json(output / "results.json", "results")["variants"]
+    candidates = [name for name, facts in variants.items() if facts["role"] == "candidate"] or list(variants)
+    failed = tripped(gates, records, candidates)
+    for line in failed:
+        print(f"fail: {line}", file=sys.stderr)
+    return 3 if failed else 0
 
 
 if __name__ == "__main__":

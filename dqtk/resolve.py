@@ -1,4 +1,5 @@
-"""The one place that finds things outside the engine, lazily and by name: family files in ``dqtk.pipelines``.
+"""The one place that finds things outside the engine, lazily and by name: families in ``dqtk.pipelines``, scores in
+``dqtk.metrics``.
 
 A family file may define ``ADAPTER`` (a ``sites.Adapter``) and ``call_kwargs(pipe) -> dict`` (arguments that the pipeline needs
 at this size). Importing one imports no model library.
@@ -55,6 +56,30 @@ def embedded_folder(name: str) -> Path:
     return importlib.import_module("dqtk.pipelines.tiny").folder(name)
 
 
+@cache
+def scores() -> dict[str, Any]:
+    """Every score that a file of ``dqtk.metrics`` offers (``SCORES``), by name; see ``metrics/score.py`` for their kinds."""
+    package = importlib.import_module("dqtk.metrics")
+    files = [info.name for info in pkgutil.iter_modules(package.__path__) if not info.ispkg]
+    modules = [importlib.import_module(f"dqtk.metrics.{name}") for name in files]
+    return {score.name: score for module in modules for score in getattr(module, "SCORES", ())}
+
+
+def extractor_for(name: str, device: Any = "cpu") -> Any:
+    """A feature extractor, loaded: an embedded one by its name, else as ``metrics/extractors/find.py`` says.
+
+    Raises ``ValueError`` for an unknown name and ``MissingWeights`` where the weights are not on this machine.
+    """
+    folder = importlib.import_module("dqtk.pipelines.tiny").extractor_folder(name)
+    where = name if folder is None else f"open_clip:{folder}"
+    return importlib.import_module("dqtk.metrics.extractors.find").extractor_named(where, device)
+
+
 def oracle_for(pipe: Any, prompts: Sequence[str]) -> Callable[[Any, str], Any] | None:
     """An exact reader of what this pipeline paints for these prompts, if there is one."""
     return importlib.import_module("dqtk.pipelines.tiny").oracle_for(pipe, prompts)
+
+
+def oracle_of_pictures(size: tuple[int, int], prompts: Sequence[str]) -> Callable[[Any, str], Any] | None:
+    """The same for pictures of a size [width, height] that exist already."""
+    return importlib.import_module("dqtk.pipelines.tiny").oracle_of_pictures(size, prompts)

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -185,24 +184,3 @@ def _class_of(library: str, class_name: str) -> Any:
     if kind is None:
         raise ValueError(f"class must be one of diffusers or transformers, got {library}.{class_name}. Update the library.")
     return kind
-
-
-def read_prompts(words: list[str], num: int | None = None) -> list[str]:
-    """Prompts from the command line: a text file with one per line, or the prompts themselves.
-
-    Raises:
-        ValueError: a file that does not exist, is not text or holds nothing.
-    """
-    if len(words) == 1 and (words[0].endswith(".txt") or os.path.isfile(words[0])):
-        try:
-            words = Path(words[0]).read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError:
-            raise ValueError(
-                f"prompts: file must exist, got {words[0]}. Give a text file with one prompt per line, or the prompts themselves."
-            ) from None
-        except UnicodeDecodeError as error:
-            raise ValueError(f"prompts: {words[0]} must be UTF-8 text, got: {error}. Save it as UTF-8.") from error
-    prompts = [word.strip() for word in words if word.strip()]
-    if not prompts:
-        raise ValueError("prompts: list must hold at least one prompt, got none. Give a file with one per line, or the prompts.")
-    return prompts if num is None else prompts[:num]

@@ -4,19 +4,22 @@ A pretrained backbone's features at five depths, unit-normalized over channels; 
 per channel, averaged over pixels, summed over depths. Lower is closer; 0 for equal images.
 
 Two kinds of weights. The heads (some KB) come with torchmetrics. The ImageNet backbone does not (AlexNet 233 MB, VGG16 528 MB):
-it is read from a path or from torch hub's cache, where torchvision puts it, and never fetched behind the user's back. Without
-it ``Lpips`` raises ``MissingWeights``, and a report says "not measured: why" instead of a number. The two backbones are written
-down here, since only their convolutions are needed; parameter names are torchvision's, so its files load as they are.
+it is read from a path, ``$DQTK_WEIGHTS`` or torch hub's cache, where torchvision puts it, and never fetched behind the user's
+back. Without it ``Lpips`` raises ``MissingWeights``, and a report says "not measured: why" instead of a number. The two backbones
+are written down here, since only their convolutions are needed; parameter names are torchvision's, so its files load as they are.
 """
 
-import hashlib
 from pathlib import Path
 
 import torch
 import torchmetrics
 from torch import Tensor, nn
 
+from .extractors.weights import MissingWeights, find_weights, load_state
 from .images import as_pair
+from .score import PairScore
+
+__all__ = ["URLS", "Lpips", "MissingWeights", "find_backbone"]
 
 URLS = {
     "alex": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
@@ -28,46 +31,30 @@ _SHIFT = (-0.030, -0.088, -0.188)  # ImageNet statistics for images in [-1, 1], 
 _SCALE = (0.458, 0.448, 0.450)
 
 
-class MissingWeights(FileNotFoundError):
-    """A score's pretrained weights are not on this machine; the text says where they are looked for and where to get them."""
-
-
 def find_backbone(net: str = "alex", weights: str | Path | None = None) -> Path:
-    """The backbone's weights file: ``weights`` if given, else torch hub's cache. Raises ``MissingWeights`` where there is none."""
+    """The backbone's file: ``weights`` if given, else in ``$DQTK_WEIGHTS`` or torch hub's cache. Raises ``MissingWeights``."""
     if net not in URLS:
         raise ValueError(f"lpips: net must be one of {sorted(URLS)}, got {net!r}. The field's default is 'alex'.")
     url = URLS[net]
-    path = Path(weights) if weights is not None else Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-    if not path.is_file():
-        raise MissingWeights(
-            f"lpips: backbone weights must be a file, got {path} (not there). Download {url} to it, or pass the path of the file."
-        )
-    return path
+    return find_weights("lpips", "backbone weights", [url.rsplit("/", 1)[1]], url, weights)
 
 
 class Lpips(nn.Module):
     """The extractor and its distance. Call it with two batches [B, 3, H, W] in [0, 1]; returns [B].
 
-    ``net`` is "alex" (the default of the field) or "vgg"; ``weights`` is torchvision's ImageNet file for it (else torch hub's
-    cache is searched); ``check`` compares the file's SHA-256 with the eight digits in torchvision's file name. Raises
-    ``MissingWeights`` without a file, ``ValueError`` for an unknown net or a damaged file.
+    ``net`` is "alex" (the default of the field) or "vgg"; ``weights`` is torchvision's ImageNet file for it (else
+    ``$DQTK_WEIGHTS`` and torch hub's cache are searched); ``check`` compares the file's SHA-256 with the eight digits in
+    torchvision's file name. Raises ``MissingWeights`` without a file, ``ValueError`` for an unknown net or a damaged file.
     """
 
     def __init__(self, net: str = "alex", weights: str | Path | None = None, *, check: bool = True) -> None:
         super().__init__()
         path = find_backbone(net, weights)
         wanted = URLS[net].rsplit("-", 1)[1].removesuffix(".pth")
-        if check:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if not digest.startswith(wanted):
-                raise ValueError(
-                    f"lpips: SHA-256 of {path} must begin with {wanted}, got {digest[:8]}. Download {URLS[net]} again."
-                )
+        state, _ = load_state("lpips", path, wanted if check else None, url=URLS[net])
         self.name = f"lpips[{net}]"
         self.features = _backbone(net)
         self._taps = _TAPS[net]
-        state = torch.load(path, map_location="cpu", weights_only=True)
         self.features.load_state_dict({k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")})
         heads = Path(torchmetrics.__file__).parent / "functional" / "image" / "lpips_models" / f"{net}.pth"
         loaded = torch.load(heads, map_location="cpu", weights_only=True)
@@ -123,3 +110,13 @@ def _backbone(net: str) -> nn.Sequential:
             channels = width
         layers.append(nn.MaxPool2d(2, 2))
     return nn.Sequential(*layers[:-1])
+
+
+SCORES = (
+    PairScore(
+        name="lpips",
+        label="LPIPS",
+        higher_is_better=False,
+        load=lambda net="alex", weights=None, **options: Lpips(net, weights),
+    ),
+)

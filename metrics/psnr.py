@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .images import as_pair
+from .score import PairScore
 
 CAP_DB = (
     100.0  # what an exact match counts for in a mean; above what fp32 images can show (24 bits: 144 dB, 8 bits: 58 dB by rounding)
@@ -33,3 +34,8 @@ def pooled_psnr(candidate: Tensor, reference: Tensor) -> float:
 def pool_db(values: Tensor) -> float:
     """From PSNR per image in dB [N] (``inf`` allowed) to the pooled PSNR in dB of the same set of equal-sized images."""
     return float(-10 * torch.log10(torch.pow(10.0, -values.double() / 10).mean()))
+
+
+SCORES = (
+    PairScore(name="psnr", label="PSNR", unit="dB", higher_is_better=True, digits=2, cap=CAP_DB, load=lambda **options: psnr),
+)

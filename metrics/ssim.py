@@ -20,6 +20,7 @@ from torchmetrics.functional.image import (
 )
 
 from .images import as_pair
+from .score import PairScore
 
 BETAS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, table of the cross-scale calibration
 WINDOW = 11  # pixels
@@ -54,3 +55,9 @@ def ms_ssim(candidate: Tensor, reference: Tensor) -> Tensor:
     betas = tuple(beta / sum(betas) for beta in betas)
     values = multiscale_structural_similarity_index_measure(a, b, data_range=1.0, betas=betas, normalize="relu", reduction="none")
     return values.reshape(-1)
+
+
+SCORES = (
+    PairScore(name="ssim", label="SSIM", higher_is_better=True, load=lambda **options: ssim),
+    PairScore(name="ms_ssim", label="MS-SSIM", higher_is_better=True, load=lambda **options: ms_ssim),
+)

@@ -27,6 +27,8 @@ GOLDEN_FLAGS = {
     "quantize": sorted(["MODEL", *PLANNING, *SAMPLING, "--plan", "--stats", "--output"]),
     "generate": sorted(["MODEL", *SAMPLING, "--output"]),
     "compare": sorted(["REFERENCE", "CANDIDATE", *SAMPLING, "--output", "--no-floor", "--lpips-weights"]),
+    "evaluate": sorted(["A", "B", "--metrics", "--extractors", "--unpaired", "--output", "--fail-if"]),
+    "run": sorted(["JOB", "--fail-if"]),
 }
 
 
@@ -46,8 +48,11 @@ def test_flags_are_frozen():
 def test_defaults_are_frozen():
     for name, verb in verbs().items():
         defaults = {action.dest: action.default for action in verb._actions}
-        assert defaults.get("dtype", "") == {"explain": "", "quantize": "stored"}.get(name, "float32")
-        if name != "explain":
+        others = {"explain": "", "evaluate": "", "run": "", "quantize": "stored"}
+        assert defaults.get("dtype", "") == others.get(name, "float32")
+        if name in ("evaluate", "run"):
+            assert defaults["fail_if"] == []
+        elif name != "explain":
             assert (defaults["seed"], defaults["batch_size"], defaults["steps"], defaults["guidance"]) == (0, 8, None, None)
         for action in verb._actions:
             if isinstance(action, argparse._StoreAction) and action.option_strings:

@@ -14,11 +14,12 @@ ENGINE, PIPELINES, METRICS = ROOT / "dqtk", ROOT / "pipelines", ROOT / "metrics"
 
 # Top may import below; rooms of one row may not import each other.
 ORDER = """
+__main__
 cli
 jobs
 report | diffusers_backend | transformers_backend
 quantize
-installed | sources
+installed | sources | prompt_sets
 recipes
 allocate | correct | refine
 methods

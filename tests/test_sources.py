@@ -12,7 +12,7 @@ import dqtk
 from dqtk.checkpoint import quantized_layers
 from dqtk.installed import installed_plan
 from dqtk.resolve import adapters, call_kwargs_for, embedded_names, families, oracle_for
-from dqtk.sources import load_pipeline, local_folder, locate, meta_pipeline, read_json, read_prompts, stored_dtype
+from dqtk.sources import load_pipeline, local_folder, locate, meta_pipeline, read_json, stored_dtype
 
 
 @pytest.fixture
@@ -175,27 +175,6 @@ def test_local_folder_is_itself(folder):
 
 
 # --- prompts and JSON ------------------------------------------------------------------------------------------------
-
-
-def test_prompts(tmp_path):
-    file = tmp_path / "p.txt"
-    file.write_text("a red circle\n\n  a blue cross  \n", encoding="utf-8")
-    assert read_prompts([str(file)]) == ["a red circle", "a blue cross"]
-    assert read_prompts([str(file)], 1) == ["a red circle"]
-    assert read_prompts(["a red circle", " ", "x"]) == ["a red circle", "x"]
-    assert read_prompts(["w" * 5000]) == ["w" * 5000]
-
-
-def test_prompts_that_cannot_be_read(tmp_path):
-    with pytest.raises(ValueError, match=r"prompts: file must exist, got nowhere\.txt\. Give a text file with one prompt per line"):
-        read_prompts(["nowhere.txt"])
-    (tmp_path / "empty.txt").write_text("\n \n")
-    for words in ([str(tmp_path / "empty.txt")], ["", " "], []):
-        with pytest.raises(ValueError, match=r"prompts: list must hold at least one prompt, got none\. Give a file"):
-            read_prompts(words)
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(ValueError, match=r"prompts: \S+latin\.txt must be UTF-8 text, got: .*Save it as UTF-8\."):
-        read_prompts([str(tmp_path / "latin.txt")])
 
 
 def test_read_json(tmp_path):

@@ -15,6 +15,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from . import environment
 from .comparison import Comparison, Estimate, Measure
 from .markup import number, plural, row, section, table
 from .numbers import DASH, TIMES, bytes_text, number_text, range_text, ratio_text
@@ -80,7 +81,6 @@ def render_page(
 ) -> str:
     """The page as text; arguments as in ``write_page``."""
     plan = plan_summary if plan_summary is not None else comparison.plan_summary
-    here = resources.files("dqtk.report")
     body = [
         _header(comparison, plan),
         _scores(comparison),
@@ -91,14 +91,21 @@ def render_page(
         plan_section(plan),
         reproduce_section(comparison, command),
     ]
+    title = f"{comparison.candidate_name} against {comparison.reference_name}"
+    return blank_page(title, "\n".join(part for part in body if part), comparison.versions.get("dqtk", ""), comparison.created)
+
+
+def blank_page(title: str, body: str, version: str | None = None, created: str | None = None) -> str:
+    """The page's frame, style sheet and script around ``body`` (HTML). Default: this version, now."""
+    here = resources.files("dqtk.report")
     return _PAGE.substitute(
-        title=escape(f"{comparison.candidate_name} against {comparison.reference_name}"),
+        title=escape(title),
         policy=_POLICY,
         css=here.joinpath("page.css").read_text(encoding="utf-8"),
         js=here.joinpath("page.js").read_text(encoding="utf-8"),
-        body="\n".join(part for part in body if part),
-        version=escape(comparison.versions.get("dqtk", "")),
-        created=escape(comparison.created),
+        body=body,
+        version=escape(environment.versions()["dqtk"] if version is None else version),
+        created=escape(environment.now() if created is None else created),
     )
 
 

@@ -4,12 +4,14 @@ The only module of the report that imports ``dqtk.metrics``, and inside its func
 a comparison with scores of one's own needs neither torchmetrics nor anything else from there.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from dqtk.resolve import scores as scores_on_offer
 
 DEFAULT_SCORES = ("psnr", "ssim", "ms_ssim", "lpips")
 
@@ -35,53 +37,25 @@ def resolve_scores(
     scores: Sequence[str | ImageScore] = DEFAULT_SCORES, *, lpips_net: str = "alex", lpips_weights: str | Path | None = None
 ) -> tuple[tuple[ImageScore, ...], dict[str, str]]:
     """Scores by name or as they are; and, by name, why a score is left out (no weights). Raises ``ValueError`` for others."""
-    makers: Mapping[str, Callable[[], ImageScore]] = {
-        "psnr": _psnr,
-        "ssim": _ssim,
-        "ms_ssim": _ms_ssim,
-        "lpips": lambda: _lpips(lpips_net, lpips_weights),
-    }
+    known = {name: score for name, score in scores_on_offer().items() if hasattr(score, "load")}
     found: list[ImageScore] = []
     missing: dict[str, str] = {}
     for score in scores:
         if isinstance(score, ImageScore):
             found.append(score)
-        elif score not in makers:
+        elif score not in known:
             raise ValueError(
-                f"compare: scores must be among {sorted(makers)} or ImageScore objects, got {score!r}. Wrap your own in ImageScore."
+                f"compare: scores must be among {sorted(known)} or ImageScore objects, got {score!r}. Wrap your own in ImageScore."
             )
         else:
-            from dqtk.metrics.lpips import MissingWeights
-
             try:
-                found.append(makers[score]())
-            except MissingWeights as error:
+                function = known[score].load(net=lpips_net, weights=lpips_weights)
+            except FileNotFoundError as error:  # MissingWeights: its text says which and where
                 missing[score] = str(error)
+                continue
+            shared = ("name", "label", "unit", "higher_is_better", "digits", "cap")
+            found.append(ImageScore(function=function, **{name: getattr(known[score], name) for name in shared}))
     return tuple(found), missing
-
-
-def _psnr() -> ImageScore:
-    from dqtk.metrics.psnr import CAP_DB, psnr
-
-    return ImageScore(name="psnr", label="PSNR", unit="dB", higher_is_better=True, function=psnr, digits=2, cap=CAP_DB)
-
-
-def _ssim() -> ImageScore:
-    from dqtk.metrics.ssim import ssim
-
-    return ImageScore(name="ssim", label="SSIM", unit="", higher_is_better=True, function=ssim, digits=4)
-
-
-def _ms_ssim() -> ImageScore:
-    from dqtk.metrics.ssim import ms_ssim
-
-    return ImageScore(name="ms_ssim", label="MS-SSIM", unit="", higher_is_better=True, function=ms_ssim, digits=4)
-
-
-def _lpips(net: str, weights: str | Path | None) -> ImageScore:
-    from dqtk.metrics.lpips import Lpips
-
-    return ImageScore(name="lpips", label=f"LPIPS ({net})", unit="", higher_is_better=False, function=Lpips(net, weights), digits=4)
 
 
 def bootstrap(values: Sequence[float], prompts: Sequence[int], seed: int) -> Any:
@@ -89,6 +63,13 @@ def bootstrap(values: Sequence[float], prompts: Sequence[int], seed: int) -> Any
     from dqtk.metrics.bootstrap import paired_bootstrap
 
     return paired_bootstrap(values, prompts, seed=seed)
+
+
+def distance_quantiles(values: Sequence[float], higher_is_better: bool) -> dict[str, float]:
+    """``dqtk.metrics.bootstrap.distance_quantiles``: p5, p50, p95 and the worst."""
+    from dqtk.metrics.bootstrap import distance_quantiles as quantiles
+
+    return quantiles(values, higher_is_better=higher_is_better)
 
 
 def pair_sums(approximation: Tensor, reference: Tensor, num_samples: int) -> Any:
@@ -105,3 +86,24 @@ def pool_db(values: Sequence[float]) -> float:
     from dqtk.metrics.psnr import pool_db as pool
 
     return pool(torch.tensor(values, dtype=torch.float64))
+
+
+def flips(before: Sequence[bool], after: Sequence[bool]) -> Any:
+    """``dqtk.metrics.flips.flips``: counts of changed verdicts and McNemar's p-value."""
+    from dqtk.metrics.flips import flips as count
+
+    return count(before, after)
+
+
+def rank_warning(num: int, dim: int) -> str | None:
+    """``dqtk.metrics.frechet.rank_warning``: what to say of a covariance of fewer rows than columns."""
+    from dqtk.metrics.frechet import rank_warning as warning
+
+    return warning(num, dim)
+
+
+def checked_rows(extractor: Any, images: Tensor) -> Tensor:
+    """Features of uint8 images, float32 [B, D], with the extractors' contract checked."""
+    from dqtk.metrics.extractors.contract import checked_rows as rows
+
+    return rows(extractor, images)

@@ -23,13 +23,27 @@ def folder(name: str) -> Path:
     return _WEIGHTS / name
 
 
+def extractor_folder(name: str) -> Path | None:
+    """Saved open_clip folder of an embedded feature extractor ("tiny-clip"), or None for another name."""
+    place = _WEIGHTS / name
+    return place if (place / "open_clip_config.json").is_file() else None
+
+
 def oracle_for(pipe: Any, prompts: Sequence[str]) -> Callable[[Any, str], Any] | None:
     """``oracle.judge`` for a pipeline that paints pictures of the captioned world's size for captions of its grammar; else None."""
-    from . import oracle, scenes  # scipy, and a table of all captions
-
     denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
     side = getattr(getattr(denoiser, "config", None), "sample_size", None)
-    if side is None or side * getattr(pipe, "vae_scale_factor", 0) != scenes.SIZE:
+    if not isinstance(side, int):
+        return None
+    side *= getattr(pipe, "vae_scale_factor", 0)
+    return oracle_of_pictures((side, side), prompts)
+
+
+def oracle_of_pictures(size: tuple[int, int], prompts: Sequence[str]) -> Callable[[Any, str], Any] | None:
+    """``oracle.judge`` for pictures of the world's size whose prompts are captions of its grammar; else None."""
+    from . import oracle, scenes  # scipy, and a table of all captions
+
+    if size != (scenes.SIZE, scenes.SIZE):
         return None
     try:
         for prompt in prompts:

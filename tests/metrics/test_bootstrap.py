@@ -1,8 +1,11 @@
-"""The bootstrap interval: coverage, clusters, determinism, error texts."""
+"""The bootstrap interval: coverage, clusters, determinism; quantiles with infinities; Holm; error texts."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
-from dqtk.metrics.bootstrap import paired_bootstrap
+from dqtk.metrics.bootstrap import distance_quantiles, holm, paired_bootstrap
 
 
 def test_covers_the_true_mean_about_as_often_as_it_says():
@@ -72,3 +75,64 @@ def test_errors(arguments, words):
         paired_bootstrap([1.0, 2.0], num_resamples=5)
     with pytest.raises(ValueError, match=r"confidence must be between 0 and 1, got 95"):
         paired_bootstrap([1.0, 2.0], confidence=95)
+
+
+@pytest.mark.parametrize("num", [1, 2, 7, 100])
+def test_quantiles_are_numpys(num):
+    values = torch.rand(num, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = distance_quantiles(values, (0, 0.05, 0.125, 0.5, 0.95, 1))
+    assert list(found) == ["p0", "p5", "p12.5", "p50", "p95", "p100", "worst"]
+    expected = np.quantile(values.numpy(), [0, 0.05, 0.125, 0.5, 0.95, 1])
+    assert list(found.values())[:-1] == pytest.approx(expected.tolist(), abs=1e-12)
+
+
+def test_the_worst_is_at_the_end_that_the_score_says():
+    found = distance_quantiles([0.3, 0.1, 0.2])
+    assert found == {"p5": pytest.approx(0.11), "p50": 0.2, "p95": pytest.approx(0.29), "worst": 0.3}
+    assert distance_quantiles([0.3, 0.1, 0.2], (), higher_is_better=True) == {"worst": 0.1}
+
+
+def test_exact_matches_stay_infinite_and_make_no_nan():
+    inf = math.inf
+    assert distance_quantiles([30.0, inf, 20.0, inf], (0, 0.25, 0.5, 1), higher_is_better=True) == {
+        "p0": 20.0,
+        "p25": 27.5,
+        "p50": inf,
+        "p100": inf,
+        "worst": 20.0,
+    }
+    assert distance_quantiles([20.0, 30.0, inf], (0.5,))["p50"] == 30.0  # an order statistic, next to inf but not of it
+    assert distance_quantiles([inf, inf])["p50"] == inf
+    assert distance_quantiles([-inf, 1.0, 2.0], (0.25, 0.5)) == {"p25": -inf, "p50": 1.0, "worst": 2.0}
+
+
+def test_quantile_errors():
+    with pytest.raises(ValueError, match=r"^distance_quantiles: values must be at least one number, got none\."):
+        distance_quantiles([])
+    with pytest.raises(ValueError, match=r"^distance_quantiles: values must not be NaN, got 2 NaN\. Look at those images\."):
+        distance_quantiles([1.0, math.nan, math.nan])
+    with pytest.raises(
+        ValueError, match=r"^distance_quantiles: qs must be between 0 and 1, got 95\. 0\.95 is the 95th percentile\."
+    ):
+        distance_quantiles([1.0], (95,))
+
+
+def test_holm_on_the_textbook_example():
+    """4, 3, 2, 1 times the sorted p-values, never falling, never above 1; in the order given."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.6, 0.01]) == pytest.approx([1.0, 1.0, 0.03])
+    assert holm([0.2]) == [0.2]
+    assert holm([]) == []
+    with pytest.raises(
+        ValueError, match=r"^holm: p_values must be between 0 and 1, got 2\.5\. Pass p-values and not test statistics"
+    ):
+        holm([0.1, 2.5])
+    with pytest.raises(ValueError, match=r"^holm: p_values must be between 0 and 1, got nan\."):
+        holm([math.nan])
+
+
+def test_holm_keeps_false_alarms_below_alpha():
+    """Ten true null hypotheses, 2000 times: any alarm at all in at most 5 %, where unadjusted p-values give 40 %."""
+    p = torch.rand(2000, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert float((p.min(dim=1).values <= 0.05).double().mean()) > 0.35
+    assert sum(min(holm(row)) <= 0.05 for row in p.tolist()) / 2000 <= 0.06

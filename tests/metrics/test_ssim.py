@@ -3,7 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from dqtk.metrics.psnr import psnr
 from dqtk.metrics.ssim import BETAS, MIN_SIDE, ms_ssim, num_scales, ssim
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 
 def _maps(x, y):
@@ -92,3 +94,14 @@ def test_bf16_images(images):
     half = images.bfloat16()
     assert torch.allclose(ssim(half, half), torch.ones(3), atol=1e-6)
     assert ssim(half, images).dtype == torch.float32
+
+
+def test_equals_scikit_image():
+    """Gaussian window of 11 pixels, population covariance: the same definition in another library, away from the border."""
+    generator = torch.Generator().manual_seed(4)
+    a = torch.rand(1, 3, 48, 40, generator=generator, dtype=torch.float64)
+    b = (a + 0.1 * torch.randn(a.shape, generator=generator, dtype=torch.float64)).clamp(0, 1)
+    options = {"data_range": 1.0, "gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "channel_axis": 2}
+    theirs = structural_similarity(a[0].permute(1, 2, 0).numpy(), b[0].permute(1, 2, 0).numpy(), **options)
+    assert float(ssim(a, b)) == pytest.approx(theirs, abs=4e-3)  # theirs leaves a border of 5 pixels out of the mean
+    assert float(psnr(a, b)) == pytest.approx(peak_signal_noise_ratio(a.numpy(), b.numpy(), data_range=1.0), abs=1e-9)

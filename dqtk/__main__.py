@@ -1,0 +1,8 @@
+"""``python -m dqtk``, and ``accelerate launch -m dqtk``."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

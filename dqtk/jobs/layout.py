@@ -1,0 +1,101 @@
+"""What a job makes and where: variants, samples, batches, folders.
+
+OUTPUT/job.json                     the job, its hash, versions
+OUTPUT/models/VARIANT/              pipelines that the job quantized
+OUTPUT/images/VARIANT/0003-0.png    lossless pictures, named by sample id
+OUTPUT/images/VARIANT/batch-0000.json   what the batch holds: ids, prompts, seeds, SHA-256 of each file, seconds
+OUTPUT/images/VARIANT/variant.json  facts: bytes, plan, kernels
+OUTPUT/cache/                       features and pair scores, named by what they were made from
+OUTPUT/results.json, samples.parquet, report.md, report.tex, report.html
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dqtk.prompt_sets import first_prompts, read_prompt_file
+from dqtk.report.generate import Task, make_tasks
+
+from .spec import Job
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Variant:
+    """One pipeline of a job.
+
+    name: folder name, such as ``tiny-pixart`` or ``tiny-pixart-w4a8``. role: "original", "floor" or "candidate". model: what it is
+    made from. original: name of the variant that it is compared with. recipe: what the job quantizes it with; dtype: compute dtype.
+    """
+
+    name: str
+    role: str
+    model: str
+    original: str
+    recipe: str | None
+    dtype: str
+
+
+def variants(job: Job) -> list[Variant]:
+    """Every pipeline of the job: for each model the original, its floor and its recipes; candidates belong to the first model.
+
+    Raises ``ValueError`` where two would have one name.
+    """
+    found = []
+    for index, model in enumerate(job.models):
+        name = _slug(model)
+        common: dict[str, Any] = {"original": name, "dtype": job.dtype, "recipe": None}
+        found.append(Variant(name=name, role="original", model=model, **common))
+        if job.floor is not None:
+            found.append(Variant(name=f"{name}-{job.floor}", role="floor", model=model, **(common | {"dtype": job.floor})))
+        found += [
+            Variant(name=f"{name}-{recipe}", role="candidate", model=model, **(common | {"recipe": recipe}))
+            for recipe in job.recipes
+        ]
+        if index == 0:
+            found += [Variant(name=_slug(key), role="candidate", model=where, **common) for key, where in job.candidates.items()]
+    names = [variant.name for variant in found]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"job: names of models and candidates must differ, got {', '.join(twice)} twice. Rename a candidate.")
+    return found
+
+
+def _slug(text: str) -> str:
+    kept = "".join(c if c.isalnum() or c in "-_." else "-" for c in text.rstrip("/").split("/")[-1])
+    return kept.strip("-.") or "model"
+
+
+def prompts_of(job: Job) -> list[str]:
+    """The job's prompts. Raises ``ValueError`` for a bad file, none or too few."""
+    texts = read_prompt_file(job.prompts.file) if job.prompts.file is not None else list(job.prompts.texts)
+    return first_prompts(texts, job.prompts.num)
+
+
+def batches(job: Job, prompts: Sequence[str]) -> list[list[Task]]:
+    """The samples in batches, cut by the job alone: the number of processes changes nothing."""
+    tasks = make_tasks(prompts, job.seed, job.seeds_per_prompt)
+    return [tasks[start : start + job.batch_size] for start in range(0, len(tasks), job.batch_size)]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Paths of a job's output folder."""
+
+    root: Path
+
+    def model(self, variant: Variant) -> Path:
+        return self.root / "models" / variant.name
+
+    def images(self, variant: Variant) -> Path:
+        return self.root / "images" / variant.name
+
+    def manifest(self, variant: Variant, batch: int) -> Path:
+        return self.images(variant) / f"batch-{batch:04d}.json"
+
+    def facts(self, variant: Variant) -> Path:
+        return self.images(variant) / "variant.json"
+
+    @property
+    def cache(self) -> Path:
+        return self.root / "cache"

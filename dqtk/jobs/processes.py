@@ -1,0 +1,37 @@
+"""The processes of one job: who takes which piece of work, and where they wait for each other."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Processes:
+    """``rank`` of ``world``; ``wait`` returns when all have come. Collectives are used for waiting and nothing else."""
+
+    rank: int
+    world: int
+    device: torch.device
+    wait: Callable[[], None]
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def mine(self, work: Sequence[Any]) -> list[tuple[int, Any]]:
+        """Every ``world``-th piece with its index."""
+        return [(index, piece) for index, piece in enumerate(work) if index % self.world == self.rank]
+
+
+def processes() -> Processes:
+    """This process among those that ``accelerate launch`` started; alone without it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState  # sets up torch.distributed, which a single process does not need
+
+        state = PartialState(cpu=not torch.cuda.is_available())
+        return Processes(state.process_index, state.num_processes, state.device, state.wait_for_everyone)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Processes(0, 1, device, lambda: None)

@@ -1,0 +1,131 @@
+"""Stage 3: from values per picture and features to records. One process, no model; memory is that of the feature rows.
+
+A paired score is named ``psnr@vs_original`` and always carries an interval over prompts. A distance of sets is named with its
+extractor and its reference: ``frechet[tiny-clip]@vs_original(paired)`` against the original's pictures of the same prompts and
+seeds, which is 0 for the original itself; ``frechet[tiny-clip]@vs_real`` against other pictures, whose floor is not 0. The two
+answer different questions and never share a name.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from dqtk.report.records import Record
+from dqtk.report.scores import bootstrap, distance_quantiles, flips, rank_warning
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Values:
+    """Everything known of one variant. ``prompts``: prompt index of each picture. ``pairs`` and ``texts``: score name -> values.
+
+    ``features`` and ``logits``: extractor name -> rows. ``oracle``: "mean" and "all_correct" -> values; empty without an oracle.
+    """
+
+    name: str
+    role: str
+    prompts: list[int]
+    pairs: dict[str, list[float]] = field(default_factory=dict)
+    texts: dict[str, list[float]] = field(default_factory=dict)
+    oracle: dict[str, list[float]] = field(default_factory=dict)
+    features: dict[str, Tensor] = field(default_factory=dict)
+    logits: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Context:
+    """What every record of a job shares."""
+
+    seed: int
+    created: str
+    versions: dict[str, str]
+    hardware: dict[str, str]
+    extra: dict[str, Any]
+    comparable: dict[str, bool]
+
+    def record(self, variant: str, score: Any, name: str, num: int, **fields: Any) -> Record:
+        """One record of a variant; ``fields`` are the numbers, or why there are none."""
+        extra = {"label": score.label, "digits": score.digits} | fields.pop("extra", {}) | self.extra
+        facts: dict[str, Any] = {"unit": score.unit, "higher_is_better": score.higher_is_better}
+        shared: dict[str, Any] = {"seed": self.seed, "created": self.created, "versions": self.versions, "hardware": self.hardware}
+        return Record(name=name, model=variant, num_samples=num, extra=extra, **facts, **shared, **fields)
+
+
+def pair_records(values: Values, scores: Mapping[str, Any], context: Context) -> list[Record]:
+    """Paired scores against the original: mean with interval, quantiles, worst, exact matches."""
+    found = []
+    for name, raw in values.pairs.items():
+        score = scores[name]
+        capped = raw if score.cap is None else [min(value, score.cap) for value in raw]
+        interval = bootstrap(capped, values.prompts, context.seed)
+        extra: dict[str, Any] = distance_quantiles(capped, higher_is_better=score.higher_is_better)
+        if score.cap is not None:
+            extra |= {"cap": score.cap, "exact_matches": sum(value == float("inf") for value in raw)}
+        numbers = {"value": interval.estimate, "low": interval.low, "high": interval.high}
+        found.append(context.record(values.name, score, f"{name}@vs_original", len(raw), extra=extra, **numbers))
+    return found
+
+
+def change_records(
+    values: Values, original: Values, kind: str, scores: Mapping[str, Any], context: Context, comparable: bool = True
+) -> list[Record]:
+    """Scores of single pictures (``kind``: "texts" or "oracle"): the variant's mean, and the mean of the paired change."""
+    found = []
+    for name, mine in getattr(values, kind).items():
+        score = scores[name.split("[")[0]]
+        extra = {} if kind == "oracle" else {"comparable": context.comparable[name.split("[")[1].rstrip("]")]}
+        interval = bootstrap(mine, values.prompts, context.seed)
+        numbers = {"value": interval.estimate, "low": interval.low, "high": interval.high}
+        found.append(context.record(values.name, score, name, len(mine), extra=extra, **numbers))
+        if values.role == "original":
+            continue
+        theirs = getattr(original, kind)[name]
+        change = bootstrap([a - b for a, b in zip(mine, theirs, strict=True)], values.prompts, context.seed)
+        numbers = {"value": change.estimate, "low": change.low, "high": change.high}
+        if name == "oracle_all_correct":
+            extra = extra | _flips(theirs, mine)
+        found.append(context.record(values.name, score, f"{name}@change", len(mine), extra=extra, **numbers))
+    return found
+
+
+def _flips(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
+    found = flips([value == 1 for value in before], [value == 1 for value in after])
+    return {"right_to_wrong": found.right_to_wrong, "wrong_to_right": found.wrong_to_right, "mcnemar_p": found.p_value}
+
+
+def set_records(
+    values: Values, reference: Mapping[str, Tensor], scores: Sequence[Any], context: Context, *, paired: bool
+) -> list[Record]:
+    """Distances of the variant's features to a reference's, per extractor; with a warning where there are too few rows."""
+    found = []
+    where = "vs_original(paired)" if paired else "vs_real"
+    for extractor, rows in values.features.items():
+        others = reference[extractor]
+        num = min(len(rows), len(others))
+        for score in scores:
+            name = f"{score.name}[{extractor}]@{where}"
+            extra: dict[str, Any] = {
+                "comparable": context.comparable[extractor],
+                "dim": rows.shape[1],
+                "num_reference": len(others),
+            }
+            if num < score.least:
+                why = f"{score.label} needs at least {score.least} pictures, got {num}"
+                found.append(context.record(values.name, score, name, num, value=None, not_measured=why, extra=extra))
+                continue
+            if score.name == "frechet" and (warning := rank_warning(num, rows.shape[1])) is not None:
+                extra["warning"] = warning
+            found.append(context.record(values.name, score, name, num, value=score.function(rows, others, paired), extra=extra))
+    return found
+
+
+def class_records(values: Values, scores: Sequence[Any], context: Context) -> list[Record]:
+    """Scores of a set alone, from logits."""
+    found = []
+    for extractor, logits in values.logits.items():
+        for score in scores:
+            value, spread = score.function(logits)
+            extra = {"comparable": context.comparable[extractor], "standard_deviation": spread}
+            found.append(context.record(values.name, score, f"{score.name}[{extractor}]", len(logits), value=value, extra=extra))
+    return found

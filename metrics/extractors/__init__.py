@@ -1,0 +1,1 @@
+"""Networks that turn images and texts into feature rows. Import what you need from its module; nothing is loaded here."""

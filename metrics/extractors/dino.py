@@ -1,0 +1,68 @@
+"""DINO (Caron et al. 2021) and DINOv2 (Oquab et al. 2023) as extractors: the class token after the last layer norm.
+
+Self-supervised features see what Inception's do not: the Fréchet distance of DINOv2 ViT-L/14 features follows human judgement of
+realism better than FID (Stein et al. 2023, "Exposing flaws of generative model evaluation metrics").
+
+Images are squashed to 224 x 224 by float bicubic (``resize.resize_clean``, as in Stein et al.'s code with its clean resize) and
+normalized with ImageNet's statistics. The folder's own preprocessor_config.json is not used: it serves classification, where one
+crops.
+
+Not the published FD-DINOv2 to the last digit: DINOv2 was trained at 518 pixels, and its own code stretches the position
+embeddings to 224 with an offset of 0.1 patches that transformers leaves out. Scores are comparable with each other, and
+``comparable`` with published ones only on the caller's word.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import Dinov2Model, ViTModel
+
+from .contract import as_images
+from .hub import find_folder
+from .pretrained import VERSION, load_pretrained
+from .resize import resize_clean
+
+_SIZE = 224
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
+# By config.json's model_type. DINO's pooler is an untrained layer that some files lack.
+_KINDS = {"vit": ("dino", ViTModel, {"add_pooling_layer": False}), "dinov2": ("dinov2", Dinov2Model, {})}
+
+
+class Dino:
+    """A DINO (model type "vit") or DINOv2 ("dinov2") of transformers: a folder, or a cached hub id such as facebook/dinov2-large.
+
+    Raises ``MissingWeights``, and ``ValueError`` for another kind of model and for unreadable or incomplete weights.
+    """
+
+    preprocess = f"pil-bicubic-float, squash {_SIZE}, imagenet"
+
+    def __init__(self, model: str | Path, *, comparable: bool = False, device: str | torch.device = "cpu") -> None:
+        folder = find_folder("dino", model, "config.json")
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        if found not in _KINDS:
+            raise ValueError(
+                f"dino: model_type in {folder}/config.json must be one of {sorted(_KINDS)}, got {found!r}. Pick another."
+            )
+        prefix, kind, options = _KINDS[found]
+        self.name = f"{prefix}[{folder.resolve().name if Path(model).is_dir() else model}]"
+        self.version = f"1, {VERSION}"
+        self.source, self.comparable, self.device = str(model), comparable, torch.device(device)
+        network, self.sha256 = load_pretrained(self.name, kind, folder, **options)
+        patch = network.config.patch_size
+        if _SIZE % patch:
+            raise ValueError(
+                f"{self.name}: patch_size must divide {_SIZE}, got {patch}. Images would lose their right and lower edge."
+            )
+        self.network = network.to(self.device)
+        self.dim = int(network.config.hidden_size)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] of any size -> float32 [B, D]."""
+        x = resize_clean(as_images(self.name, images), _SIZE) / 255
+        x = (x - torch.tensor(_MEAN).view(3, 1, 1)) / torch.tensor(_STD).view(3, 1, 1)
+        # DINO was trained at 224, so nothing is interpolated there; files of other sizes (384) would need it.
+        resized = {"interpolate_pos_encoding": True} if isinstance(self.network, ViTModel) else {}
+        return self.network(pixel_values=x.to(self.device), **resized).last_hidden_state[:, 0].float().cpu()

@@ -1,0 +1,75 @@
+"""Job files: what they say, and what is refused with which words."""
+
+import pytest
+
+from dqtk.jobs.layout import batches, prompts_of, variants
+from dqtk.jobs.spec import read_job
+
+
+def test_a_job_says_what_it_makes(job_file):
+    job = read_job(job_file(floor="bfloat16", candidates={"mine": "somewhere/else"}, seeds_per_prompt=2))
+    assert [(v.name, v.role, v.original, v.recipe, v.dtype) for v in variants(job)] == [
+        ("pixart", "original", "pixart", None, "float32"),
+        ("pixart-bfloat16", "floor", "pixart", None, "bfloat16"),
+        ("pixart-w8a8", "candidate", "pixart", "w8a8", "float32"),
+        ("mine", "candidate", "pixart", None, "float32"),
+    ]
+    work = batches(job, prompts_of(job))
+    assert [[task.id for task in batch] for batch in work] == [[f"{i:04d}-0", f"{i:04d}-1"] for i in range(5)]
+    assert len({task.seed for batch in work for task in batch}) == 10
+
+
+def test_the_hash_is_of_what_moves_pictures(job_file):
+    plain = read_job(job_file()).hash
+    assert read_job(job_file(metrics=["psnr"], extractors=[], name="other", output="elsewhere")).hash == plain
+    for change in ({"seed": 1}, {"threads": 2}, {"batch_size": 3}, {"call": {}}, {"recipes": []}, {"prompts": ["a cat"]}):
+        assert read_job(job_file(**change)).hash != plain, change
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"metrcs": []}, r"job: .*job\.yaml must have fields among .*, got 'metrcs'\. Did you mean 'metrics'\?"),
+        ({"models": "x"}, r"models must be a list of texts, got 'x'\. Write \[a, b\]\."),
+        ({"models": []}, "models must hold at least one entry"),
+        ({"metrics": []}, "metrics must hold at least one entry"),
+        ({"batch_size": 0}, "batch_size must be a positive count, got 0"),
+        ({"threads": "two"}, "threads must be int, got 'two'"),
+        ({"seed": True}, "seed must be int, got True"),
+        ({"dtype": "float23"}, r"dtype must be one of .*, got 'float23'\. Did you mean 'float32'\?"),
+        ({"floor": 16}, "floor must be"),
+        ({"call": [1]}, "call must be"),
+        (
+            {"prompts": {"file": "a", "texts": ["b"]}},
+            r"texts must be a list|prompts must have either file or texts, got both or none",
+        ),
+        ({"prompts": {"num": 3}}, "prompts must have either file or texts, got both or none"),
+        ({"prompts": {"file": "x.txt", "num": -1}}, r"prompts\.num must be a positive count, got -1"),
+        ({"candidates": {"w8a8": "x"}}, r"names of candidates must differ from recipes, got \['w8a8'\]"),
+    ],
+)
+def test_what_is_refused(job_file, changes, says):
+    with pytest.raises(ValueError, match=says):
+        read_job(job_file(**changes))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("- a\n", "must be a mapping of fields, got list"),
+        ("name: [\n", "must be YAML, got: "),
+        ("name: x\n", "must have models, prompts, metrics, output, got only name"),
+    ],
+)
+def test_files_that_are_no_job(tmp_path, text, says):
+    (tmp_path / "j.yaml").write_text(text)
+    with pytest.raises(ValueError, match=says):
+        read_job(tmp_path / "j.yaml")
+    with pytest.raises(ValueError, match=r"job: file must exist, got .*nowhere\.yaml\. Check the path\."):
+        read_job(tmp_path / "nowhere.yaml")
+
+
+def test_two_variants_of_one_name(job_file):
+    job = read_job(job_file(models=["a/one", "b/one"], recipes=[]))
+    with pytest.raises(ValueError, match="names of models and candidates must differ, got one twice"):
+        variants(job)
