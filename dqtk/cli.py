@@ -28,7 +28,7 @@ from .quantize import plan as make_plan
 from .quantize import quantize, save
 from .recipes import RECIPES
 from .resolve import oracle_for
-from .sources import load_pipeline, local_folder, meta_pipeline, read_json, readable
+from .sources import find_device, load_pipeline, local_folder, meta_pipeline, read_json, readable
 
 
 def parser() -> argparse.ArgumentParser:
@@ -113,6 +113,7 @@ def _sampling(verb: argparse.ArgumentParser, prompts_required: bool = True, dtyp
     verb.add_argument(
         "--dtype", choices=("stored", "float32", "bfloat16", "float16"), default=dtype, help="compute dtype (%(default)s)"
     )
+    verb.add_argument("--device", help="such as cpu or cuda:1 (default: the CUDA device if there is one)")
 
 
 def _positive(text: str) -> int:
@@ -209,7 +210,7 @@ def _explain(options: argparse.Namespace, command: str) -> None:
 
 def _calibrate(options: argparse.Namespace, command: str) -> None:
     prompts = read_prompts(options.prompts, options.num_prompts)
-    pipe = load_pipeline(options.model, options.dtype)
+    pipe = load_pipeline(options.model, options.dtype, find_device(options.device))
     plan = _plan_for(options, pipe)
     if not plan.needs_stats:
         print(f"recipe {plan.recipe} needs no calibration; nothing was written")
@@ -236,7 +237,7 @@ def _quantize(options: argparse.Namespace, command: str) -> None:
         raise ValueError(f"--prompts or --stats must be given for recipe {plan.recipe}, got neither. Its inputs are calibrated.")
     if stats is not None and not plan.needs_stats:
         raise ValueError(f"--stats must be left out for recipe {plan.recipe}, got {options.stats}. No input of it is calibrated.")
-    pipe = load_pipeline(options.model, options.dtype)
+    pipe = load_pipeline(options.model, options.dtype, find_device(options.device))
     if plan.needs_stats and stats is None and prompts is not None:
         kwargs = _call_kwargs(options, pipe)
         stats = run_calibrate(pipe, prompts, plan, seed=options.seed, batch_size=options.batch_size, call_kwargs=kwargs)
@@ -258,7 +259,7 @@ def _generate(options: argparse.Namespace, command: str) -> None:
 
     check_output(options.output, "generate")
     prompts = read_prompts(options.prompts, options.num_prompts)
-    pipe = load_pipeline(options.model, options.dtype)
+    pipe = load_pipeline(options.model, options.dtype, find_device(options.device))
     tasks = make_tasks(prompts, options.seed, 1)
     with written_whole(options.output, "generate") as folder:
         for start in range(0, len(tasks), options.batch_size):
@@ -278,8 +279,9 @@ def _compare(options: argparse.Namespace, command: str) -> None:
     beside = options.output.with_name(f"{options.output.stem}-records")
     check_output(beside, "compare")
     _check_new_file(options.output, "compare")
-    reference, candidate = load_pipeline(options.reference, options.dtype), load_pipeline(options.candidate, options.dtype)
-    floor = None if options.no_floor or options.dtype != "float32" else load_pipeline(options.reference, "bfloat16")
+    device = find_device(options.device)
+    reference, candidate = (load_pipeline(model, options.dtype, device) for model in (options.reference, options.candidate))
+    floor = None if options.no_floor or options.dtype != "float32" else load_pipeline(options.reference, "bfloat16", device)
     folders = [local_folder(model) for model in (options.reference, options.candidate)]
     result = compare(
         reference,

@@ -109,7 +109,20 @@ def check_files(folder: Path) -> None:
             pass
 
 
-def load_pipeline(model: str, dtype: str = "float32") -> Any:
+def find_device(wish: str | None = None) -> torch.device:
+    """The wished device, or the CUDA device if there is one, else the CPU. Raises ``ValueError`` for one that is not there."""
+    if wish is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wish)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise ValueError(f"--device must be one of this machine, such as cpu or cuda:0, got {wish!r}: {said}") from error
+    return device
+
+
+def load_pipeline(model: str, dtype: str = "float32", device: torch.device | str = "cpu") -> Any:
     """The pipeline with its weights, progress bars off. ``dtype``: "float32", "bfloat16", "float16", or "stored": as on disk.
 
     Raises:
@@ -123,7 +136,7 @@ def load_pipeline(model: str, dtype: str = "float32") -> Any:
         chosen = stored_dtype(folder) if dtype == "stored" else dtype
         pipe = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=getattr(torch, chosen))
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipe.to(device)
 
 
 class MetaPipeline:

@@ -193,6 +193,13 @@ def test_words(shell, folder, tmp_path, words, says):
     assert shell("quantize", folder, *words, "--output", tmp_path / "out").startswith(f"dqtk quantize: error: {says}")
 
 
+@pytest.mark.parametrize("device", ["tpu", "cuda:77", "meta:x"])
+def test_devices_that_are_not_there(shell, folder, tmp_path, device):
+    words = ["generate", folder, "--prompts", "x", "--device", device, "--output", tmp_path / "out"]
+    said = f"dqtk generate: error: --device must be one of this machine, such as cpu or cuda:0, got {device!r}: "
+    assert shell(*words).startswith(said)
+
+
 def test_unknown_model_from_the_shell(shell, tmp_path):
     for verb in ("explain", "quantize"):
         line = shell(verb, "tiny_pixart!", "--recipe", "w8a8", "--output", tmp_path / "out")

@@ -20,7 +20,7 @@ from dqtk.cli import main, parser
 from dqtk.plan import Plan
 
 PLANNING = ["--keep", "--recipe", "--set", "--text-encoders"]
-SAMPLING = ["--batch-size", "--dtype", "--guidance", "--num-prompts", "--prompts", "--seed", "--steps"]
+SAMPLING = ["--batch-size", "--device", "--dtype", "--guidance", "--num-prompts", "--prompts", "--seed", "--steps"]
 GOLDEN_FLAGS = {
     "explain": sorted(["MODEL", *PLANNING, "--roles", "--output"]),
     "calibrate": sorted(["MODEL", *PLANNING, *SAMPLING, "--output"]),

@@ -47,7 +47,7 @@ def paint(job: Job, variants: Sequence[Variant], batches: Sequence[list[Task]], 
         if not todo and (not processes.first or layout.facts(variant).is_file()):
             continue
         folder = layout.model(variant) if variant.recipe is not None else local_folder(variant.model)
-        pipe = load_pipeline(str(folder), variant.dtype).to(processes.device)
+        pipe = load_pipeline(str(folder), variant.dtype, processes.device)
         if processes.first:
             write_json(layout.facts(variant), facts(pipe, folder))
         arguments = call_arguments(pipe, job.call)

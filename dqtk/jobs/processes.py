@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from dqtk.sources import find_device
+
 
 @dataclass(frozen=True, slots=True)
 class Processes:
@@ -33,5 +35,4 @@ def processes() -> Processes:
 
         state = PartialState(cpu=not torch.cuda.is_available())
         return Processes(state.process_index, state.num_processes, state.device, state.wait_for_everyone)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Processes(0, 1, device, lambda: None)
+    return Processes(0, 1, find_device(), lambda: None)
