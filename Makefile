@@ -1,10 +1,10 @@
-# make demo | make test | make check | make bench
+# make demo | make test | make check | make bench | make notebooks
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check bench install browser format
+.PHONY: demo test check bench install browser format notebooks
 
 install: $(INSTALLED)
 
@@ -37,3 +37,6 @@ format: install
 
 bench: install
 	$(BIN)/python benchmarks/peers.py
+
+notebooks: install
+	$(BIN)/jupyter execute --inplace notebooks/*.ipynb

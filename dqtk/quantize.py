@@ -245,9 +245,9 @@ def load(path: str | os.PathLike, **kwargs: Any) -> Any:
     """
     diffusers = importlib.import_module("diffusers")
     folder = Path(path)
-    if not {"dtype", "torch_dtype"} & set(kwargs):
-        kwargs["dtype"] = getattr(torch, stored_dtype(folder))
     with readable(f"load: {path}"):
+        if not {"dtype", "torch_dtype"} & set(kwargs):
+            kwargs["dtype"] = getattr(torch, stored_dtype(folder))
         if (folder / "model_index.json").is_file():
             return diffusers.DiffusionPipeline.from_pretrained(folder, **kwargs)
         if (folder / "config.json").is_file():

@@ -132,7 +132,9 @@ def observe(
                 if variant.role != "original":
                     work.append((variant.name, partial(score_pairs, cache, name, function, mine, theirs)))
     share = processes.mine(work)
-    with tqdm(share, desc="features", unit="batch", disable=not work) as bar:
+    if not share:
+        return
+    with tqdm(share, desc="features", unit="batch") as bar:
         for _, (label, make) in bar:
             bar.set_postfix_str(label)
             make()
