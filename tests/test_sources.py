@@ -45,7 +45,7 @@ def test_embedded_names_come_first(monkeypatch, tmp_path, folder):
         locate("pixat")
 
 
-@pytest.mark.parametrize("name", ["nothing here", "../out/pixart", "./out", "a/b/c", ".hidden/x"])
+@pytest.mark.parametrize("name", ["nothing here", "../out/pixart", "./no-such-folder", "a/b/c", ".hidden/x"])
 def test_unknown_model(name):
     with pytest.raises(ValueError, match=r"MODEL must be an embedded pipeline .*, a diffusers folder or a hub id \(owner/name\)"):
         locate(name)
