@@ -27,8 +27,11 @@ from .prompt_sets import read_prompts
 from .quantize import plan as make_plan
 from .quantize import quantize, save
 from .recipes import RECIPES
+from .report.rounding import ROUNDINGS
 from .resolve import oracle_for
 from .sources import find_device, load_pipeline, local_folder, meta_pipeline, read_json, readable
+
+FLOORS = ("bfloat16", *ROUNDINGS)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -63,7 +66,12 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("candidate", metavar="CANDIDATE")
     _sampling(compare)
     compare.add_argument("--output", type=Path, required=True, help="the page (NAME.html); records and pictures go to NAME-records")
-    compare.add_argument("--no-floor", action="store_true", help="skip the bf16 run of the reference (the noise floor)")
+    compare.add_argument(
+        "--floor",
+        choices=(*FLOORS, "none"),
+        default="bfloat16",
+        help="the noise floor: the reference again in bf16, with other kernels or threads (%(default)s)",
+    )
     compare.add_argument("--lpips-weights", type=Path, help="backbone weights for LPIPS (a torchvision AlexNet .pth)")
 
     evaluate = verbs.add_parser("evaluate", help="two folders of pictures, without any model: pairs by name, or sets")
@@ -281,7 +289,7 @@ def _compare(options: argparse.Namespace, command: str) -> None:
     _check_new_file(options.output, "compare")
     device = find_device(options.device)
     reference, candidate = (load_pipeline(model, options.dtype, device) for model in (options.reference, options.candidate))
-    floor = None if options.no_floor or options.dtype != "float32" else load_pipeline(options.reference, "bfloat16", device)
+    floor, floor_name = _floor(options, device)
     folders = [local_folder(model) for model in (options.reference, options.candidate)]
     result = compare(
         reference,
@@ -292,7 +300,7 @@ def _compare(options: argparse.Namespace, command: str) -> None:
         call_kwargs=_call_kwargs(options, reference),
         oracle=oracle_for(reference, prompts),
         floor=floor,
-        floor_name="bf16 against fp32",
+        floor_name=floor_name,
         reference_name=options.reference,
         candidate_name=options.candidate,
         reference_folder=folders[0],
@@ -304,6 +312,15 @@ def _compare(options: argparse.Namespace, command: str) -> None:
     write_page(result, options.output, command=command)
     print(result.table())
     print(f"{options.output}: page; {beside}: records and pictures")
+
+
+def _floor(options: argparse.Namespace, device: Any) -> tuple[Any, str]:
+    """The third pipeline of ``compare`` and its name; none where bf16 would not be another rounding than the reference's."""
+    if options.floor == "none" or (options.floor == "bfloat16" and options.dtype != "float32"):
+        return None, ""
+    if options.floor == "bfloat16":
+        return load_pipeline(options.reference, "bfloat16", device), "bf16 against fp32"
+    return options.floor, f"other {options.floor}"
 
 
 def _evaluate(options: argparse.Namespace, command: str) -> int:

@@ -102,5 +102,14 @@ SCORES = (
         label="Fréchet distance",
         higher_is_better=False,
         function=lambda generated, reference, paired: frechet_distance_of(generated, reference),
+        full_rank=True,
+    ),
+    SetScore(  # Nash et al. 2021, arXiv 2103.03841, section 4: features that keep places, so it sees layout where FID sees content
+        name="sfid",
+        label="sFID",
+        higher_is_better=False,
+        function=lambda generated, reference, paired: frechet_distance_of(generated, reference),
+        head="spatial",
+        full_rank=True,
     ),
 )

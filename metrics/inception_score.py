@@ -38,4 +38,4 @@ def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 0) -> tuple
     return float(values.mean()), float(values.std(correction=0))
 
 
-SCORES = (ClassScore(name="inception_score", label="Inception Score", higher_is_better=True, function=inception_score),)
+SCORES = (ClassScore(name="inception_score", label="Inception Score", higher_is_better=True, function=inception_score, least=10),)

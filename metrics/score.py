@@ -47,7 +47,9 @@ class SetScore:
     """Distance of two sets of pictures: ``function(generated [N, D], reference [M, D], paired)`` -> a number.
 
     ``paired``: row i of both is of the same prompt and seed (against the original), not of the same world (against photographs).
-    Estimators that leave out equal items need to know; others ignore it. ``least``: rows that it cannot do without.
+    Estimators that leave out equal items need to know; others ignore it. ``least``: rows that it cannot do without. ``head``: what
+    the rows are, where it is not the extractor's own feature but another that its ``encode_all`` gives. ``full_rank``: whether it
+    means little with fewer rows than features.
     """
 
     name: str
@@ -57,11 +59,16 @@ class SetScore:
     unit: str = ""
     digits: int = 4
     least: int = 2
+    head: str | None = None
+    full_rank: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClassScore:
-    """Of one set alone, from a classifier's logits [N, C]: ``function(logits)`` -> (value, standard deviation over splits)."""
+    """Of one set alone, from a classifier's logits [N, C]: ``function(logits)`` -> (value, standard deviation over splits).
+
+    ``head``: which of the extractor's ``encode_all`` they are. ``least``: rows that it cannot do without.
+    """
 
     name: str
     label: str
@@ -69,6 +76,8 @@ class ClassScore:
     function: Callable[[Tensor], tuple[float, float]]
     unit: str = ""
     digits: int = 3
+    least: int = 2
+    head: str = "logits"
 
 
 Score = PairScore | TextScore | SetScore | ClassScore

@@ -26,7 +26,7 @@ GOLDEN_FLAGS = {
     "calibrate": sorted(["MODEL", *PLANNING, *SAMPLING, "--output"]),
     "quantize": sorted(["MODEL", *PLANNING, *SAMPLING, "--plan", "--stats", "--output"]),
     "generate": sorted(["MODEL", *SAMPLING, "--output"]),
-    "compare": sorted(["REFERENCE", "CANDIDATE", *SAMPLING, "--output", "--no-floor", "--lpips-weights"]),
+    "compare": sorted(["REFERENCE", "CANDIDATE", *SAMPLING, "--output", "--floor", "--lpips-weights"]),
     "evaluate": sorted(["A", "B", "--metrics", "--extractors", "--unpaired", "--output", "--fail-if"]),
     "run": sorted(["JOB", "--fail-if"]),
 }

@@ -65,17 +65,18 @@ def feature_file(cache: Path, extractor: Any, pictures: Sequence[Picture]) -> Pa
     return cache / "features" / f"{name}.safetensors"
 
 
-def encode(cache: Path, extractor: Any, pictures: Sequence[Picture], rows: Any, logits: bool = False) -> Path:
-    """Make the feature file of a batch unless it is there: ``features`` [B, D], with ``logits`` also those of a classifier [B, C].
+def encode(cache: Path, extractor: Any, pictures: Sequence[Picture], rows: Any, heads: Sequence[str] = ()) -> Path:
+    """Make the feature file of a batch unless it is there: ``features`` [B, D], and the named ``heads`` of ``encode_all``.
 
     ``rows(extractor, images)`` encodes and checks. Raises ``ValueError`` for unreadable pictures.
     """
     file = feature_file(cache, extractor, pictures)
-    if not _holds(file, {"features", "logits"} if logits else {"features"}):
+    if not _holds(file, {"features", *heads}):
         images = read_pictures(pictures)
         tensors = {"features": rows(extractor, images).contiguous()}
-        if logits:
-            tensors["logits"] = extractor.encode_all(images).logits.contiguous()
+        if heads:
+            given = extractor.encode_all(images)
+            tensors |= {head: getattr(given, head).contiguous() for head in heads}
         with whole(file) as partial:
             save_file(tensors, partial, metadata={"extractor": identity(extractor), "ids": json.dumps([p.id for p in pictures])})
     return file

@@ -17,6 +17,7 @@ from dqtk.installed import summary
 from dqtk.quantize import plan as make_plan
 from dqtk.quantize import quantize, save
 from dqtk.report.generate import Task, generate
+from dqtk.report.rounding import other_rounding
 from dqtk.report.sizes import pipeline_sizes
 from dqtk.sources import load_pipeline, local_folder
 
@@ -53,7 +54,8 @@ def paint(job: Job, variants: Sequence[Variant], batches: Sequence[list[Task]], 
         arguments = call_arguments(pipe, job.call)
         with tqdm(total=len(mine), initial=len(mine) - len(todo), desc=f"paint {variant.name}", unit="batch") as bar:
             for index, batch in todo:
-                _paint_batch(pipe, batch, arguments, layout.images(variant), layout.manifest(variant, index))
+                with other_rounding(variant.rounding):
+                    _paint_batch(pipe, batch, arguments, layout.images(variant), layout.manifest(variant, index))
                 bar.update()
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from dqtk.prompt_sets import first_prompts, read_prompt_file
 from dqtk.report.generate import Task, make_tasks
+from dqtk.report.rounding import ROUNDINGS
 
 from .spec import Job
 
@@ -25,7 +26,8 @@ class Variant:
     """One pipeline of a job.
 
     name: folder name, such as ``tiny-pixart`` or ``tiny-pixart-w4a8``. role: "original", "floor" or "candidate". model: what it is
-    made from. original: name of the variant that it is compared with. recipe: what the job quantizes it with; dtype: compute dtype.
+    made from. original: name of the variant that it is compared with. recipe: what the job quantizes it with; dtype: compute dtype;
+    rounding: "kernels", "threads" or None (``report/rounding.py``).
     """
 
     name: str
@@ -34,6 +36,7 @@ class Variant:
     original: str
     recipe: str | None
     dtype: str
+    rounding: str | None = None
 
 
 def variants(job: Job) -> list[Variant]:
@@ -47,7 +50,8 @@ def variants(job: Job) -> list[Variant]:
         common: dict[str, Any] = {"original": name, "dtype": job.dtype, "recipe": None}
         found.append(Variant(name=name, role="original", model=model, **common))
         if job.floor is not None:
-            found.append(Variant(name=f"{name}-{job.floor}", role="floor", model=model, **(common | {"dtype": job.floor})))
+            change = {"rounding": job.floor} if job.floor in ROUNDINGS else {"dtype": job.floor}
+            found.append(Variant(name=f"{name}-{job.floor}", role="floor", model=model, **(common | change)))
         found += [
             Variant(name=f"{name}-{recipe}", role="candidate", model=model, **(common | {"recipe": recipe}))
             for recipe in job.recipes

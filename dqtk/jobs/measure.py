@@ -64,6 +64,16 @@ class Measures:
         """Scores of one kind: "PairScore", "TextScore", "SetScore", "ClassScore"."""
         return [score for score in self.scores.values() if type(score).__name__ == kind]
 
+    def heads(self, extractor: Any) -> list[str]:
+        """What scores want of this extractor beside its own feature, as far as it has it."""
+        wanted = dict.fromkeys(score.head for score in self.scores.values() if getattr(score, "head", None) is not None)
+        return [head for head in wanted if has_head(extractor, head)]
+
+
+def has_head(extractor: Any, head: str) -> bool:
+    """Whether ``encode_all`` of an extractor gives this."""
+    return head in getattr(extractor, "heads", ())
+
 
 def measures(names: Sequence[str], extractors: Sequence[str], device: Any = "cpu") -> Measures:
     """Everything that the names ask for, loaded. What lacks its weights is left out with the reason.
@@ -121,8 +131,7 @@ def observe(
     sets = [(variant.name, batch) for variant in shown for batch in variant.batches] + [("references", b) for b in references]
     for label, batch in sets:
         for extractor in asked.extractors.values():
-            logits = bool(asked.of("ClassScore")) and hasattr(extractor, "encode_all")
-            work.append((label, partial(encode, cache, extractor, batch, checked_rows, logits)))
+            work.append((label, partial(encode, cache, extractor, batch, checked_rows, asked.heads(extractor))))
     for variant in shown:
         original = originals[variant.original]
         for mine, theirs in zip(variant.batches, original.batches, strict=True):
@@ -150,17 +159,15 @@ def gather(asked: Measures, variant: Shown, original: Shown, cache: Path) -> Val
     if asked.judge is not None:
         said = [row for batch in variant.batches for row in judge_pictures(cache, ORACLE, asked.judge, batch)]
         values.oracle.update({f"oracle_{key}": [row[key] for row in said] for key in ("mean", "all_correct")})
+    values.features.update(_features(asked, variant.batches, cache))
     for name, extractor in asked.extractors.items():
-        values.features[name] = load_features(cache, extractor, variant.batches)
-        if asked.of("ClassScore") and hasattr(extractor, "encode_all"):
-            values.logits[name] = load_features(cache, extractor, variant.batches, "logits")
         prompts = [picture.prompt for picture in variant.pictures]
         if hasattr(extractor, "encode_texts") and all(prompts):
             texts = extractor.encode_texts(prompts)
             for score in asked.of("TextScore"):
                 if len(set(prompts)) < score.least:
                     continue  # reduce says so
-                values.texts[f"{score.name}[{name}]"] = score.function(values.features[name], texts).tolist()
+                values.texts[f"{score.name}[{name}]"] = score.function(values.features[name, None], texts).tolist()
     return values
 
 
@@ -170,7 +177,7 @@ def reduce(
     """Stage 3: records of every variant, and its values per picture."""
     by_name = {variant.name: variant for variant in shown}
     found = {variant.name: gather(asked, variant, by_name[variant.original], cache) for variant in shown}
-    real = {name: load_features(cache, e, references) for name, e in asked.extractors.items()} if references else {}
+    real = _features(asked, references, cache) if references else {}
     context = Context(
         seed=seed,
         created=environment.now(),
@@ -199,15 +206,49 @@ def reduce(
         if num_texts < score.least:
             why = f"{score.label} needs at least {score.least} different prompts, got {num_texts}"
             records.append(context.record("", score, score.name, 0, value=None, not_measured=why))
+    for score in [*asked.of("SetScore"), *asked.of("ClassScore")]:
+        if score.head is not None and not any(has_head(extractor, score.head) for extractor in asked.extractors.values()):
+            why = f"{score.label} needs the {score.head} of an extractor such as inception2015, got {', '.join(asked.extractors)}"
+            records.append(context.record("", score, score.name, 0, value=None, not_measured=why))
     for name, why in asked.missing.items():
         score = asked.scores.get(name, OracleScore(name=name, label=name))
         records.append(context.record("", score, name, 0, value=None, not_measured=why))
     return records, found
 
 
-def warnings_of(asked: Measures, shown: Sequence[Shown]) -> list[str]:
-    """What a reader should know before believing: lossy files, prompts that an encoder cuts."""
-    said = []
+def _size_warnings(asked: Measures, shown: Sequence[Shown], references: Sequence[list[Picture]]) -> list[str]:
+    if not asked.extractors:
+        return []
+    sizes = {variant.name: _size(variant.pictures[0]) for variant in shown}
+    if references:
+        sizes["references"] = _size(references[0][0])
+    said, texts = [], {name: f"{width} x {height}" for name, (width, height) in sizes.items()}
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{name} {text}" for name, text in texts.items())
+        said.append(f"pictures differ in size ({listed}): each is resized by itself, and distances of sets see the resizing too")
+    if any(width != height for width, height in sizes.values()):
+        how = "; ".join(f"{name}: {extractor.preprocess}" for name, extractor in asked.extractors.items())
+        said.append(f"pictures are not square, and extractors crop or squash them ({how})")
+    return said
+
+
+def _size(picture: Picture) -> tuple[int, int]:
+    with Image.open(picture.file) as image:
+        return image.size
+
+
+def _features(asked: Measures, batches: Sequence[list[Picture]], cache: Path) -> dict[tuple[str, str | None], Any]:
+    """(extractor, head) -> rows; head None is the extractor's own feature."""
+    found: dict[tuple[str, str | None], Any] = {}
+    for name, extractor in asked.extractors.items():
+        found[name, None] = load_features(cache, extractor, batches)
+        found |= {(name, head): load_features(cache, extractor, batches, head) for head in asked.heads(extractor)}
+    return found
+
+
+def warnings_of(asked: Measures, shown: Sequence[Shown], references: Sequence[list[Picture]] = ()) -> list[str]:
+    """What a reader should know before believing: lossy files, sizes that differ, shapes that are cut, prompts that are cut."""
+    said = _size_warnings(asked, shown, references)
     for variant in shown:
         lossy = [picture.file.name for picture in variant.pictures if picture.file.suffix.lower() in (".jpg", ".jpeg", ".webp")]
         if lossy:

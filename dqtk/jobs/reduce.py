@@ -20,7 +20,8 @@ from dqtk.report.scores import bootstrap, distance_quantiles, flips, rank_warnin
 class Values:
     """Everything known of one variant. ``prompts``: prompt index of each picture. ``pairs`` and ``texts``: score name -> values.
 
-    ``features`` and ``logits``: extractor name -> rows. ``oracle``: "mean" and "all_correct" -> values; empty without an oracle.
+    ``features``: (extractor name, head) -> rows; head None is the extractor's own feature.
+    ``oracle``: "mean" and "all_correct" -> values; empty without an oracle.
     """
 
     name: str
@@ -29,8 +30,7 @@ class Values:
     pairs: dict[str, list[float]] = field(default_factory=dict)
     texts: dict[str, list[float]] = field(default_factory=dict)
     oracle: dict[str, list[float]] = field(default_factory=dict)
-    features: dict[str, Tensor] = field(default_factory=dict)
-    logits: dict[str, Tensor] = field(default_factory=dict)
+    features: dict[tuple[str, str | None], Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,15 +95,15 @@ def _flips(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
 
 
 def set_records(
-    values: Values, reference: Mapping[str, Tensor], scores: Sequence[Any], context: Context, *, paired: bool
+    values: Values, reference: Mapping[tuple[str, str | None], Tensor], scores: Sequence[Any], context: Context, *, paired: bool
 ) -> list[Record]:
     """Distances of the variant's features to a reference's, per extractor; with a warning where there are too few rows."""
     found = []
     where = "vs_original(paired)" if paired else "vs_real"
-    for extractor, rows in values.features.items():
-        others = reference[extractor]
+    for (extractor, head), rows in values.features.items():
+        others = reference[extractor, head]
         num = min(len(rows), len(others))
-        for score in scores:
+        for score in (score for score in scores if score.head == head):
             name = f"{score.name}[{extractor}]@{where}"
             extra: dict[str, Any] = {
                 "comparable": context.comparable[extractor],
@@ -114,7 +114,7 @@ def set_records(
                 why = f"{score.label} needs at least {score.least} pictures, got {num}"
                 found.append(context.record(values.name, score, name, num, value=None, not_measured=why, extra=extra))
                 continue
-            if score.name == "frechet" and (warning := rank_warning(num, rows.shape[1])) is not None:
+            if score.full_rank and (warning := rank_warning(num, rows.shape[1])) is not None:
                 extra["warning"] = warning
             found.append(context.record(values.name, score, name, num, value=score.function(rows, others, paired), extra=extra))
     return found
@@ -123,9 +123,14 @@ def set_records(
 def class_records(values: Values, scores: Sequence[Any], context: Context) -> list[Record]:
     """Scores of a set alone, from logits."""
     found = []
-    for extractor, logits in values.logits.items():
-        for score in scores:
+    for (extractor, head), logits in values.features.items():
+        for score in (score for score in scores if score.head == head):
+            name, extra = f"{score.name}[{extractor}]", {"comparable": context.comparable[extractor]}
+            if len(logits) < score.least:
+                why = f"{score.label} needs at least {score.least} pictures, got {len(logits)}"
+                found.append(context.record(values.name, score, name, len(logits), value=None, not_measured=why, extra=extra))
+                continue
             value, spread = score.function(logits)
-            extra = {"comparable": context.comparable[extractor], "standard_deviation": spread}
-            found.append(context.record(values.name, score, f"{score.name}[{extractor}]", len(logits), value=value, extra=extra))
+            extra |= {"standard_deviation": spread}
+            found.append(context.record(values.name, score, name, len(logits), value=value, extra=extra))
     return found

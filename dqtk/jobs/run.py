@@ -50,7 +50,8 @@ def run(job: Job) -> list[Record]:
     records, values = reduce(asked, shown, references, layout.cache, job.seed, extra)
     if me.first:
         facts = {variant.name: _facts(variant, work, layout) for variant in everyone}
-        write_results(layout.root, to_json(job), shown, records, values, facts, warnings_of(asked, shown))
+        said = warnings_of(asked, shown, references)
+        write_results(layout.root, to_json(job), shown, records, values, facts, said)
     me.wait()
     return records
 
@@ -203,7 +204,7 @@ def evaluate(
     extra = {"reference": str(reference), "candidate": str(candidate)}
     records, values = reduce(asked, shown, references, folder / "cache", seed, extra)
     job = {"name": f"{b} against {a}", "metrics": names, "extractors": list(extractors), "paired": not unpaired}
-    write_results(folder, job, shown, records, values, {}, warnings_of(asked, shown))
+    write_results(folder, job, shown, records, values, {}, warnings_of(asked, shown, references))
     return records
 
 

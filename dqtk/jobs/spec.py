@@ -4,7 +4,7 @@ name: first look
 models: [tiny-pixart]
 recipes: [w8a8, w4a8]            # quantized by the job, saved in OUTPUT/models
 candidates: {mine: out/mine}     # pipelines that exist already, compared with the first model
-floor: bfloat16                  # the originals again in another dtype: what rounding alone does; or null
+floor: bfloat16                  # the originals again: another dtype, other "kernels" or "threads"; or null
 prompts: {file: prompts.txt, num: 24}
 seed: 0
 seeds_per_prompt: 1
@@ -27,9 +27,11 @@ from typing import Any
 
 import yaml
 
+from dqtk.report.rounding import ROUNDINGS
 from dqtk.spec import did_you_mean
 
 DTYPES = ("stored", "float32", "bfloat16", "float16")
+FLOORS = (*DTYPES, *ROUNDINGS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,10 +75,11 @@ class Job:
             value = getattr(self, name)
             if not (isinstance(value, int) and value > 0):
                 raise ValueError(f"job: {name} must be a positive count, got {value!r}. Mend the job file.")
-        for name in ("dtype", "floor"):
+        for name, allowed in (("dtype", DTYPES), ("floor", (None, *FLOORS))):
             value = getattr(self, name)
-            if value not in DTYPES and not (name == "floor" and value is None):
-                raise ValueError(f"job: {name} must be one of {', '.join(DTYPES)}, got {value!r}.{did_you_mean(value, DTYPES)}")
+            if value not in allowed:
+                words = [word for word in allowed if word]
+                raise ValueError(f"job: {name} must be one of {', '.join(words)}, got {value!r}.{did_you_mean(value, words)}")
         for name in ("models", "metrics"):
             if not getattr(self, name):
                 raise ValueError(f"job: {name} must hold at least one entry, got none. Mend the job file.")

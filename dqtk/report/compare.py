@@ -30,6 +30,7 @@ from . import environment
 from .comparison import Comparison, Curve, OracleScore, Row, SizePair, Timing
 from .generate import Batch, Task, check_call_kwargs, generate, make_tasks, to_tensor
 from .measures import curve_of, score_measures, step_measures
+from .rounding import other_rounding
 from .scores import DEFAULT_SCORES, ImageScore, resolve_scores
 from .sizes import pipeline_sizes
 from .trajectory import Call, StepSums, TrajectoryMismatch, compute_dtype, own_trajectory, recorded, same_inputs
@@ -66,6 +67,7 @@ class _Found:
     """What grows batch by batch. ``seconds`` are per image: (reference, candidate, whether hooks were recording)."""
 
     steps: dict[str, _Steps]
+    rounding: str | None = None
     rows: list[Row] = field(default_factory=list)
     seconds: list[tuple[float, float, bool]] = field(default_factory=list)
     turn: int = 0
@@ -76,13 +78,14 @@ class _Found:
         """Generate one batch with every pipeline, one after the other; who begins changes from batch to batch."""
         self.turn += 1
         pipes = {"reference": reference, **others}
-        made = {
-            name: _run(pipes[name], batch, kwargs, hooked=hooked, inputs=name == "reference")
-            for name in (list(pipes) if self.turn % 2 else reversed(pipes))
-        }
+        made = {}
+        for name in list(pipes) if self.turn % 2 else reversed(pipes):
+            with other_rounding(self.rounding if name == "floor" else None):
+                made[name] = _run(pipes[name], batch, kwargs, hooked=hooked, inputs=name == "reference")
         if hooked:
             for name, pipe in others.items():
-                self.steps[name].add(pipe, made["reference"][1], made[name][1], len(batch))
+                with other_rounding(self.rounding if name == "floor" else None):
+                    self.steps[name].add(pipe, made["reference"][1], made[name][1], len(batch))
         outputs = {name: made[name][0] for name in pipes}
         seconds = [outputs[name].seconds / len(batch) for name in ("reference", "candidate")]
         self.seconds.append((seconds[0], seconds[1], hooked))
@@ -140,7 +143,8 @@ def compare(
     numbers or label names), and may be one object; ``call_kwargs`` goes to both (steps, guidance, size), over what
     the family needs. ``num_trajectory``
     prompts are also compared inside, step by step (0: none). ``oracle(image, prompt)`` returns a number in [0, 1] or an object
-    with ``mean`` and ``all_correct``. ``floor`` is a third pipeline scored like the candidate. Folders add sizes on disk;
+    with ``mean`` and ``all_correct``. ``floor`` is a third pipeline scored like the candidate, or the reference itself with
+    "kernels" or "threads" of another kind (``rounding.py``). Folders add sizes on disk;
     ``plan_summary`` (plain data) is carried into the records and the page. Raises ``ValueError`` for no or empty prompts,
     counts below 1, reserved ``call_kwargs``, unknown scores, or pipelines that return no images.
     """
@@ -149,8 +153,11 @@ def compare(
     image_scores, missing = resolve_scores(scores, lpips_net=lpips_net, lpips_weights=lpips_weights)
     tasks = make_tasks(prompts, seed, seeds_per_prompt)
     num_recorded = min(num_trajectory, len(prompts)) * seeds_per_prompt if denoisers(reference) else 0
-    others = {"candidate": candidate} | ({"floor": floor} if floor is not None else {})
-    found = _Found(steps={name: _Steps() for name in others})
+    rounding = floor if isinstance(floor, str) else None
+    others = {"candidate": candidate} | ({"floor": floor if rounding is None else reference} if floor is not None else {})
+    with other_rounding(rounding):
+        pass  # a wrong word fails before any picture is made
+    found = _Found(steps={name: _Steps() for name in others}, rounding=rounding)
     with tqdm(total=len(tasks), desc="compare", unit="pair", disable=not progress) as bar:
         for batch, hooked in _batches(tasks, batch_size, num_recorded):
             outputs = found.add(reference, others, batch, kwargs, hooked=hooked)

@@ -155,6 +155,7 @@ class Inception:
     """
 
     version = "1"
+    heads = tuple(HEADS)  # what ``encode_all`` gives
 
     def __init__(
         self,

@@ -1,9 +1,11 @@
 """Two folders of pictures, without any model."""
 
 import json
+from types import SimpleNamespace
 
 import pandas
 import pytest
+import torch
 from PIL import Image
 
 from dqtk.cli import main
@@ -79,6 +81,47 @@ def test_lossy_files_are_named(pictures, tmp_path):
     clean, lossy = pictures("clean"), pictures("lossy", suffix=".jpg")
     evaluate(clean, lossy, tmp_path / "out", metrics=["psnr"])
     assert "lossy: 9 lossy files, such as 0000-0.jpg" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_sizes_that_differ_and_shapes_that_are_squashed_are_named(pictures, tmp_path):
+    clean, wide = pictures("clean"), pictures("wide")
+    for file in wide.glob("*.png"):
+        Image.open(file).resize((96, 64)).save(file)
+    evaluate(clean, wide, tmp_path / "out", metrics=["frechet"], extractors=["tiny-clip"], unpaired=True)
+    said = (tmp_path / "out" / "report.md").read_text()
+    assert "pictures differ in size (wide 96 x 64, references 64 x 64)" in said
+    assert "pictures are not square, and extractors crop or squash them (tiny-clip:" in said
+
+
+@pytest.fixture
+def layout_blind(monkeypatch):
+    """An extractor with a second feature that keeps places, as the 2015 Inception has, of a network that needs no weights."""
+
+    class Means:
+        name, version, source, sha256, preprocess, comparable, dim = "means", "1", "none", "0", "none", False, 3
+        heads = ("spatial",)
+
+        def encode_images(self, images):
+            return images.float().mean((2, 3))
+
+        def encode_all(self, images):
+            return SimpleNamespace(spatial=torch.nn.functional.adaptive_avg_pool2d(images.float(), 4)[:, 0].flatten(1))
+
+    monkeypatch.setattr("dqtk.jobs.measure.extractor_for", lambda name, device: Means())
+
+
+def test_sfid_sees_places_that_the_mean_of_a_picture_does_not(pictures, tmp_path, layout_blind):
+    clean, turned = pictures("clean", num=30), pictures("turned", num=30)
+    for file in turned.glob("*.png"):
+        Image.open(file).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(file)
+    records = evaluate(clean, turned, tmp_path / "out", metrics=["frechet", "sfid", "inception_score"], extractors=["means"])
+    found = by_name(records, "turned")
+    assert found["frechet[means]@vs_original(paired)"].value < 1e-6
+    assert found["sfid[means]@vs_original(paired)"].value > 10
+    assert found["sfid[means]@vs_original(paired)"].extra["dim"] == 16
+    assert "inception_score" not in " ".join(found)
+    (missing,) = [record for record in records if record.not_measured]
+    assert missing.not_measured == "Inception Score needs the logits of an extractor such as inception2015, got means"
 
 
 @pytest.mark.parametrize(

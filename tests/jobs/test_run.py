@@ -9,6 +9,7 @@ import sys
 
 import pandas
 import pytest
+import torch
 
 from dqtk.cli import main
 from dqtk.jobs.run import run
@@ -163,6 +164,18 @@ def test_pictures_of_the_world_as_reference(job_file, pictures, tmp_path):
     run(read_job(file))
     found = numbers(tmp_path / "out")
     assert set(found) == {("pixart", f"{name}[tiny-clip]@vs_real") for name in ("frechet", "kid", "recall")}
+
+
+@pytest.mark.parametrize("floor", ["kernels", "threads"])
+def test_the_floor_of_other_kernels_and_threads(job_file, tmp_path, floor):
+    """The same weights in the same dtype; what moves is the order of sums, if anything: far above what 8 bits do."""
+    threads = torch.get_num_threads()
+    run(read_job(job_file(floor=floor, metrics=["psnr"], threads=1)))
+    found = numbers(tmp_path / "out")
+    assert found[f"pixart-{floor}", "psnr@vs_original"][0] > found["pixart-w8a8", "psnr@vs_original"][0] + 10
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["variants"][f"pixart-{floor}"]["role"] == "floor"
+    assert torch.get_num_threads() == 1
+    torch.set_num_threads(threads)
 
 
 def test_wrong_names_fail_before_anything_is_painted(job_file, tmp_path, capsys):

@@ -52,6 +52,15 @@ def test_a_pipeline_equals_itself(pixart):
     assert "equal to the last bit" in found.table()
 
 
+def test_the_reference_with_other_kernels_is_a_floor(pixart, perturbed):
+    found = run(pixart, perturbed(0.1), floor="kernels", floor_name="other kernels")
+    psnr = found.measure("psnr")
+    assert psnr.floor.value > psnr.estimate.value + 10
+    assert 80 < found.measure("sqnr_same").floor.value <= 140  # float32: 24 bits of mantissa, sums of some hundred terms
+    with pytest.raises(ValueError, match="floor: rounding must be one of kernels, threads, got 'more'"):
+        run(pixart, pixart, floor="more")
+
+
 def test_more_noise_is_further_away(pixart, perturbed):
     near, far = (run(pixart, perturbed(amount)) for amount in (0.02, 0.3))
     for name in ("psnr", "ssim", "ms_ssim", "sqnr_own", "sqnr_same"):
