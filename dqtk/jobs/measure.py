@@ -208,7 +208,8 @@ def reduce(
             records.append(context.record("", score, score.name, 0, value=None, not_measured=why))
     for score in [*asked.of("SetScore"), *asked.of("ClassScore")]:
         if score.head is not None and not any(has_head(extractor, score.head) for extractor in asked.extractors.values()):
-            why = f"{score.label} needs the {score.head} of an extractor such as inception2015, got {', '.join(asked.extractors)}"
+            names = ", ".join(asked.extractors) or "none"
+            why = f"{score.label} needs {score.head} features of an extractor such as inception2015, got {names}"
             records.append(context.record("", score, score.name, 0, value=None, not_measured=why))
     for name, why in asked.missing.items():
         score = asked.scores.get(name, OracleScore(name=name, label=name))

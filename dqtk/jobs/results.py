@@ -3,18 +3,15 @@
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
-from dqtk.report.markup import number, row, section, table
 from dqtk.report.numbers import DASH, bytes_text, number_text, range_text
-from dqtk.report.page import blank_page
-from dqtk.report.plane import Dot, plane
 from dqtk.report.records import Record
 
 from .files import whole, write_bytes, write_json
 from .measure import Shown
+from .page import page
 from .reduce import Values
 
 SCHEMA_VERSION = 1
@@ -44,7 +41,7 @@ def write_results(
     cells = table_of(shown, records, facts)
     write_bytes(folder / "report.md", markdown(cells, warnings).encode())
     write_bytes(folder / "report.tex", latex(cells).encode())
-    write_bytes(folder / "report.html", page(str(job.get("name", "job")), shown, records, facts, cells, warnings).encode())
+    write_bytes(folder / "report.html", page(str(job.get("name", "job")), shown, records, values, facts, cells, warnings).encode())
     return [folder / name for name in ("results.json", "samples.parquet", "report.md", "report.tex", "report.html")]
 
 
@@ -110,37 +107,3 @@ def _tex(text: str) -> str:
     for character in "&%$#_{}":
         text = text.replace(character, "\\" + character)
     return text.replace("\N{MINUS SIGN}", "$-$").replace(DASH, "--")
-
-
-# --- page ------------------------------------------------------------------------------------------------------------
-
-
-def page(
-    name: str,
-    shown: Sequence[Shown],
-    records: Sequence[Record],
-    facts: Mapping[str, Mapping[str, Any]],
-    cells: tuple[list[str], list[list[str]]],
-    warnings: Sequence[str],
-) -> str:
-    """One self-contained page: quality against bytes, every score, what was not measured."""
-    head, rows = cells
-    body = [f"<header><p class='kicker'>A job of {len(shown)} variants</p><h1>{escape(name)}</h1></header>"]
-    for score in dict.fromkeys(r.name for r in records if r.name.endswith("@vs_original") and r.value is not None):
-        dots = [
-            Dot(label=r.model, x=facts[r.model]["bytes_at_16_bit"] / 1e6, y=r.value, low=r.low, high=r.high)
-            for r in records
-            if r.name == score and r.value is not None and facts.get(r.model, {}).get("bytes_at_16_bit")
-        ]
-        if dots:
-            note = "Weights as they are in memory at 16 bits; vertical bars are 95 % intervals over prompts."
-            body.append(section("plane", "Quality against size", note, plane(score, "weights, MB", score, dots)))
-            break
-    lines = [row(line[0], [number(cell) for cell in line[1:]]) for line in rows]
-    body.append(section("scores", "Scores", "95 % bootstrap intervals over prompts in brackets.", table("Scores", head, lines)))
-    unmeasured = [row(r.name, [f"<td>{escape(r.not_measured or '')}</td>"]) for r in records if r.not_measured is not None]
-    if unmeasured:
-        body.append(section("missing", "Not measured", "", table("Not measured", (), unmeasured)))
-    if warnings:
-        body.append(section("warnings", "Beware", "", "<ul>" + "".join(f"<li>{escape(w)}</li>" for w in warnings) + "</ul>"))
-    return blank_page(name, "\n".join(body))

@@ -30,7 +30,7 @@ def line_chart(title: str, x_label: str, y_label: str, lines: Sequence[Line]) ->
     num_steps = max((len(line.values) for line in lines), default=0)
     if not finite or not num_steps:
         return f'<p class="muted">{escape(title)}: nothing to draw, every output was equal.</p>'
-    ticks = _ticks(min(finite), max(finite))
+    ticks = round_ticks(min(finite), max(finite))
     low, high = ticks[0], ticks[-1]
 
     def x(step: int) -> float:
@@ -66,7 +66,7 @@ def legend(lines: Sequence[Line]) -> str:
     return f'<ul class="legend">{items}</ul>'
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def round_ticks(low: float, high: float) -> list[float]:
     """Four to seven round numbers that enclose [low, high]."""
     span = max(high - low, abs(high) * 1e-6, 1e-9)
     step = 10 ** math.floor(math.log10(span / 4))

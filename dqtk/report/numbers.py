@@ -8,8 +8,8 @@ TIMES = "\N{MULTIPLICATION SIGN}"
 
 
 def number_text(value: float, digits: int, sign: str = "") -> str:
-    """Fixed digits with a real minus sign; ``sign="+"`` shows a plus too."""
-    return f"{value:{sign}.{digits}f}".replace("-", MINUS)
+    """Fixed digits with a real minus sign, none before zeros; ``sign="+"`` shows a plus too."""
+    return f"{value:{sign}z.{digits}f}".replace("-", MINUS)
 
 
 def range_text(low: float | None, high: float | None, digits: int, sign: str = "") -> str:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from .charts import round_ticks
+
 _WIDTH, _HEIGHT = 640, 340
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 16, 16, 44
 
@@ -23,9 +25,8 @@ def plane(title: str, x_label: str, y_label: str, dots: Sequence[Dot]) -> str:
     """An SVG with axes and a labelled point per dot; the horizontal axis begins at 0."""
     lows = [dot.low if dot.low is not None else dot.y for dot in dots]
     highs = [dot.high if dot.high is not None else dot.y for dot in dots]
-    bottom, top, right = min(lows), max(highs), max(dot.x for dot in dots) * 1.15
-    margin = (top - bottom) * 0.12 or abs(top) * 0.05 or 1.0
-    bottom, top = bottom - margin, top + margin
+    up, across = round_ticks(min(lows), max(highs)), round_ticks(0, max(dot.x for dot in dots))
+    bottom, top, right = up[0], up[-1], across[-1]
 
     def x(value: float) -> float:
         return _LEFT + (_WIDTH - _LEFT - _RIGHT) * value / right
@@ -34,13 +35,11 @@ def plane(title: str, x_label: str, y_label: str, dots: Sequence[Dot]) -> str:
         return _TOP + (_HEIGHT - _TOP - _BOTTOM) * (top - value) / (top - bottom)
 
     parts = [f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">']
-    for i in range(5):
-        across, up = right * i / 4, bottom + (top - bottom) * i / 4
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(up):.1f}" y2="{y(up):.1f}"/>')
-        parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{y(up) + 4:.1f}" text-anchor="end">{up:.3g}</text>')
-        parts.append(
-            f'<text class="tick" x="{x(across):.1f}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">{across:.3g}</text>'
-        )
+    for tick, text in zip(up, _texts(up), strict=True):
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
+        parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{text}</text>')
+    for tick, text in zip(across, _texts(across), strict=True):
+        parts.append(f'<text class="tick" x="{x(tick):.1f}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">{text}</text>')
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
     parts.append(f'<text class="axis" x="{middle}" y="{_HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
     height = (_TOP + _HEIGHT - _BOTTOM) / 2
@@ -56,5 +55,15 @@ def plane(title: str, x_label: str, y_label: str, dots: Sequence[Dot]) -> str:
         parts.append(
             f'<circle class="dot own" cx="{x(dot.x):.1f}" cy="{y(dot.y):.1f}" r="4"><title>{escape(words)}</title></circle>'
         )
-        parts.append(f'<text class="tick" x="{x(dot.x) + 8:.1f}" y="{y(dot.y) - 6:.1f}">{escape(dot.label)}</text>')
+        # Beside the point, on the side where there is room.
+        side, anchor = (8, "start") if x(dot.x) < _WIDTH * 0.6 else (-8, "end")
+        parts.append(
+            f'<text class="tick" x="{x(dot.x) + side:.1f}" y="{y(dot.y) - 6:.1f}" text-anchor="{anchor}">{escape(dot.label)}</text>'
+        )
     return "".join(parts) + "</svg>"
+
+
+def _texts(ticks: Sequence[float]) -> list[str]:
+    step = ticks[1] - ticks[0]
+    digits = next(n for n in range(12) if abs(round(step, n) - step) <= 1e-9 * step)
+    return [f"{tick:.{digits}f}" for tick in ticks]

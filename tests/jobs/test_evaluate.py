@@ -121,7 +121,7 @@ def test_sfid_sees_places_that_the_mean_of_a_picture_does_not(pictures, tmp_path
     assert found["sfid[means]@vs_original(paired)"].extra["dim"] == 16
     assert "inception_score" not in " ".join(found)
     (missing,) = [record for record in records if record.not_measured]
-    assert missing.not_measured == "Inception Score needs the logits of an extractor such as inception2015, got means"
+    assert missing.not_measured == "Inception Score needs logits features of an extractor such as inception2015, got means"
 
 
 @pytest.mark.parametrize(

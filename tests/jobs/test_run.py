@@ -185,3 +185,15 @@ def test_wrong_names_fail_before_anything_is_painted(job_file, tmp_path, capsys)
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dqtk run: error")]
     assert len(said) == 3
     assert not (tmp_path / "out" / "images").exists()
+
+
+def test_the_page_shows_the_pictures_that_lost_most_and_every_score(done):
+    _, out, found = done
+    page = (out / "report.html").read_text()
+    samples = pandas.read_parquet(out / "samples.parquet")
+    worst = samples[samples.variant == "pixart-w8a8"].sort_values("psnr").id.tolist()
+    places = [page.index(f"<small>{name}</small>") for name in worst]
+    assert places == sorted(places)
+    assert page.count("<img ") == 2 * len(worst)
+    for _, name in found:
+        assert name in page

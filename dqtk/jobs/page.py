@@ -1,0 +1,106 @@
+"""The page of a job: quality against size, every score, the pictures that lost most, what was not measured."""
+
+import base64
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from dqtk.report.markup import number, row, section, table
+from dqtk.report.page import blank_page
+from dqtk.report.plane import Dot, plane
+from dqtk.report.records import Record
+
+from .features import Picture
+from .measure import Shown
+from .reduce import Values
+
+MAX_SAMPLES, MAX_VARIANTS = 6, 8  # pictures are carried in the page
+
+
+def page(
+    name: str,
+    shown: Sequence[Shown],
+    records: Sequence[Record],
+    values: Mapping[str, Values],
+    facts: Mapping[str, Mapping[str, Any]],
+    cells: tuple[list[str], list[list[str]]],
+    warnings: Sequence[str],
+) -> str:
+    """One self-contained page. ``cells``: head and rows of the main table, one row per variant."""
+    num = len(shown[0].pictures)
+    kicker = f"A job of {len(shown)} variants, {num} {'picture' if num == 1 else 'pictures'} each"
+    body = [f"<header><p class='kicker'>{kicker}</p><h1>{escape(name)}</h1></header>"]
+    score = next((r.name for r in records if r.name.endswith("@vs_original") and r.value is not None), None)
+    if score is not None:
+        body.append(_plane(score, records, facts))
+    body.append(_scores(cells))
+    if warnings:
+        body.append(section("warnings", "Beware", "", "<ul>" + "".join(f"<li>{escape(w)}</li>" for w in warnings) + "</ul>"))
+    if score is not None:
+        body += [_pictures(score, original, shown, records, values) for original in shown if original.role == "original"]
+    unmeasured = [row(r.name, [f"<td>{escape(r.not_measured or '')}</td>"]) for r in records if r.not_measured is not None]
+    if unmeasured:
+        body.append(section("missing", "Not measured", "", table("Not measured", (), unmeasured)))
+    return blank_page(name, "\n".join(body))
+
+
+def _plane(score: str, records: Sequence[Record], facts: Mapping[str, Mapping[str, Any]]) -> str:
+    dots = [
+        Dot(label=r.model, x=facts[r.model]["bytes_at_16_bit"] / 1e6, y=r.value, low=r.low, high=r.high)
+        for r in records
+        if r.name == score and r.value is not None and facts.get(r.model, {}).get("bytes_at_16_bit")
+    ]
+    if not dots:
+        return ""
+    note = (
+        "Weights in memory: packed codes and scales, and 16 bits for what is not quantized. Bars are 95 % intervals over prompts."
+    )
+    return section("plane", "Quality against size", note, plane(score, "weights, MB", score, dots))
+
+
+def _scores(cells: tuple[list[str], list[list[str]]]) -> str:
+    """A row per score and a column per variant: scores have long names, and there are more of them."""
+    head, rows = cells
+    lines = [row(head[i], [_number(line[i]) for line in rows]) for i in range(1, len(head))]
+    note = "Small: 95 % bootstrap intervals over prompts. @change: paired difference from the original."
+    return section("scores", "Scores", note, table("Scores", ["score", *(line[0] for line in rows)], lines))
+
+
+def _number(cell: str) -> str:
+    value, _, interval = cell.partition(" (")
+    return number(value, small=interval.removesuffix(")"))
+
+
+def _pictures(score: str, original: Shown, shown: Sequence[Shown], records: Sequence[Record], values: Mapping[str, Values]) -> str:
+    """The samples that some candidate lost most on, a row each: the original's picture, then every variant's with its score."""
+    name = score.split("@")[0]
+    others = [v for v in shown if v.original == original.name and name in values[v.name].pairs][:MAX_VARIANTS]
+    candidates = [values[v.name].pairs[name] for v in others if v.role == "candidate"] or [
+        values[v.name].pairs[name] for v in others
+    ]
+    if not candidates:
+        return ""
+    sign = 1 if next(r.higher_is_better for r in records if r.name == score) else -1
+    worst = sorted(range(len(original.pictures)), key=lambda i: min(sign * found[i] for found in candidates))[:MAX_SAMPLES]
+    lines = []
+    for index in worst:
+        picture = original.pictures[index]
+        drawn = [_cell(picture, "")]
+        drawn += [_cell(v.pictures[index], _words(name, values[v.name].pairs[name][index])) for v in others]
+        lines.append(row(picture.prompt or picture.id, drawn, small=picture.id if picture.prompt else ""))
+    note = f"The {len(worst)} of {len(original.pictures)} samples that lost most by {name}, worst first."
+    heads = ["prompt", original.name, *(v.name for v in others)]
+    body = table("Pictures", heads, lines, numbers_from=len(heads), style="pictures")
+    return section(f"pictures-{original.name}", f"Pictures of {original.name}", note, body)
+
+
+def _words(name: str, value: float) -> str:
+    return "equal" if math.isinf(value) else f"{name} {value:.4g}"
+
+
+def _cell(picture: Picture, words: str) -> str:
+    data = base64.b64encode(picture.file.read_bytes()).decode()
+    kind = {".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".bmp": "bmp"}.get(picture.file.suffix.lower(), "png")
+    image = f'<img alt="{escape(picture.prompt or picture.id)}" src="data:image/{kind};base64,{data}">'
+    return f"<td>{image}<small>{escape(words)}</small></td>"
