@@ -10,9 +10,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from .numerics.packing import stored_bytes
+from .numerics.storage import layer_bytes
 from .sites import ROLES, Adapter, Site, components_of, find_sites
-from .spec import Float, Int, LayerSpec, PerChannel, PerGroup, TwoLevel, canonical, describe, did_you_mean, from_json, to_json
+from .spec import (
+    GROUPS,
+    Dynamic,
+    E4M3Group,
+    E8M0Group,
+    Float,
+    Hadamard,
+    Int,
+    LayerSpec,
+    PerChannel,
+    PerToken,
+    TensorSpec,
+    canonical,
+    describe,
+    did_you_mean,
+    from_json,
+    to_json,
+)
 
 FORMAT_VERSION = 1
 
@@ -65,14 +82,10 @@ class Choice:
 
     @property
     def bytes_after(self) -> int:
-        """Codes, scales and zero points, or the 16-bit weight."""
+        """Everything that the layer stores, or the 16-bit weight."""
         if self.spec is None:
             return self.bytes_before
-        static = 0
-        if self.spec.needs_stats:
-            assert self.spec.input is not None
-            static = 8 if isinstance(self.spec.input.format, Int) else 4  # scale, and the zero point of integers
-        return stored_bytes(self.spec.weight, self.site.n, self.site.k) + static
+        return layer_bytes(self.spec, self.site.n, self.site.k, self.site.channels)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -261,23 +274,35 @@ def _choose(site: Site, rules: Sequence[Rule], explicit: int) -> Choice:
 
 def fit(spec: LayerSpec, site: Site) -> tuple[LayerSpec, str]:
     """Adjust a spec to what a layer admits, with a note that says so (empty when nothing changed)."""
-    notes = []
-    granularity = spec.weight.granularity
-    if isinstance(granularity, PerGroup | TwoLevel) and site.channels % granularity.size:
-        size = next(
-            (s for s in (granularity.size // 2, granularity.size // 4) if s >= 16 and s % 8 == 0 and site.channels % s == 0), None
-        )
-        if size is None:
-            eight = spec.weight.format if isinstance(spec.weight.format, Float) else Int(bits=8)
-            weight = replace(spec.weight, format=eight, granularity=PerChannel())
-            notes.append(
-                f"8 bit per channel: no group of {granularity.size} or its half or quarter divides {site.channels} channels"
-            )
-        else:
-            weight = replace(spec.weight, granularity=type(granularity)(size=size))
-            notes.append(f"groups of {size}: {granularity.size} does not divide {site.channels} channels")
-        spec = replace(spec, weight=weight)
-    if site.kind == "conv" and spec.input is not None and isinstance(spec.input.format, Float):
-        spec = replace(spec, input=None)
-        notes.append("input stays 16 bit: no FP8 convolution")
+    notes: list[str] = []
+    spec = replace(spec, weight=_fit_group(spec.weight, site, "8 bit per channel", notes))
+    if spec.input is not None and isinstance(spec.input.granularity, GROUPS):
+        given = _fit_group(spec.input, site, "8 bit per token", notes)
+        spec = replace(spec, input=given)
+    if site.kind == "conv" and spec.low_rank is not None:
+        spec = replace(spec, low_rank=None)
+        notes.append("no low-rank branch: convolution")
+    if site.channels % 4 and any(isinstance(transform, Hadamard) for transform in spec.transforms):
+        spec = replace(spec, transforms=tuple(t for t in spec.transforms if not isinstance(t, Hadamard)))
+        notes.append(f"not rotated: {site.channels} channels are no multiple of 4")
+    if spec.correct_bias and not site.bias:
+        spec = replace(spec, correct_bias=False)
+        notes.append("no bias to correct")
     return spec, "; ".join(notes)
+
+
+def _fit_group(tensor: TensorSpec, site: Site, otherwise: str, notes: list[str]) -> TensorSpec:
+    """A group size that divides the channels: half or a quarter of the wish, else ``otherwise``."""
+    granularity = tensor.granularity
+    if not isinstance(granularity, GROUPS) or site.channels % granularity.size == 0:
+        return tensor
+    wish = granularity.size
+    size = next((s for s in (wish // 2, wish // 4) if s >= 8 and s % 8 == 0 and site.channels % s == 0), None)
+    if size is not None and (size >= 16 or isinstance(granularity, E8M0Group | E4M3Group)):
+        notes.append(f"groups of {size}: {wish} does not divide {site.channels} channels")
+        return replace(tensor, granularity=replace(granularity, size=size))
+    eight = Int(bits=8) if isinstance(tensor.format, Int) else Float()
+    notes.append(f"{otherwise}: no group of {wish} or its half or quarter divides {site.channels} channels")
+    if isinstance(tensor.range, Dynamic):
+        return TensorSpec(format=eight, granularity=PerToken(), range=Dynamic())
+    return replace(tensor, format=eight, granularity=PerChannel())

@@ -17,18 +17,21 @@ from torch import nn
 from tqdm import tqdm
 
 from .calibrate import Stats, calibrate
+from .calibrate.gather import calls_of
 from .calibrate.run import fingerprint
 from .checkpoint import replace_layer, save_module, written_whole
 from .hosts import backend_of
-from .kernels import to_matrix
-from .methods.solve import solve, static_input_scale
+from .methods.solve import Solution
 from .nn import Quantized, runtime_class
 from .plan import Choice, Plan, Recipe, Rule, resolve
 from .recipes import recipe_named
 from .resolve import adapters
-from .sites import DENOISERS, components_of, find_sites
+from .sites import DENOISERS, Site, components_of, find_sites
 from .sources import model_class, readable, stored_dtype
 from .spec import LayerSpec, describe
+from .stages import solutions
+
+MAX_MEMORY = 2 * 2**30  # bytes of second moments held at a time
 
 
 def plan(
@@ -101,6 +104,8 @@ def quantize(
     *,
     prompts: Sequence[str] | None = None,
     call_kwargs: Mapping[str, Any] | None = None,
+    sequential: bool = False,
+    max_memory: int = MAX_MEMORY,
     progress: bool = True,
 ) -> Any:
     """Replace planned layers by packed ones, in place, layer by layer.
@@ -111,6 +116,8 @@ def quantize(
         stats: calibration result; needed by plans with static inputs.
         prompts: calibrate with these when ``stats`` is missing.
         call_kwargs: pipeline arguments for calibrating, over those that its family needs.
+        sequential: solvers that learn from inputs see those of the model as it is quantized so far, not of the original.
+        max_memory: bytes that the second moments of inputs may take at a time; more means fewer replays of the kept calls.
         progress: show a bar.
     Returns:
         ``target``.
@@ -135,8 +142,11 @@ def quantize(
         _check_layer(parts[choice.site.component].get_submodule(choice.site.path), choice, stats)
     touched = dict.fromkeys(choice.site.component for choice in work)
     try:
-        for choice in tqdm(work, desc="quantize", unit="layer", disable=not progress):
-            _quantize_layer(parts[choice.site.component], choice, stats)
+        with tqdm(total=len(work), desc="quantize", unit="layer", disable=not progress) as bar:
+            for solved in solutions(parts, work, stats, sequential=sequential, max_memory=max_memory):
+                for choice, solution in solved:
+                    _install(parts[choice.site.component], choice.site, solution)
+                bar.update(len(solved))
     finally:
         for name in touched:
             _make_saveable(parts[name], made.recipe)
@@ -159,23 +169,16 @@ def _check_fit(plan: Plan, parts: Mapping[str, nn.Module]) -> None:
 
 
 @torch.no_grad()
-def _quantize_layer(module: nn.Module, choice: Choice, stats: Stats | None) -> None:
-    site, spec = choice.site, choice.spec
-    assert spec is not None
+def _install(module: nn.Module, site: Site, solution: Solution) -> None:
+    """Put the runtime layer of a solution where the layer was."""
     layer: Any = module.get_submodule(site.path)
-    input_scale = input_zero = None
-    if spec.needs_stats:
-        assert stats is not None
-        assert spec.input is not None
-        input_scale, input_zero = static_input_scale(*stats.input_range(site.id), spec.input)
-    matrix = layer.weight if isinstance(layer, nn.Linear) else to_matrix(layer.weight)
     kind: Any = runtime_class(layer)
-    new = kind.like(layer, spec, device="meta")
-    device = layer.weight.device
-    packed = solve(matrix.detach(), spec)
-    scales = [None if s is None else s.to(device) for s in (input_scale, input_zero)]
-    new.fill(packed, layer.bias, *scales)
-    if layer.bias is None:
+    new = kind.like(layer, solution.spec, device="meta")
+    device, bias = layer.weight.device, layer.bias
+    if bias is not None and solution.bias_shift is not None:
+        bias = (bias.float() + solution.bias_shift.to(device)).to(bias.dtype)
+    new.fill({name: tensor.to(device) for name, tensor in solution.tensors.items()}, bias)
+    if bias is None:
         new.anchor = nn.Parameter(torch.empty(0, dtype=layer.weight.dtype, device=device), requires_grad=False)
     replace_layer(module, site.path, new)
 
@@ -187,8 +190,10 @@ def _check_layer(layer: Any, choice: Choice, stats: Stats | None) -> None:
     site, weight = choice.site.id, layer.weight
     if isinstance(layer, Quantized):
         raise ValueError(f"quantize: {site} must be unquantized, got {describe(layer.spec)} already. Load the original model.")
-    if choice.spec is not None and choice.spec.needs_stats and stats is not None:
+    if choice.spec is not None and choice.spec.needs_ranges and stats is not None:
         stats.input_range(site)  # raises when it was never called
+    if choice.spec is not None and choice.spec.needs_inputs and stats is not None:
+        calls_of(stats.calls, choice.site.component)  # raises when none were kept
     if weight.device.type == "meta":
         raise ValueError(
             f"quantize: {site} must have real weights, got a meta tensor. Load the model with from_pretrained; offload afterwards."

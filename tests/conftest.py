@@ -1,5 +1,6 @@
 """Untrained embedded pipelines as saved folders, built once; tests load from them and may change what they loaded."""
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -85,3 +86,18 @@ def _attention():
 
 def _feed_forward():
     return torch.nn.ModuleDict({"fc1": torch.nn.Linear(64, 256), "fc2": torch.nn.Linear(256, 64)})
+
+
+@pytest.fixture(autouse=True)
+def brief_learning(request, monkeypatch):
+    """Learned rounding of whole models is cut short: their tests ask whether it runs, tests/methods how well."""
+    if "methods" in request.path.parts:
+        return
+    from dqtk.methods import adaround
+
+    learn = adaround._learn
+
+    def brief(weight, low, high, gram, solver):
+        return learn(weight, low, high, gram, dataclasses.replace(solver, iterations=min(solver.iterations, 10)))
+
+    monkeypatch.setattr(adaround, "_learn", brief)

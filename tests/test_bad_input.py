@@ -253,10 +253,10 @@ def test_full_output_folder_is_untouched(shell, folder, tmp_path):
 
 
 def test_interrupted_from_the_shell(folder, tmp_path, monkeypatch, capsys):
-    def interrupt(*args):
+    def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["dqtk.quantize"], "solve", interrupt)
+    monkeypatch.setattr(sys.modules["dqtk.stages"], "solve", interrupt)
     assert main(["quantize", str(folder), "--recipe", "w8a8", "--output", str(tmp_path / "out")]) == 130
     assert "interrupted; nothing half-written was left" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pixart"]

@@ -19,6 +19,7 @@ cli
 jobs
 report | diffusers_backend | transformers_backend
 quantize
+stages
 installed | sources | prompt_sets
 recipes
 allocate | correct | refine
@@ -29,6 +30,7 @@ attention
 nn
 kernels
 explain
+ops
 plan
 calls
 resolve

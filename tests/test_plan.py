@@ -1,6 +1,7 @@
 """Plans: which rule decides, what errors say, what survives JSON, and whether the sizes are the bytes on disk."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,20 @@ import dqtk
 from dqtk.plan import Plan, Recipe, Rule, fit, resolve
 from dqtk.recipes import RECIPES, recipe_named
 from dqtk.sites import Site
-from dqtk.spec import Float, Int, LayerSpec, PerChannel, PerGroup, TensorSpec, TwoLevel, describe
+from dqtk.spec import (
+    Dynamic,
+    E8M0Group,
+    Float,
+    Int,
+    LayerSpec,
+    LowRank,
+    PerChannel,
+    PerGroup,
+    PerToken,
+    TensorSpec,
+    TwoLevel,
+    describe,
+)
 
 DATA = Path(__file__).parent / "data"
 W8 = LayerSpec(weight=TensorSpec(format=Int(bits=8), granularity=PerChannel()))
@@ -96,7 +110,7 @@ def test_pattern_that_matches_nothing(meta_pipe):
 
 
 def test_unknown_names(meta_pipe):
-    with pytest.raises(ValueError, match=r"recipe: name must be one of w8a16, .*, fp8, got 'w8a9'\. Did you mean 'w8a8'\?"):
+    with pytest.raises(ValueError, match=r"recipe: name must be one of w8a16, .*, fp8, .*, got 'w8a9'\. Did you mean 'w8a8'\?"):
         dqtk.plan(meta_pipe, "w8a9")
     with pytest.raises(ValueError, match=r"recipe: name must be one of .*, got 'W4'\."):
         dqtk.plan(meta_pipe, "w8a8", overrides={"*": "W4"})
@@ -118,8 +132,8 @@ def test_nothing_to_quantize():
 # --- fitting a spec to a layer ---------------------------------------------------------------------------------------
 
 
-def site(*shape):
-    return Site(id="m:x", kind="linear" if len(shape) == 2 else "conv", role="other", shape=shape, bias=True)
+def site(*shape, bias=True):
+    return Site(id="m:x", kind="linear" if len(shape) == 2 else "conv", role="other", shape=shape, bias=bias)
 
 
 @pytest.mark.parametrize("kind", [PerGroup, TwoLevel])
@@ -151,12 +165,26 @@ def test_fp8_groups_that_do_not_divide_stay_fp8():
     assert note.startswith("8 bit per channel")
 
 
-def test_fp8_convolution_keeps_its_input():
-    spec = recipe_named("fp8").main_spec()
-    assert fit(spec, site(8, 64)) == (spec, "")
-    fitted, note = fit(spec, site(8, 64, 3, 3))
-    assert fitted.input is None
-    assert note == "input stays 16 bit: no FP8 convolution"
+def test_a_layer_keeps_what_it_admits():
+    branch = replace(recipe_named("w4a8").main_spec(), low_rank=LowRank(rank=4), correct_bias=True)
+    assert fit(branch, site(8, 64, bias=True)) == (branch, "")
+    fitted, note = fit(branch, site(8, 64, 3, 3, bias=False))
+    assert (fitted.low_rank, fitted.correct_bias) == (None, False)
+    assert note == "no low-rank branch: convolution; no bias to correct"
+
+
+def test_microscaling_groups_that_do_not_divide():
+    spec = LayerSpec(
+        weight=TensorSpec(format=Float(exponent=2, mantissa=1), granularity=E8M0Group()),
+        input=TensorSpec(format=Float(exponent=2, mantissa=1), granularity=E8M0Group(), range=Dynamic()),
+    )
+    fitted, note = fit(spec, site(8, 48))
+    assert (fitted.weight.granularity, fitted.input.granularity) == (E8M0Group(size=16), E8M0Group(size=16))
+    assert note == "groups of 16: 32 does not divide 48 channels; groups of 16: 32 does not divide 48 channels"
+    fitted, note = fit(spec, site(8, 6))
+    assert (fitted.weight.format, fitted.weight.granularity) == (Float(), PerChannel())
+    assert (fitted.input.format, fitted.input.granularity) == (Float(), PerToken())
+    assert "8 bit per channel: no group of 32 or its half or quarter divides 6 channels; 8 bit per token" in note
 
 
 # --- JSON, hash, diff ------------------------------------------------------------------------------------------------
@@ -248,7 +276,7 @@ def test_explain_by_role_counts_every_site(meta_pipe):
     plan = dqtk.plan(meta_pipe, "w8a8")
     text = plan.explain(sites=False)
     assert "blocks.0" not in text
-    rows = [line.split("  ") for line in text.splitlines()]
+    rows = [line.split("  ") for line in text.partition("\ndevice  ")[0].splitlines()]
     counts = [int(cell) for row in rows for cell in row[2:] if cell.strip().isdigit()]
     assert sum(counts) == len(plan.choices)
 

@@ -15,7 +15,7 @@ from dqtk.checkpoint import digest, quantized_layers
 from dqtk.hosts import backend_of
 from dqtk.installed import installed_plan, num_parameters, summary
 from dqtk.nn import Quantized
-from dqtk.recipes import RECIPES
+from dqtk.recipes import RECIPES, recipe_named
 from dqtk.resolve import call_kwargs_for
 
 
@@ -51,12 +51,12 @@ def test_mode_and_dtype_are_kept():
 
 def test_one_layer_at_a_time(bare, monkeypatch):
     """The weight of a replaced layer is gone before the next is read: the peak is one layer above the model."""
-    module, seen = sys.modules["dqtk.quantize"], []
+    module, seen = sys.modules["dqtk.stages"], []
     solve = module.solve
 
-    def watch(weight, spec):
+    def watch(*args, **kwargs):
         seen.append([isinstance(bare[i], Quantized) for i in (0, 2, 4)])
-        return solve(weight, spec)
+        return solve(*args, **kwargs)
 
     monkeypatch.setattr(module, "solve", watch)
     dqtk.quantize(bare, "w8a16", progress=False)
@@ -214,7 +214,7 @@ def test_other_pipelines(other, recipe, dtype, tmp_path):
     assert paint(loaded, prompt) == pytest.approx(expected, abs=1e-4 if dtype == torch.float32 else 1e-2)
 
 
-@pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "w8a8-static"])
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if not recipe_named(name).main_spec().needs_stats])
 def test_convolutions_of_every_dimension(recipe):
     torch.manual_seed(0)
     module = nn.ModuleDict({f"conv{d}": kind(16, 8, 3, padding=1) for d, kind in ((1, nn.Conv1d), (2, nn.Conv2d), (3, nn.Conv3d))})
@@ -224,7 +224,8 @@ def test_convolutions_of_every_dimension(recipe):
         dqtk.quantize(module, recipe, progress=False)
         for d in (1, 2, 3):
             got = module[f"conv{d}"](inputs[d - 1])
-            assert ((got - exact[d - 1]).norm() / exact[d - 1].norm()) < (0.15 if "4" in recipe else 0.06)
+            limit = 0.25 if "fp4" in recipe else 0.15 if "4" in recipe else 0.06
+            assert ((got - exact[d - 1]).norm() / exact[d - 1].norm()) < limit
 
 
 def test_class_labels_calibrate_too(tmp_path):

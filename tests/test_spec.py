@@ -5,18 +5,30 @@ import json
 
 import pytest
 
+import dqtk.spec
+from dqtk.numerics.codebook import bitmod, log_grid, nf4
 from dqtk.spec import (
+    GPTQ,
+    GROUPS,
     MSE,
     RTN,
     AbsMax,
+    AdaRound,
+    BestFloat,
+    Codebook,
     Dynamic,
+    E4M3Group,
+    E8M0Group,
     Float,
+    Hadamard,
     Int,
     LayerSpec,
+    LowRank,
     PerChannel,
     PerGroup,
     PerTensor,
     PerToken,
+    Smooth,
     TensorSpec,
     TwoLevel,
     canonical,
@@ -34,9 +46,32 @@ A8 = TensorSpec(format=Int(bits=8), granularity=PerToken(), range=Dynamic())
 A8_STATIC = TensorSpec(format=Int(bits=8, symmetric=False), granularity=PerTensor())
 AFP8 = TensorSpec(format=Float(), granularity=PerToken(), range=Dynamic())
 
+E2M1 = Float(exponent=2, mantissa=1)
+NVFP4 = TensorSpec(format=E2M1, granularity=E4M3Group(), range=MSE())
+MXFP4 = TensorSpec(format=E2M1, granularity=E8M0Group())
+ANVFP4 = TensorSpec(format=E2M1, granularity=E4M3Group(), range=Dynamic())
+AMXFP8 = TensorSpec(format=Float(), granularity=E8M0Group(), range=Dynamic())
+A4_GROUP = TensorSpec(format=Int(bits=4), granularity=PerGroup(), range=Dynamic())
+EVERYTHING = LayerSpec(
+    weight=NVFP4,
+    input=ANVFP4,
+    solver=GPTQ(damping=0.05, act_order=False),
+    transforms=(Smooth(alpha=0.5), Hadamard(block=64, regular=True, seed=3)),
+    low_rank=LowRank(rank=16, iterations=2),
+    correct_bias=True,
+)
+
 EVERY_TYPE = [
     Int(bits=3, symmetric=False),
     Float(),
+    Float(exponent=3, mantissa=5, signed=False),
+    BestFloat(bits=6, signed=False),
+    nf4(),
+    bitmod(3),
+    log_grid(4, base=1.3),
+    Codebook(tables=((0.0, 0.1, 0.2, 1e30),)),
+    E8M0Group(size=64, saturate=False),
+    E4M3Group(size=8),
     PerTensor(),
     PerChannel(),
     PerToken(),
@@ -44,9 +79,20 @@ EVERY_TYPE = [
     TwoLevel(size=128),
     AbsMax(),
     MSE(steps=5, least=0.25),
+    MSE(most=1.5),
     Dynamic(),
     RTN(),
+    GPTQ(damping=1, act_order=False),
+    AdaRound(iterations=7),
+    Smooth(),
+    Smooth(alpha=0, power_of_two=True),
+    Hadamard(),
+    Hadamard(block=16, regular=True, seed=5),
+    LowRank(),
     W4_GROUP,
+    NVFP4,
+    EVERYTHING,
+    LayerSpec(weight=MXFP4, input=AMXFP8, solver=AdaRound(), transforms=(Hadamard(),)),
     LayerSpec(weight=W4_GROUP),
     LayerSpec(weight=W4_TWO_LEVEL, input=A8),
     LayerSpec(weight=W8, input=A8_STATIC),
@@ -57,6 +103,22 @@ EVERY_TYPE = [
 @pytest.mark.parametrize("spec", EVERY_TYPE, ids=lambda spec: type(spec).__name__)
 def test_json_text_round_trip(spec):
     assert from_json(json.loads(json.dumps(to_json(spec)))) == spec
+
+
+def test_every_type_round_trips():
+    """Nothing is public and not in the list above."""
+    public = {kind for name in dqtk.spec.__all__ if isinstance(kind := getattr(dqtk.spec, name), type)}
+    assert {type(spec) for spec in EVERY_TYPE} == public
+    assert {kind for kind in public if hasattr(kind, "size")} == set(GROUPS)
+
+
+@pytest.mark.parametrize("spec", EVERY_TYPE, ids=lambda spec: type(spec).__name__)
+def test_specs_are_one_text_and_one_key_each(spec):
+    """Made twice, also by way of JSON, they are the same, and no two of the list are."""
+    again = from_json(json.loads(json.dumps(to_json(spec))))
+    assert canonical(again) == canonical(spec)
+    assert hash(again) == hash(spec)
+    assert sum(canonical(other) == canonical(spec) for other in EVERY_TYPE) == 1
 
 
 def test_json_writes_every_field_so_that_a_changed_default_cannot_change_a_file():
@@ -70,13 +132,26 @@ def test_json_writes_every_field_so_that_a_changed_default_cannot_change_a_file(
         },
         "input": None,
         "solver": {"type": "RTN"},
+        "transforms": [],
+        "low_rank": None,
+        "correct_bias": False,
     }
+    assert to_json(EVERYTHING)["transforms"] == [
+        {"type": "Smooth", "alpha": 0.5, "power_of_two": False},
+        {"type": "Hadamard", "block": 64, "regular": True, "seed": 3},
+    ]
+    assert to_json(Codebook(tables=((0.0, 1.0, 2.0, 4.0),))) == {"type": "Codebook", "tables": [[0.0, 1.0, 2.0, 4.0]], "name": ""}
 
 
 def test_canonical_text_is_golden():
     assert canonical(A8) == (
         '{"format":{"bits":8,"type":"Int"},"granularity":{"type":"PerToken"},"range":{"type":"Dynamic"},"type":"TensorSpec"}'
     )
+    assert canonical(LayerSpec(weight=W8, transforms=(Smooth(), Hadamard(block=8)))) == (
+        '{"transforms":[{"type":"Smooth"},{"block":8,"type":"Hadamard"}],"type":"LayerSpec",'
+        '"weight":{"format":{"bits":8,"type":"Int"},"granularity":{"type":"PerChannel"},"type":"TensorSpec"}}'
+    )
+    assert canonical(E2M1) == '{"exponent":2,"mantissa":1,"type":"Float"}'
     assert canonical(None) == "null"
     assert canonical(LayerSpec(weight=W8)) != canonical(LayerSpec(weight=W8, input=A8))
 
@@ -105,6 +180,10 @@ def weight_with(**changes):
     return data
 
 
+def layer_with(**changes):
+    return to_json(LayerSpec(weight=W8)) | changes
+
+
 @pytest.mark.parametrize(
     ("data", "text"),
     [
@@ -117,13 +196,42 @@ def weight_with(**changes):
         ({"type": "Int", "bits": 4.0}, r"spec\.bits: value must be int, got 4\.0\."),
         ({"type": "Int", "bits": 4, "symmetric": 1}, r"spec\.symmetric: value must be bool, got 1\."),
         ({"type": "Int", "bits": 9}, r"spec: Int: bits must be an integer from 2 to 8, got 9\."),
-        ({"type": "Float", "exponent": 5, "mantissa": 2}, r"spec: Float: \(exponent, mantissa\) must be \(4, 3\), got \(5, 2\)"),
+        (
+            {"type": "Float", "exponent": 5, "mantissa": 3},
+            r"spec: Float: \(exponent, mantissa\) must be .*, got \(5, 3\)\. For example",
+        ),
+        ({"type": "Float", "exponent": True}, r"spec\.exponent: value must be int, got True\."),
+        ({"type": "Codebook", "tables": [0, 1]}, r"spec\.tables\[0\]: value must be a list, got 0\."),
+        ({"type": "Codebook", "tables": 3}, r"spec\.tables: value must be a list, got 3\."),
+        ({"type": "Codebook", "tables": [[0, 1, 2, "3"]]}, r"spec\.tables\[0\]\[3\]: value must be float or int, got '3'\."),
+        ({"type": "Codebook", "tables": [[0, 1, 2, True]]}, r"spec\.tables\[0\]\[3\]: value must be float or int, got True\."),
+        ({"type": "Codebook", "tables": [[0, 1, 2]]}, r"spec: Codebook: tables must be .* got sizes \[3\]\."),
+        ({"type": "GTPQ"}, r"spec: type must be one of .*Did you mean 'GPTQ'\?"),
+        ({"type": "LowRank", "rank": 0}, r"spec: LowRank: rank must be a positive integer, got 0\."),
+        (
+            {"type": "LowRank", "rnak": 4},
+            r"spec: LowRank: field must be one of rank, iterations, got 'rnak'\. Did you mean 'rank'\?",
+        ),
+        (layer_with(transforms=None), r"spec\.transforms: value must be a list, got None\."),
+        (layer_with(transforms=[{"type": "Smoth"}]), r"spec\.transforms\[0\]: type must be one of .*Did you mean 'Smooth'\?"),
+        (layer_with(transforms=[{"type": "RTN"}]), r"spec\.transforms\[0\]: value must be Smooth or Hadamard, got"),
+        (
+            layer_with(transforms=[{"type": "Smooth"}, {"type": "Hadamard", "block": 2}]),
+            r"spec\.transforms\[1\]: Hadamard: block must",
+        ),
+        (
+            layer_with(transforms=[{"type": "Smooth"}, {"type": "Smooth"}]),
+            r"spec: LayerSpec: transforms must be of different kinds",
+        ),
+        (layer_with(solver={"type": "Smooth"}), r"spec\.solver: value must be RTN or GPTQ or AdaRound, got"),
+        (layer_with(low_rank=32), r"spec\.low_rank: value must be LowRank or None, got 32\."),
+        (layer_with(correct_bias=1), r"spec\.correct_bias: value must be bool, got 1\."),
         ({"type": "MSE", "least": "0.5"}, r"spec\.least: value must be float or int, got '0\.5'\."),
         ({"type": "LayerSpec", "wieght": {}}, r"spec: LayerSpec: field must be one of .*Did you mean 'weight'\?"),
         (weight_with(granularity={"type": "PerChanel"}), r"spec\.weight\.granularity: type .*Did you mean 'PerChannel'\?"),
         (weight_with(granularity={"type": "PerGroup", "size": 7}), r"spec\.weight\.granularity: PerGroup: size must be a positive"),
         (weight_with(granularity={"type": "MSE"}), r"spec\.weight\.granularity: value must be PerTensor or PerChannel or .*, got"),
-        (weight_with(format=None), r"spec\.weight\.format: value must be Int or Float, got None\."),
+        (weight_with(format=None), r"spec\.weight\.format: value must be Int or Float or BestFloat or Codebook, got None\."),
         (weight_with(range={"type": "Dynamic"}), r"spec: LayerSpec: weight must be static"),
         ({"type": "LayerSpec", "weight": None}, r"spec\.weight: value must be TensorSpec, got None\."),
         ({"type": "LayerSpec", "weight": to_json(W8), "input": "A8"}, r"spec\.input: value must be TensorSpec or None, got 'A8'\."),
@@ -147,7 +255,71 @@ def test_int_refuses(bits):
         Int(bits=bits)
 
 
-@pytest.mark.parametrize("kind", [PerGroup, TwoLevel])
+@pytest.mark.parametrize(
+    ("exponent", "mantissa", "signed"),
+    [
+        (0, 3, True),
+        (1, 0, True),
+        (4, 4, True),
+        (3, -1, True),
+        (2, 0, False),
+        (4, 5, False),
+        (8, 0, False),
+        (2.0, 1, True),
+        (True, 2, True),
+    ],
+)
+def test_float_refuses(exponent, mantissa, signed):
+    text = rf"Float: \(exponent, mantissa\) must be at least \(1, 0\), .* got \({exponent}, {mantissa}\)\. For example"
+    with pytest.raises(ValueError, match=text):
+        Float(exponent=exponent, mantissa=mantissa, signed=signed)
+
+
+def test_bits_of_formats():
+    assert (Float().bits, E2M1.bits, Float(exponent=2, mantissa=1, signed=False).bits) == (8, 4, 3)
+    assert (nf4().bits, bitmod(3).bits, log_grid(8, 1.1).bits) == (4, 3, 8)
+    assert TensorSpec(format=BestFloat(bits=6), granularity=PerTensor()).bits == 6
+    splits = BestFloat(bits=4).splits
+    assert [(f.exponent, f.mantissa) for f in splits] == [(3, 0), (2, 1), (1, 2)]
+    assert [(f.exponent, f.mantissa) for f in BestFloat(bits=8).splits] == [(5, 2), (4, 3), (3, 4), (2, 5), (1, 6)]
+    assert [(f.exponent, f.mantissa, f.signed) for f in BestFloat(bits=3, signed=False).splits] == [
+        (3, 0, False),
+        (2, 1, False),
+        (1, 2, False),
+    ]
+    for bits in range(3, 9):
+        for signed in (True, False):
+            assert {(f.bits, f.signed) for f in BestFloat(bits=bits, signed=signed).splits} == {(bits, signed)}
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: BestFloat(bits=2), r"BestFloat: bits must be an integer from 3 to 8, got 2\. Use BestFloat\(bits=4\)"),
+        (lambda: BestFloat(bits=4.0), r"BestFloat: bits must be an integer from 3 to 8, got 4\.0\."),
+        (lambda: Codebook(tables=()), r"Codebook: tables must be 1 to 16 ascending lists .* got sizes \[\]\. For example nf4\(\)"),
+        (lambda: Codebook(tables=((0.0, 1.0, 1.0, 2.0),)), r"Codebook: tables must be 1 to 16 ascending lists"),
+        (lambda: Codebook(tables=((0.0, 1.0, float("nan"), 2.0),)), r"Codebook: tables must be 1 to 16 ascending lists"),
+        (lambda: Codebook(tables=((0.0, 1.0, 2.0, 3.0), tuple(range(8)))), r"Codebook: tables .* got sizes \[4, 8\]"),
+        (lambda: Codebook(tables=(tuple(range(4)),) * 17), r"Codebook: tables must be 1 to 16 ascending lists"),
+        (lambda: Codebook(tables=(tuple(range(512)),)), r"Codebook: tables .* got sizes \[512\]"),
+        (lambda: GPTQ(damping=0), r"GPTQ: damping must be in \(0, 1\], got 0\. The usual value is 0\.01"),
+        (lambda: AdaRound(iterations=0), r"AdaRound: iterations must be a positive integer, got 0\. The usual number is 2500"),
+        (lambda: AdaRound(iterations=1.5), r"AdaRound: iterations must be a positive integer, got 1\.5"),
+        (lambda: Smooth(alpha=1.1), r"Smooth: alpha must be from 0 to 1 or None, got 1\.1\. None searches it"),
+        (lambda: Hadamard(block=3), r"Hadamard: block must be an integer of at least 4 or None, got 3\. Usual: 64 to 256"),
+        (lambda: LowRank(rank=0), r"LowRank: rank must be a positive integer, got 0\. Use None for no branch"),
+        (lambda: LowRank(iterations=0), r"LowRank: iterations must be a positive integer, got 0"),
+        (lambda: MSE(most=0.9), r"MSE: most must be from 1 to 2, got 0\.9\. Use MSE\(\)"),
+        (lambda: MSE(most=2.1), r"MSE: most must be from 1 to 2, got 2\.1\."),
+    ],
+)
+def test_parts_refuse(call, text):
+    with pytest.raises(ValueError, match=text):
+        call()
+
+
+@pytest.mark.parametrize("kind", GROUPS)
 @pytest.mark.parametrize("size", [0, 4, 12, -8, 64.0])
 def test_group_sizes_are_multiples_of_eight(kind, size):
     with pytest.raises(ValueError, match=rf"{kind.__name__}: size must be a positive multiple of 8, got {size}\..*32, 64 and 128"):
@@ -172,27 +344,70 @@ def test_mse_refuses(arguments):
         ),
         (TensorSpec(format=Int(bits=4, symmetric=False), granularity=TwoLevel()), None, "TwoLevel granularity must be symmetric"),
         (TensorSpec(format=Float(), granularity=TwoLevel()), None, "TwoLevel granularity must be symmetric Int"),
-        (W8, TensorSpec(format=Int(bits=8), granularity=PerToken()), "input must be PerToken with Dynamic range or PerTensor"),
-        (W8, TensorSpec(format=Int(bits=8), granularity=PerTensor(), range=Dynamic()), "input must be PerToken with Dynamic range"),
-        (W8, TensorSpec(format=Int(bits=8), granularity=PerChannel()), "input granularity must be PerToken or PerTensor"),
-        (W8, AFP8, "weight and input must both be Int or both Float"),
-        (WFP8, A8, "weight and input must both be Int or both Float"),
-        (W8, TensorSpec(format=Int(bits=4), granularity=PerToken(), range=Dynamic()), "input Int must have 8 bits, got 4"),
         (
-            TensorSpec(format=Int(bits=4), granularity=PerGroup()),
-            A8,
-            r"must be PerTensor, PerChannel or TwoLevel, got PerGroup\. Use TwoLevel\(size=64\)",
+            TensorSpec(format=Float(exponent=2, mantissa=2, signed=False), granularity=PerChannel()),
+            None,
+            r"weight must be a signed format, got Float\(.*Unsigned floats are for inputs",
+        ),
+        (TensorSpec(format=BestFloat(signed=False), granularity=PerChannel()), None, "weight must be a signed format"),
+        (TensorSpec(format=nf4(), granularity=TwoLevel()), None, "TwoLevel granularity must be symmetric Int"),
+        (
+            TensorSpec(format=Int(bits=4, symmetric=False), granularity=E8M0Group()),
+            None,
+            r"weight with E8M0Group must be a signed Float or a symmetric Int, got Int\(.*Use PerGroup",
         ),
         (
-            TensorSpec(format=Float(), granularity=PerGroup()),
-            AFP8,
-            r"must be PerTensor or PerChannel, got PerGroup\. Use PerChannel\(\)",
+            TensorSpec(format=nf4(), granularity=E4M3Group()),
+            None,
+            r"weight with E4M3Group must be a signed Float or a symmetric Int",
         ),
         (
-            TensorSpec(format=Int(bits=4, symmetric=False), granularity=PerChannel()),
-            A8,
-            r"must be symmetric, got .*Use Int\(bits=4, symmetric=True\)",
+            TensorSpec(format=bitmod(4), granularity=PerChannel()),
+            None,
+            r"weight with several tables must be PerGroup, got PerChannel\(\)\. Every group chooses",
         ),
+        (
+            W8,
+            TensorSpec(format=Int(bits=8), granularity=PerToken()),
+            "input must be PerTensor with a calibrated range, or PerToken or in groups",
+        ),
+        (
+            W8,
+            TensorSpec(format=E2M1, granularity=E4M3Group()),
+            r"input must be .* got E4M3Group\(size=16\) with AbsMax\(\)\. A token's",
+        ),
+        (W8, TensorSpec(format=E2M1, granularity=PerGroup(), range=MSE()), r"input must be .* with MSE\("),
+        (
+            W8,
+            TensorSpec(format=Int(bits=8), granularity=PerTensor(), range=Dynamic()),
+            "input must be PerTensor with a calibrated range",
+        ),
+        (
+            W8,
+            TensorSpec(format=Int(bits=8), granularity=PerChannel()),
+            "input granularity must be PerToken, PerTensor or a group of inputs",
+        ),
+        (
+            W8,
+            TensorSpec(format=Int(bits=4), granularity=TwoLevel(), range=Dynamic()),
+            "input granularity must be PerToken, PerTensor or",
+        ),
+        (
+            W8,
+            TensorSpec(format=BestFloat(bits=8), granularity=PerToken(), range=Dynamic()),
+            r"input format under a Dynamic range must be a fixed one, got BestFloat\(.*Use Float",
+        ),
+        (
+            W8,
+            TensorSpec(format=Float(signed=False), granularity=E8M0Group(), range=Dynamic()),
+            "input with E8M0Group must be a signed Float or a symmetric Int",
+        ),
+        (
+            W8,
+            TensorSpec(format=Int(bits=4, symmetric=False), granularity=E4M3Group(), range=Dynamic()),
+            "input with E4M3Group must be a signed Float or a symmetric Int",
+        ),
+        (W8, TensorSpec(format=bitmod(4), granularity=PerGroup(), range=Dynamic()), r"input must have one table, got several\."),
     ],
 )
 def test_impossible_layers(weight, given, text):
@@ -200,10 +415,51 @@ def test_impossible_layers(weight, given, text):
         LayerSpec(weight=weight, input=given)
 
 
-def test_only_static_inputs_need_calibration():
-    assert LayerSpec(weight=W8, input=A8_STATIC).needs_stats
-    assert not LayerSpec(weight=W8, input=A8).needs_stats
-    assert not LayerSpec(weight=W8).needs_stats
+def test_the_same_kind_of_transform_twice():
+    with pytest.raises(ValueError, match=r"LayerSpec: transforms must be of different kinds, got \(Hadamard\(.*Drop one"):
+        LayerSpec(weight=W8, transforms=(Hadamard(), Hadamard(block=64)))
+
+
+@pytest.mark.parametrize("weight", [W8, W4_GROUP, W4_TWO_LEVEL, WFP8, NVFP4, MXFP4], ids=lambda w: str(LayerSpec(weight=w)))
+@pytest.mark.parametrize(
+    "given",
+    [
+        *(A8, A8_STATIC, AFP8, ANVFP4, AMXFP8, A4_GROUP),
+        TensorSpec(format=Int(bits=4, symmetric=False), granularity=PerToken(), range=Dynamic()),
+        TensorSpec(format=Float(exponent=3, mantissa=4, signed=False), granularity=PerTensor(), range=MSE()),
+        TensorSpec(format=BestFloat(bits=8), granularity=PerTensor()),
+        TensorSpec(format=log_grid(4), granularity=PerTensor()),
+    ],
+    ids=lambda given: str(LayerSpec(weight=W8, input=given)),
+)
+def test_formats_of_weight_and_input_combine_freely(weight, given):
+    """What no kernel takes is emulated."""
+    spec = LayerSpec(weight=weight, input=given)
+    assert from_json(to_json(spec)) == spec
+
+
+@pytest.mark.parametrize(
+    ("spec", "ranges", "inputs"),
+    [
+        (LayerSpec(weight=W8), False, False),
+        (LayerSpec(weight=W8, input=A8), False, False),
+        (LayerSpec(weight=NVFP4, input=ANVFP4), False, False),
+        (LayerSpec(weight=W8, input=A8_STATIC), True, False),
+        (LayerSpec(weight=WFP8, input=TensorSpec(format=Float(), granularity=PerTensor())), True, False),
+        (LayerSpec(weight=W8, input=TensorSpec(format=Int(bits=8), granularity=PerTensor(), range=MSE())), True, True),
+        (LayerSpec(weight=W8, input=TensorSpec(format=BestFloat(bits=8), granularity=PerTensor())), True, True),
+        (LayerSpec(weight=W8, solver=GPTQ()), False, True),
+        (LayerSpec(weight=W8, solver=AdaRound()), False, True),
+        (LayerSpec(weight=W8, transforms=(Smooth(alpha=0.5),)), False, True),
+        (LayerSpec(weight=W8, transforms=(Hadamard(),)), False, False),
+        (LayerSpec(weight=W8, low_rank=LowRank()), False, True),
+        (LayerSpec(weight=W8, correct_bias=True), False, True),
+        (LayerSpec(weight=W8, input=A8_STATIC, solver=GPTQ()), True, True),
+    ],
+    ids=str,
+)
+def test_what_calibration_must_find(spec, ranges, inputs):
+    assert (spec.needs_ranges, spec.needs_inputs, spec.needs_stats) == (ranges, inputs, ranges or inputs)
 
 
 @pytest.mark.parametrize(
@@ -214,11 +470,31 @@ def test_only_static_inputs_need_calibration():
         (LayerSpec(weight=W4_GROUP), "W4 group 64 asym, A16"),
         (LayerSpec(weight=W4_TWO_LEVEL, input=A8), "W4 group 64 two-level, A8 per token"),
         (LayerSpec(weight=W8, input=A8_STATIC), "W8 per channel, A8 per tensor asym"),
-        (LayerSpec(weight=WFP8, input=AFP8), "WFP8 per channel, AFP8 per token"),
+        (LayerSpec(weight=WFP8, input=AFP8), "WFP8 E4M3 per channel, AFP8 E4M3 per token"),
+        (LayerSpec(weight=NVFP4, input=ANVFP4), "WFP4 E2M1 group 16 E4M3, AFP4 E2M1 group 16 E4M3"),
+        (LayerSpec(weight=MXFP4, input=AMXFP8), "WFP4 E2M1 group 32 E8M0, AFP8 E4M3 group 32 E8M0"),
+        (LayerSpec(weight=TensorSpec(format=BestFloat(), granularity=PerTensor())), "WFP4 per tensor, A16"),
+        (LayerSpec(weight=TensorSpec(format=nf4(), granularity=PerGroup())), "W4 NF4 group 64, A16"),
+        (LayerSpec(weight=TensorSpec(format=bitmod(3), granularity=PerGroup(size=128))), "W3 BitMoD group 128, A16"),
+        (
+            LayerSpec(weight=TensorSpec(format=Codebook(tables=((0, 1, 2, 3),)), granularity=PerChannel())),
+            "W2 codebook per channel, A16",
+        ),
+        (
+            LayerSpec(weight=W8, input=TensorSpec(format=Float(exponent=3, mantissa=4, signed=False), granularity=PerTensor())),
+            "W8 per channel, AFP7 UE3M4 per tensor",
+        ),
+        (EVERYTHING, "WFP4 E2M1 group 16 E4M3, AFP4 E2M1 group 16 E4M3, smooth 0.5, rotated 64, rank 16, GPTQ, bias"),
+        (
+            LayerSpec(weight=W8, transforms=(Hadamard(), Smooth()), solver=AdaRound()),
+            "W8 per channel, A16, rotated, smooth, AdaRound",
+        ),
+        (LayerSpec(weight=W8, transforms=(Smooth(power_of_two=True),)), "W8 per channel, A16, shift"),
     ],
 )
 def test_short_names(spec, text):
     assert describe(spec) == text
+    assert spec is None or str(spec) == text
 
 
 def test_suggestions():

@@ -11,20 +11,20 @@ from dqtk.sites import ROLES
 
 GOLDEN = {
     "Adapter": "(*, classes, roles, keep, reversed_time)",
-    "LayerSpec": "(*, weight, input, solver)",
+    "LayerSpec": "(*, weight, input, solver, transforms, low_rank, correct_bias)",
     "Plan": "(*, recipe, components, choices)",
     "Recipe": "(*, name, rules)",
     "Rule": "(*, spec, why, pattern, roles)",
     "Site": "(*, id, kind, role, shape, bias, shared_input, unsupported)",
-    "Stats": "(num_buckets, num_prompts, inputs, run)",
-    "calibrate": "(pipe, prompts, plan, *, seed, batch_size, call_kwargs, output, progress)",
+    "Stats": "(num_buckets, num_prompts, inputs, run, calls)",
+    "calibrate": "(pipe, prompts, plan, *, seed, batch_size, call_kwargs, steps_per_run, output, progress)",
     "compare": "(reference, candidate, prompts, *, seed, seeds_per_prompt, batch_size, call_kwargs, scores, lpips_net, "
     "lpips_weights, num_trajectory, oracle, floor, reference_name, candidate_name, floor_name, reference_folder, candidate_folder, "
     "plan_summary, progress)",
     "find_sites": "(module, component, adapter)",
     "load": "(path, **kwargs)",
     "plan": "(target, recipe, *, text_encoders, overrides)",
-    "quantize": "(target, plan, stats, *, prompts, call_kwargs, progress)",
+    "quantize": "(target, plan, stats, *, prompts, call_kwargs, sequential, max_memory, progress)",
     "save": "(pipe, path)",
 }
 

@@ -1,6 +1,6 @@
 """Record the inputs of sites while a pipeline runs. Hooks live inside a context manager; nothing stays on the modules."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -53,13 +53,20 @@ def recording(pipe: Any, sites: Sequence[Site], stats: Stats, num_prompts: int) 
         yield
 
 
+def level_of(pipe: Any, module: nn.Module, given: Mapping[str, Any]) -> float | None:
+    """Noise level of a denoiser call with these arguments; None for one without a time."""
+    time = time_of(given)
+    if time is None:
+        return None
+    adapter = adapters().get(type(module).__name__)
+    return noise_level(pipe.scheduler, time, reversed_time=adapter is not None and adapter.reversed_time)
+
+
 def _level_hook(call: _Call, pipe: Any, stats: Stats, num_prompts: int):
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
         given = given_arguments(module, args, kwargs)
-        time = time_of(given)
-        if time is not None:
-            adapter = adapters().get(type(module).__name__)
-            level = noise_level(pipe.scheduler, time, reversed_time=adapter is not None and adapter.reversed_time)
+        level = level_of(pipe, module, given)
+        if level is not None:
             call.bucket = bucket_of(level, stats.num_buckets)
         sample = next(iter(given.values()), None)  # [B, ...], or a list of B samples
         call.guided = sample is not None and len(sample) == 2 * num_prompts

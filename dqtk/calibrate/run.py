@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from tqdm import tqdm
 from dqtk.calls import call_arguments, prompt_argument
 from dqtk.checkpoint import digest
 from dqtk.plan import Plan
-from dqtk.sites import components_of
+from dqtk.sites import DENOISERS, components_of
+from dqtk.spec import LayerSpec
 
-from .record import recording
+from .record import level_of, recording
+from .replay import capturing, evenly
 from .stats import Stats
 
 
@@ -27,6 +30,7 @@ def calibrate(
     seed: int = 0,
     batch_size: int = 4,
     call_kwargs: Mapping[str, Any] | None = None,
+    steps_per_run: int = 10,
     output: str | Path | None = None,
     progress: bool = True,
 ) -> Stats:
@@ -39,6 +43,7 @@ def calibrate(
         seed: prompt i starts from generator seed + i.
         batch_size: prompts per call.
         call_kwargs: passed to the pipeline, for example ``{"num_inference_steps": 20}``, over what its family needs.
+        steps_per_run: steps of every pipeline run whose calls are kept for solvers that learn from inputs (GPTQ, smoothing, ...).
         output: file that is written after every batch and continued from if it exists. It knows its prompts, seed, arguments and
             sites; prompts may be added at the end.
         progress: show a bar.
@@ -50,23 +55,32 @@ def calibrate(
     if not plan.needs_stats:
         return Stats()
     _check_call(pipe, prompts)
-    sites = [c.site for c in plan.choices if c.spec is not None and c.spec.needs_stats]
+    sites = [c.site for c in plan.choices if c.spec is not None and c.spec.needs_ranges]
+    learning = {c.site.component for c in plan.choices if c.spec is not None and c.spec.needs_inputs}
+    replayed = {name: part for name, part in components_of(pipe).items() if name in learning}
     stats = Stats.load(output) if output is not None and Path(output).exists() else Stats()
     kwargs = call_arguments(pipe, call_kwargs)
-    run = _identity(pipe, plan, prompts, seed, kwargs)
+    run = _identity(pipe, plan, prompts, seed, kwargs, steps_per_run)
     if stats.num_prompts:
         _check_same_run(stats, run, output)
     starts = range(stats.num_prompts, len(prompts), batch_size)
     for start in tqdm(starts, desc="calibrate", disable=not progress):
         batch = list(prompts[start : start + batch_size])
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
-        with recording(pipe, sites, stats, len(batch)), torch.no_grad():
+        level = partial(_level, pipe)
+        with recording(pipe, sites, stats, len(batch)), capturing(replayed, level) as calls, torch.no_grad():
             pipe(**prompt_argument(pipe, batch, "prompts"), generator=generators, **(kwargs | {"output_type": "latent"}))
+        stats.calls += evenly(calls, steps_per_run, start // batch_size)
         stats.num_prompts += len(batch)
         stats.run = run(stats.num_prompts)
         if output is not None:
             stats.save(output)
     return stats
+
+
+def _level(pipe: Any, name: str, module: nn.Module, given: Mapping[str, Any]) -> float | None:
+    """Noise level of a denoiser's call; a denoiser without a time counts as level 0. None for text encoders."""
+    return (level_of(pipe, module, given) or 0.0) if DENOISERS.fullmatch(name) else None
 
 
 def _check_call(pipe: Any, prompts: Sequence[str]) -> None:
@@ -92,10 +106,10 @@ def fingerprint(target: Any, plan: Plan) -> str:
 
 
 def _identity(
-    pipe: Any, plan: Plan, prompts: Sequence[str], seed: int, kwargs: Mapping[str, Any]
+    pipe: Any, plan: Plan, prompts: Sequence[str], seed: int, kwargs: Mapping[str, Any], steps_per_run: int
 ) -> Callable[[int], dict[str, str]]:
     """Number of prompts seen -> what statistics of them depend on, in words."""
-    sites = sorted(c.site.id for c in plan.choices if c.spec is not None and c.spec.needs_stats)
+    sites = sorted(c.site.id + _kept(c.spec, steps_per_run) for c in plan.choices if c.spec is not None and c.spec.needs_stats)
     fixed = {
         "sites": f"{len(sites)} sites, {_short(sites)}",
         "model": fingerprint(pipe, plan),
@@ -103,6 +117,13 @@ def _identity(
         "call_kwargs": json.dumps({name: repr(value) for name, value in sorted(kwargs.items())}),
     }
     return lambda num: fixed | {"prompts": f"{num} prompts, {_short(prompts[:num])}"}
+
+
+def _kept(spec: LayerSpec, steps_per_run: int) -> str:
+    """What is kept for a site beside, or in place of, its range."""
+    if not spec.needs_inputs:
+        return ""
+    return f", inputs of {steps_per_run} steps" + (" and range" if spec.needs_ranges else "")
 
 
 def _short(texts: Sequence[str]) -> str:

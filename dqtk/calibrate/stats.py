@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .replay import Call, from_tensors, to_tensors
+
 BRANCHES = ("all", "uncond", "cond")  # "all": calls that are not split by guidance
 NO_LEVEL = -1  # bucket of modules that run once, such as text encoders
 
@@ -59,16 +61,20 @@ class InputStat:
 class Stats:
     """Statistics of a pipeline. ``num_prompts`` prompts have been seen; ``num_buckets`` noise-level buckets divide [0, 1].
 
-    ``run`` says what run they come from (see ``calibrate``); merged ones come from several and say nothing.
+    ``run`` says what run they come from (see ``calibrate``); merged ones come from several and say nothing. ``calls`` are kept for
+    solvers that learn from inputs (see ``replay``).
     """
 
     num_buckets: int = 10
     num_prompts: int = 0
     inputs: dict[Key, InputStat] = field(default_factory=dict)
     run: dict[str, str] = field(default_factory=dict)
+    calls: list[Call] = field(default_factory=list)
 
     def __repr__(self) -> str:
-        return f"Stats({self.num_prompts} prompts, {len(self.inputs)} entries of {len({key.site for key in self.inputs})} sites)"
+        sites = len({key.site for key in self.inputs})
+        calls = f", {len(self.calls)} calls" if self.calls else ""
+        return f"Stats({self.num_prompts} prompts, {len(self.inputs)} entries of {sites} sites{calls})"
 
     def add(self, key: Key, seen: InputStat) -> None:
         """Merge one observation."""
@@ -81,6 +87,7 @@ class Stats:
                 f"Stats.merge: num_buckets must be {self.num_buckets}, got {other.num_buckets}. Calibrate with equal buckets."
             )
         merged = Stats(self.num_buckets, self.num_prompts + other.num_prompts, dict(self.inputs))
+        merged.calls = [*self.calls, *other.calls]
         for key, seen in other.inputs.items():
             merged.add(key, seen)
         return merged
@@ -119,6 +126,8 @@ class Stats:
             counts[name] = seen.count
         meta = {"num_buckets": str(self.num_buckets), "num_prompts": str(self.num_prompts), "counts": json.dumps(counts)}
         meta["run"] = json.dumps(self.run)
+        kept, meta["calls"] = to_tensors(self.calls)
+        tensors |= kept
         partial = path.with_name(f".{path.name}.partial")
         save_file(tensors, partial, metadata=meta)
         os.replace(partial, path)
@@ -147,4 +156,5 @@ class Stats:
         for name, count in json.loads(meta["counts"]).items():
             low, high = file.get_tensor(f"{name}|range")
             stats.inputs[Key.parse(name)] = InputStat(low.view(1), high.view(1), file.get_tensor(f"{name}|channel_absmax"), count)
+        stats.calls = from_tensors(file.get_tensor, meta.get("calls", "[]"))
         return stats

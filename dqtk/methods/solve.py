@@ -1,26 +1,206 @@
-"""Spec -> stored weight and input scale: the one place that picks a solver. The type of ``LayerSpec.solver`` is the key."""
+"""Sites that share an input -> the tensors of their layers. The one place that picks solvers and transforms, by the type of the
+choice.
 
-from collections.abc import Callable
+The order is fixed: transforms as the spec lists them, format search, low-rank branch, solver on what is left, bias. Transforms
+act on the weights and on the statistics of the input, so one calibration serves them all.
+"""
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
 from torch import Tensor
 
+from dqtk.calibrate.gather import Inputs
+from dqtk.nn.basis import block_of
 from dqtk.numerics.affine import scale_of_range
-from dqtk.numerics.packing import Packed
-from dqtk.spec import RTN, Float, LayerSpec, TensorSpec
+from dqtk.numerics.hadamard import pack_signs, random_signs, rotate
+from dqtk.numerics.inputs import round_input
+from dqtk.numerics.packing import Packed, dequantize
+from dqtk.numerics.weight_grid import fit_grid
+from dqtk.spec import GPTQ, RTN, AdaRound, Float, Hadamard, Int, LayerSpec, PerTensor, Smooth, TensorSpec, Transform
 
+from .adaround import adaround
+from .format_search import concrete, concrete_input
+from .gptq import Factor, gptq
+from .low_rank import low_rank
 from .rtn import rtn
-
-SOLVERS: dict[type, Callable[[Tensor, TensorSpec], Packed]] = {RTN: rtn}
-
-
-def solve(weight: Tensor, spec: LayerSpec) -> Packed:
-    """Quantize a weight [N, K] with the solver of its spec."""
-    return SOLVERS[type(spec.solver)](weight, spec.weight)
+from .smooth import smoothing
 
 
-def static_input_scale(low: Tensor, high: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point of a calibrated input range, as the runtime layers hold them (codes -128 .. 127)."""
-    scale, zero = scale_of_range(low.clamp(max=0), high.clamp(min=0), spec.format)
-    if isinstance(spec.format, Float):
-        return scale, None
-    return scale, (zero - 128 if zero is not None else scale.new_zeros(1))
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Solution:
+    """What one layer becomes: its spec with every search answered, the tensors it stores, and what its bias gains (float32 [N])."""
+
+    spec: LayerSpec
+    tensors: dict[str, Tensor]
+    bias_shift: Tensor | None = None
+
+
+def solve(
+    weights: Sequence[Tensor],
+    spec: LayerSpec,
+    inputs: Inputs | None = None,
+    *,
+    channels: int | None = None,
+    input_range: tuple[Tensor, Tensor] | None = None,
+) -> list[Solution]:
+    """Quantize the weights of layers that share an input and a spec.
+
+    Args:
+        weights: float [N_i, K] each.
+        spec: of every one of them.
+        inputs: statistics of the input; needed if ``spec.needs_inputs``.
+        channels: input channels, where K counts the taps of a convolution too.
+        input_range: least and largest input [1], [1]; needed if ``spec.needs_ranges`` and the range is not searched.
+    Returns:
+        One solution per weight.
+    """
+    assert inputs is not None or not spec.needs_inputs
+    channels = weights[0].shape[1] if channels is None else channels
+    device = weights[0].device  # statistics are kept on the CPU
+    inputs = None if inputs is None else inputs.to(device)
+    input_range = None if input_range is None else (input_range[0].to(device), input_range[1].to(device))
+    work = [weight.float() for weight in weights] if spec.needs_inputs or spec.transforms else list(weights)
+    shared: dict[str, Tensor] = {}
+    for index, transform in enumerate(spec.transforms):
+        work, inputs, found = _transformed(work, inputs, transform, spec, index, channels)
+        shared |= found
+    weight_spec = concrete(work[0] if len(work) == 1 else torch.cat(work), spec.weight)
+    spec = replace(spec, weight=weight_spec)
+    spec, given = _static_input(spec, inputs, input_range)
+    shared |= given
+    ups: list[Tensor | None] = [None] * len(work)
+    if spec.low_rank is not None:
+        assert inputs is not None
+        down, up = low_rank(torch.cat(work), weight_spec, inputs, spec.low_rank, _input_noise(inputs, spec, shared))
+        ups = list(up.split([w.shape[0] for w in work]))
+        work = [w - u.float() @ down.float() for w, u in zip(work, ups, strict=True) if u is not None]
+        shared["down"] = down
+    factor = Factor.of(inputs.gram, spec.solver) if isinstance(spec.solver, GPTQ) and inputs is not None else None
+    solutions = []
+    for weight, mine in zip(work, ups, strict=True):
+        packed = _packed(weight, spec, inputs, factor)
+        # Copies: files have no tensors that share memory.
+        tensors = packed.tensors() | {name: tensor.clone() for name, tensor in shared.items()}
+        if mine is not None:
+            tensors["up"] = mine.clone()
+        shift = None
+        if spec.correct_bias:
+            assert inputs is not None
+            shift = _bias_shift(weight, packed, spec, inputs, shared)
+        solutions.append(Solution(spec=spec, tensors=tensors, bias_shift=shift))
+    return solutions
+
+
+def _packed(weight: Tensor, spec: LayerSpec, inputs: Inputs | None, factor: Factor | None) -> Packed:
+    solver = spec.solver
+    if isinstance(solver, RTN):
+        return rtn(weight, spec.weight)
+    assert inputs is not None
+    if isinstance(solver, GPTQ):
+        return gptq(weight, spec.weight, inputs, solver, factor)
+    assert isinstance(solver, AdaRound)
+    return adaround(weight, spec.weight, inputs, solver)
+
+
+# --- transforms ------------------------------------------------------------------------------------------------------
+
+
+def _transformed(
+    weights: list[Tensor], inputs: Inputs | None, transform: Transform, spec: LayerSpec, index: int, channels: int
+) -> tuple[list[Tensor], Inputs | None, dict[str, Tensor]]:
+    """Weights and statistics in the new basis, and the tensors that layers need to go there."""
+    if isinstance(transform, Hadamard):
+        turned = _rotation(transform, channels)
+        rotated = None if inputs is None else inputs.mapped(turned)
+        signs = pack_signs(random_signs(channels, transform.seed)).to(weights[0].device)
+        return [turned(weight) for weight in weights], rotated, {"signs": signs}
+    assert isinstance(transform, Smooth)
+    assert inputs is not None
+    rest = replace(spec, transforms=spec.transforms[index + 1 :])
+    multiplier = smoothing(weights, inputs, transform, channels, lambda m: _smooth_error(weights, inputs, rest, m, channels))
+    taps = multiplier.repeat(weights[0].shape[1] // channels)
+    return [weight / taps for weight in weights], inputs.mapped(lambda x: x * taps.to(x.dtype)), {"smooth": multiplier}
+
+
+def _rotation(transform: Hadamard, channels: int) -> Callable[[Tensor], Tensor]:
+    """The rotation of rows [..., taps * channels], each tap alike."""
+    signs, block = random_signs(channels, transform.seed), block_of(transform, channels)
+    return lambda x: rotate(x.unflatten(-1, (-1, channels)), signs.to(x.device), block, transform.regular).flatten(-2)
+
+
+def _smooth_error(weights: list[Tensor], inputs: Inputs, rest: LayerSpec, multiplier: Tensor, channels: int) -> float:
+    """Output error on the sample with this smoothing: weights and inputs rounded to nearest, later rotations included."""
+    taps = multiplier.repeat(weights[0].shape[1] // channels)
+    x, scaled = inputs.sample * taps, [weight / taps for weight in weights]
+    for transform in rest.transforms:
+        if isinstance(transform, Hadamard):
+            turned = _rotation(transform, channels)
+            x, scaled = turned(x), [turned(weight) for weight in scaled]
+    q = x if rest.input is None else _round_sample(x, rest.input)
+    total = 0.0
+    for weight, moved in zip(weights, scaled, strict=True):
+        form = concrete(moved, rest.weight)
+        total += float((q @ fit_grid(moved, form).round(moved).T - inputs.sample @ weight.T).square().sum())
+    return total
+
+
+def _round_sample(x: Tensor, spec: TensorSpec) -> Tensor:
+    if not isinstance(spec.granularity, PerTensor):
+        return round_input(x, spec)
+    found, scale, zero = concrete_input(x, spec)
+    given = _stored_input(found, scale, zero)
+    return round_input(x, found, given["input_scale"], given.get("input_zero"))
+
+
+# --- static inputs ---------------------------------------------------------------------------------------------------
+
+
+def _static_input(
+    spec: LayerSpec, inputs: Inputs | None, input_range: tuple[Tensor, Tensor] | None
+) -> tuple[LayerSpec, dict[str, Tensor]]:
+    """The spec with its input's format found, and what the layer stores of a static input; nothing for dynamic ones."""
+    if spec.input is None or not spec.needs_ranges:
+        return spec, {}
+    if spec.needs_inputs and (spec.transforms or spec.searches_input):
+        assert inputs is not None
+        found, scale, zero = concrete_input(inputs.sample, spec.input)
+        return replace(spec, input=found), _stored_input(found, scale, zero)
+    assert input_range is not None
+    low, high = input_range
+    return spec, _stored_input(spec.input, *scale_of_range(low.clamp(max=0), high.clamp(min=0), spec.input.format))
+
+
+def _stored_input(spec: TensorSpec, scale: Tensor, zero: Tensor | None) -> dict[str, Tensor]:
+    """``input_scale`` and ``input_zero`` as layers store them (``numerics/storage.py``)."""
+    found = {"input_scale": scale.float().view(1)}
+    if isinstance(spec.format, Int):
+        shifted = torch.zeros_like(scale) if zero is None else zero - 2 ** (spec.format.bits - 1)
+        found["input_zero"] = shifted.to(torch.int32).view(1)
+    elif isinstance(spec.format, Float) and zero is not None:
+        found["input_zero"] = zero.float().view(1)
+    return found
+
+
+# --- what rounding does to the inputs --------------------------------------------------------------------------------
+
+
+def _rounded_sample(inputs: Inputs, spec: LayerSpec, shared: dict[str, Tensor]) -> Tensor:
+    if spec.input is None:
+        return inputs.sample
+    return round_input(inputs.sample, spec.input, shared.get("input_scale"), shared.get("input_zero"))
+
+
+def _input_noise(inputs: Inputs, spec: LayerSpec, shared: dict[str, Tensor]) -> Tensor | None:
+    """Mean square of the rounding error of every input, float32 [K]."""
+    if spec.input is None:
+        return None
+    return (_rounded_sample(inputs, spec, shared) - inputs.sample).square().mean(dim=0)
+
+
+def _bias_shift(weight: Tensor, packed: Packed, spec: LayerSpec, inputs: Inputs, shared: dict[str, Tensor]) -> Tensor:
+    """Mean output error over the sample, float32 [N] (Nagel et al. 2019, arXiv 1906.04721, section 4.2)."""
+    stored = dequantize(packed, spec.weight, weight.shape[1])
+    exact, rounded = inputs.sample.mean(dim=0), _rounded_sample(inputs, spec, shared).mean(dim=0)
+    return weight @ exact - stored @ rounded

@@ -1,5 +1,7 @@
 """Runtime layers."""
 
-from .layers import BUFFERS, QuantConv1d, QuantConv2d, QuantConv3d, Quantized, QuantLinear, runtime_class
+from dqtk.numerics.storage import BUFFERS
+
+from .layers import QuantConv1d, QuantConv2d, QuantConv3d, Quantized, QuantLinear, runtime_class
 
 __all__ = ["BUFFERS", "QuantConv1d", "QuantConv2d", "QuantConv3d", "QuantLinear", "Quantized", "runtime_class"]

@@ -1,34 +1,35 @@
 """Runtime layers: ``nn.Linear`` and ``nn.ConvNd`` subclasses over packed codes.
 
-Buffers, which are the checkpoint format (N output features, K = C_in * taps, channel innermost; G groups):
+Buffers, which are the checkpoint format: ``numerics/storage.py`` lists them with shapes and dtypes, which ``.to(dtype)`` never
+changes. Beside them, in the compute dtype:
 
-    qweight      int8 [N, K] | float8_e4m3fn [N, K] | uint8 [N, packed_width(bits, K)]   codes, see numerics/packing.py
-    scale        float32 [N, G] | [N, 1] | [1, 1]                                        never cast by .to(dtype)
-    group_scale  uint8 [N, G]          two-level granularity only
-    zero         uint8 as scale        asymmetric weights only
-    input_scale  float32 [1]           static inputs only
-    input_zero   int32 [1]             static integer inputs only; x ~ input_scale * (code - input_zero)
-    bias         parameter [N] in the compute dtype, if the layer has one
-    anchor       parameter [0] in the compute dtype, if it has none
+    bias         parameter [N], if the layer has one
+    anchor       parameter [0], if it has none
 
 ``bias`` or ``anchor`` is the layer's one floating parameter: its dtype is the compute dtype. ``weight`` is a read-only view that
 decodes when used (``lazy_weight.py``); no forward touches it.
+
+forward:  x -> smooth -> rotate -> z;   y = Q(z) Q(W)^T + (z down^T) up^T + bias
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dqtk.kernels import conv_int8, from_matrix, linear_fp8, linear_int8, report_of
-from dqtk.numerics.packing import Packed, dequantize, empty_packed, storage_bits
-from dqtk.spec import Float, Int, LayerSpec, describe
+from dqtk.kernels import conv_int8, from_matrix, linear_fp8, linear_int8, op_of, report_of
+from dqtk.numerics.inputs import round_input
+from dqtk.numerics.packing import Packed, dequantize, empty
+from dqtk.numerics.storage import BUFFERS, layer_layout
+from dqtk.spec import LayerSpec, describe
 
+from .basis import Basis
 from .lazy_weight import LazyWeight, read_only
 
-BUFFERS = ("qweight", "scale", "group_scale", "zero", "input_scale", "input_zero")  # their dtypes never change
+WEIGHT = tuple(Packed.__slots__)  # type: ignore[attr-defined]
 
 
 class Quantized:
@@ -36,37 +37,32 @@ class Quantized:
 
     spec: LayerSpec
 
-    def _setup(self, spec: LayerSpec, n: int, k: int, bias: bool, dtype: torch.dtype | None, device: Any) -> None:
+    def _setup(self, spec: LayerSpec, n: int, k: int, channels: int, bias: bool, dtype: torch.dtype | None, device: Any) -> None:
         """Register empty storage of the right shapes. Called instead of the torch class's own ``__init__``."""
         nn.Module.__init__(self)  # type: ignore[arg-type]
         module: Any = self
         module.spec, module.n, module.k = spec, n, k
+        module.basis = Basis.of(spec, channels)
         dtype = dtype or torch.get_default_dtype()
         device = torch.get_default_device() if device is None else device
-        packed = empty_packed(spec.weight, n, k, device)
-        for name in BUFFERS[:4]:
-            module.register_buffer(name, getattr(packed, name))
-        static = spec.needs_stats
-        integer = static and isinstance(spec.input.format, Int)  # type: ignore[union-attr]
-        module.register_buffer("input_scale", torch.empty(1, dtype=torch.float32, device=device) if static else None)
-        module.register_buffer("input_zero", torch.empty(1, dtype=torch.int32, device=device) if integer else None)
+        tensors = empty(layer_layout(spec, n, k, channels), device)
+        for name in BUFFERS:
+            module.register_buffer(name, tensors.get(name))
         module.register_parameter(
             "bias", nn.Parameter(torch.empty(n, dtype=dtype, device=device), requires_grad=False) if bias else None
         )
         if not bias:
             module.anchor = nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False)
 
-    def fill(self, packed: Packed, bias: Tensor | None, input_scale: Tensor | None, input_zero: Tensor | None) -> None:
-        """Put the solver's result in place."""
+    def fill(self, tensors: Mapping[str, Tensor], bias: Tensor | None) -> None:
+        """Put the solver's result in place: exactly the buffers that the spec has, in their shapes and dtypes."""
         module: Any = self
-        for name in BUFFERS[:4]:
-            setattr(module, name, getattr(packed, name))
-        if module.input_scale is not None:
-            assert input_scale is not None
-            module.input_scale = input_scale.float().view(1)
-        if module.input_zero is not None:
-            assert input_zero is not None
-            module.input_zero = input_zero.to(torch.int32).view(1)
+        for name in BUFFERS:
+            wanted, given = getattr(module, name), tensors.get(name)
+            assert (wanted is None) == (given is None), name
+            if given is not None:
+                assert (wanted.shape, wanted.dtype) == (given.shape, given.dtype), name
+                setattr(module, name, given)
         if bias is not None:
             module.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
 
@@ -100,14 +96,21 @@ class Quantized:
         module: Any = self
         return (module.n, module.k)
 
-    def dequantize_matrix(self) -> Tensor:
-        """The stored weight as float32 [N, K]."""
+    def stored_matrix(self) -> Tensor:
+        """The stored weight as float32 [N, K], in the basis of the transformed input and without the branch."""
         module: Any = self
-        packed = Packed(qweight=module.qweight, scale=module.scale, group_scale=module.group_scale, zero=module.zero)
-        return dequantize(packed, self.spec.weight, module.k)
+        return dequantize(Packed(**{name: getattr(module, name) for name in WEIGHT}), self.spec.weight, module.k)
+
+    def dequantize_matrix(self) -> Tensor:
+        """The weight that this layer stands for, float32 [N, K]: stored codes and branch, in the basis of the layer's own input."""
+        module: Any = self
+        weight = self.stored_matrix()
+        if module.down is not None:
+            weight = weight + module.up.float() @ module.down.float()
+        return module.basis.undo(weight, module.smooth, module.signs)
 
     def dequantize(self) -> Tensor:
-        """The stored weight in its logical shape and the compute dtype."""
+        """The weight that this layer stands for, in its logical shape and the compute dtype."""
         return self.dequantize_matrix().to(self.compute_dtype).view(self.weight_shape)
 
     def plain(self) -> nn.Module:
@@ -116,7 +119,7 @@ class Quantized:
         base = base_class(type(self))
         new: Any = base.__new__(base)
         nn.Module.__init__(new)
-        skip = ("spec", "n", "k")
+        skip = ("spec", "n", "k", "basis")
         new.__dict__.update({name: value for name, value in vars(module).items() if not name.startswith("_") and name not in skip})
         if isinstance(new, nn.modules.conv._ConvNd):
             padding: Any = new.padding
@@ -127,10 +130,8 @@ class Quantized:
 
     @property
     def op(self) -> str:
-        """The dqtk:: op that ``forward`` calls, or "weight_only"."""
-        if self.spec.input is None:
-            return "weight_only"
-        return "linear_fp8" if isinstance(self.spec.input.format, Float) else "linear_int8"
+        """What ``forward`` runs; see ``ops.py``."""
+        return op_of(self.spec, "linear" if isinstance(self, nn.Linear) else "conv")
 
     def kernel(self) -> str:
         """What runs, in words: ``linear_int8: integer matmul through torch._int_mm``."""
@@ -140,7 +141,7 @@ class Quantized:
     @property
     def stored_width(self) -> int:
         """Bits per stored code."""
-        return storage_bits(self.spec.weight.bits)
+        return self.spec.weight.bits
 
     def _apply(self, fn, recurse: bool = True):
         # Module.to(dtype) casts every floating buffer (and Module.type every buffer); codes and scales keep their exact values and
@@ -166,7 +167,7 @@ class QuantLinear(Quantized, nn.Linear):
     """``y = Q(x) Q(W)^T + b``. Buffers: module docstring."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool, spec: LayerSpec, dtype=None, device=None):
-        self._setup(spec, out_features, in_features, bias, dtype, device)
+        self._setup(spec, out_features, in_features, in_features, bias, dtype, device)
         self.in_features, self.out_features = in_features, out_features
 
     @classmethod
@@ -183,15 +184,27 @@ class QuantLinear(Quantized, nn.Linear):
         return new.train(layer.training)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002, torch's name
-        if self.spec.input is None:
-            return F.linear(
-                input, self.dequantize_matrix().to(input.dtype), None if self.bias is None else self.bias.to(input.dtype)
-            )
-        if isinstance(self.spec.input.format, Float):
-            return linear_fp8(input, self.qweight, self.scale, self.bias, self.input_scale)
-        return linear_int8(
-            input, self.qweight, self.scale, self.group_scale, self.bias, self.input_scale, self.input_zero, self.stored_width
-        )
+        module: Any = self
+        z = module.basis.apply(input, module.smooth, module.signs)
+        y = self._product(z).to(input.dtype)
+        if module.down is None:
+            return y
+        return y + F.linear(F.linear(z, module.down.to(z.dtype)), module.up.to(z.dtype))
+
+    def _product(self, z: Tensor) -> Tensor:
+        """Q(z) Q(W)^T + bias by the layer's op."""
+        module: Any = self
+        bias, op = module.bias, self.op
+        if op == "linear_int8":
+            scales = (module.scale, module.group_scale, bias, module.input_scale, module.input_zero)
+            return linear_int8(z, module.qweight, *scales, self.stored_width)
+        if op == "linear_fp8":
+            return linear_fp8(z, module.qweight, module.scale, bias, module.input_scale)
+        # Rounded numbers and their products are float32, as in kernels; weights alone run in the compute dtype.
+        dtype = z.dtype if op == "weight_only" else torch.float32
+        if self.spec.input is not None:
+            z = round_input(z.float(), self.spec.input, module.input_scale, module.input_zero, z.ndim - 1)
+        return F.linear(z.to(dtype), self.stored_matrix().to(dtype), None if bias is None else bias.to(dtype))
 
 
 class _QuantConv(Quantized):
@@ -205,14 +218,13 @@ class _QuantConv(Quantized):
 
     @classmethod
     def like(cls, layer, spec: LayerSpec, dtype=None, device=None):
-        """Empty storage for the same layer. Raises ``ValueError`` for a Float input: there is no FP8 convolution."""
-        if spec.input is not None and isinstance(spec.input.format, Float):
-            raise ValueError(
-                f"{cls.__name__}: input must be Int or None, got {spec.input.format}. Use LayerSpec(weight=..., input=None)."
-            )
+        """Empty storage for the same layer. Raises ``ValueError`` for what convolutions do not have: a low-rank branch."""
+        if spec.low_rank is not None:
+            raise ValueError(f"{cls.__name__}: low_rank must be None for convolutions, got {spec.low_rank}. Leave it out.")
         new: Any = cls.__new__(cls)
         k = layer.in_channels * math.prod(layer.kernel_size)
-        new._setup(spec, layer.out_channels, k, layer.bias is not None, dtype or layer.weight.dtype, device or layer.weight.device)
+        bias, dtype, device = layer.bias is not None, dtype or layer.weight.dtype, device or layer.weight.device
+        new._setup(spec, layer.out_channels, k, layer.in_channels, bias, dtype, device)
         for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"):
             setattr(new, name, getattr(layer, name))
         new.transposed, new.output_padding = False, (0,) * len(layer.kernel_size)
@@ -227,33 +239,40 @@ class _QuantConv(Quantized):
         module: Any = self
         return from_matrix(self.dequantize_matrix().to(self.compute_dtype), module.kernel_size)
 
-    @property
-    def op(self) -> str:
-        return "weight_only" if self.spec.input is None else "conv_int8"
-
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002, torch's name
         module: Any = self
         dims = len(module.kernel_size)
-        if self.spec.input is None:
-            weight = from_matrix(self.dequantize_matrix().to(input.dtype), module.kernel_size)
-            bias = None if module.bias is None else module.bias.to(input.dtype)
-            conv = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
-            return conv(input, weight, bias, module.stride, module.padding, module.dilation)
-        output = conv_int8(
-            input if input.ndim > dims + 1 else input[None],
-            module.qweight,
-            module.scale,
-            module.group_scale,
-            module.bias,
-            module.input_scale,
-            module.input_zero,
-            self.stored_width,
-            list(module.kernel_size),
-            list(module.stride),
-            list(module.padding),
-            list(module.dilation),
-        )
-        return output if input.ndim > dims + 1 else output[0]
+        x = input if input.ndim > dims + 1 else input[None]
+        if self.spec.transforms:
+            x = module.basis.apply(x.movedim(1, -1), module.smooth, module.signs).movedim(-1, 1)
+        y = self._convolved(x, dims)
+        return y if input.ndim > dims + 1 else y[0]
+
+    def _convolved(self, x: Tensor, dims: int) -> Tensor:
+        module: Any = self
+        if self.op == "conv_int8":
+            return conv_int8(
+                x,
+                module.qweight,
+                module.scale,
+                module.group_scale,
+                module.bias,
+                module.input_scale,
+                module.input_zero,
+                self.stored_width,
+                list(module.kernel_size),
+                list(module.stride),
+                list(module.padding),
+                list(module.dilation),
+            )
+        dtype = x.dtype if self.spec.input is None else torch.float32
+        rounded = x
+        if self.spec.input is not None:  # a sample is a token: convolution inputs have no others
+            rounded = round_input(x.movedim(1, -1).float(), self.spec.input, module.input_scale, module.input_zero).movedim(-1, 1)
+        weight = from_matrix(self.stored_matrix().to(dtype), module.kernel_size)
+        bias = None if module.bias is None else module.bias.to(dtype)
+        conv = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
+        return conv(rounded.to(dtype), weight, bias, module.stride, module.padding, module.dilation).to(x.dtype)
 
 
 class QuantConv1d(_QuantConv, nn.Conv1d):

@@ -1,28 +1,28 @@
-"""Codes as bytes: 2-, 3-, 4- and 8-bit integers really packed, and back.
+"""Codes as bytes, 1 to 8 bits each really packed, and the stored form of a weight: the one place that knows its tensors.
 
 Codes are packed along the last dimension, whose length is padded with zeros to a multiple of 8 codes. A *plane* layout keeps
-unpacking to shifts and masks on whole vectors, for any width. Eight codes c0..c7 of b bits become b bytes:
+unpacking to shifts and masks on whole vectors, for any width: a width is a sum of 4, 2 and 1, and each part is a plane. Eight codes
+c0..c7 of b bits become b bytes, from the low bits up:
 
-    4 bits:  byte i = c_i | c_{i+4} << 4                       i = 0..3
+    plane of 4 bits:  byte i = c_i | c_{i+4} << 4                                      i = 0..3
              [c4c4c4c4 c0c0c0c0] [c5.. c1..] [c6.. c2..] [c7.. c3..]
-    2 bits:  byte i = c_i | c_{i+2} << 2 | c_{i+4} << 4 | c_{i+6} << 6     i = 0..1
-    3 bits:  bytes 0, 1 hold the low two bits as above; byte 2 holds the high bits, bit j = high bit of c_j
-    8 bits:  the code itself
+    plane of 2 bits:  byte i = c_i | c_{i+2} << 2 | c_{i+4} << 4 | c_{i+6} << 6        i = 0..1
+    plane of 1 bit:   bit j = c_j
+    8 bits:           the code itself
 
-Signed codes are stored with an offset of 2^(b-1), b the stored width; 8-bit signed codes are stored as int8 without one. Codes of
-5, 6 and 7 bits are stored in 8, with the offset. These bytes are the checkpoint format: golden tests freeze them.
+So 3 bits are a plane of 2 and one of 1, 6 bits one of 4 and one of 2. Signed codes are stored with an offset of 2^(b-1); 8-bit
+signed codes are stored as int8 without one. These bytes are the checkpoint format: golden tests freeze them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from dqtk.spec import Float, Int, PerChannel, PerGroup, PerTensor, TensorSpec, TwoLevel
+from dqtk.spec import GROUPS, Codebook, E4M3Group, E8M0Group, Int, PerChannel, PerGroup, PerTensor, TensorSpec, TwoLevel
 
-from .affine import code_range
-
-WIDTHS = (2, 3, 4, 8)
+from .affine import code_range, levels, torch_type
+from .floats import e8m0_decode
 
 
 def packed_width(bits: int, length: int) -> int:
@@ -30,9 +30,8 @@ def packed_width(bits: int, length: int) -> int:
     return length if bits == 8 else -(-length // 8) * bits
 
 
-def storage_bits(bits: int) -> int:
-    """The packed width that holds ``bits``-bit codes: 2, 3, 4 or 8."""
-    return next(width for width in WIDTHS if width >= bits)
+def _planes(bits: int) -> list[int]:
+    return [plane for plane in (4, 2, 1) if bits & plane]
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -40,7 +39,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
     Args:
         codes: integers in [0, 2^bits), any shape [..., L].
-        bits: 2, 3, 4 or 8.
+        bits: 1 to 8.
     Returns:
         uint8 [..., packed_width(bits, L)].
     Raises:
@@ -54,18 +53,16 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     codes = codes.to(torch.uint8)
     if bits == 8:
         return codes.contiguous()
-    length = codes.shape[-1]
-    c = torch.nn.functional.pad(codes, (0, -length % 8)).unflatten(-1, (-1, 8))
-    if bits == 4:
-        out = c[..., :4] | c[..., 4:] << 4
-    else:
-        low = c & 3
-        out = low[..., 0:2] | low[..., 2:4] << 2 | low[..., 4:6] << 4 | low[..., 6:8] << 6
-        if bits == 3:
-            weights = 2 ** torch.arange(8, device=c.device)
-            high = ((c >> 2).long() * weights).sum(-1, keepdim=True).to(torch.uint8)
-            out = torch.cat([out, high], dim=-1)
-    return out.flatten(-2).contiguous()
+    c = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    parts, low = [], 0
+    for plane in _planes(bits):
+        part = (c >> low) & (2**plane - 1)
+        byte = part[..., :plane]
+        for i in range(1, 8 // plane):
+            byte = byte | part[..., i * plane : (i + 1) * plane] << (i * plane)
+        parts.append(byte)
+        low += plane
+    return torch.cat(parts, dim=-1).flatten(-2).contiguous()
 
 
 def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
@@ -74,61 +71,97 @@ def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
     if bits == 8:
         return packed
     p = packed.unflatten(-1, (-1, bits))
-    if bits == 4:
-        codes = torch.cat([p & 15, p >> 4], dim=-1)
-    else:
-        low = p[..., :2]
-        codes = torch.cat([low & 3, low >> 2 & 3, low >> 4 & 3, low >> 6], dim=-1)
-        if bits == 3:
-            shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
-            codes = codes | ((p[..., 2:] >> shifts) & 1) << 2
+    codes, low = None, 0
+    for plane in _planes(bits):
+        byte, mask = p[..., low : low + plane], 2**plane - 1
+        part = torch.cat([(byte >> (i * plane)) & mask for i in range(8 // plane)], dim=-1)
+        codes = part if codes is None else codes | part << low
+        low += plane
+    assert codes is not None
     return codes.flatten(-2)[..., :length]
 
 
 def _check_bits(where: str, bits: int) -> None:
-    if bits not in WIDTHS:
-        raise ValueError(f"{where}: bits must be one of {WIDTHS}, got {bits}. Store other widths in the next larger one.")
+    if bits not in range(1, 9):
+        raise ValueError(f"{where}: bits must be from 1 to 8, got {bits}. Split wider codes.")
+
+
+# --- the stored form of a weight -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Packed:
     """A weight [N, K] as stored. These tensors become buffers of a runtime layer and entries of the checkpoint.
 
-    qweight: int8 [N, K] (symmetric 8 bit), float8_e4m3fn [N, K] (FP8), else uint8 [N, packed_width(bits, K)].
-    scale: float32 [N, G]; G = 1 per channel and two-level, K / size per group; [1, 1] per tensor.
-    group_scale: uint8 [N, K / size], two-level only.
-    zero: uint8, shape of ``scale``; asymmetric only.
+    qweight: int8 [N, K] (symmetric 8 bit), float8_e4m3fn or float8_e5m2 [N, K], else uint8 [N, packed_width(bits, K)].
+    scale: float32 [N, G]; G = 1 per channel and two-level, K / size per group; [1, 1] per tensor and above E4M3 groups; none
+    above E8M0. group_scale: [N, K / size]: uint8 (two-level integers, E8M0 exponents) or float8_e4m3fn.
+    zero: uint8, shape of ``scale``; asymmetric integers only.
+    selector: uint8 [N, packed_width(bits, G)], table of each group, ``bits`` as many as the number of tables needs; several
+    tables only.
     """
 
     qweight: Tensor
-    scale: Tensor
+    scale: Tensor | None = None
     group_scale: Tensor | None = None
     zero: Tensor | None = None
+    selector: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is there, by name."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
-def empty_packed(spec: TensorSpec, n: int, k: int, device: torch.device | str) -> Packed:
-    """Uninitialized storage of a weight [n, k] under ``spec``: the shapes and dtypes a checkpoint must have."""
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
-    def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
 
+def layout(spec: TensorSpec, n: int, k: int) -> Layout:
+    """Name -> (shape, dtype) of the tensors of a weight [n, k]: what a checkpoint must have.
+
+    Raises ``ValueError`` if the group size does not divide K.
+    """
+    form, granularity = spec.format, spec.granularity
     num_groups = count_groups(spec, k)
-    scale_shape = (
-        (1, 1) if isinstance(spec.granularity, PerTensor) else (n, num_groups if isinstance(spec.granularity, PerGroup) else 1)
-    )
-    two_level = isinstance(spec.granularity, TwoLevel)
-    asymmetric = isinstance(spec.format, Int) and not spec.format.symmetric
-    return Packed(
-        qweight=empty((n, stored_width(spec, k)), stored_dtype(spec)),
-        scale=empty(scale_shape, torch.float32),
-        group_scale=empty((n, num_groups), torch.uint8) if two_level else None,
-        zero=empty(scale_shape, torch.uint8) if asymmetric else None,
-    )
+    one = (1, 1) if isinstance(granularity, PerTensor | E4M3Group) else (n, num_groups if isinstance(granularity, PerGroup) else 1)
+    found: Layout = {"qweight": ((n, stored_width(spec, k)), stored_dtype(spec))}
+    if not isinstance(granularity, E8M0Group):
+        found["scale"] = (one, torch.float32)
+    if isinstance(granularity, TwoLevel | E8M0Group):
+        found["group_scale"] = ((n, num_groups), torch.uint8)
+    if isinstance(granularity, E4M3Group):
+        found["group_scale"] = ((n, num_groups), torch.float8_e4m3fn)
+    if isinstance(form, Int) and not form.symmetric:
+        found["zero"] = (one, torch.uint8)
+    if isinstance(form, Codebook) and len(form.tables) > 1:
+        found["selector"] = ((n, packed_width(selector_bits(form), num_groups)), torch.uint8)
+    return found
+
+
+def selector_bits(form: Codebook) -> int:
+    """Bits that name one of the tables."""
+    return (len(form.tables) - 1).bit_length()
+
+
+def empty(parts: Layout, device: torch.device | str) -> dict[str, Tensor]:
+    """Uninitialized tensors of a layout."""
+    return {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in parts.items()}
+
+
+def bytes_of(parts: Layout) -> int:
+    """Bytes of the tensors of a layout."""
+    found = empty(parts, "meta").values()
+    return sum(tensor.numel() * tensor.element_size() for tensor in found)
+
+
+def stored_bytes(spec: TensorSpec, n: int, k: int) -> int:
+    """Bytes of codes, scales and zero points of a weight [n, k]: what the file holds for it."""
+    return bytes_of(layout(spec, n, k))
 
 
 def count_groups(spec: TensorSpec, k: int) -> int:
     """Groups in a row of K inputs; 1 where the row shares a scale. Raises ``ValueError`` if the group size does not divide K."""
-    if not isinstance(spec.granularity, PerGroup | TwoLevel):
+    if not isinstance(spec.granularity, GROUPS):
         return 1
     size = spec.granularity.size
     if k % size:
@@ -138,51 +171,42 @@ def count_groups(spec: TensorSpec, k: int) -> int:
 
 def stored_dtype(spec: TensorSpec) -> torch.dtype:
     """dtype of ``qweight``."""
-    if isinstance(spec.format, Float):
-        return torch.float8_e4m3fn
-    return torch.int8 if spec.bits == 8 and spec.format.symmetric else torch.uint8
+    form = spec.format
+    if isinstance(form, Int) and form.symmetric and form.bits == 8:
+        return torch.int8
+    return torch_type(form) or torch.uint8
 
 
 def stored_width(spec: TensorSpec, k: int) -> int:
     """Columns of ``qweight`` for K inputs."""
-    return k if isinstance(spec.format, Float) else packed_width(storage_bits(spec.bits), k)
-
-
-def stored_bytes(spec: TensorSpec, n: int, k: int) -> int:
-    """Bytes of codes, scales and zero points of a weight [n, k]: what the file holds for it."""
-    packed = empty_packed(spec, n, k, "meta")
-    tensors = (packed.qweight, packed.scale, packed.group_scale, packed.zero)
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+    return packed_width(spec.bits, k)
 
 
 def pack_codes(codes: Tensor, spec: TensorSpec) -> Tensor:
     """``qweight`` of codes [N, K] as ``affine.encode`` gives them."""
-    if stored_dtype(spec) == codes.dtype and (isinstance(spec.format, Float) or spec.bits == 8):
+    if stored_dtype(spec) == codes.dtype and spec.bits == 8:
         return codes.contiguous()
-    assert isinstance(spec.format, Int)
-    width = storage_bits(spec.bits)
-    offset = 2 ** (width - 1) if spec.format.symmetric else 0
-    return pack(codes.to(torch.int16) + offset, width)
+    offset = 2 ** (spec.bits - 1) if isinstance(spec.format, Int) and spec.format.symmetric else 0
+    return pack(codes.to(torch.int16) + offset, spec.bits)
 
 
 def unpack_codes(qweight: Tensor, spec: TensorSpec, k: int) -> Tensor:
-    """Codes [N, K]: int8 (symmetric), uint8 (asymmetric) or float8_e4m3fn."""
+    """Codes [N, K] as ``affine.encode`` gives them."""
     if qweight.dtype != torch.uint8:
         return qweight
-    assert isinstance(spec.format, Int)
-    width = storage_bits(spec.bits)
-    return _signed(qweight, width, k) if spec.format.symmetric else unpack(qweight, width, k)
+    if isinstance(spec.format, Int) and spec.format.symmetric:
+        return _signed(qweight, spec.bits, k)
+    return unpack(qweight, spec.bits, k)
 
 
 def _signed(qweight: Tensor, width: int, k: int) -> Tensor:
-    # At width 8 the conversion to int8 wraps around and the subtraction wraps back.
     return unpack(qweight, width, k).to(torch.int8) - 2 ** (width - 1)
 
 
 def integer_weight(qweight: Tensor, group_scale: Tensor | None, bits: int, k: int) -> Tensor:
     """The int8 matrix [N, K] behind a stored symmetric weight, group scales multiplied in: weight = scale * integer_weight.
 
-    ``bits`` is the stored width (2, 3, 4 or 8).
+    ``bits`` is the width of the stored codes.
     """
     codes = qweight if qweight.dtype == torch.int8 else _signed(qweight, bits, k)
     if group_scale is None:
@@ -190,16 +214,38 @@ def integer_weight(qweight: Tensor, group_scale: Tensor | None, bits: int, k: in
     return (codes.unflatten(1, (group_scale.shape[1], -1)) * group_scale.to(torch.int8)[..., None]).flatten(1)
 
 
+def group_steps(packed: Packed, spec: TensorSpec) -> Tensor:
+    """float32 [N, G], [N, 1] or [1, 1]: what the levels of a group are multiplied with."""
+    if isinstance(spec.granularity, E8M0Group):
+        assert packed.group_scale is not None
+        return e8m0_decode(packed.group_scale)
+    assert packed.scale is not None
+    return packed.scale if packed.group_scale is None else packed.group_scale.float() * packed.scale
+
+
+def weight_levels(packed: Packed, spec: TensorSpec, k: int) -> Tensor:
+    """float32 levels of the codes, [N, K]."""
+    codes, form = unpack_codes(packed.qweight, spec, k), spec.format
+    if packed.selector is None:
+        return levels(codes, form)
+    assert isinstance(form, Codebook)
+    groups = count_groups(spec, k)
+    which = unpack(packed.selector, selector_bits(form), groups).long()[..., None]
+    tables = torch.tensor(form.tables, dtype=torch.float32, device=codes.device)
+    return tables[which, codes.long().unflatten(1, (groups, -1))].flatten(1)
+
+
 def dequantize(packed: Packed, spec: TensorSpec, k: int) -> Tensor:
     """The stored weight as float32 [N, K]."""
-    if packed.group_scale is not None:
-        return integer_weight(packed.qweight, packed.group_scale, storage_bits(spec.bits), k).float() * packed.scale
-    codes = unpack_codes(packed.qweight, spec, k).float()
+    if isinstance(spec.granularity, TwoLevel):  # exactly as the integer kernels have it
+        assert packed.scale is not None
+        return integer_weight(packed.qweight, packed.group_scale, spec.bits, k).float() * packed.scale
+    values, steps = weight_levels(packed, spec, k), group_steps(packed, spec)
     if isinstance(spec.granularity, PerChannel | PerTensor):
-        return (codes if packed.zero is None else codes - packed.zero) * packed.scale
-    codes = codes.unflatten(1, (packed.scale.shape[1], -1))
-    codes = codes if packed.zero is None else codes - packed.zero[..., None]
-    return (codes * packed.scale[..., None]).flatten(1)
+        return (values if packed.zero is None else values - packed.zero) * steps
+    values = values.unflatten(1, (steps.shape[1], -1))
+    values = values if packed.zero is None else values - packed.zero[..., None]
+    return (values * steps[..., None]).flatten(1)
 
 
 def max_group_scale(spec: TensorSpec) -> int:

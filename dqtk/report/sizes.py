@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from dqtk.nn import Quantized
-from dqtk.nn.layers import BUFFERS
+from dqtk.numerics.storage import BUFFERS
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".msgpack", ".h5", ".onnx", ".gguf")
 

@@ -3,10 +3,54 @@
 import pytest
 import torch
 
+from dqtk.methods import rtn as module
 from dqtk.methods.rtn import rtn
 from dqtk.numerics.affine import decode, encode
+from dqtk.numerics.codebook import bitmod, nf4
 from dqtk.numerics.packing import dequantize, integer_weight, max_group_scale, unpack_codes
-from dqtk.spec import MSE, AbsMax, Float, Int, PerChannel, PerGroup, PerTensor, TensorSpec, TwoLevel
+from dqtk.spec import (
+    MSE,
+    AbsMax,
+    E4M3Group,
+    E8M0Group,
+    Float,
+    Int,
+    LayerSpec,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    TensorSpec,
+    TwoLevel,
+)
+
+E2M1 = Float(exponent=2, mantissa=1)
+
+
+EVERY = [PerTensor(), PerChannel(), PerGroup(size=64), TwoLevel(size=64), E8M0Group(size=64), E4M3Group(size=64)]
+
+
+def short(form):
+    return getattr(form, "name", None) or str(form)
+
+
+def combinations(forms):
+    """Of these formats and every granularity, what a weight may have."""
+    found = []
+    for form in forms:
+        for granularity in EVERY:
+            try:
+                LayerSpec(weight=TensorSpec(format=form, granularity=granularity))
+            except ValueError:
+                continue
+            found.append((form, granularity))
+    return found
+
+
+def every_code(dtype, bits):
+    codes = torch.arange(2**bits, dtype=torch.uint8)
+    if dtype == torch.int8:
+        return codes.view(torch.int8) if bits == 8 else codes.to(torch.int8)[1:] - 2 ** (bits - 1)
+    return codes if dtype == torch.uint8 else codes.view(dtype)[~codes.view(dtype).isnan()]
 
 
 def matrix(n=32, k=256, seed=0, spread=2.0):
@@ -22,23 +66,22 @@ def error(w, spec):
 
 
 @pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(), PerGroup(size=64)], ids=str)
-@pytest.mark.parametrize("form", [Int(bits=4), Int(bits=3, symmetric=False), Float()], ids=str)
+@pytest.mark.parametrize("form", [Int(bits=4), Int(bits=3, symmetric=False), Int(bits=6), Float(), E2M1, nf4()], ids=short)
 def test_every_weight_gets_its_nearest_code(granularity, form):
     w = matrix()
     spec = TensorSpec(format=form, granularity=granularity, range=MSE())
     packed = rtn(w, spec)
     scale = packed.scale.expand(32, -1).repeat_interleave(256 // packed.scale.shape[1], 1)
     zero = None if packed.zero is None else packed.zero.float().expand(32, -1).repeat_interleave(256 // packed.zero.shape[1], 1)
-    codes = unpack_codes(packed.qweight, spec, 256).float()
-    chosen = (decode(codes, scale, zero) - w).abs()
-    for step in (-1, 1) if not isinstance(form, Float) else ():
-        other = (decode(codes + step, scale, zero) - w).abs()
-        inside = (codes + step >= codes.min()) & (codes + step <= codes.max())
-        assert (chosen <= other * (1 + 1e-6))[inside].all()
-    assert torch.equal(codes, encode(w, scale, zero, form).float())
+    codes = unpack_codes(packed.qweight, spec, 256)
+    chosen = (decode(codes, scale, zero, form) - w).abs()
+    for other in every_code(codes.dtype, form.bits):
+        value = decode(other.expand(32, 256), scale, zero, form)
+        assert (chosen <= ((value - w).abs() * (1 + 1e-6) + 1e-6 * scale)).all()
+    assert torch.equal(codes.float(), encode(w, scale, zero, form).float())
 
 
-@pytest.mark.parametrize("form", [Int(bits=4), Int(bits=4, symmetric=False), Float()], ids=str)
+@pytest.mark.parametrize("form", [Int(bits=4), Int(bits=4, symmetric=False), Float(exponent=3, mantissa=4), E2M1, nf4()], ids=short)
 def test_finer_granularity_is_better(form):
     w = matrix()
     errors = [
@@ -47,10 +90,10 @@ def test_finer_granularity_is_better(form):
     assert errors == sorted(errors, reverse=True)
 
 
-@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(), PerGroup(size=64), TwoLevel(size=64)], ids=str)
-def test_range_search_is_never_worse(granularity):
+@pytest.mark.parametrize(("form", "granularity"), combinations([Int(bits=4), E2M1, nf4(), Int(bits=3, symmetric=False)]), ids=short)
+def test_range_search_is_never_worse(form, granularity):
     w = matrix(seed=1)
-    absmax, mse = (error(w, TensorSpec(format=Int(bits=4), granularity=granularity, range=how)) for how in (AbsMax(), MSE()))
+    absmax, mse = (error(w, TensorSpec(format=form, granularity=granularity, range=how)) for how in (AbsMax(), MSE(most=1.5)))
     slack = 1.02 if isinstance(granularity, TwoLevel) else 1 + 1e-6  # the group scales are already searched
     assert mse <= absmax * slack
 
@@ -109,25 +152,70 @@ def test_two_level_ignores_empty_groups():
         assert not dequantize(packed, spec, 320)[:, 256:].any()
 
 
-@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(), PerGroup(size=64), TwoLevel(size=64)], ids=str)
+@pytest.mark.parametrize("granularity", EVERY, ids=str)
 def test_weights_of_zeros(granularity):
     spec = TensorSpec(format=Int(bits=4), granularity=granularity)
     assert not dequantize(rtn(torch.zeros(4, 128), spec), spec, 128).any()
 
 
-@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(), PerGroup(size=64), TwoLevel(size=64)], ids=str)
-@pytest.mark.parametrize("bits", [4, 8])
-def test_memory_layout_and_dtype_do_not_matter(granularity, bits):
-    if isinstance(granularity, TwoLevel) and bits == 8:
-        return
-    spec = TensorSpec(format=Int(bits=bits), granularity=granularity)
+@pytest.mark.parametrize(
+    ("form", "granularity"), combinations([Int(bits=4), Int(bits=8), E2M1, Float(), nf4(), bitmod(4)]), ids=short
+)
+def test_memory_layout_and_dtype_do_not_matter(form, granularity):
+    spec = TensorSpec(format=form, granularity=granularity)
     w = matrix(12, 128).bfloat16()
     expected = rtn(w.float(), spec)
     for same in (w, w.T.contiguous().T):
         packed = rtn(same, spec)
-        assert torch.equal(packed.qweight, expected.qweight)
-        assert torch.equal(packed.scale, expected.scale)
+        assert_same(packed, expected)
         assert packed.qweight.is_contiguous()
+
+
+def assert_same(packed, expected):
+    assert packed.tensors().keys() == expected.tensors().keys()
+    for name, tensor in expected.tensors().items():
+        assert torch.equal(packed.tensors()[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+@pytest.mark.parametrize(
+    ("form", "granularity"),
+    combinations([Int(bits=4), Int(bits=3, symmetric=False), E2M1, Float(), nf4(), bitmod(4)]),
+    ids=short,
+)
+def test_blocks_of_rows_are_bookkeeping(form, granularity, monkeypatch):
+    """Weights are rounded some rows at a time to bound memory; what comes out does not depend on how many."""
+    w = matrix(7, 128, seed=2)
+    spec = TensorSpec(format=form, granularity=granularity, range=MSE(steps=4))
+    expected = rtn(w, spec)
+    for rows in (1, 3, 7):
+        monkeypatch.setattr(module, "BLOCK", rows * 128)
+        assert_same(rtn(w, spec), expected)
+
+
+def test_one_row_of_many_groups():
+    """A single output channel: the tensor's own scale has as many rows as the weight."""
+    w = matrix(1, 256)
+    for granularity in EVERY:
+        spec = TensorSpec(format=Int(bits=4), granularity=granularity)
+        assert (dequantize(rtn(w, spec), spec, 256) - w).norm() < 0.25 * w.norm()
+
+
+def test_bitmod_beats_its_own_base():
+    """Four choices a group lose less than E2M1 alone, for equal float scales."""
+    w = matrix(spread=0.5)
+    base, four = (error(w, TensorSpec(format=form, granularity=PerGroup(size=64), range=MSE())) for form in (E2M1, bitmod(4)))
+    assert four < 0.97 * base
+
+
+def test_nvfp4_and_mxfp4_are_ordered():
+    """NVFP4 with a sweep, NVFP4, MXFP4 with the best of three exponents, MXFP4 as prescribed."""
+    w = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+    errors = [
+        error(w, TensorSpec(format=E2M1, granularity=granularity, range=how))
+        for granularity in (E4M3Group(size=16), E8M0Group(size=32))
+        for how in (MSE(), AbsMax())
+    ]
+    assert errors == sorted(errors)
 
 
 @pytest.mark.parametrize("granularity", [PerTensor(), PerChannel()], ids=str)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dqtk.kernels import to_matrix
-from dqtk.methods.solve import solve, static_input_scale
+from dqtk.methods.solve import solve
 from dqtk.nn import runtime_class
 from dqtk.spec import Dynamic, Float, Int, LayerSpec, PerChannel, PerGroup, PerTensor, PerToken, TensorSpec, TwoLevel
 
@@ -32,10 +32,9 @@ def quantize_layer(layer, spec):
     """A runtime layer with the codes of ``layer``; a static input expects values from -3 to 4."""
     new = runtime_class(layer).like(layer, spec)
     weight = layer.weight.detach()
-    scales = (None, None)
-    if spec.needs_stats:
-        scales = static_input_scale(torch.tensor([-3.0]), torch.tensor([4.0]), spec.input)
-    new.fill(solve(weight if weight.ndim == 2 else to_matrix(weight), spec), layer.bias, *scales)
+    matrix = weight if weight.ndim == 2 else to_matrix(weight)
+    (solution,) = solve([matrix], spec, channels=weight.shape[1], input_range=(torch.tensor([-3.0]), torch.tensor([4.0])))
+    new.fill(solution.tensors, layer.bias)
     return new
 
 

@@ -22,12 +22,7 @@ CLASSES = {nn.Linear: QuantLinear, nn.Conv1d: QuantConv1d, nn.Conv2d: QuantConv2
 
 
 def cases():
-    return [
-        pytest.param(layer, spec, id=f"{layer}-{spec}")
-        for layer in LAYERS
-        for spec in NAMES
-        if not (spec == "fp8" and "conv" in layer)
-    ]
+    return [pytest.param(layer, spec, id=f"{layer}-{spec}") for layer in LAYERS for spec in NAMES]
 
 
 def make(quantized, layer, spec, dtype=torch.float32):
@@ -196,9 +191,15 @@ def test_convolutions_take_one_sample_without_batch(quantized, layer, spec):
     torch.testing.assert_close(new(x[0]), new(x[:1])[0])
 
 
-def test_convolutions_have_no_fp8_input(specs):
-    with pytest.raises(ValueError, match=r"QuantConv2d: input must be Int or None, got Float.*Use LayerSpec"):
-        QuantConv2d.like(nn.Conv2d(8, 8, 3), specs["fp8"])
+@pytest.mark.parametrize("layer", ["conv1d", "conv2d", "conv3d"])
+def test_convolutions_with_fp8_inputs_are_emulated(quantized, layer):
+    """One scale per sample; padding is the number 0."""
+    _, new, x = make(quantized, layer, "fp8")
+    scale = x.abs().flatten(1).amax(1).view(-1, *[1] * (x.ndim - 1)) / 448
+    codes = (x / scale).to(torch.float8_e4m3fn)
+    assert new.op == "emulated"
+    plain = new.plain().double()
+    torch.testing.assert_close(new(x).double(), plain(codes.double() * scale.double()), rtol=1e-5, atol=1e-5)
 
 
 def test_groups_must_divide():
@@ -234,16 +235,18 @@ def test_initializers_leave_codes_alone(quantized):
     assert torch.equal(new(x), expected)
 
 
-def test_five_bit_weights_run_in_both_modes(quantized):
-    """5 to 7 bits are stored in bytes with an offset."""
-    weight = TensorSpec(format=Int(bits=5), granularity=PerChannel())
+@pytest.mark.parametrize("bits", [5, 6, 7])
+def test_odd_widths_run_in_both_modes_and_are_really_packed(quantized, bits):
+    weight = TensorSpec(format=Int(bits=bits), granularity=PerChannel())
     token = TensorSpec(format=Int(bits=8), granularity=PerToken(), range=Dynamic())
     for build in (lambda: nn.Linear(24, 7), lambda: nn.Conv2d(8, 5, 3)):
         plain = build()
         x = torch.randn((3, 24) if isinstance(plain, nn.Linear) else (2, 8, 5, 5))
         for spec in (LayerSpec(weight=weight), LayerSpec(weight=weight, input=token)):
-            y, expected = quantized(plain, spec)(x), plain(x)
-            assert (y - expected).norm() < 0.1 * expected.norm()
+            new, expected = quantized(plain, spec), plain(x)
+            assert (new(x) - expected).norm() < 0.1 * expected.norm()
+            assert new.qweight.numel() == plain.weight.numel() * bits / 8
+            assert new.stored_width == bits
 
 
 def test_fp8_weight_only_with_groups(quantized):

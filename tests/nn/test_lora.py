@@ -8,9 +8,26 @@ import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 
 import dqtk
+from dqtk.numerics.codebook import nf4
+from dqtk.spec import Dynamic, E4M3Group, E8M0Group, Float, Hadamard, LayerSpec, PerGroup, TensorSpec
 
+E2M1 = Float(exponent=2, mantissa=1)
+NVFP4 = LayerSpec(
+    weight=TensorSpec(format=E2M1, granularity=E4M3Group(size=8)),
+    input=TensorSpec(format=E2M1, granularity=E4M3Group(size=8), range=Dynamic()),
+    transforms=(Hadamard(),),
+)
+NF4 = LayerSpec(weight=TensorSpec(format=nf4(), granularity=PerGroup(size=8)))
+MXFP8 = LayerSpec(
+    weight=TensorSpec(format=Float(), granularity=E8M0Group(size=8)),
+    input=TensorSpec(format=Float(), granularity=E8M0Group(size=8), range=Dynamic()),
+)
 TARGETS = ["first", "second", "conv"]
-COMBINATIONS = [("w8", "w4", "w8"), ("w8a8", "w4a8", "w4a8"), ("fp8", "wfp8", "w8a8-static")]
+COMBINATIONS = [("w8", "w4", "w8"), ("w8a8", "w4a8", "w4a8"), ("fp8", "wfp8", "w8a8-static"), (NVFP4, NF4, MXFP8)]
+
+
+def short(kinds):
+    return ", ".join(map(str, kinds))
 
 
 def config(**options):
@@ -21,7 +38,7 @@ def batch():
     return torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(3))
 
 
-@pytest.mark.parametrize("kinds", COMBINATIONS, ids=str)
+@pytest.mark.parametrize("kinds", COMBINATIONS, ids=short)
 def test_effect_is_that_of_the_low_rank_product(small, kinds):
     """Against the same adapter on plain layers: the first layer's output gains B A x."""
     model, x = small(*kinds), batch()
@@ -33,7 +50,7 @@ def test_effect_is_that_of_the_low_rank_product(small, kinds):
     assert not torch.allclose(adapted.first(x), without)
 
 
-@pytest.mark.parametrize("kinds", COMBINATIONS, ids=str)
+@pytest.mark.parametrize("kinds", COMBINATIONS, ids=short)
 def test_fresh_adapter_changes_nothing_and_comes_off(small, kinds):
     model, x = small(*kinds), batch()
     expected = model(x)
@@ -52,7 +69,7 @@ def test_fresh_adapter_changes_nothing_and_comes_off(small, kinds):
     assert torch.equal(restored(x), expected)
 
 
-@pytest.mark.parametrize("kinds", COMBINATIONS, ids=str)
+@pytest.mark.parametrize("kinds", COMBINATIONS, ids=short)
 @pytest.mark.parametrize("safe", [True, False])
 def test_merging_raises_and_the_adapter_stays(small, kinds, safe):
     adapted, x = get_peft_model(small(*kinds), config(init_lora_weights=False)), batch()
@@ -83,7 +100,7 @@ def train(model, x, steps=20):
     return losses
 
 
-@pytest.mark.parametrize("kinds", COMBINATIONS, ids=str)
+@pytest.mark.parametrize("kinds", COMBINATIONS, ids=short)
 def test_training(small, kinds):
     """Gradients reach the first layer's adapter through all quantized ones, and descend."""
     model, x = small(*kinds), batch()

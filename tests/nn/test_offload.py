@@ -9,8 +9,25 @@ from diffusers.hooks import apply_group_offloading
 from torch import nn
 
 from dqtk.nn import BUFFERS
+from dqtk.numerics.codebook import bitmod
+from dqtk.spec import Dynamic, E4M3Group, E8M0Group, Float, Hadamard, LayerSpec, PerGroup, TensorSpec
 
-KINDS = [("w8", "w4", "w8"), ("w8a8", "w4a8", "w4a8"), ("fp8", "wfp8", "w8a8-static")]
+E2M1 = Float(exponent=2, mantissa=1)
+NVFP4 = LayerSpec(
+    weight=TensorSpec(format=E2M1, granularity=E4M3Group(size=8)),
+    input=TensorSpec(format=E2M1, granularity=E4M3Group(size=8), range=Dynamic()),
+    transforms=(Hadamard(),),
+)
+BITMOD = LayerSpec(weight=TensorSpec(format=bitmod(4), granularity=PerGroup(size=8)))
+MXFP8 = LayerSpec(
+    weight=TensorSpec(format=Float(), granularity=E8M0Group(size=8)),
+    input=TensorSpec(format=Float(), granularity=E8M0Group(size=8), range=Dynamic()),
+)
+KINDS = [("w8", "w4", "w8"), ("w8a8", "w4a8", "w4a8"), ("fp8", "wfp8", "w8a8-static"), (NVFP4, BITMOD, MXFP8)]
+
+
+def short(kinds):
+    return ", ".join(map(str, kinds))
 
 
 def batch():
@@ -22,7 +39,7 @@ def dtypes(model):
 
 
 @pytest.mark.parametrize("buffers", [True, False])
-@pytest.mark.parametrize("kinds", KINDS, ids=str)
+@pytest.mark.parametrize("kinds", KINDS, ids=short)
 def test_sequential_offload(small, kinds, buffers):
     model, x = small(*kinds).bfloat16(), batch().bfloat16()
     expected, before = model(x), dtypes(model)
@@ -57,9 +74,9 @@ class Stack(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
-@pytest.mark.parametrize("kinds", KINDS, ids=str)
+@pytest.mark.parametrize("kinds", KINDS, ids=short)
 def test_group_offload(small, kinds, kind):
-    model, x = Stack([small(*kinds), small(*reversed(kinds))]) if "fp8" not in kinds else Stack([small(*kinds)]), batch()
+    model, x = Stack([small(*kinds), small(*reversed(kinds))]), batch()
     expected, before = model(x), dtypes(model)
     options = {"num_blocks_per_group": 1} if kind == "block_level" else {}
     apply_group_offloading(model, torch.device("cpu"), torch.device("cpu"), offload_type=kind, **options)

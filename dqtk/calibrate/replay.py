@@ -1,0 +1,211 @@
+"""Calls of denoisers and text encoders, kept so that they can be made again: what solvers learn from.
+
+A pipeline is run once; of its denoiser calls some are kept with their arguments, evenly over the noise levels. Whatever a solver
+needs of a layer's inputs is found later by making these calls again and stopping behind the layer. So nothing per layer is held
+while the pipeline runs, memory is bounded by what is asked for at a time, and the inputs may come from the unquantized or from the
+partly quantized model.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from dqtk.calls import given_arguments, time_of
+
+_GOLDEN = 0.6180339887498949  # its multiples modulo 1 lie evenly however many there are
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a component: ``level`` is its noise level in [0, 1], None for text encoders."""
+
+    component: str
+    args: tuple
+    kwargs: dict[str, Any]
+    level: float | None
+
+    @property
+    def time(self) -> float | None:
+        """The time that a denoiser was given, for grouping the calls of one step."""
+        given = time_of(self.kwargs) if self.kwargs else None
+        return None if given is None else float(given.detach().float().reshape(-1)[0])
+
+
+@contextmanager
+def capturing(parts: Mapping[str, nn.Module], level_of: Callable[[str, nn.Module, Mapping], float | None]) -> Iterator[list[Call]]:
+    """While open, every call of these components is appended to the list, with copies of its tensors (equal ones copied once)."""
+    calls: list[Call] = []
+    copies: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def copied(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        key = (id(value), value._version)
+        if key not in copies:
+            copies[key] = (value, value.detach().cpu().clone())  # the original is kept alive, so that its id stays its own
+        return copies[key][1]
+
+    def hook(name: str) -> Callable:
+        def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            given = given_arguments(module, args, kwargs)
+            calls.append(Call(name, (), tree_map(copied, given), level_of(name, module, given)))
+
+        return keep
+
+    with ExitStack() as hooks:
+        for name, part in parts.items():
+            hooks.callback(part.register_forward_pre_hook(hook(name), with_kwargs=True).remove)
+        yield calls
+
+
+def evenly(calls: Sequence[Call], num_steps: int, run: int) -> list[Call]:
+    """Of the calls of one pipeline run: all of text encoders, and those of ``num_steps`` steps of the denoisers, evenly over it.
+
+    Calls that follow each other at one time (separate calls for both halves of guidance) are one step. ``run`` numbers the runs, so
+    that the next one takes other steps.
+    """
+    steps: list[list[Call]] = []
+    for call in calls:
+        if call.level is None:
+            continue
+        if steps and steps[-1][0].time == call.time and steps[-1][0].time is not None:
+            steps[-1].append(call)
+        else:
+            steps.append([call])
+    num = min(num_steps, len(steps))
+    shift = (run * _GOLDEN) % 1
+    chosen = sorted({int((i + shift) / num * len(steps)) for i in range(num)}) if num else []
+    return [call for call in calls if call.level is None] + [call for index in chosen for call in steps[index]]
+
+
+class _Enough(Exception):
+    """Everything that was asked for has been seen."""
+
+
+@torch.no_grad()
+def replay(module: nn.Module, calls: Sequence[Call], watched: Mapping[str, Callable[[Tensor, Call], None]]) -> None:
+    """Make calls again, and hand the inputs of layers (by path) to their functions; a call ends behind the last watched layer.
+
+    Raises ``ValueError`` for a path that no call reaches.
+    """
+    if not calls or not watched:
+        return
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    usual = _count(module, calls[0], set(watched), device)
+    total = {path: usual.get(path, math.inf) for path in watched}  # a layer that the first call misses: others run to their end
+    left: dict[str, float] = {}
+    current: list[Call] = []
+    seen: set[str] = set()
+
+    def hook(path: str) -> Callable:
+        def see(layer: nn.Module, args: tuple, kwargs: dict) -> None:
+            watched[path](args[0] if args else kwargs["input"], current[0])
+            seen.add(path)
+            left[path] = left.get(path, 1) - 1
+            if not left[path]:
+                del left[path]
+            if not left:
+                raise _Enough
+
+        return see
+
+    with ExitStack() as hooks:
+        for path in watched:
+            hooks.callback(module.get_submodule(path).register_forward_pre_hook(hook(path), with_kwargs=True).remove)
+        for call in calls:
+            left.clear()
+            left.update(total)
+            current[:] = [call]
+            with suppress(_Enough):
+                module(*call.args, **_on(call.kwargs, device))
+    missing = sorted(set(watched) - seen)
+    if missing:
+        raise ValueError(
+            f"calibrate: layer {missing[0]} must be called while the pipeline runs, got no call of it and {len(missing) - 1} more. "
+            "Keep it at 16 bits."
+        )
+
+
+def order_of(module: nn.Module, call: Call, paths: Sequence[str]) -> list[str]:
+    """The paths in the order in which a call reaches them."""
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    return list(_count(module, call, set(paths), device))
+
+
+def _count(module: nn.Module, call: Call, paths: set[str], device: torch.device) -> dict[str, int]:
+    """How often one call reaches each path, in order of first arrival."""
+    seen: dict[str, int] = {}
+
+    def hook(path: str) -> Callable:
+        def count(layer: nn.Module, args: tuple, kwargs: dict) -> None:
+            seen[path] = seen.get(path, 0) + 1
+
+        return count
+
+    with ExitStack() as hooks, torch.no_grad():
+        for path in paths:
+            hooks.callback(module.get_submodule(path).register_forward_pre_hook(hook(path), with_kwargs=True).remove)
+        module(*call.args, **_on(call.kwargs, device))
+    return seen
+
+
+def _on(kwargs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, dict(kwargs))
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def to_tensors(calls: Sequence[Call]) -> tuple[dict[str, Tensor], str]:
+    """Tensors by name (each shared one once), and everything else as JSON that names them.
+
+    Raises ``ValueError`` for an argument that is neither tensor nor plain data.
+    """
+    tensors: dict[str, Tensor] = {}
+    names: dict[int, str] = {}
+
+    def plain(value: Any, where: str) -> Any:
+        if isinstance(value, Tensor):
+            name = names.setdefault(id(value), f"call|{len(names)}")
+            tensors[name] = value.contiguous()
+            return {"tensor": name}
+        if isinstance(value, Mapping):
+            return {"dict": {str(key): plain(part, f"{where}.{key}") for key, part in value.items()}}
+        if type(value) in (list, tuple, torch.Size):
+            return {"list" if isinstance(value, list) else "tuple": [plain(part, where) for part in value]}
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return {"value": value}
+        raise ValueError(
+            f"calibrate: argument {where} must be a tensor or plain data to be stored, got {type(value).__name__}. "
+            "Calibrate without an output file."
+        )
+
+    rows = [[call.component, plain(call.kwargs, call.component), call.level] for call in calls]
+    return tensors, json.dumps(rows)
+
+
+def from_tensors(tensors: Callable[[str], Tensor], text: str) -> list[Call]:
+    """Inverse of ``to_tensors``."""
+    loaded: dict[str, Tensor] = {}
+
+    def value_of(data: dict) -> Any:
+        ((kind, content),) = data.items()
+        if kind == "tensor":
+            if content not in loaded:
+                loaded[content] = tensors(content)
+            return loaded[content]
+        if kind == "dict":
+            return {key: value_of(part) for key, part in content.items()}
+        if kind in ("list", "tuple"):
+            parts = [value_of(part) for part in content]
+            return parts if kind == "list" else tuple(parts)
+        return content
+
+    return [Call(component, (), value_of(kwargs), level) for component, kwargs, level in json.loads(text)]

@@ -1,0 +1,66 @@
+"""Tables that codes point into: the known ones, and the nearest entry."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from dqtk.spec import Codebook
+
+
+@cache
+def nf4() -> Codebook:
+    """NF4 (Dettmers et al. 2023, arXiv 2305.14314, appendix E): quantiles of a normal distribution, eight per side and 0, in [-1,
+    1].
+
+    Probabilities run from ``offset`` = 1 - (1/32 + 1/30) / 2 to 1/2; eight positive values, seven negative ones, and zero.
+    """
+    offset = 1 - (1 / 32 + 1 / 30) / 2
+    normal = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64))
+    up = normal.icdf(torch.linspace(offset, 0.5, 9, dtype=torch.float64)[:-1])
+    down = -normal.icdf(torch.linspace(offset, 0.5, 8, dtype=torch.float64)[:-1])
+    values = torch.cat([down, torch.zeros(1, dtype=torch.float64), up]).sort().values
+    return Codebook(tables=(tuple((values / values.abs().max()).float().tolist()),), name="NF4")
+
+
+def bitmod(bits: int) -> Codebook:
+    """BitMoD (Chen et al. 2024, arXiv 2411.11745): the float grid with its second zero spent on one more value, four choices per
+    group.
+
+    4 bits: E2M1 with one of 5, -5, 8, -8. 3 bits: 0, 1, 2, 4 of both signs with one of 3, -3, 6, -6.
+    Raises ``ValueError`` for other widths.
+    """
+    if bits not in (3, 4):
+        raise ValueError(f"bitmod: bits must be 3 or 4, got {bits}. Use another format.")
+    side, extra = ((1.0, 2.0, 4.0), (3.0, 6.0)) if bits == 3 else ((0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0), (5.0, 8.0))
+    base = [*(-x for x in side), 0.0, *side]
+    return Codebook(tables=tuple(tuple(sorted([*base, sign * x])) for x in extra for sign in (1, -1)), name="BitMoD")
+
+
+def log_grid(bits: int, base: float = 2.0) -> Codebook:
+    """base^-k for k = 0 .. 2^bits - 2, and 0: for inputs in [0, 1] that fall off fast, such as attention probabilities.
+
+    Base 2 is the classic log2 quantizer; other bases fit better where it is searched (AdaLog, Wu et al. 2024, arXiv 2407.12951).
+    Raises ``ValueError`` for a base of at most 1.
+    """
+    if not base > 1:
+        raise ValueError(f"log_grid: base must be above 1, got {base}. The usual base is 2.")
+    values = [base**-k for k in range(2**bits - 1)]
+    return Codebook(tables=((0.0, *reversed(values)),), name=f"log{base:g}")
+
+
+def table(form: Codebook, which: int = 0) -> Tensor:
+    """float32 [2^bits] of one table, ascending."""
+    return torch.tensor(form.tables[which], dtype=torch.float32)
+
+
+def span(form: Codebook, which: int = 0) -> float:
+    """The largest magnitude of a table: what the absmax of a group is mapped to."""
+    return max(abs(form.tables[which][0]), abs(form.tables[which][-1]))
+
+
+def nearest(y: Tensor, form: Codebook, which: int = 0) -> Tensor:
+    """uint8 codes of the nearest entries (of two equally near ones the lower)."""
+    values = table(form, which).to(y.device)
+    middles = (values[1:] + values[:-1]) / 2
+    return torch.bucketize(y.float().contiguous(), middles).to(torch.uint8)

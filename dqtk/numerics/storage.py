@@ -1,0 +1,46 @@
+"""Every tensor that a quantized layer stores: those of its weight, of its input, of its transforms and of its low-rank branch.
+
+qweight, scale, group_scale, zero, selector   the weight, see ``packing.Packed``
+input_scale   float32 [1]                     static inputs only
+input_zero    int32 [1]                       static integer inputs; x ~ input_scale * (code - zero), codes -2^(b-1) .. 2^(b-1)-1
+              float32 [1]                     static unsigned floats; in levels
+smooth        float32 [K]                     what the input's channels are multiplied with
+signs         uint8 [ceil(K / 8)]             bit 1: the channel is negated before the Hadamard matrix
+down, up      bfloat16 [R, K], [N, R]         the branch, on the transformed and not rounded input
+"""
+
+import torch
+
+from dqtk.spec import Float, Hadamard, Int, LayerSpec, Smooth
+
+from .packing import Layout, bytes_of, layout, packed_width
+
+BUFFERS = ("qweight", "scale", "group_scale", "zero", "selector", "input_scale", "input_zero", "smooth", "signs", "down", "up")
+
+
+def layer_layout(spec: LayerSpec, n: int, k: int, channels: int) -> Layout:
+    """Name -> (shape, dtype) of a layer with a weight matrix [n, k].
+
+    ``channels``: of the input; k, unless it is a convolution.
+    """
+    found = layout(spec.weight, n, k)
+    if spec.input is not None and spec.needs_ranges:
+        found["input_scale"] = ((1,), torch.float32)
+        if isinstance(spec.input.format, Int):
+            found["input_zero"] = ((1,), torch.int32)
+        if isinstance(spec.input.format, Float) and not spec.input.format.signed:
+            found["input_zero"] = ((1,), torch.float32)
+    for transform in spec.transforms:
+        if isinstance(transform, Smooth):
+            found["smooth"] = ((channels,), torch.float32)
+        if isinstance(transform, Hadamard):
+            found["signs"] = ((packed_width(1, channels),), torch.uint8)
+    if spec.low_rank is not None:
+        rank = min(spec.low_rank.rank, n, k)
+        found["down"], found["up"] = ((rank, k), torch.bfloat16), ((n, rank), torch.bfloat16)
+    return found
+
+
+def layer_bytes(spec: LayerSpec, n: int, k: int, channels: int) -> int:
+    """Bytes of all of them: what the file holds for the layer, bias aside."""
+    return bytes_of(layer_layout(spec, n, k, channels))

@@ -1,0 +1,48 @@
+"""Which op a spec runs as: the one place that knows what the kernels can take.
+
+weight_only   inputs stay in the compute dtype: the weight is decoded, then torch's own matmul or convolution
+linear_int8, conv_int8   8-bit integer inputs and weights that are int8 numbers times one float per output channel
+linear_fp8    E4M3 inputs per token and E4M3 weights per channel
+emulated      everything else: inputs are rounded, weights decoded, and the product is that of float32 numbers
+"""
+
+from dqtk.spec import Dynamic, Float, Int, LayerSpec, PerChannel, PerTensor, PerToken, TensorSpec, TwoLevel
+
+E4M3 = Float(exponent=4, mantissa=3)
+
+
+def op_of(spec: LayerSpec, kind: str) -> str:
+    """The op of a layer; ``kind`` is "linear" or "conv"."""
+    if spec.input is None:
+        return "weight_only"
+    if _takes_int8(spec.weight, spec.input):
+        return f"{kind}_int8"
+    if kind == "linear" and _takes_fp8(spec.weight, spec.input):
+        return "linear_fp8"
+    return "emulated"
+
+
+def _takes_int8(weight: TensorSpec, given: TensorSpec) -> bool:
+    if not (isinstance(weight.format, Int) and isinstance(given.format, Int) and given.bits == 8):
+        return False
+    symmetric = given.format.symmetric or not isinstance(given.range, Dynamic)
+    granularities = isinstance(weight.granularity, PerTensor | PerChannel | TwoLevel) and isinstance(
+        given.granularity, PerToken | PerTensor
+    )
+    return weight.format.symmetric and symmetric and granularities
+
+
+def _takes_fp8(weight: TensorSpec, given: TensorSpec) -> bool:
+    formats = weight.format == E4M3 and given.format == E4M3
+    return (
+        formats and isinstance(weight.granularity, PerTensor | PerChannel) and isinstance(given.granularity, PerToken | PerTensor)
+    )
+
+
+def report_of(op: str, device: str) -> str:
+    """What runs for an op on a device type such as "cpu", in words."""
+    if op == "weight_only":
+        return "weights decoded to the compute dtype, then torch's own matmul"
+    if op in ("linear_int8", "conv_int8") and device in ("cpu", "cuda"):
+        return "integer matmul through torch._int_mm"
+    return "emulated in floating point"

@@ -1,0 +1,69 @@
+"""Choices as frozen data: number format, granularity, how a range is found, of one tensor and of one layer.
+
+One dataclass per choice; the type is the key (``methods`` and ``numerics`` dispatch on it), absence is ``None``, there are no mode
+strings. Everything here is data that a plan can hold without importing the code that acts on it. JSON is strict both ways: an
+unknown type or field is an error that names the place and suggests the nearest known word.
+
+Shapes are given for a weight seen as a matrix [N, K]: N output features, K input features; a convolution's K is (taps, C_in) with
+the channel innermost, so that a group lies along C_in at one tap.
+"""
+
+from .formats import (
+    GROUPS,
+    MSE,
+    AbsMax,
+    BestFloat,
+    Codebook,
+    Dynamic,
+    E4M3Group,
+    E8M0Group,
+    Float,
+    Format,
+    Granularity,
+    Int,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    Range,
+    TensorSpec,
+    TwoLevel,
+)
+from .layer import GPTQ, RTN, AdaRound, Hadamard, LayerSpec, LowRank, Smooth, Solver, Transform, describe
+from .text import canonical, did_you_mean, from_json, to_json
+
+__all__ = [
+    "GPTQ",
+    "GROUPS",
+    "MSE",
+    "RTN",
+    "AbsMax",
+    "AdaRound",
+    "BestFloat",
+    "Codebook",
+    "Dynamic",
+    "E4M3Group",
+    "E8M0Group",
+    "Float",
+    "Format",
+    "Granularity",
+    "Hadamard",
+    "Int",
+    "LayerSpec",
+    "LowRank",
+    "PerChannel",
+    "PerGroup",
+    "PerTensor",
+    "PerToken",
+    "Range",
+    "Smooth",
+    "Solver",
+    "TensorSpec",
+    "Transform",
+    "TwoLevel",
+    "canonical",
+    "describe",
+    "did_you_mean",
+    "from_json",
+    "to_json",
+]

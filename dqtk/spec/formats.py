@@ -1,0 +1,226 @@
+"""How one tensor is stored or rounded: number format, granularity, how its range is found."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+# --- number formats --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Int:
+    """``bits``-bit integers (2 to 8).
+
+    Symmetric: codes -(2^(b-1)-1) .. 2^(b-1)-1, zero is code 0. Asymmetric: 2^b codes and a zero point.
+    """
+
+    bits: int
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.bits, int) and 2 <= self.bits <= 8):
+            raise ValueError(
+                f"Int: bits must be an integer from 2 to 8, got {self.bits!r}. Use None in place of the spec to keep 16 bits."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Float:
+    """Small floating point: ``exponent`` and ``mantissa`` bits and, if ``signed``, a sign; 3 to 8 bits in all.
+
+    The values are those of the OCP types where these exist: E4M3 to 448, E5M2 to 57344 (``torch.float8_e4m3fn``, ``float8_e5m2``;
+    their codes for infinity and NaN are not used), E3M2 to 28, E2M3 to 7.5, E2M1 to 6. In every other split all codes are
+    numbers, with subnormals, and the bias is 2^(exponent-1) - 1; scales make it irrelevant. E1M2 times 2 is symmetric
+    Int(bits=4). Without a sign the range may begin below 0 (inputs after SiLU and GELU do): ``x ~ scale * (value - zero)``.
+    """
+
+    exponent: int = 4
+    mantissa: int = 3
+    signed: bool = True
+
+    def __post_init__(self) -> None:
+        whole = all(isinstance(value, int) and not isinstance(value, bool) for value in (self.exponent, self.mantissa))
+        if not (whole and 1 <= self.exponent <= 7 and self.mantissa >= 0 and 3 <= self.bits <= 8):
+            raise ValueError(
+                f"Float: (exponent, mantissa) must be at least (1, 0), at most 7 and with 3 to 8 bits in all, "
+                f"got ({self.exponent}, {self.mantissa}). For example Float(exponent=2, mantissa=1), which is FP4."
+            )
+
+    @property
+    def bits(self) -> int:
+        return int(self.signed) + self.exponent + self.mantissa
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BestFloat:
+    """The ``Float`` of these bits whose exponent/mantissa split loses least, found per tensor when the layer is solved.
+
+    What is stored names the split that was found (Kuzmin et al. 2022, arXiv 2208.09225; 2408.06995).
+    """
+
+    bits: int = 4
+    signed: bool = True
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.bits, int) and 3 <= self.bits <= 8):
+            raise ValueError(f"BestFloat: bits must be an integer from 3 to 8, got {self.bits!r}. Use BestFloat(bits=4).")
+
+    @property
+    def splits(self) -> tuple[Float, ...]:
+        """Every split with these bits, most exponent bits first."""
+        free = self.bits - int(self.signed)
+        return tuple(Float(exponent=e, mantissa=free - e, signed=self.signed) for e in range(min(free, 5), 0, -1))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Codebook:
+    """Codes that name entries of a table: NF4, logarithmic grids, BitMoD. ``numerics/codebook.py`` makes the known ones.
+
+    tables: 4 to 256 ascending values each, a power of two of them, the same for all. Where there are several, every group of
+    weights takes the one that loses least, and its number is stored. name: for people.
+    """
+
+    tables: tuple[tuple[float, ...], ...]
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        sizes = {len(table) for table in self.tables}
+        rising = all(x < y for table in self.tables for x, y in pairwise(table))
+        if len(sizes) != 1 or sizes & {4, 8, 16, 32, 64, 128, 256} != sizes or not rising or not 1 <= len(self.tables) <= 16:
+            raise ValueError(
+                f"Codebook: tables must be 1 to 16 ascending lists of 4, 8, 16 ... 256 values, got sizes {sorted(sizes)}. "
+                "For example nf4() of dqtk.numerics.codebook."
+            )
+
+    @property
+    def bits(self) -> int:
+        return (len(self.tables[0]) - 1).bit_length()
+
+
+# --- granularities: which numbers share one scale --------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PerTensor:
+    """One scale for the whole tensor. Scale shape [1]."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PerChannel:
+    """One scale per output channel of a weight [N, K]. Scale shape [N, 1]."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PerToken:
+    """One scale per token (row) of an input [T, K]; per sample for a convolution, whose input has no tokens. Scale shape [T, 1]."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PerGroup:
+    """One float scale per ``size`` consecutive inputs of each output channel. Scale shape [N, K / size]."""
+
+    size: int = 64
+
+    def __post_init__(self) -> None:
+        _check_group(type(self).__name__, self.size)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TwoLevel:
+    """Groups whose scales are small integers times one float per output channel, so that every weight is an int8 number.
+
+    weight[n, k] = scale[n] * group_scale[n, k // size] * code[n, k], with |group_scale * code| <= 127: one int8 matmul serves
+    the whole layer although the groups differ (the "progressive" quantization of QServe, Lin et al. 2024, arXiv 2405.04532,
+    section 4.1; here symmetric in both levels, and group scales are chosen by error, not by absmax). Scale shapes [N, 1] float and
+    [N, K / size] uint8.
+    """
+
+    size: int = 64
+
+    def __post_init__(self) -> None:
+        _check_group(type(self).__name__, self.size)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class E8M0Group:
+    """Microscaling (OCP MX 1.0): one power of two per ``size`` consecutive inputs, stored as its exponent in a byte. MXFP4, MXFP8.
+
+    ``saturate``: the exponent that MX prescribes, floor(log2 absmax) - floor(log2 largest), under which the largest numbers may
+    be cut off; else the next one, under which none is. An ``MSE`` range takes the best of three. Scale shape [N, K / size] uint8.
+    """
+
+    size: int = 32
+    saturate: bool = True
+
+    def __post_init__(self) -> None:
+        _check_group(type(self).__name__, self.size)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class E4M3Group:
+    """One positive E4M3 scale per ``size`` consecutive inputs, times one float32 per weight (per token of an input). NVFP4.
+
+    An ``MSE`` range tries every E4M3 number for every group. Scale shapes [1, 1] float32 and [N, K / size] float8_e4m3fn.
+    """
+
+    size: int = 16
+
+    def __post_init__(self) -> None:
+        _check_group(type(self).__name__, self.size)
+
+
+def _check_group(where: str, size: int) -> None:
+    if not (isinstance(size, int) and size >= 8 and size % 8 == 0):
+        raise ValueError(f"{where}: size must be a positive multiple of 8, got {size!r}. The usual sizes are 32, 64 and 128.")
+
+
+# --- how a range is found --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AbsMax:
+    """The largest magnitude (symmetric) or the least and largest value (asymmetric) of the numbers that share a scale."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MSE:
+    """The range among ``steps`` multiples of the absmax range, from ``most`` down to ``least``, with the least squared error.
+
+    Above 1 it pays for floating-point grids, whose error repeats with every factor of two. In microscaling groups ``MSE``
+    searches what there is to search (see ``E8M0Group`` and ``E4M3Group``) and the numbers here do not matter.
+    """
+
+    steps: int = 16
+    least: float = 0.4
+    most: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.steps, int) and self.steps >= 2 and 0 < self.least < 1):
+            raise ValueError(
+                f"MSE: steps must be at least 2 and least in (0, 1), got steps={self.steps!r}, least={self.least!r}. Use MSE()."
+            )
+        if not 1 <= self.most <= 2:
+            raise ValueError(f"MSE: most must be from 1 to 2, got {self.most!r}. Use MSE().")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dynamic:
+    """Inputs only: absmax of each token (or of each group of its inputs), found anew at every call. Needs no calibration."""
+
+
+Format = Int | Float | BestFloat | Codebook
+Granularity = PerTensor | PerChannel | PerToken | PerGroup | TwoLevel | E8M0Group | E4M3Group
+Range = AbsMax | MSE | Dynamic
+GROUPS = (PerGroup, TwoLevel, E8M0Group, E4M3Group)  # granularities with a ``size``
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorSpec:
+    """How one tensor is stored or rounded."""
+
+    format: Format
+    granularity: Granularity
+    range: Range = AbsMax()
+
+    @property
+    def bits(self) -> int:
+        return self.format.bits

@@ -1,0 +1,265 @@
+"""What happens to one linear or convolution: weight, input, change of basis, low-rank branch, and how its codes are chosen.
+
+The order is fixed: transforms in the order given, then the low-rank branch, then the solver on what is left, then the bias.
+"""
+
+from dataclasses import dataclass
+
+from .formats import (
+    GROUPS,
+    MSE,
+    BestFloat,
+    Codebook,
+    Dynamic,
+    E4M3Group,
+    E8M0Group,
+    Float,
+    Int,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    TensorSpec,
+    TwoLevel,
+)
+
+# --- solvers: how codes are chosen. The code is in dqtk/methods, one file each ---------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RTN:
+    """Round to nearest, after the range has been found."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GPTQ:
+    """Round column by column and let the columns that follow make up for it (Frantar et al. 2022, arXiv 2210.17323).
+
+    damping: share of the mean of the Gram matrix's diagonal that is added to it. act_order: columns of large inputs first. sweeps:
+    rounds of coordinate descent afterwards (CDQuant, Nair & Suggala 2024, arXiv 2406.17542); 0 is plain GPTQ.
+    """
+
+    damping: float = 0.01
+    act_order: bool = True
+    sweeps: int = 2
+
+    def __post_init__(self) -> None:
+        if not 0 < self.damping <= 1:
+            raise ValueError(f"GPTQ: damping must be in (0, 1], got {self.damping!r}. The usual value is 0.01.")
+        if not (isinstance(self.sweeps, int) and self.sweeps >= 0):
+            raise ValueError(f"GPTQ: sweeps must be 0 or a positive integer, got {self.sweeps!r}. The usual number is 2.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdaRound:
+    """Learn for every weight whether it is rounded up or down (Nagel et al. 2020, arXiv 2004.10568), on any grid.
+
+    On floating-point grids the step differs from weight to weight; the variable is scaled so that its gradient does not (FP4DiT,
+    arXiv 2503.15465). iterations: Adam steps.
+    """
+
+    iterations: int = 2500
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.iterations, int) and self.iterations >= 1):
+            raise ValueError(f"AdaRound: iterations must be a positive integer, got {self.iterations!r}. The usual number is 2500.")
+
+
+Solver = RTN | GPTQ | AdaRound
+
+# --- transforms: changes of basis of the input that keep the function -------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Smooth:
+    """Divide input channel j by s_j and multiply its weights: s_j = max|X_j|^alpha / max|W_j|^(1 - alpha).
+
+    SmoothQuant's convention (Xiao et al. 2022, arXiv 2211.10438, eq. 4). ``alpha`` None: searched on the layer's output error, no
+    smoothing among the candidates. power_of_two: s_j rounded to 1, 2, 4 or 8 relative to the least, which a floating-point weight
+    takes into its exponent without loss (LLM-FP4's pre-shifted exponents, arXiv 2310.16836).
+    """
+
+    alpha: float | None = None
+    power_of_two: bool = False
+
+    def __post_init__(self) -> None:
+        if self.alpha is not None and not 0 <= self.alpha <= 1:
+            raise ValueError(f"Smooth: alpha must be from 0 to 1 or None, got {self.alpha!r}. None searches it.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hadamard:
+    """Rotate the input by random signs and a Hadamard matrix, in blocks; the weight by the same.
+
+    block: largest block; None: the whole width where a matrix of that order is known, else the largest block that divides it.
+    regular: rows of equal sum, in blocks of a power of four (ConvRot, arXiv 2512.03673). seed: of the signs, which are stored.
+    """
+
+    block: int | None = None
+    regular: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.block is not None and not (isinstance(self.block, int) and self.block >= 4):
+            raise ValueError(f"Hadamard: block must be an integer of at least 4 or None, got {self.block!r}. Usual: 64 to 256.")
+
+
+Transform = Smooth | Hadamard
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LowRank:
+    """A branch of ``rank`` in 16 bits beside the quantized weight: W ~ up @ down + Q(W - up @ down) (SVDQuant, arXiv 2411.05007).
+
+    Sites that share an input share ``down``. iterations: alternations between branch and rounded rest; the best is kept.
+    """
+
+    rank: int = 32
+    iterations: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "iterations"):
+            value = getattr(self, name)
+            if not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"LowRank: {name} must be a positive integer, got {value!r}. Use None for no branch.")
+
+
+# --- the layer -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerSpec:
+    """What happens to one linear or convolution. ``input`` None: kept in the compute dtype.
+
+    correct_bias: shift the bias by the mean output error on the calibration inputs (Nagel et al. 2019, arXiv 1906.04721).
+    """
+
+    weight: TensorSpec
+    input: TensorSpec | None = None
+    solver: Solver = RTN()
+    transforms: tuple[Transform, ...] = ()
+    low_rank: LowRank | None = None
+    correct_bias: bool = False
+
+    def __post_init__(self) -> None:
+        self._check_weight()
+        if self.input is not None:
+            self._check_input(self.input)
+        kinds = [type(transform) for transform in self.transforms]
+        if len(set(kinds)) != len(kinds):
+            raise ValueError(f"LayerSpec: transforms must be of different kinds, got {self.transforms}. Drop one.")
+
+    def _check_weight(self) -> None:
+        form, granularity = self.weight.format, self.weight.granularity
+        if isinstance(granularity, PerToken) or isinstance(self.weight.range, Dynamic):
+            raise ValueError(
+                "LayerSpec: weight must be static with PerTensor, PerChannel or a group granularity, "
+                f"got {granularity} with {self.weight.range}. Weights have no tokens."
+            )
+        if isinstance(granularity, TwoLevel) and not (isinstance(form, Int) and form.symmetric and form.bits <= 4):
+            raise ValueError(
+                f"LayerSpec: weight with TwoLevel granularity must be symmetric Int of at most 4 bits, got {form}. Use PerGroup."
+            )
+        if isinstance(form, Float | BestFloat) and not form.signed:
+            raise ValueError(f"LayerSpec: weight must be a signed format, got {form}. Unsigned floats are for inputs.")
+        _check_format("weight", self.weight)
+
+    def _check_input(self, spec: TensorSpec) -> None:
+        if isinstance(spec.granularity, PerChannel | TwoLevel):
+            raise ValueError(
+                f"LayerSpec: input granularity must be PerToken, PerTensor or a group of inputs, got {spec.granularity}. "
+                "Matmuls need scales that do not depend on the channel."
+            )
+        if isinstance(spec.range, Dynamic) == isinstance(spec.granularity, PerTensor):
+            raise ValueError(
+                f"LayerSpec: input must be PerTensor with a calibrated range, or PerToken or in groups with Dynamic range, "
+                f"got {spec.granularity} with {spec.range}. A token's range is known only when it arrives."
+            )
+        if isinstance(spec.format, BestFloat) and isinstance(spec.range, Dynamic):
+            raise ValueError(
+                f"LayerSpec: input format under a Dynamic range must be a fixed one, got {spec.format}. "
+                "Use Float(exponent=4, mantissa=3)."
+            )
+        _check_format("input", spec)
+
+    @property
+    def needs_ranges(self) -> bool:
+        """Whether calibration must find the range of this layer's input."""
+        return self.input is not None and not isinstance(self.input.range, Dynamic)
+
+    @property
+    def searches_input(self) -> bool:
+        """Whether a static input's format or range is searched, and not read off its least and largest value."""
+        searched = self.input is not None and (isinstance(self.input.format, BestFloat) or isinstance(self.input.range, MSE))
+        return self.needs_ranges and searched
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether calibration must keep what this layer's solver learns from: second moments and a sample of its inputs."""
+        smooth = any(isinstance(transform, Smooth) for transform in self.transforms)
+        moved = self.needs_ranges and bool(self.transforms)  # the range of a transformed input is not that of the input
+        return self.solver != RTN() or smooth or moved or self.low_rank is not None or self.correct_bias or self.searches_input
+
+    @property
+    def needs_stats(self) -> bool:
+        """Whether calibration must see this layer's input first."""
+        return self.needs_ranges or self.needs_inputs
+
+    def __str__(self) -> str:
+        return describe(self)
+
+
+def _check_format(where: str, spec: TensorSpec) -> None:
+    """What a format and a granularity ask of each other."""
+    form, granularity = spec.format, spec.granularity
+    two_sided = getattr(form, "symmetric", getattr(form, "signed", False))
+    if isinstance(granularity, E8M0Group | E4M3Group) and not two_sided:
+        raise ValueError(
+            f"LayerSpec: {where} with {type(granularity).__name__} must be a signed Float or a symmetric Int, got {form}. "
+            "Use PerGroup."
+        )
+    if isinstance(form, Codebook) and len(form.tables) > 1 and not isinstance(granularity, PerGroup):
+        raise ValueError(
+            f"LayerSpec: {where} with several tables must be PerGroup, got {granularity}. Every group chooses one of them."
+        )
+    if isinstance(form, Codebook) and len(form.tables) > 1 and where == "input":
+        raise ValueError("LayerSpec: input must have one table, got several. Choosing among them at every call does not pay.")
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+def describe(spec: LayerSpec | None) -> str:
+    """A short name such as ``W4 group 64 two-level, A8 per token``; solver, transforms and branch where there are any."""
+    if spec is None:
+        return "16 bit"
+    parts = [f"W{_short(spec.weight)}", f"A{_short(spec.input)}" if spec.input else "A16"]
+    parts += [_name(transform) for transform in spec.transforms]
+    if spec.low_rank is not None:
+        parts.append(f"rank {spec.low_rank.rank}")
+    if spec.solver != RTN():
+        parts.append(type(spec.solver).__name__)
+    if spec.correct_bias:
+        parts.append("bias")
+    return ", ".join(parts)
+
+
+def _name(transform: Transform) -> str:
+    if isinstance(transform, Smooth):
+        return "shift" if transform.power_of_two else "smooth" + ("" if transform.alpha is None else f" {transform.alpha:g}")
+    return "rotated" + ("" if transform.block is None else f" {transform.block}")
+
+
+def _short(tensor: TensorSpec) -> str:
+    form = tensor.format
+    words: dict[type, str] = {PerTensor: "per tensor", PerChannel: "per channel", PerToken: "per token"}
+    kinds: dict[type, str] = {PerGroup: "", TwoLevel: " two-level", E8M0Group: " E8M0", E4M3Group: " E4M3"}
+    granularity = tensor.granularity
+    where = f"group {granularity.size}{kinds[type(granularity)]}" if isinstance(granularity, GROUPS) else words[type(granularity)]
+    if isinstance(form, Float):
+        return f"FP{form.bits} {'' if form.signed else 'U'}E{form.exponent}M{form.mantissa} {where}"
+    if isinstance(form, BestFloat):
+        return f"FP{form.bits} {where}"
+    if isinstance(form, Codebook):
+        return f"{form.bits} {form.name or 'codebook'} {where}"
+    return f"{form.bits} {where}" + ("" if form.symmetric else " asym")

@@ -1,0 +1,123 @@
+"""Which layers are solved together and from which inputs, in what order, within a memory limit.
+
+Layers that share an input and a spec are one group: their statistics are gathered once, and a low-rank branch is shared. Groups
+whose statistics fit into the limit together are one stage: the kept calls are replayed once per stage. Inputs come from the
+unquantized model (everything is solved before anything is replaced), or, ``sequential``, from the model as it is quantized so
+far, block by block.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+from .calibrate import Stats
+from .calibrate.gather import Inputs, gather, gram_bytes, input_name
+from .calibrate.replay import order_of
+from .kernels import to_matrix
+from .methods.solve import Solution, solve
+from .plan import Choice
+
+Solved = list[tuple[Choice, Solution]]
+
+
+def solutions(
+    parts: Mapping[str, nn.Module], work: Sequence[Choice], stats: Stats | None, *, sequential: bool, max_memory: int
+) -> Iterator[Solved]:
+    """Solve all choices, a group at a time. What is yielded may be put into the model at once.
+
+    Args:
+        parts: components by name.
+        work: choices with a spec.
+        stats: needed if some spec needs them.
+        sequential: take inputs from the partly quantized model.
+        max_memory: bytes that second moments may take at a time; one input's are taken whatever they are.
+    """
+    for component, mine in groupby(work, key=lambda choice: choice.site.component):
+        groups = _groups(parts[component], component, list(mine), stats)
+        learning = [group for group in groups if _learns(group)]
+        if sequential:
+            for stage in _stages(groups, max_memory, by_block=True):
+                yield from list(_solved(parts[component], stage, stats))
+            continue
+        held: list[Solved] = []
+        for stage in _stages(learning, max_memory, by_block=False):
+            held += _solved(parts[component], stage, stats)
+        yield from held
+        for group in groups:
+            if not _learns(group):
+                yield from _solved(parts[component], [group], stats)
+
+
+def _learns(group: Sequence[Choice]) -> bool:
+    return group[0].spec is not None and group[0].spec.needs_inputs
+
+
+def _groups(module: nn.Module, component: str, work: list[Choice], stats: Stats | None) -> list[list[Choice]]:
+    """Choices that share an input and a spec, in the order in which the model reaches them where that is known."""
+    if any(_learns([choice]) for choice in work):
+        calls = [call for call in (stats.calls if stats else ()) if call.component == component]
+        if calls:
+            order = {path: index for index, path in enumerate(order_of(module, calls[0], [c.site.path for c in work]))}
+            work = sorted(work, key=lambda choice: order.get(choice.site.path, len(order)))
+    found: dict[object, list[Choice]] = {}
+    for choice in work:
+        key = (input_name(choice.site), choice.spec) if _learns([choice]) else choice.site.id
+        found.setdefault(key, []).append(choice)
+    return list(found.values())
+
+
+def _stages(groups: Sequence[list[Choice]], max_memory: int, *, by_block: bool) -> Iterator[list[list[Choice]]]:
+    """Consecutive groups whose statistics fit together, and that lie in one block if asked for."""
+    stage: list[list[Choice]] = []
+    taken, block = 0, None
+    for group in groups:
+        mine = gram_bytes(group[0].site) if _learns(group) else 0
+        here = _block(group[0].site.path) if by_block else None
+        if stage and (taken + mine > max_memory or here != block):
+            yield stage
+            stage, taken = [], 0
+        stage.append(group)
+        taken, block = taken + mine, here
+    if stage:
+        yield stage
+
+
+def _block(path: str) -> str:
+    """The repeated block around a layer: ``down_blocks.1.attentions.0.transformer_blocks.2``."""
+    found = re.match(r"(.*?(?:blocks?|layers?)\.\d+(?:\.(?:\w*blocks|attentions|resnets|layers)\.\d+)*)(\.|$)", path)
+    return found[1] if found else path.split(".")[0]
+
+
+@torch.no_grad()
+def _solved(module: nn.Module, stage: Sequence[list[Choice]], stats: Stats | None) -> Iterator[Solved]:
+    sites = [choice.site for group in stage if _learns(group) for choice in group]
+    assert stats is not None or not sites
+    inputs: Mapping[str, Inputs] = gather(module, stats.calls, sites) if stats is not None and sites else {}
+    for group in stage:
+        yield _solve_group(module, group, inputs, stats)
+
+
+def _solve_group(module: nn.Module, group: list[Choice], inputs: Mapping[str, Inputs], stats: Stats | None) -> Solved:
+    site, spec = group[0].site, group[0].spec
+    assert spec is not None
+    ranges = None
+    if spec.needs_ranges and not (spec.searches_input or spec.transforms):
+        assert stats is not None
+        ranges = stats.input_range(site.id)
+    found = solve(
+        [_matrix(module, choice) for choice in group],
+        spec,
+        inputs.get(input_name(site)) if spec.needs_inputs else None,
+        channels=site.channels,
+        input_range=ranges,
+    )
+    return list(zip(group, found, strict=True))
+
+
+def _matrix(module: nn.Module, choice: Choice) -> Tensor:
+    weight = module.get_submodule(choice.site.path).weight
+    assert isinstance(weight, Tensor)
+    return (weight if weight.ndim == 2 else to_matrix(weight)).detach()
