@@ -3,6 +3,7 @@
 from collections import Counter
 from typing import Any
 
+from .ops import op_of, report_of
 from .plan import Plan
 from .spec import describe
 
@@ -46,6 +47,7 @@ def explain(plan: Plan, sites: bool = True) -> str:
         else:
             blocks.append(table(["role", "bits", "sites", "before", "after", "why"], _role_rows(mine)))
     blocks.append(totals(plan))
+    blocks.append(runs(plan))
     return "\n\n".join(blocks)
 
 
@@ -72,6 +74,16 @@ def totals(plan: Plan) -> str:
         for name, size in sizes.items()
     ]
     return table(["component", "parameters", "bf16", "quantized", "ratio", "left at 16 bit", "layers"], rows)
+
+
+def runs(plan: Plan) -> str:
+    """What serves the quantized layers on which device; what is only emulated is called so."""
+    ops = Counter(op_of(c.spec, c.site.kind) for c in plan.choices if c.spec is not None)
+    rows = []
+    for device in ("cpu", "cuda"):
+        for op, num in ops.most_common():
+            rows.append([device, op, str(num), report_of(op, device)])
+    return table(["device", "op", "layers", "runs as"], rows)
 
 
 def _role_rows(choices: list[Any]) -> list[list[str]]:

@@ -7,16 +7,24 @@ half their bytes; their input is one row per image.
 
 from .plan import Recipe, Rule
 from .spec import (
+    GPTQ,
     MSE,
     AbsMax,
+    AdaRound,
+    BestFloat,
     Dynamic,
+    E4M3Group,
+    E8M0Group,
     Float,
+    Hadamard,
     Int,
     LayerSpec,
+    LowRank,
     PerChannel,
     PerGroup,
     PerTensor,
     PerToken,
+    Smooth,
     TensorSpec,
     TwoLevel,
     did_you_mean,
@@ -36,6 +44,13 @@ _W4 = TensorSpec(format=Int(bits=4, symmetric=False), granularity=PerGroup(size=
 _W4_INTEGER = TensorSpec(format=Int(bits=4), granularity=TwoLevel(size=64), range=AbsMax())
 _WFP8 = TensorSpec(format=Float(), granularity=PerChannel())
 _AFP8 = TensorSpec(format=Float(), granularity=PerToken(), range=Dynamic())
+_AFP8_STATIC = TensorSpec(format=Float(), granularity=PerTensor(), range=AbsMax())
+_E2M1 = Float(exponent=2, mantissa=1)
+# Errors of float grids repeat with every factor of two: a range above the absmax is worth trying too.
+_FLOAT_RANGE = MSE(steps=20, least=0.5, most=1.3)
+_WFP4 = TensorSpec(format=_E2M1, granularity=PerGroup(size=64), range=_FLOAT_RANGE)
+_W4_GROUP = TensorSpec(format=Int(bits=4), granularity=PerGroup(size=64), range=MSE())
+_A4_GROUP = TensorSpec(format=Int(bits=4), granularity=PerGroup(size=64), range=Dynamic())
 
 
 def _uniform(name: str, spec: LayerSpec) -> Recipe:
@@ -74,7 +89,81 @@ def fp8() -> Recipe:
     return _uniform("fp8", LayerSpec(weight=_WFP8, input=_AFP8))
 
 
-RECIPES = {"w8a16": w8a16, "w8a8": w8a8, "w8a8-static": w8a8_static, "w4a16": w4a16, "w4a8": w4a8, "fp8": fp8}
+def fp8_static() -> Recipe:
+    """FP8 E4M3 weights per output channel, FP8 inputs with one calibrated range per tensor."""
+    return _uniform("fp8-static", LayerSpec(weight=_WFP8, input=_AFP8_STATIC))
+
+
+def fp4() -> Recipe:
+    """FP4 E2M1 weights in groups of 64 with learned rounding, FP8 inputs per token (as FP4DiT, arXiv 2503.15465)."""
+    return _uniform("fp4", LayerSpec(weight=_WFP4, input=_AFP8, solver=AdaRound()))
+
+
+def nvfp4() -> Recipe:
+    """NVFP4 weights, every group's scale searched, and NVFP4 inputs."""
+    weight = TensorSpec(format=_E2M1, granularity=E4M3Group(), range=MSE())
+    return _uniform("nvfp4", LayerSpec(weight=weight, input=TensorSpec(format=_E2M1, granularity=E4M3Group(), range=Dynamic())))
+
+
+def mxfp4() -> Recipe:
+    """MXFP4 weights, every group's exponent the best of three, and MXFP4 inputs (OCP Microscaling 1.0)."""
+    weight = TensorSpec(format=_E2M1, granularity=E8M0Group(), range=MSE())
+    return _uniform("mxfp4", LayerSpec(weight=weight, input=TensorSpec(format=_E2M1, granularity=E8M0Group(), range=Dynamic())))
+
+
+def w4a8_gptq() -> Recipe:
+    """``w4a8`` with smoothing searched and codes chosen by GPTQ and coordinate descent, on prompts: same storage, same kernel."""
+    return _uniform("w4a8-gptq", LayerSpec(weight=_W4_INTEGER, input=_A8, solver=GPTQ(), transforms=(Smooth(),)))
+
+
+def w4a4_svd() -> Recipe:
+    """INT4 weights and inputs in groups of 64, smoothed, with a 16-bit branch of rank 32 (SVDQuant, arXiv 2411.05007) and GPTQ."""
+    spec = LayerSpec(weight=_W4_GROUP, input=_A4_GROUP, solver=GPTQ(), transforms=(Smooth(),), low_rank=LowRank(rank=32))
+    return _uniform("w4a4-svd", spec)
+
+
+def w4a4_rot() -> Recipe:
+    """INT4 weights and inputs in groups of 64, rotated by Hadamard matrices, GPTQ."""
+    return _uniform("w4a4-rot", LayerSpec(weight=_W4_GROUP, input=_A4_GROUP, solver=GPTQ(), transforms=(Hadamard(),)))
+
+
+def viditq_w4a8() -> Recipe:
+    """ViDiT-Q's channel balancing (arXiv 2406.02540): scale with alpha 0.01, then rotate; W4 per channel, A8 per token.
+
+    The paper's settings for PixArt-Sigma; its exponent 0.99 is on the weight, ours on the input. Modulation stays at 16 bits.
+    """
+    weight = TensorSpec(format=Int(bits=4, symmetric=False), granularity=PerChannel())
+    spec = LayerSpec(weight=weight, input=_A8, transforms=(Smooth(alpha=0.01), Hadamard()))
+    keep = {**KEPT_ROLES, "modulation": "kept: as in the paper"}
+    rules = tuple(Rule(roles=(role,), spec=None, why=why) for role, why in keep.items())
+    return Recipe(name="viditq-w4a8", rules=(*rules, Rule(spec=spec, why="viditq-w4a8: default")))
+
+
+def llm_fp4() -> Recipe:
+    """LLM-FP4 (arXiv 2310.16836): FP4 weights and static FP4 inputs, splits and ranges searched, input exponents shifted."""
+    search = MSE(steps=56, least=0.1, most=1.2)
+    weight = TensorSpec(format=BestFloat(bits=4), granularity=PerChannel(), range=search)
+    given = TensorSpec(format=BestFloat(bits=4), granularity=PerTensor(), range=search)
+    return _uniform("llm-fp4", LayerSpec(weight=weight, input=given, transforms=(Smooth(alpha=1.0, power_of_two=True),)))
+
+
+RECIPES = {
+    "w8a16": w8a16,
+    "w8a8": w8a8,
+    "w8a8-static": w8a8_static,
+    "w4a16": w4a16,
+    "w4a8": w4a8,
+    "w4a8-gptq": w4a8_gptq,
+    "fp8": fp8,
+    "fp8-static": fp8_static,
+    "fp4": fp4,
+    "nvfp4": nvfp4,
+    "mxfp4": mxfp4,
+    "w4a4-svd": w4a4_svd,
+    "w4a4-rot": w4a4_rot,
+    "viditq-w4a8": viditq_w4a8,
+    "llm-fp4": llm_fp4,
+}
 
 
 def recipe_named(name: str) -> Recipe:

@@ -15,8 +15,19 @@ GOLDEN = {
     "w8a8-static": "W8 per channel, A8 per tensor asym",
     "w4a16": "W4 group 64 asym, A16",
     "w4a8": "W4 group 64 two-level, A8 per token",
-    "fp8": "WFP8 per channel, AFP8 per token",
+    "w4a8-gptq": "W4 group 64 two-level, A8 per token, smooth, GPTQ",
+    "fp8": "WFP8 E4M3 per channel, AFP8 E4M3 per token",
+    "fp8-static": "WFP8 E4M3 per channel, AFP8 E4M3 per tensor",
+    "fp4": "WFP4 E2M1 group 64, AFP8 E4M3 per token, AdaRound",
+    "nvfp4": "WFP4 E2M1 group 16 E4M3, AFP4 E2M1 group 16 E4M3",
+    "mxfp4": "WFP4 E2M1 group 32 E8M0, AFP4 E2M1 group 32 E8M0",
+    "w4a4-svd": "W4 group 64, A4 group 64, smooth, rank 32, GPTQ",
+    "w4a4-rot": "W4 group 64, A4 group 64, rotated, GPTQ",
+    "viditq-w4a8": "W4 per channel asym, A8 per token, smooth 0.01, rotated",
+    "llm-fp4": "WFP4 per channel, AFP4 per tensor, shift",
 }
+LEARNING = {"w4a8-gptq", "fp4", "w4a4-svd", "w4a4-rot", "viditq-w4a8", "llm-fp4"}  # from inputs seen on prompts
+RANGES = {"w8a8-static", "fp8-static", "llm-fp4"}
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -26,7 +37,8 @@ def test_names_mean_what_they_say(name):
     assert describe(recipe.main_spec()) == GOLDEN[name]
     bits = int(re.search(r"\d", name)[0])
     assert recipe.main_spec().weight.bits == bits
-    assert recipe.main_spec().needs_stats == (name == "w8a8-static")
+    assert recipe.main_spec().needs_inputs == (name in LEARNING)
+    assert recipe.main_spec().needs_ranges == (name in RANGES)
 
 
 def test_no_other_names():
@@ -40,7 +52,7 @@ def test_same_roles_are_kept_and_modulation_keeps_its_input(name, load_tiny):
         if choice.site.role in KEPT_ROLES:
             assert (choice.spec, choice.why) == (None, KEPT_ROLES[choice.site.role])
         elif choice.site.role == "modulation":
-            assert describe(choice.spec) == "W8 per channel, A16"
+            assert describe(choice.spec) == ("16 bit" if name == "viditq-w4a8" else "W8 per channel, A16")
         else:
             assert choice.spec is not None, choice.site.id
     assert set(KEPT_ROLES) <= set(ROLES)
