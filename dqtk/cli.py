@@ -54,6 +54,8 @@ def parser() -> argparse.ArgumentParser:
     _sampling(quant, prompts_required=False, dtype="stored")
     quant.add_argument("--plan", type=Path, help="a plan written by explain --output, in place of a recipe")
     quant.add_argument("--stats", type=Path, help="statistics written by calibrate, in place of prompts")
+    quant.add_argument("--sequential", action="store_true", help="solvers see inputs of the model as it is quantized so far")
+    quant.add_argument("--max-memory", type=float, default=2, metavar="GIB", help="of input statistics (%(default)s)")
     quant.add_argument("--output", type=Path, required=True, help="folder for the quantized pipeline; new or empty")
 
     generate = verbs.add_parser("generate", help="write one PNG per prompt")
@@ -242,14 +244,14 @@ def _quantize(options: argparse.Namespace, command: str) -> None:
     prompts = read_prompts(options.prompts, options.num_prompts) if options.prompts else None
     stats = _read_stats(options.stats) if options.stats else None
     if plan.needs_stats and stats is None and prompts is None:
-        raise ValueError(f"--prompts or --stats must be given for recipe {plan.recipe}, got neither. Its inputs are calibrated.")
+        raise ValueError(f"--prompts or --stats must be given for recipe {plan.recipe}, got neither. It is calibrated.")
     if stats is not None and not plan.needs_stats:
-        raise ValueError(f"--stats must be left out for recipe {plan.recipe}, got {options.stats}. No input of it is calibrated.")
+        raise ValueError(f"--stats must be left out for recipe {plan.recipe}, got {options.stats}. It learns nothing from inputs.")
     pipe = load_pipeline(options.model, options.dtype, find_device(options.device))
     if plan.needs_stats and stats is None and prompts is not None:
         kwargs = _call_kwargs(options, pipe)
         stats = run_calibrate(pipe, prompts, plan, seed=options.seed, batch_size=options.batch_size, call_kwargs=kwargs)
-    quantize(pipe, plan, stats)
+    quantize(pipe, plan, stats, sequential=options.sequential, max_memory=int(options.max_memory * 2**30))
     save(pipe, options.output)
     print(totals(plan))
     print(f"{options.output}: recipe {plan.recipe}, plan {plan.hash}")

@@ -47,7 +47,7 @@ _AFP8 = TensorSpec(format=Float(), granularity=PerToken(), range=Dynamic())
 _AFP8_STATIC = TensorSpec(format=Float(), granularity=PerTensor(), range=AbsMax())
 _E2M1 = Float(exponent=2, mantissa=1)
 # Errors of float grids repeat with every factor of two: a range above the absmax is worth trying too.
-_FLOAT_RANGE = MSE(steps=20, least=0.5, most=1.3)
+_FLOAT_RANGE = MSE(steps=28, least=0.6, most=2.0)
 _WFP4 = TensorSpec(format=_E2M1, granularity=PerGroup(size=64), range=_FLOAT_RANGE)
 _W4_GROUP = TensorSpec(format=Int(bits=4), granularity=PerGroup(size=64), range=MSE())
 _A4_GROUP = TensorSpec(format=Int(bits=4), granularity=PerGroup(size=64), range=Dynamic())

@@ -17,6 +17,7 @@ from torch import nn
 import dqtk
 from dqtk.checkpoint import quantized_layers
 from dqtk.cli import main
+from dqtk.recipes import RECIPES
 from dqtk.resolve import call_kwargs_for
 from dqtk.spec import Int, LayerSpec, PerGroup, TensorSpec
 
@@ -174,8 +175,9 @@ def set_weight(folder, value):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--recipe", "w8a9"], "recipe: name must be one of w8a16, w8a8, w8a8-static, w4a16, w4a8, fp8, got 'w8a9'. Did you mean"),
-        ([], "--recipe must be one of w8a16, w8a8, w8a8-static, w4a16, w4a8, fp8, got none. Add it."),
+        (["--recipe", "w8a9"], f"recipe: name must be one of {', '.join(RECIPES)}, got 'w8a9'. Did you mean"),
+        ([], f"--recipe must be one of {', '.join(RECIPES)}, got none. Add it."),
+        (["--recipe", "w4a8-gptq"], "--prompts or --stats must be given for recipe w4a8-gptq, got neither. It is calibrated."),
         (["--recipe", "w8a8", "--keep", "*.attn9.*"], "plan: pattern must match at least one of 67 sites, got '*.attn9.*'."),
         (["--recipe", "w8a8", "--set", "*.attn1.*"], "--set must be PATTERN=RECIPE, got '*.attn1.*'. For example"),
         (["--recipe", "w8a8", "--set", "*.attn1.*=w3"], "recipe: name must be one of"),

@@ -46,7 +46,6 @@ def quantized(pipe, recipe, **kwargs):
 LEARNING = [recipe for recipe in RECIPES if recipe_named(recipe).main_spec().needs_inputs]
 CASES = [(name, recipe, dtype) for name in ("pixart", "sdxl") for recipe in RECIPES if recipe not in LEARNING for dtype in DTYPES]
 CASES += [("pixart", recipe, torch.float32) for recipe in LEARNING]  # what they store differs in nothing else
-CASES += [("sdxl", "w4a4-svd", torch.bfloat16), ("sdxl", "llm-fp4", torch.bfloat16)]
 
 
 @pytest.mark.parametrize(("name", "recipe", "dtype"), CASES)

@@ -17,12 +17,14 @@ from dqtk.spec import (
     Dynamic,
     E8M0Group,
     Float,
+    Hadamard,
     Int,
     LayerSpec,
     LowRank,
     PerChannel,
     PerGroup,
     PerToken,
+    Smooth,
     TensorSpec,
     TwoLevel,
     describe,
@@ -303,3 +305,13 @@ def test_sizes_are_the_bytes_on_disk(load_tiny, tmp_path, recipe):
         names = set(tensors.keys())
     assert {f"{c.site.path}.qweight" in names for c in plan.choices if c.spec} == {True}
     assert {f"{c.site.path}.weight" in names for c in plan.choices if not c.spec} == {True}
+
+
+def test_channels_that_cannot_be_rotated_are_not():
+    """Of 6 channels there is no Hadamard matrix; the rest of the spec stays, and the plan says so."""
+    spec = LayerSpec(weight=TensorSpec(format=Int(bits=8), granularity=PerChannel()), transforms=(Smooth(alpha=0.5), Hadamard()))
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8))
+    odd, even = dqtk.plan(model, Recipe(name="r", rules=(Rule(spec=spec, why="all"),))).choices
+    assert odd.spec == replace(spec, transforms=(Smooth(alpha=0.5),))
+    assert odd.why == "all; not rotated: 6 channels are no multiple of 4"
+    assert even.spec == spec

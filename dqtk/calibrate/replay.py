@@ -47,6 +47,8 @@ def capturing(parts: Mapping[str, nn.Module], level_of: Callable[[str, nn.Module
     def copied(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
+        if value.is_inference():  # without a version, by which changes could be told
+            return value.cpu().clone()
         key = (id(value), value._version)
         if key not in copies:
             copies[key] = (value, value.detach().cpu().clone())  # the original is kept alive, so that its id stays its own

@@ -232,7 +232,7 @@ def test_calls_that_a_plan_needs_are_kept(learned):
     assert components.count("transformer") == 2 * len(PROMPTS)
     assert components.count("text_encoder") == 2 * len(PROMPTS)  # both halves of guidance
     assert all((c.level is None) == (c.component == "text_encoder") for c in learned.calls)
-    assert len({c.level for c in learned.calls if c.level is not None}) >= 2
+    assert len({c.level for c in learned.calls if c.level is not None}) == 3  # runs take different steps
     assert not learned.inputs
     assert all(c.kwargs["hidden_states"].shape[0] == 2 for c in learned.calls if c.level is not None)
 

@@ -78,8 +78,19 @@ def test_what_calls_share_is_stored_once():
     assert calls[0].kwargs["extra"]["text"] is not text
     assert calls[0].kwargs["extra"]["masks"][0] is calls[1].kwargs["extra"]["masks"][1][0]
     assert calls[0].kwargs["x"] is not calls[1].kwargs["x"]
-    assert not torch.equal(calls[0].kwargs["x"], calls[1].kwargs["x"])  # freed and taken again at one address
     assert calls[0].kwargs["extra"]["masks"][1][1] is None
+
+
+def test_tensors_that_come_and_go_are_not_mixed_up():
+    """A tensor that was freed leaves its place in memory, and its id, to the next one."""
+    module = Denoiser()
+
+    def run():
+        for i in range(50):
+            module(torch.full((1, 2, 4), float(i)), torch.tensor(float(i)))
+
+    calls = kept(module, run)
+    assert [float(c.kwargs["x"][0, 0, 0]) for c in calls] == [c.time for c in calls] == list(range(50))
 
 
 def test_arguments_are_kept_by_name_and_without_graph():
@@ -88,6 +99,22 @@ def test_arguments_are_kept_by_name_and_without_graph():
     assert list(c.kwargs) == ["x", "t", "extra", "times"]
     assert not c.kwargs["x"].requires_grad
     assert c.time == 3.0
+
+
+def test_inference_mode_keeps_copies_too():
+    module, x = Denoiser(), seeded(2, 3, 4)
+    with torch.inference_mode():
+        mine = x.clone()
+
+        def run():
+            for _ in range(2):
+                module(mine, 1.0)
+                mine.mul_(2)
+
+        calls = kept(module, run)
+    for i, c in enumerate(calls):
+        assert torch.equal(c.kwargs["x"], x * 2**i)
+    assert len(watch(module, calls, "first")["first"]) == 2
 
 
 def test_no_hook_stays_after_an_exception():
