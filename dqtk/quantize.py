@@ -132,7 +132,7 @@ def quantize(
     if made.needs_stats and stats is None:
         if prompts is None:
             raise ValueError(
-                f"quantize: recipe {made.recipe!r} must have statistics for its static inputs, got none. "
+                f"quantize: recipe {made.recipe!r} must have statistics of its inputs, got none. "
                 "Pass prompts=[...], or stats=dqtk.calibrate(pipe, prompts, plan)."
             )
         stats = calibrate(target, prompts, made, call_kwargs=call_kwargs, progress=progress)

@@ -145,6 +145,10 @@ class LayerSpec:
         self._check_weight()
         if self.input is not None:
             self._check_input(self.input)
+        if isinstance(self.solver, AdaRound) and isinstance(self.weight.format, Codebook):
+            raise ValueError(
+                f"LayerSpec: solver must be RTN or GPTQ for a Codebook, got {self.solver}. Its values have no up and down."
+            )
         kinds = [type(transform) for transform in self.transforms]
         if len(set(kinds)) != len(kinds):
             raise ValueError(f"LayerSpec: transforms must be of different kinds, got {self.transforms}. Drop one.")
