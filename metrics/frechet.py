@@ -111,5 +111,6 @@ SCORES = (
         function=lambda generated, reference, paired: frechet_distance_of(generated, reference),
         head="spatial",
         full_rank=True,
+        published=(("inception2015*", "legacy"),),  # OpenAI's evaluator, which resizes as TensorFlow 1 did
     ),
 )
