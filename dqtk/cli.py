@@ -27,7 +27,7 @@ from .prompt_sets import read_prompts
 from .quantize import plan as make_plan
 from .quantize import quantize, save
 from .recipes import RECIPES
-from .report.rounding import ROUNDINGS
+from .report.rounding import ROUNDINGS, check_rounding
 from .resolve import oracle_for
 from .sources import find_device, load_pipeline, local_folder, meta_pipeline, read_json, readable
 
@@ -69,8 +69,7 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--floor",
         choices=(*FLOORS, "none"),
-        default="bfloat16",
-        help="the noise floor: the reference again in bf16, with other kernels or threads (%(default)s)",
+        help="the noise floor: the reference in bf16, with other kernels or threads (default: bfloat16 for --dtype float32)",
     )
     compare.add_argument("--lpips-weights", type=Path, help="backbone weights for LPIPS (a torchvision AlexNet .pth)")
 
@@ -288,6 +287,7 @@ def _compare(options: argparse.Namespace, command: str) -> None:
     check_output(beside, "compare")
     _check_new_file(options.output, "compare")
     device = find_device(options.device)
+    check_rounding("compare", options.floor, device)  # before any weight is read
     reference, candidate = (load_pipeline(model, options.dtype, device) for model in (options.reference, options.candidate))
     floor, floor_name = _floor(options, device)
     folders = [local_folder(model) for model in (options.reference, options.candidate)]
@@ -315,10 +315,14 @@ def _compare(options: argparse.Namespace, command: str) -> None:
 
 
 def _floor(options: argparse.Namespace, device: Any) -> tuple[Any, str]:
-    """The third pipeline of ``compare`` and its name; none where bf16 would not be another rounding than the reference's."""
-    if options.floor == "none" or (options.floor == "bfloat16" and options.dtype != "float32"):
+    """The third pipeline of ``compare`` and its name. By default bf16, and none where that is no finer rounding's floor."""
+    if options.floor == "bfloat16" and options.dtype != "float32":
+        raise ValueError(
+            f"compare: --floor bfloat16 must come with --dtype float32, got {options.dtype}. Take kernels, or leave it out."
+        )
+    if options.floor == "none" or (options.floor is None and options.dtype != "float32"):
         return None, ""
-    if options.floor == "bfloat16":
+    if options.floor in (None, "bfloat16"):
         return load_pipeline(options.reference, "bfloat16", device), "bf16 against fp32"
     return options.floor, f"other {options.floor}"
 

@@ -218,3 +218,11 @@ def test_stats_that_nothing_needs(folder, tmp_path, capsys):
     words = ["quantize", folder, "--recipe", "w8a8", "--stats", str(tmp_path / "s"), "--output", str(tmp_path / "out")]
     assert main(words) == 2
     assert "--stats must be left out for recipe w8a8" in capsys.readouterr().err
+
+
+def test_a_floor_that_is_none_is_said(tiny_folders, tmp_path, capsys):
+    """bf16 beside bf16 is no other rounding: asked for by name it is refused, and not left out without a word."""
+    words = ["compare", *[str(tiny_folders["pixart"])] * 2, "--prompts", "a", "--steps", "1", "--output", str(tmp_path / "a.html")]
+    assert main([*words, "--dtype", "bfloat16", "--floor", "bfloat16"]) == 2
+    assert "--floor bfloat16 must come with --dtype float32, got bfloat16" in capsys.readouterr().err
+    assert main([*words, "--dtype", "bfloat16"]) == 0

@@ -30,7 +30,7 @@ from . import environment
 from .comparison import Comparison, Curve, OracleScore, Row, SizePair, Timing
 from .generate import Batch, Task, check_call_kwargs, generate, make_tasks, to_tensor
 from .measures import curve_of, score_measures, step_measures
-from .rounding import other_rounding
+from .rounding import check_rounding, other_rounding
 from .scores import DEFAULT_SCORES, ImageScore, resolve_scores
 from .sizes import pipeline_sizes
 from .trajectory import Call, StepSums, TrajectoryMismatch, compute_dtype, own_trajectory, recorded, same_inputs
@@ -148,7 +148,7 @@ def compare(
     ``plan_summary`` (plain data) is carried into the records and the page. Raises ``ValueError`` for no or empty prompts,
     counts below 1, reserved ``call_kwargs``, unknown scores, or pipelines that return no images.
     """
-    _check(prompts, seeds_per_prompt, batch_size, num_trajectory)
+    _check(prompts, seeds_per_prompt, batch_size, num_trajectory, seed)
     kwargs = check_call_kwargs(call_arguments(reference, call_kwargs))
     image_scores, missing = resolve_scores(scores, lpips_net=lpips_net, lpips_weights=lpips_weights)
     tasks = make_tasks(prompts, seed, seeds_per_prompt)
@@ -157,6 +157,7 @@ def compare(
     others = {"candidate": candidate} | ({"floor": floor if rounding is None else reference} if floor is not None else {})
     with other_rounding(rounding):
         pass  # a wrong word fails before any picture is made
+    check_rounding("compare", rounding, getattr(reference, "_execution_device", "cpu"))
     found = _Found(steps={name: _Steps() for name in others}, rounding=rounding)
     with tqdm(total=len(tasks), desc="compare", unit="pair", disable=not progress) as bar:
         for batch, hooked in _batches(tasks, batch_size, num_recorded):
@@ -188,7 +189,7 @@ def compare(
     )
 
 
-def _check(prompts: Sequence[str], seeds_per_prompt: int, batch_size: int, num_trajectory: int) -> None:
+def _check(prompts: Sequence[str], seeds_per_prompt: int, batch_size: int, num_trajectory: int, seed: int) -> None:
     if isinstance(prompts, str):
         raise ValueError(f"compare: prompts must be a list of texts, got one text {prompts!r}. Put it in a list.")
     if len(prompts) == 0:
@@ -200,6 +201,7 @@ def _check(prompts: Sequence[str], seeds_per_prompt: int, batch_size: int, num_t
         ("seeds_per_prompt", seeds_per_prompt, 1),
         ("batch_size", batch_size, 1),
         ("num_trajectory", num_trajectory, 0),
+        ("seed", seed, 0),
     ):
         if value < least:
             raise ValueError(f"compare: {name} must be at least {least}, got {value}. Choose a larger one.")

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from .comparison import Curve, Estimate, Measure, Row
-from .scores import ImageScore, bootstrap, pool_db
+from .scores import ImageScore, bootstrap, change_interval, pool_db
 from .trajectory import StepSums
 
 STEP_CAP_DB = 100.0  # what an exact denoiser output counts for in a mean over images
@@ -141,19 +141,11 @@ def _oracle_measures(rows: Sequence[Row], prompts: Sequence[int], seed: int) -> 
         right = {side: [float(bool(row.oracle[side].all_correct)) for row in rows] for side in rows[0].oracle}
         pairs = list(zip(right["reference"], right["candidate"], strict=True))
         flips = {"right_to_wrong": pairs.count((1.0, 0.0)), "wrong_to_right": pairs.count((0.0, 1.0))}
-        found.append(_with_exact_bound(_paired("all_correct", "All correct", right, prompts, seed, flips)))
+        before, after, change = _paired("all_correct", "All correct", right, prompts, seed, flips)
+        interval = change_interval(right["reference"], right["candidate"], prompts, seed)
+        estimate = Estimate(value=interval.estimate, low=interval.low, high=interval.high)
+        found.append([before, after, replace(change, estimate=estimate)])
     return [measure for group in found for measure in group]
-
-
-def _with_exact_bound(measures: list[Measure]) -> list[Measure]:
-    """Where no picture flipped, a bootstrap would claim certainty: the bound is then that of a rate never seen in so many tries."""
-    before, after, change = measures
-    estimate, flips = change.estimate, change.detail
-    assert estimate is not None
-    if estimate.low is None or flips["right_to_wrong"] or flips["wrong_to_right"]:
-        return measures
-    bound = 1 - 0.025 ** (1 / change.num_samples)
-    return [before, after, replace(change, estimate=Estimate(value=0.0, low=-bound, high=bound))]
 
 
 def _paired(

@@ -95,6 +95,21 @@ def flips(before: Sequence[bool], after: Sequence[bool]) -> Any:
     return count(before, after)
 
 
+def change_interval(before: Sequence[float], after: Sequence[float], prompts: Sequence[int], seed: int) -> Any:
+    """The mean change of yes-or-no verdicts (0 or 1), with its interval: that of ``bootstrap``, or where every prompt changed
+    alike (mostly: none flipped), and resampling would claim certainty, what so many *prompts* can rule out."""
+    from dqtk.metrics.bootstrap import Interval
+    from dqtk.metrics.flips import never_seen_bound
+
+    change = [b - a for a, b in zip(before, after, strict=True)]
+    found = bootstrap(change, prompts, seed)
+    if found.low is None or len(set(change)) > 1:
+        return found
+    bound = never_seen_bound(len(set(prompts)))
+    low, high = max(-1.0, found.estimate - bound), min(1.0, found.estimate + bound)
+    return Interval(estimate=found.estimate, low=low, high=high)
+
+
 def rank_warning(num: int, dim: int) -> str | None:
     """``dqtk.metrics.frechet.rank_warning``: what to say of a covariance of fewer rows than columns."""
     from dqtk.metrics.frechet import rank_warning as warning
@@ -102,8 +117,22 @@ def rank_warning(num: int, dim: int) -> str | None:
     return warning(num, dim)
 
 
-def checked_rows(extractor: Any, images: Tensor) -> Tensor:
-    """Features of uint8 images, float32 [B, D], with the extractors' contract checked."""
-    from dqtk.metrics.extractors.contract import checked_rows as rows
+def checked_heads(extractor: Any, images: Tensor, heads: Sequence[str]) -> dict[str, Tensor]:
+    """ "features" of uint8 images, float32 [B, D], and the named ``heads``, with the extractors' contract checked."""
+    from dqtk.metrics.extractors.contract import checked_heads as encoded
 
-    return rows(extractor, images)
+    return encoded(extractor, images, heads)
+
+
+def identity(extractor: Any) -> str:
+    """``dqtk.metrics.extractors.contract.identity``: what an extractor's features are filed under."""
+    from dqtk.metrics.extractors.contract import identity as said
+
+    return said(extractor)
+
+
+def comparable(score: Any, extractor: Any, to_original: bool) -> bool:
+    """``dqtk.metrics.score.comparable``: whether a number may stand beside published ones."""
+    from dqtk.metrics.score import comparable as judged
+
+    return judged(score, extractor, to_original=to_original)

@@ -129,7 +129,12 @@ def test_verdict_words_follow_the_numbers(made_up):
     assert "other pictures than the original's: mean PSNR 47.2 dB" in mixed
     assert "12.0 dB in the median and 12.0 dB in the worst of 5 images" in mixed
     assert "the noise floor is 50.0 dB" in of(30.0, 31.0)
-    assert "no further away than the noise floor" in of(49.0, 52.0)
+    # An interval of the paired difference that includes 0 is no proof: only one that ends by the floor is.
+    assert "; no further away than the noise floor (50.0 dB), to within 0.5 dB" in of(49.6, 52.0)
+    assert "; not clearly further away than the noise floor (50.0 dB) in 3 prompts (9.0 dB further in the mean)" in of(
+        20.0, 52.0, 51.0
+    )
+    assert "; not clearly further away than the noise floor (50.0 dB) in 2 prompts (0.5 dB nearer in the mean)" in of(49.0, 52.0)
     assert "The oracle finds the captions shown worse than before" in of(30.0)  # the only image lost it
     assert "sees no clear change" in of(30.0, 31.0, 32.0, 33.0)
     assert "PSNR was not measured" in verdict(made_up(measures=()))
