@@ -328,8 +328,8 @@ def _floor(options: argparse.Namespace, device: Any) -> tuple[Any, str]:
 
 
 def _evaluate(options: argparse.Namespace, command: str) -> int:
+    from .jobs.evaluate import evaluate
     from .jobs.gates import parse_gate
-    from .jobs.run import evaluate
 
     gates = [parse_gate(text) for text in options.fail_if]
     records = evaluate(
@@ -357,9 +357,10 @@ def _results(output: Path, records: Sequence[Any], gates: Sequence[Any]) -> int:
     """Print the table and what a gate says; 3 if one fails."""
     from .jobs.gates import tripped
 
-    if os.environ.get("RANK", "0") == "0":
-        print((output / "report.md").read_text(encoding="utf-8"))
-        print(f"{output}: results.json, samples.parquet, report.md, report.tex, report.html")
+    if os.environ.get("RANK", "0") != "0":
+        return 0  # the first process says what came out, and decides
+    print((output / "report.md").read_text(encoding="utf-8"))
+    print(f"{output}: results.json, samples.parquet, report.md, report.tex, report.html")
     variants = read_json(output / "results.json", "results")["variants"]
     candidates = [name for name, facts in variants.items() if facts["role"] == "candidate"] or list(variants)
     failed = tripped(gates, records, candidates)

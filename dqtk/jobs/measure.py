@@ -1,24 +1,35 @@
 """Stages 2 and 3 of a set of variants whose pictures exist: features and pair scores (each process its share), then records (one).
 
-``Measures`` is what was asked for, resolved; a job makes it from its file, ``dqtk evaluate`` from its arguments.
+``Measures`` is what was asked for, resolved; a job makes it from its file, ``dqtk evaluate`` from its arguments. Whatever was asked
+for and is not measured becomes a record that says why (``unmeasured``), under the name that its number would have.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from tqdm import tqdm
 
 from dqtk.report import environment
 from dqtk.report.records import Record
-from dqtk.report.scores import checked_rows
 from dqtk.resolve import extractor_for, oracle_of_pictures, scores
 from dqtk.spec import did_you_mean
 
-from .features import Picture, encode, judge_pictures, load_features, score_pairs
+from .features import (
+    Picture,
+    check_sizes,
+    encode,
+    encode_texts,
+    judge_identity,
+    judge_pictures,
+    load_features,
+    load_texts,
+    pair_identity,
+    score_pairs,
+    text_chunks,
+)
 from .processes import Processes
 from .reduce import Context, Values, change_records, class_records, pair_records, set_records
 
@@ -36,29 +47,42 @@ class OracleScore:
     digits: int = 3
 
 
+ORACLE_SCORES = {
+    "oracle_mean": OracleScore(name="oracle_mean", label="Oracle"),
+    "oracle_all_correct": OracleScore(name="oracle_all_correct", label="All correct"),
+}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shown:
-    """A variant and its pictures in batches. ``original``: name of the variant that it is paired with."""
+    """A variant and its pictures in batches. ``original``: name of the variant that it is paired with. ``made``: where and in what
+    it was painted (versions, hardware, dtype, plan_hash); None where nobody knows."""
 
     name: str
     role: str
     original: str
     batches: list[list[Picture]]
+    made: dict[str, Any] | None = None
 
     @property
     def pictures(self) -> list[Picture]:
         return [picture for batch in self.batches for picture in batch]
 
+    @property
+    def prompts(self) -> list[str | None]:
+        return [picture.prompt for picture in self.pictures]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measures:
-    """Scores by kind, the functions of pair scores, extractors by name, an oracle; why some of it is missing."""
+    """Scores by name, the functions of pair scores, extractors by name, an oracle; why some of it is missing, by name."""
 
     scores: dict[str, Any]
     pairs: dict[str, Callable]
     extractors: dict[str, Any]
     judge: Callable | None
     missing: dict[str, str] = field(default_factory=dict)
+    missing_extractors: dict[str, str] = field(default_factory=dict)
 
     def of(self, kind: str) -> list[Any]:
         """Scores of one kind: "PairScore", "TextScore", "SetScore", "ClassScore"."""
@@ -68,6 +92,14 @@ class Measures:
         """What scores want of this extractor beside its own feature, as far as it has it."""
         wanted = dict.fromkeys(score.head for score in self.scores.values() if getattr(score, "head", None) is not None)
         return [head for head in wanted if has_head(extractor, head)]
+
+    def pair_key(self, name: str) -> str:
+        """What cached values of a pair score are filed under."""
+        return pair_identity(self.scores[name], self.pairs[name])
+
+    def readers(self) -> dict[str, Any]:
+        """Extractors with a text tower, if a score wants one."""
+        return {name: e for name, e in self.extractors.items() if hasattr(e, "encode_texts")} if self.of("TextScore") else {}
 
 
 def has_head(extractor: Any, head: str) -> bool:
@@ -90,7 +122,9 @@ def measures(names: Sequence[str], extractors: Sequence[str], device: Any = "cpu
             allowed = [*known, ORACLE]
             raise ValueError(f"metrics: name must be one of {', '.join(allowed)}, got {name!r}.{did_you_mean(name, allowed)}")
         wanted[name] = known[name]
-    missing, pairs, found = {}, {}, {}
+    pairs, found = {}, {}
+    missing: dict[str, str] = {}
+    missing_extractors: dict[str, str] = {}
     for name in [name for name, score in wanted.items() if hasattr(score, "load")]:
         try:
             pairs[name] = wanted[name].load()
@@ -103,8 +137,10 @@ def measures(names: Sequence[str], extractors: Sequence[str], device: Any = "cpu
         try:
             found[name] = extractor_for(name, device)
         except FileNotFoundError as error:
-            missing[name] = str(error)
-    return Measures(scores=wanted, pairs=pairs, extractors=found, judge=None, missing=missing)
+            missing_extractors[name] = str(error)
+    return Measures(
+        scores=wanted, pairs=pairs, extractors=found, judge=None, missing=missing, missing_extractors=missing_extractors
+    )
 
 
 def with_oracle(asked: Measures, names: Sequence[str], shown: Sequence[Shown]) -> Measures:
@@ -114,32 +150,45 @@ def with_oracle(asked: Measures, names: Sequence[str], shown: Sequence[Shown]) -
     pictures = [picture for variant in shown for picture in variant.pictures]
     judge = None
     if all(picture.prompt for picture in pictures):
-        with Image.open(pictures[0].file) as image:
-            judge = oracle_of_pictures(image.size, [picture.prompt or "" for picture in pictures])
+        judge = oracle_of_pictures(check_sizes(pictures[:1]), [picture.prompt or "" for picture in pictures])
     if judge is None:
         reason = {ORACLE: "no oracle knows these prompts and pictures: it reads the embedded world's captions and 64x64 pictures"}
         return replace(asked, missing={**asked.missing, **reason})
     return replace(asked, judge=judge)
 
 
+def _chunks(shown: Sequence[Shown]) -> list[list[str]]:
+    return text_chunks([prompt for variant in shown for prompt in variant.prompts if prompt])
+
+
 def observe(
     asked: Measures, shown: Sequence[Shown], references: Sequence[list[Picture]], cache: Path, processes: Processes
 ) -> None:
-    """Stage 2: this process's share of features, pair scores and verdicts, into the cache."""
+    """Stage 2: this process's share of features, pair scores and verdicts, into the cache.
+
+    Raises ``ValueError`` for a set of pictures of more than one size.
+    """
+    if processes.first:
+        for pictures in [*(variant.pictures for variant in shown), [p for batch in references for p in batch]]:
+            if pictures:
+                check_sizes(pictures)
     originals = {variant.name: variant for variant in shown}
     work: list[tuple[str, Callable[[], Any]]] = []
     sets = [(variant.name, batch) for variant in shown for batch in variant.batches] + [("references", b) for b in references]
     for label, batch in sets:
         for extractor in asked.extractors.values():
-            work.append((label, partial(encode, cache, extractor, batch, checked_rows, asked.heads(extractor))))
+            work.append((label, partial(encode, cache, extractor, batch, asked.heads(extractor))))
+    for extractor in asked.readers().values():
+        work += [("prompts", partial(encode_texts, cache, extractor, chunk)) for chunk in _chunks(shown)]
+    judged = judge_identity(asked.judge) if asked.judge is not None else ""
     for variant in shown:
         original = originals[variant.original]
         for mine, theirs in zip(variant.batches, original.batches, strict=True):
             if asked.judge is not None:
-                work.append((variant.name, partial(judge_pictures, cache, ORACLE, asked.judge, mine)))
+                work.append((variant.name, partial(judge_pictures, cache, judged, asked.judge, mine)))
             for name, function in asked.pairs.items():
                 if variant.role != "original":
-                    work.append((variant.name, partial(score_pairs, cache, name, function, mine, theirs)))
+                    work.append((variant.name, partial(score_pairs, cache, asked.pair_key(name), function, mine, theirs)))
     share = processes.mine(work)
     if not share:
         return
@@ -149,72 +198,145 @@ def observe(
             make()
 
 
-def gather(asked: Measures, variant: Shown, original: Shown, cache: Path) -> Values:
+def clusters(pictures: Sequence[Picture]) -> list[int]:
+    """Whose pictures belong together in a bootstrap: equal prompts are one, however often a list repeats them; a picture without
+    one belongs to its index."""
+    keys = [picture.prompt or picture.prompt_index for picture in pictures]
+    order = {key: index for index, key in enumerate(dict.fromkeys(keys))}
+    return [order[key] for key in keys]
+
+
+def gather(asked: Measures, variant: Shown, original: Shown, chunks: Sequence[list[str]], cache: Path) -> Values:
     """Everything that stage 2 found of one variant. Raises ``ValueError`` that names what is missing."""
     paired = list(zip(variant.batches, original.batches, strict=True))
-    values = Values(name=variant.name, role=variant.role, prompts=[picture.prompt_index for picture in variant.pictures])
+    values = Values(name=variant.name, role=variant.role, prompts=clusters(variant.pictures))
     if variant.role != "original":
         for name, function in asked.pairs.items():
-            values.pairs[name] = [v for a, b in paired for v in score_pairs(cache, name, function, a, b)]
+            key = asked.pair_key(name)
+            values.pairs[name] = [v for a, b in paired for v in score_pairs(cache, key, function, a, b)]
     if asked.judge is not None:
-        said = [row for batch in variant.batches for row in judge_pictures(cache, ORACLE, asked.judge, batch)]
+        judged = judge_identity(asked.judge)
+        said = [row for batch in variant.batches for row in judge_pictures(cache, judged, asked.judge, batch)]
         values.oracle.update({f"oracle_{key}": [row[key] for row in said] for key in ("mean", "all_correct")})
     values.features.update(_features(asked, variant.batches, cache))
-    for name, extractor in asked.extractors.items():
-        prompts = [picture.prompt for picture in variant.pictures]
-        if hasattr(extractor, "encode_texts") and all(prompts):
-            texts = extractor.encode_texts(prompts)
-            for score in asked.of("TextScore"):
-                if len(set(prompts)) < score.least:
-                    continue  # reduce says so
-                values.texts[f"{score.name}[{name}]"] = score.function(values.features[name, None], texts).tolist()
+    for name, extractor in asked.readers().items():
+        texts = None
+        for score in asked.of("TextScore"):
+            if _unfit_prompts(score, variant) is None:
+                known = [prompt for prompt in variant.prompts if prompt]
+                texts = load_texts(cache, extractor, chunks, known) if texts is None else texts
+                values.texts[score.name, name] = score.function(values.features[name, None], texts).tolist()
     return values
 
 
+def _unfit_prompts(score: Any, variant: Shown) -> str | None:
+    """Why a text score cannot be taken of a variant, if it cannot."""
+    without = [picture.id for picture in variant.pictures if not picture.prompt]
+    if without:
+        return f"{score.label} needs the prompt of every picture, got none for {len(without)}, such as {without[0]}"
+    num = len(set(variant.prompts))
+    return f"{score.label} needs at least {score.least} different prompts, got {num}" if num < score.least else None
+
+
 def reduce(
-    asked: Measures, shown: Sequence[Shown], references: Sequence[list[Picture]], cache: Path, seed: int, extra: Mapping[str, Any]
+    asked: Measures,
+    shown: Sequence[Shown],
+    references: Sequence[list[Picture]],
+    cache: Path,
+    seed: int,
+    extra: Mapping[str, Any],
+    *,
+    device: Any = "cpu",
+    failed: Mapping[str, str] | None = None,
 ) -> tuple[list[Record], dict[str, Values]]:
-    """Stage 3: records of every variant, and its values per picture."""
+    """Stage 3: records of every variant, and its values per picture. ``failed``: variants without pictures, and why."""
     by_name = {variant.name: variant for variant in shown}
-    found = {variant.name: gather(asked, variant, by_name[variant.original], cache) for variant in shown}
+    chunks = _chunks(shown)
+    found = {variant.name: gather(asked, variant, by_name[variant.original], chunks, cache) for variant in shown}
     real = _features(asked, references, cache) if references else {}
+    here = {"versions": environment.versions(), "hardware": environment.hardware(device)}
     context = Context(
         seed=seed,
         created=environment.now(),
-        versions=environment.versions(),
-        hardware=environment.hardware("cpu"),
+        here=here,
+        made={variant.name: variant.made for variant in shown if variant.made is not None},
         extra=dict(extra),
-        comparable={name: extractor.comparable for name, extractor in asked.extractors.items()},
+        extractors=asked.extractors,
     )
-    oracle = {
-        "oracle_mean": OracleScore(name="oracle_mean", label="Oracle"),
-        "oracle_all_correct": OracleScore(name="oracle_all_correct", label="All correct"),
-    }
     records: list[Record] = []
     for variant in shown:
         values, original = found[variant.name], found[variant.original]
         records += pair_records(values, asked.scores, context)
-        records += change_records(values, original, "oracle", oracle, context)
+        records += change_records(values, original, "oracle", ORACLE_SCORES, context)
         records += change_records(values, original, "texts", asked.scores, context)
         if variant.role != "original":
             records += set_records(values, original.features, asked.of("SetScore"), context, paired=True)
         if real:
             records += set_records(values, real, asked.of("SetScore"), context, paired=False)
         records += class_records(values, asked.of("ClassScore"), context)
-    num_texts = len({picture.prompt for variant in shown for picture in variant.pictures if picture.prompt})
-    for score in asked.of("TextScore"):
-        if num_texts < score.least:
-            why = f"{score.label} needs at least {score.least} different prompts, got {num_texts}"
-            records.append(context.record("", score, score.name, 0, value=None, not_measured=why))
-    for score in [*asked.of("SetScore"), *asked.of("ClassScore")]:
-        if score.head is not None and not any(has_head(extractor, score.head) for extractor in asked.extractors.values()):
-            names = ", ".join(asked.extractors) or "none"
-            why = f"{score.label} needs {score.head} features of an extractor such as inception2015, got {names}"
-            records.append(context.record("", score, score.name, 0, value=None, not_measured=why))
-    for name, why in asked.missing.items():
-        score = asked.scores.get(name, OracleScore(name=name, label=name))
-        records.append(context.record("", score, name, 0, value=None, not_measured=why))
+    for score, name, model, why in unmeasured(asked, shown, bool(real), failed or {}):
+        records.append(context.record(model, score, name, 0, value=None, not_measured=why))
     return records, found
+
+
+# --- what was not measured -------------------------------------------------------------------------------------------
+
+
+def unmeasured(
+    asked: Measures, shown: Sequence[Shown], real: bool, failed: Mapping[str, str]
+) -> Iterator[tuple[Any, str, str, str]]:
+    """(score, the name its record would have, variant or "" for all, why) of everything asked for that has no number."""
+    paired = any(variant.role != "original" for variant in shown) or bool(failed)
+    every = [*asked.extractors, *asked.missing_extractors]
+    for score in asked.scores.values():
+        kind = type(score).__name__
+        names = partial(_names, score, paired=paired, real=real)
+        if score.name in asked.missing:
+            yield from ((score, name, "", asked.missing[score.name]) for name in names(every))
+            continue
+        if kind == "PairScore" and not paired:
+            yield from ((score, name, "", "no picture has a partner: there is nothing but originals") for name in names(every))
+        if kind == "SetScore" and not paired and not real:
+            yield from ((score, name, "", "there is nothing but originals, and no references") for name in names(every))
+        if kind != "PairScore":
+            for extractor, why in asked.missing_extractors.items():
+                yield from ((score, name, "", why) for name in names([extractor]))
+        yield from _lacking(asked, score, names, shown)
+        yield from ((score, name, model, why) for model, why in failed.items() for name in names(every))
+    for name, score in ORACLE_SCORES.items():
+        if ORACLE in asked.missing:
+            yield score, name, "", asked.missing[ORACLE]
+        elif asked.judge is not None:
+            yield from ((score, name, model, why) for model, why in failed.items())
+
+
+def _lacking(asked: Measures, score: Any, names: Callable, shown: Sequence[Shown]) -> Iterator[tuple[Any, str, str, str]]:
+    """What the extractors that are here lack for a score: a text tower, a head; or the variants: prompts."""
+    if type(score).__name__ == "TextScore":
+        for extractor in asked.extractors:
+            if extractor not in asked.readers():
+                why = f"{score.label} needs an extractor with a text tower, got {extractor}"
+                yield from ((score, name, "", why) for name in names([extractor]))
+                continue
+            for variant in shown:
+                if (why_not := _unfit_prompts(score, variant)) is not None:
+                    yield from ((score, name, variant.name, why_not) for name in names([extractor]))
+    head = getattr(score, "head", None)
+    headless = head is not None and not any(has_head(extractor, head) for extractor in asked.extractors.values())
+    if headless and asked.extractors and not asked.missing_extractors:
+        why = f"{score.label} needs {head} features of an extractor such as inception2015, got {', '.join(asked.extractors)}"
+        yield from ((score, name, "", why) for name in names(list(asked.extractors)))
+
+
+def _names(score: Any, extractors: Sequence[str], *, paired: bool, real: bool) -> list[str]:
+    """The names that records of a score have."""
+    kind = type(score).__name__
+    if kind == "PairScore":
+        return [f"{score.name}@vs_original"]
+    if kind != "SetScore":
+        return [f"{score.name}[{extractor}]" for extractor in extractors]
+    against = ["vs_original(paired)"] * paired + ["vs_real"] * (real or not paired)
+    return [f"{score.name}[{extractor}]@{where}" for extractor in extractors for where in against]
 
 
 def _size_warnings(asked: Measures, shown: Sequence[Shown], references: Sequence[list[Picture]]) -> list[str]:
@@ -234,8 +356,7 @@ def _size_warnings(asked: Measures, shown: Sequence[Shown], references: Sequence
 
 
 def _size(picture: Picture) -> tuple[int, int]:
-    with Image.open(picture.file) as image:
-        return image.size
+    return check_sizes([picture])
 
 
 def _features(asked: Measures, batches: Sequence[list[Picture]], cache: Path) -> dict[tuple[str, str | None], Any]:
@@ -245,6 +366,28 @@ def _features(asked: Measures, batches: Sequence[list[Picture]], cache: Path) ->
         found[name, None] = load_features(cache, extractor, batches)
         found |= {(name, head): load_features(cache, extractor, batches, head) for head in asked.heads(extractor)}
     return found
+
+
+def doubts_of(records: Sequence[Record]) -> list[str]:
+    """What numbers say against themselves: too few pictures for their features, not comparable with published ones."""
+    said: dict[str, list[str]] = {}
+    for record in records:
+        if (warning := record.extra.get("warning")) is not None:
+            said.setdefault(str(warning), []).append(record.name)
+    lines = [f"{', '.join(dict.fromkeys(names))}: {warning}" for warning, names in said.items()]
+    private = dict.fromkeys(
+        record.name for record in records if record.extra.get("comparable") is False and record.value is not None
+    )
+    return [*lines, f"\N{DAGGER} not comparable with published numbers: {', '.join(private)}"] if private else lines
+
+
+def gaps_of(records: Sequence[Record]) -> list[str]:
+    """What was not measured, and why; one line per reason."""
+    said: dict[tuple[str, str], list[str]] = {}
+    for record in records:
+        if record.not_measured is not None:
+            said.setdefault((record.model, record.not_measured), []).append(record.name)
+    return [f"not measured{f' of {model}' * bool(model)}: {', '.join(names)}: {why}" for (model, why), names in said.items()]
 
 
 def warnings_of(asked: Measures, shown: Sequence[Shown], references: Sequence[list[Picture]] = ()) -> list[str]:

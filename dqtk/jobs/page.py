@@ -39,7 +39,8 @@ def page(
         body.append(section("warnings", "Beware", "", "<ul>" + "".join(f"<li>{escape(w)}</li>" for w in warnings) + "</ul>"))
     if score is not None:
         body += [_pictures(score, original, shown, records, values) for original in shown if original.role == "original"]
-    unmeasured = [row(r.name, [f"<td>{escape(r.not_measured or '')}</td>"]) for r in records if r.not_measured is not None]
+    missing = [r for r in records if r.not_measured is not None]
+    unmeasured = [row(r.name, [f"<td>{escape(r.not_measured or '')}</td>"], small=r.model) for r in missing]
     if unmeasured:
         body.append(section("missing", "Not measured", "", table("Not measured", (), unmeasured)))
     return blank_page(name, "\n".join(body))

@@ -13,43 +13,66 @@ from typing import Any
 from torch import Tensor
 
 from dqtk.report.records import Record
-from dqtk.report.scores import bootstrap, distance_quantiles, flips, rank_warning
+from dqtk.report.scores import bootstrap, change_interval, comparable, distance_quantiles, flips, rank_warning
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Values:
-    """Everything known of one variant. ``prompts``: prompt index of each picture. ``pairs`` and ``texts``: score name -> values.
+    """Everything known of one variant. ``prompts``: whose pictures are of one prompt. ``pairs``: score name -> values;
+    ``texts``: (score name, extractor name) -> values.
 
     ``features``: (extractor name, head) -> rows; head None is the extractor's own feature.
-    ``oracle``: "mean" and "all_correct" -> values; empty without an oracle.
+    ``oracle``: "oracle_mean" and "oracle_all_correct" -> values; empty without an oracle.
     """
 
     name: str
     role: str
     prompts: list[int]
     pairs: dict[str, list[float]] = field(default_factory=dict)
-    texts: dict[str, list[float]] = field(default_factory=dict)
+    texts: dict[tuple[str, str], list[float]] = field(default_factory=dict)
     oracle: dict[str, list[float]] = field(default_factory=dict)
     features: dict[tuple[str, str | None], Tensor] = field(default_factory=dict)
+
+    def columns(self) -> dict[str, list[float]]:
+        """Every value per picture under the name of its score."""
+        return {**self.pairs, **{f"{score}[{extractor}]": v for (score, extractor), v in self.texts.items()}, **self.oracle}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Context:
-    """What every record of a job shares."""
+    """What records of a job share. ``here``: versions and hardware of this process; ``made``: where each variant was painted, which
+    is what its records say, where it is known."""
 
     seed: int
     created: str
-    versions: dict[str, str]
-    hardware: dict[str, str]
+    here: dict[str, dict[str, str]]
+    made: Mapping[str, Mapping[str, Any]]
     extra: dict[str, Any]
-    comparable: dict[str, bool]
+    extractors: Mapping[str, Any]
 
     def record(self, variant: str, score: Any, name: str, num: int, **fields: Any) -> Record:
         """One record of a variant; ``fields`` are the numbers, or why there are none."""
-        extra = {"label": score.label, "digits": score.digits} | fields.pop("extra", {}) | self.extra
-        facts: dict[str, Any] = {"unit": score.unit, "higher_is_better": score.higher_is_better}
-        shared: dict[str, Any] = {"seed": self.seed, "created": self.created, "versions": self.versions, "hardware": self.hardware}
-        return Record(name=name, model=variant, num_samples=num, extra=extra, **facts, **shared, **fields)
+        made = {**self.here, **self.made.get(variant, {})}
+        dtype = {"dtype": made["dtype"]} if "dtype" in made else {}
+        extra = {"label": score.label, "digits": score.digits} | fields.pop("extra", {}) | self.extra | dtype
+        return Record(
+            name=name,
+            model=variant,
+            unit=score.unit,
+            higher_is_better=score.higher_is_better,
+            num_samples=num,
+            seed=self.seed,
+            created=self.created,
+            versions=made["versions"],
+            hardware=made["hardware"],
+            plan_hash=made.get("plan_hash"),
+            extra=extra,
+            **fields,
+        )
+
+    def comparable(self, score: Any, extractor: str, *, to_original: bool) -> dict[str, bool]:
+        """Whether a number may stand beside published ones, for a record's ``extra``."""
+        return {"comparable": comparable(score, self.extractors[extractor], to_original)}
 
 
 def pair_records(values: Values, scores: Mapping[str, Any], context: Context) -> list[Record]:
@@ -67,24 +90,26 @@ def pair_records(values: Values, scores: Mapping[str, Any], context: Context) ->
     return found
 
 
-def change_records(
-    values: Values, original: Values, kind: str, scores: Mapping[str, Any], context: Context, comparable: bool = True
-) -> list[Record]:
+def change_records(values: Values, original: Values, kind: str, scores: Mapping[str, Any], context: Context) -> list[Record]:
     """Scores of single pictures (``kind``: "texts" or "oracle"): the variant's mean, and the mean of the paired change."""
     found = []
-    for name, mine in getattr(values, kind).items():
-        score = scores[name.split("[")[0]]
-        extra = {} if kind == "oracle" else {"comparable": context.comparable[name.split("[")[1].rstrip("]")]}
+    for key, mine in getattr(values, kind).items():
+        score_name, extractor = key if isinstance(key, tuple) else (key, None)
+        score, name = scores[score_name], score_name if extractor is None else f"{score_name}[{extractor}]"
+        extra = context.comparable(score, extractor, to_original=False) if extractor is not None else {}
         interval = bootstrap(mine, values.prompts, context.seed)
         numbers = {"value": interval.estimate, "low": interval.low, "high": interval.high}
         found.append(context.record(values.name, score, name, len(mine), extra=extra, **numbers))
-        if values.role == "original":
+        theirs = getattr(original, kind).get(key)
+        if values.role == "original" or theirs is None:
             continue
-        theirs = getattr(original, kind)[name]
-        change = bootstrap([a - b for a, b in zip(mine, theirs, strict=True)], values.prompts, context.seed)
-        numbers = {"value": change.estimate, "low": change.low, "high": change.high}
+        extra = context.comparable(score, extractor, to_original=True) if extractor is not None else {}
         if name == "oracle_all_correct":
+            change = change_interval(theirs, mine, values.prompts, context.seed)
             extra = extra | _flips(theirs, mine)
+        else:
+            change = bootstrap([a - b for a, b in zip(mine, theirs, strict=True)], values.prompts, context.seed)
+        numbers = {"value": change.estimate, "low": change.low, "high": change.high}
         found.append(context.record(values.name, score, f"{name}@change", len(mine), extra=extra, **numbers))
     return found
 
@@ -106,7 +131,7 @@ def set_records(
         for score in (score for score in scores if score.head == head):
             name = f"{score.name}[{extractor}]@{where}"
             extra: dict[str, Any] = {
-                "comparable": context.comparable[extractor],
+                **context.comparable(score, extractor, to_original=paired),
                 "dim": rows.shape[1],
                 "num_reference": len(others),
             }
@@ -125,7 +150,8 @@ def class_records(values: Values, scores: Sequence[Any], context: Context) -> li
     found = []
     for (extractor, head), logits in values.features.items():
         for score in (score for score in scores if score.head == head):
-            name, extra = f"{score.name}[{extractor}]", {"comparable": context.comparable[extractor]}
+            name = f"{score.name}[{extractor}]"
+            extra: dict[str, Any] = context.comparable(score, extractor, to_original=False)
             if len(logits) < score.least:
                 why = f"{score.label} needs at least {score.least} pictures, got {len(logits)}"
                 found.append(context.record(values.name, score, name, len(logits), value=None, not_measured=why, extra=extra))

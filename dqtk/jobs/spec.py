@@ -27,6 +27,7 @@ from typing import Any
 
 import yaml
 
+from dqtk.report.generate import check_call_kwargs
 from dqtk.report.rounding import ROUNDINGS
 from dqtk.spec import did_you_mean
 
@@ -75,6 +76,8 @@ class Job:
             value = getattr(self, name)
             if not (isinstance(value, int) and value > 0):
                 raise ValueError(f"job: {name} must be a positive count, got {value!r}. Mend the job file.")
+        if self.seed < 0:
+            raise ValueError(f"job: seed must be 0 or more, got {self.seed}. Mend the job file.")
         for name, allowed in (("dtype", DTYPES), ("floor", (None, *FLOORS))):
             value = getattr(self, name)
             if value not in allowed:
@@ -83,6 +86,14 @@ class Job:
         for name in ("models", "metrics"):
             if not getattr(self, name):
                 raise ValueError(f"job: {name} must hold at least one entry, got none. Mend the job file.")
+        if self.floor == self.dtype:
+            raise ValueError(f"job: floor must be another rounding than dtype, got {self.floor!r} for both. Take kernels.")
+        check_call_kwargs(self.call, "job: call")
+        for key, where in self.candidates.items():
+            if not (isinstance(key, str) and isinstance(where, str)):
+                raise ValueError(
+                    f"job: candidates must map names to folders or hub ids, got {key!r}: {where!r}. Mend the job file."
+                )
         taken = sorted(set(self.candidates) & set(self.recipes))
         if taken:
             raise ValueError(f"job: names of candidates must differ from recipes, got {taken}. Rename them.")

@@ -119,7 +119,7 @@ def _watched(pipe: Any) -> Iterator[list[Tensor]]:
     """Inside: whether what becomes pixels is finite, bool tensors per call of ``vae.decode`` ([B]; its input counts too), or
     without one of the denoiser's last call ([1]). On the device: nothing waits for them."""
     found: list[Tensor] = []
-    vae = getattr(pipe, "vae", None)
+    vae: Any = getattr(pipe, "vae", None)
     if not hasattr(vae, "decode"):
         handles = [
             module.register_forward_hook(

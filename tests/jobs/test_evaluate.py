@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from dqtk.cli import main
-from dqtk.jobs.run import evaluate
+from dqtk.jobs.evaluate import evaluate
 
 
 def by_name(records, model):
@@ -99,6 +99,7 @@ def layout_blind(monkeypatch):
 
     class Means:
         name, version, source, sha256, preprocess, comparable, dim = "means", "1", "none", "0", "none", False, 3
+        config_sha256 = ""
         heads = ("spatial",)
 
         def encode_images(self, images):
@@ -162,13 +163,13 @@ def test_what_lacks_its_weights_is_not_measured(pictures, tmp_path, monkeypatch)
     clean = pictures("clean")
     records = evaluate(clean, clean, tmp_path / "out", metrics=["psnr", "lpips", "frechet"], extractors=["inception2015"])
     reasons = {record.name: record.not_measured for record in records if record.not_measured}
-    assert set(reasons) == {"lpips", "inception2015"}
-    assert "must be a file" in reasons["lpips"]
+    assert set(reasons) == {"lpips@vs_original", "frechet[inception2015]@vs_original(paired)"}
+    assert "must be a file" in reasons["lpips@vs_original"]
 
 
 def test_one_prompt_has_no_retrieval(pictures, tmp_path):
     clean = pictures("clean", num=1)
     records = evaluate(clean, clean, tmp_path / "out", metrics=["clip_score", "retrieval"], extractors=["tiny-clip"])
     assert {r.name: r.not_measured for r in records if r.not_measured} == {
-        "retrieval": "Retrieval at 1 needs at least 2 different prompts, got 1"
+        "retrieval[tiny-clip]": "Retrieval at 1 needs at least 2 different prompts, got 1"
     }
