@@ -1,14 +1,20 @@
 """Two folders of pictures, without any model."""
 
 import json
+import shutil
+import struct
+import zlib
 from types import SimpleNamespace
 
 import pandas
 import pytest
 import torch
+from dqtk.metrics.bootstrap import paired_bootstrap
+from dqtk.pipelines.tiny import extractor_folder
 from PIL import Image
 
 from dqtk.cli import main
+from dqtk.jobs import measure
 from dqtk.jobs.evaluate import evaluate
 
 
@@ -173,3 +179,217 @@ def test_one_prompt_has_no_retrieval(pictures, tmp_path):
     assert {r.name: r.not_measured for r in records if r.not_measured} == {
         "retrieval[tiny-clip]": "Retrieval at 1 needs at least 2 different prompts, got 1"
     }
+
+
+def reasons(records):
+    return {record.name: record.not_measured for record in records if record.not_measured}
+
+
+def run_words(a, b, out, *more):
+    return ["evaluate", str(a), str(b), "--output", str(out), *more]
+
+
+# --- what is not measured is said --------------------------------------------------------------------------------------
+
+
+def test_sets_without_a_score_of_sets_are_an_error_and_pairs_are_named(pictures, tmp_path, capsys):
+    clean, other = pictures("clean"), pictures("other", 3)
+    assert main(run_words(clean, other, tmp_path / "out", "--unpaired")) == 2
+    assert "metrics must hold a score of sets with --unpaired, got psnr, ssim, ms_ssim, which need pairs" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    found = evaluate(clean, other, tmp_path / "out", metrics=["psnr", "frechet"], extractors=["tiny-clip"], unpaired=True)
+    assert reasons(found) == {"psnr@vs_original": "it compares pictures of one name, and --unpaired takes the folders for sets"}
+
+
+def test_text_scores_without_a_text_tower_or_without_prompts_say_so(pictures, tmp_path, layout_blind):
+    clean, soft = pictures("clean"), pictures("soft", 6)
+    found = evaluate(clean, soft, tmp_path / "a", metrics=["clip_score", "frechet"], extractors=["means"])
+    assert reasons(found) == {"clip_score[means]": "CLIP score needs an extractor with a text tower, got means"}
+
+
+def test_text_scores_where_some_prompts_are_unknown_say_so(pictures, tmp_path):
+    clean, soft = pictures("clean"), pictures("soft", 6)
+    for folder in (clean, soft):
+        rows = (folder / "prompts.jsonl").read_text().splitlines()
+        (folder / "prompts.jsonl").write_text("\n".join(rows[:-2]) + "\n")
+    found = evaluate(clean, soft, tmp_path / "a", metrics=["clip_score", "psnr"], extractors=["tiny-clip"])
+    said = {(r.name, r.model): r.not_measured for r in found if r.not_measured}
+    why = "CLIP score needs the prompt of every picture, got none for 2, such as 0007-0"
+    assert said == {("clip_score[tiny-clip]", "clean"): why, ("clip_score[tiny-clip]", "soft"): why}
+
+
+def test_reports_name_what_was_not_measured_what_is_doubtful_and_what_is_not_comparable(pictures, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    clean, soft = pictures("clean"), pictures("soft", 6)
+    more = ["--metrics", "lpips", "frechet", "--extractors", "tiny-clip", "inception2015"]
+    assert main(run_words(clean, soft, tmp_path / "out", *more)) == 0
+    printed, said = capsys.readouterr().out, json.loads((tmp_path / "out" / "results.json").read_text())["warnings"]
+    tex, page = (tmp_path / "out" / "report.tex").read_text(), (tmp_path / "out" / "report.html").read_text()
+    for words in (
+        "not measured: lpips@vs_original: lpips: backbone weights must be a file",
+        "not measured: frechet[inception2015]@vs_original(paired): inception2015: weights must be a file",
+        "frechet[tiny-clip]@vs_original(paired): 9 features of 128 numbers: their covariance is singular",
+        "not comparable with published numbers: frechet[tiny-clip]@vs_original(paired)",
+    ):
+        assert words in printed
+        assert any(words in line for line in said)
+        assert words.replace("_", r"\_") in tex
+    assert "| frechet[tiny-clip]@vs_original(paired) \N{DAGGER} |" in printed
+    assert r"frechet[tiny-clip]@vs\_original(paired) \textdagger{}" in tex
+    assert "covariance is singular" in page
+
+
+def test_a_missing_extractor_fails_the_gate_with_3(pictures, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    clean = pictures("clean")
+    more = ["--metrics", "frechet", "--extractors", "inception2015"]
+    for name in ("frechet", "frechet[inception2015]", "frechet[inception2015]@vs_original(paired)"):
+        assert main(run_words(clean, clean, tmp_path / "out", *more, "--fail-if", f"{name} > 10")) == 3
+        assert "was not measured" in capsys.readouterr().err
+
+
+def test_nothing_against_the_original_is_comparable_with_published_numbers(pictures, tmp_path, monkeypatch, layout_blind):
+    made = measure.extractor_for("means", "cpu")
+    type(made).comparable = True
+    clean, soft = pictures("clean"), pictures("soft", 6)
+    shared = {"metrics": ["frechet", "cmmd"], "extractors": ["means"]}
+    monkeypatch.setattr(measure, "extractor_for", lambda name, device: made)
+    paired = evaluate(clean, soft, tmp_path / "p", **shared)
+    assert {r.extra["comparable"] for r in paired} == {False}
+    apart = {r.name: r.extra["comparable"] for r in evaluate(clean, soft, tmp_path / "u", **shared, unpaired=True)}
+    assert apart == {"frechet[means]@vs_real": True, "cmmd[means]@vs_real": False}
+
+
+def test_no_flip_in_few_pictures_is_no_certainty(pictures, tmp_path):
+    """As in ``compare``: what nine prompts can rule out, and not 0 to 0."""
+    found = by_name(evaluate(pictures("clean"), pictures("soft", 2), tmp_path / "out", metrics=["oracle"]), "soft")
+    change = found["oracle_all_correct@change"]
+    assert (change.extra["right_to_wrong"], change.extra["wrong_to_right"]) == (0, 0)
+    assert (change.value, change.high) == (0, pytest.approx(1 - 0.025 ** (1 / 9)))
+    assert change.low == -change.high
+
+
+# --- whose pictures these are ------------------------------------------------------------------------------------------
+
+
+def test_prompts_and_their_pictures_come_from_a_jobs_manifests(pictures, tmp_path):
+    clean, soft = pictures("clean", num=6), pictures("soft", 6, num=6)
+    (soft / "prompts.jsonl").unlink()
+    rows = [json.loads(line) for line in (clean / "prompts.jsonl").read_text().splitlines()]
+    (clean / "prompts.jsonl").unlink()
+    rows[3]["prompt"] = rows[0]["prompt"]  # a list may repeat a prompt
+    for index, part in enumerate((rows[:3], rows[3:])):
+        (clean / f"batch-000{index}.json").write_text(json.dumps({"samples": part}))
+    out = tmp_path / "out"
+    found = by_name(evaluate(clean, soft, out, metrics=["psnr", "clip_score"], extractors=["tiny-clip"]), "soft")
+    assert "clip_score[tiny-clip]@change" in found
+    values = pandas.read_parquet(out / "samples.parquet").query("variant == 'soft'").psnr.tolist()
+    wanted = paired_bootstrap(values, [0, 1, 2, 0, 4, 5], seed=0)
+    assert (found["psnr@vs_original"].low, found["psnr@vs_original"].high) == (wanted.low, wanted.high)
+
+
+def test_pictures_without_a_prompt_stand_alone(pictures, tmp_path):
+    """With some prompts known, the others shared a number with them, and so a draw of the bootstrap."""
+    clean, soft = pictures("clean", num=6), pictures("soft", 6, num=6)
+    for folder in (clean, soft):
+        rows = (folder / "prompts.jsonl").read_text().splitlines()
+        (folder / "prompts.jsonl").write_text("\n".join(rows[3:]) + "\n")
+    found = by_name(evaluate(clean, soft, tmp_path / "out", metrics=["psnr"]), "soft")["psnr@vs_original"]
+    values = pandas.read_parquet(tmp_path / "out" / "samples.parquet").query("variant == 'soft'").psnr.tolist()
+    wanted = paired_bootstrap(values, seed=0)
+    assert (found.value, found.low, found.high) == (wanted.estimate, wanted.low, wanted.high)
+
+
+def test_another_evaluations_folder_and_a_folder_of_other_things_are_refused(pictures, tmp_path):
+    clean, soft, rough = pictures("clean"), pictures("soft", 6), pictures("rough", 40)
+    evaluate(clean, soft, tmp_path / "out", metrics=["psnr"])
+    evaluate(clean, soft, tmp_path / "out", metrics=["ssim"])
+    with pytest.raises(ValueError, match=r"output .*out must belong to this evaluation, got another's \(different: candidate\)"):
+        evaluate(clean, rough, tmp_path / "out", metrics=["psnr"])
+    with pytest.raises(ValueError, match=r"output must be a new or empty folder, or this evaluation's own, got .*rough"):
+        evaluate(clean, soft, rough, metrics=["psnr"])
+    assert not (rough / "results.json").exists()
+    (tmp_path / "out" / "evaluation.json").write_text("{")
+    with pytest.raises(ValueError, match=r"evaluation.json must be readable, got a damaged one\. Choose another output"):
+        evaluate(clean, soft, tmp_path / "out", metrics=["psnr"])
+
+
+def other_prompt(folder):
+    rows = (folder / "prompts.jsonl").read_text().splitlines()
+    (folder / "prompts.jsonl").write_text("\n".join([json.dumps({"id": "0000-0", "prompt": "a dog"}), *rows[1:]]) + "\n")
+
+
+def save_16_bit(path):
+    """An RGB PNG of 16 bits per channel, which Pillow cannot write: the header, one row after another, the end."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = b"".join(b"\0" + bytes(6 * 64) for _ in range(64))
+    head = struct.pack(">IIBBBBB", 64, 64, 16, 2, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (
+            lambda b: Image.new("RGB", (64, 64)).save(b / "0003-0.jpg"),
+            "names in .*other must differ, got 0003-0.jpg and 0003-0.png",
+        ),
+        (
+            lambda b: (b / "prompts.jsonl").write_text('{"prompt": "x"}\n'),
+            r'prompts.jsonl:1 must be {"id": ..., "prompt": ...}, got',
+        ),
+        (lambda b: (b / "prompts.jsonl").write_text("3\n"), r"prompts.jsonl:1 must be .*, got 3\."),
+        (lambda b: (b / "batch-0000.json").write_text("[]"), r"batch-0000.json must be a job's manifest"),
+        (other_prompt, "pictures of one name must be of one prompt, got 'a .* and 'a dog' for 0000-0"),
+        (lambda b: Image.new("I;16", (64, 64)).save(b / "0003-0.png"), "0003-0.png must be readable, got: 16 bits per channel"),
+        (lambda b: save_16_bit(b / "0003-0.png"), "0003-0.png must be readable, got: 16 bits per channel"),
+        (
+            lambda b: Image.new("RGBA", (64, 64), (0, 0, 0, 9)).save(b / "0003-0.png"),
+            "0003-0.png must be readable, got: 4096 transparent pixels",
+        ),
+        (
+            lambda b: Image.new("P", (64, 64)).save(b / "0003-0.png", transparency=0),
+            "0003-0.png must be readable, got: 4096 transparent pixels",
+        ),
+        (lambda b: (b / "0003-0.png").write_bytes(b"x"), r"0003-0.png must be readable, .*\. Replace the file\."),
+    ],
+)
+def test_what_would_be_a_traceback_or_a_silent_conversion(pictures, tmp_path, spoil, says):
+    clean, other = pictures("clean"), pictures("other", 3)
+    spoil(other)
+    with pytest.raises(ValueError, match=says):
+        evaluate(clean, other, tmp_path / "out", metrics=["psnr"])
+
+
+def test_opaque_alpha_grey_and_palettes_lose_nothing(pictures, tmp_path):
+    clean, other = pictures("clean"), pictures("other")
+    Image.open(other / "0000-0.png").convert("RGBA").save(other / "0000-0.png")
+    for folder, mode in ((clean, "RGB"), (other, "L")):
+        Image.open(clean / "0001-0.png").convert("L").convert(mode).save(folder / "0001-0.png")
+    found = by_name(evaluate(clean, other, tmp_path / "out", metrics=["psnr"]), "other")
+    assert found["psnr@vs_original"].extra["exact_matches"] == 9
+
+
+def test_sizes_are_compared_over_batches(pictures, tmp_path, monkeypatch):
+    """One picture of another size in a chunk of its own was equal to all the others there."""
+    monkeypatch.setattr("dqtk.jobs.folders.CHUNK", 4)
+    clean, other = pictures("clean"), pictures("other", 3)
+    Image.new("RGB", (96, 96)).save(other / "0008-0.png")
+    with pytest.raises(ValueError, match=r"0008-0.png must have the size of the others \(64, 64\), got \(96, 96\)"):
+        evaluate(clean, other, tmp_path / "out", metrics=["frechet"], extractors=["tiny-clip"], unpaired=True)
+
+
+def test_an_extractor_in_a_folder_with_brackets(pictures, tmp_path):
+    folder = tmp_path / "clip [v2]"
+    shutil.copytree(extractor_folder("tiny-clip"), folder)
+    clean, soft = pictures("clean"), pictures("soft", 6)
+    found = evaluate(clean, soft, tmp_path / "out", metrics=["clip_score", "cmmd"], extractors=[f"open_clip:{folder}"])
+    assert f"clip_score[open_clip:{folder}]@change" in {record.name for record in found}
+
+
+def test_a_negative_seed(pictures, tmp_path):
+    with pytest.raises(ValueError, match="evaluate: seed must be 0 or more, got -1"):
+        evaluate(pictures("clean"), tmp_path / "clean", tmp_path / "out", metrics=["psnr"], seed=-1)

@@ -239,6 +239,11 @@ def test_another_model_under_the_same_name_is_painted_and_quantized_again(job_fi
     assert facts["pixart"]["maker"]["model"] in (out / "images" / "pixart" / "batch-0000.json").read_text()
 
 
+def test_an_output_type_of_pictures_is_taken_and_the_pictures_are_pictures(job_file, tmp_path):
+    run(read_job(job_file(call={"num_inference_steps": 1, "output_type": "np"}, metrics=["psnr"])))
+    assert numbers(tmp_path / "out")["pixart-w8a8", "psnr@vs_original"][0] > 20
+
+
 def test_another_quantized_model_in_its_folder_is_painted_again(done):
     """Somebody put a recipe's result of his own into OUTPUT/models."""
     file, out, _ = done
