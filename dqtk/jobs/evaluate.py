@@ -9,10 +9,12 @@ import torch
 
 from dqtk.report.records import Record
 
+from .asked import ORACLE, Measures, Shown, measures, with_oracle
+from .doubts import warnings_of
 from .features import Picture
 from .files import key_of
 from .folders import chunks, folder_pictures
-from .measure import ORACLE, Measures, Shown, measures, observe, reduce, warnings_of, with_oracle
+from .measure import observe, reduce
 from .processes import Processes
 from .results import write_results
 from .run import claim

@@ -11,6 +11,7 @@ A variant that paints NaN is not painted further: its manifest says why, and its
 import io
 import shutil
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from .layout import Layout, Variant
 from .processes import Processes
 from .spec import Job
 
+_located = cache(local_folder)  # asking the hub where a model lies is a request
 NUM_CALIBRATED = 8  # prompts that static recipes are calibrated on
 
 
@@ -44,7 +46,7 @@ def check_floors(variants: Sequence[Variant], device: Any) -> None:
             continue
         check_rounding("job", variant.rounding, device)
         if variant.rounding is None:
-            folder = local_folder(variant.model)
+            folder = _located(variant.model)
             original = next(other for other in variants if other.name == variant.original)
             chosen = [stored_dtype(folder) if v.dtype == "stored" else v.dtype for v in (variant, original)]
             if chosen[0] == chosen[1]:
@@ -64,7 +66,7 @@ def quantize_missing(job: Job, variants: Sequence[Variant], layout: Layout, prom
         folder, note = layout.model(variant), layout.made_from(variant)
         plan = make_plan(meta_pipeline(variant.model), variant.recipe)
         wanted = {
-            "original": model_identity(local_folder(variant.model)),
+            "original": model_identity(_located(variant.model)),
             "plan": plan.hash,
             "prompts": texts_identity(prompts[:NUM_CALIBRATED]) if plan.needs_stats else None,
             "versions": deciding_versions(),
@@ -91,7 +93,7 @@ def _noted(file: Path) -> Any:
 
 def source_of(variant: Variant, layout: Layout) -> Path:
     """The folder that a variant's pipeline is loaded from."""
-    return layout.model(variant) if variant.recipe is not None else local_folder(variant.model)
+    return layout.model(variant) if variant.recipe is not None else _located(variant.model)
 
 
 def maker_of(variant: Variant, layout: Layout) -> dict[str, Any]:

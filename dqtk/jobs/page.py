@@ -11,8 +11,8 @@ from dqtk.report.page import blank_page
 from dqtk.report.plane import Dot, plane
 from dqtk.report.records import Record
 
+from .asked import Shown
 from .features import Picture
-from .measure import Shown
 from .reduce import Values
 
 MAX_SAMPLES, MAX_VARIANTS = 6, 8  # pictures are carried in the page

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from dqtk.report.records import Record
-from dqtk.report.scores import bootstrap, change_interval, comparable, distance_quantiles, flips, rank_warning
+from dqtk.report.scores import bootstrap, capped, change_interval, comparable, distance_quantiles, flip_counts, rank_warning
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,9 +80,9 @@ def pair_records(values: Values, scores: Mapping[str, Any], context: Context) ->
     found = []
     for name, raw in values.pairs.items():
         score = scores[name]
-        capped = raw if score.cap is None else [min(value, score.cap) for value in raw]
-        interval = bootstrap(capped, values.prompts, context.seed)
-        extra: dict[str, Any] = distance_quantiles(capped, higher_is_better=score.higher_is_better)
+        finite = capped(raw, score.cap)
+        interval = bootstrap(finite, values.prompts, context.seed)
+        extra: dict[str, Any] = distance_quantiles(finite, higher_is_better=score.higher_is_better)
         if score.cap is not None:
             extra |= {"cap": score.cap, "exact_matches": sum(value == float("inf") for value in raw)}
         numbers = {"value": interval.estimate, "low": interval.low, "high": interval.high}
@@ -106,17 +106,12 @@ def change_records(values: Values, original: Values, kind: str, scores: Mapping[
         extra = context.comparable(score, extractor, to_original=True) if extractor is not None else {}
         if name == "oracle_all_correct":
             change = change_interval(theirs, mine, values.prompts, context.seed)
-            extra = extra | _flips(theirs, mine)
+            extra = extra | flip_counts(theirs, mine)
         else:
             change = bootstrap([a - b for a, b in zip(mine, theirs, strict=True)], values.prompts, context.seed)
         numbers = {"value": change.estimate, "low": change.low, "high": change.high}
         found.append(context.record(values.name, score, f"{name}@change", len(mine), extra=extra, **numbers))
     return found
-
-
-def _flips(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
-    found = flips([value == 1 for value in before], [value == 1 for value in after])
-    return {"right_to_wrong": found.right_to_wrong, "wrong_to_right": found.wrong_to_right, "mcnemar_p": found.p_value}
 
 
 def set_records(

@@ -8,9 +8,10 @@ from typing import Any
 from dqtk.report.numbers import DASH, bytes_text, number_text, range_text
 from dqtk.report.records import Record
 
+from .asked import Shown
+from .doubts import doubts_of, gaps_of
 from .features import Picture
 from .files import whole, write_bytes, write_json
-from .measure import Shown, doubts_of, gaps_of
 from .page import page
 from .reduce import Values
 

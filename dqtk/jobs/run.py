@@ -9,12 +9,14 @@ import torch
 
 from dqtk.report.records import Record
 
+from .asked import Shown, measures, with_oracle
+from .doubts import warnings_of
 from .features import Picture
 from .files import read_json, remove_partials, write_json
 from .folders import folder_batches
 from .generate import check_floors, failure_of, is_done, maker_of, paint, quantize_missing
 from .layout import Layout, Variant, batches, prompts_of, variants
-from .measure import Shown, measures, observe, reduce, warnings_of, with_oracle
+from .measure import observe, reduce
 from .processes import processes
 from .results import write_results
 from .spec import Job, to_json

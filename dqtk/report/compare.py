@@ -177,6 +177,7 @@ def compare(
         timing=found.timing(batch_size),
         sizes=_sizes(reference, candidate, reference_folder, candidate_folder),
         dtype=_dtype_of(reference),
+        floor_dtype=_dtype_of(others["floor"]) if floor is not None else None,
         seed=seed,
         seeds_per_prompt=seeds_per_prompt,
         call_kwargs={

@@ -110,7 +110,7 @@ class SizePair:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
     """Everything that ``compare`` found. ``rows`` are in the order of the prompts; ``worst_first`` sorts them. ``dtype``: what the
-    original computed in."""
+    original computed in; ``floor_dtype``: what its noise floor did (``None``: the same)."""
 
     reference_name: str
     candidate_name: str
@@ -128,6 +128,7 @@ class Comparison:
     hardware: dict[str, str]
     created: str
     plan_summary: dict[str, Any] | None = None
+    floor_dtype: str | None = None
 
     @property
     def num_prompts(self) -> int:

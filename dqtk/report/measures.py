@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from .comparison import Curve, Estimate, Measure, Row
-from .scores import ImageScore, bootstrap, change_interval, pool_db
+from .scores import ImageScore, bootstrap, capped, change_interval, flip_counts, pool_db
 from .trajectory import StepSums
 
 STEP_CAP_DB = 100.0  # what an exact denoiser output counts for in a mean over images
@@ -29,8 +29,8 @@ def score_measures(rows: Sequence[Row], scores: Sequence[ImageScore], missing: M
                 higher_is_better=score.higher_is_better,
                 digits=score.digits,
                 num_samples=len(rows),
-                estimate=_estimate(_capped(values, score), prompts, seed),
-                floor=_estimate(_capped(floor, score), prompts, seed) if floor else None,
+                estimate=_estimate(capped(values, score.cap), prompts, seed),
+                floor=_estimate(capped(floor, score.cap), prompts, seed) if floor else None,
                 detail=_detail(score, values) | _beyond_floor(score, values, floor, prompts, seed),
             )
         )
@@ -92,11 +92,7 @@ def _over_steps(steps: StepSums) -> list[float]:
     total = steps.sums[0]
     for sums in steps.sums[1:]:
         total = total + sums
-    return [min(value, STEP_CAP_DB) for value in total.sqnr_db().tolist()]
-
-
-def _capped(values: Sequence[float], score: ImageScore) -> list[float]:
-    return list(values) if score.cap is None else [min(value, score.cap) for value in values]
+    return capped(total.sqnr_db().tolist(), STEP_CAP_DB)
 
 
 def _estimate(values: Sequence[float], prompts: Sequence[int], seed: int) -> Estimate:
@@ -121,7 +117,7 @@ def _beyond_floor(
     if not floor:
         return {}
     sign = 1 if score.higher_is_better else -1
-    pairs = zip(_capped(values, score), _capped(floor, score), strict=True)
+    pairs = zip(capped(values, score.cap), capped(floor, score.cap), strict=True)
     found = _estimate([sign * (other - value) for value, other in pairs], prompts, seed)
     return {"beyond_floor": {"value": found.value, "low": found.low, "high": found.high}}
 
@@ -139,8 +135,7 @@ def _oracle_measures(rows: Sequence[Row], prompts: Sequence[int], seed: int) -> 
     found = [_paired("oracle", "Oracle", means, prompts, seed, {})]
     if all(score.all_correct is not None for row in rows for score in row.oracle.values()):
         right = {side: [float(bool(row.oracle[side].all_correct)) for row in rows] for side in rows[0].oracle}
-        pairs = list(zip(right["reference"], right["candidate"], strict=True))
-        flips = {"right_to_wrong": pairs.count((1.0, 0.0)), "wrong_to_right": pairs.count((0.0, 1.0))}
+        flips = flip_counts(right["reference"], right["candidate"])
         before, after, change = _paired("all_correct", "All correct", right, prompts, seed, flips)
         interval = change_interval(right["reference"], right["candidate"], prompts, seed)
         estimate = Estimate(value=interval.estimate, low=interval.low, high=interval.high)

@@ -58,6 +58,17 @@ def resolve_scores(
     return tuple(found), missing
 
 
+def capped(values: Sequence[float], cap: float | None) -> list[float]:
+    """What values count for in a mean: exact matches are infinite."""
+    return list(values) if cap is None else [min(value, cap) for value in values]
+
+
+def flip_counts(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
+    """Verdicts (0 or 1) that changed, in both directions, and McNemar's p-value."""
+    found = flips([value == 1 for value in before], [value == 1 for value in after])
+    return {"right_to_wrong": found.right_to_wrong, "wrong_to_right": found.wrong_to_right, "mcnemar_p": found.p_value}
+
+
 def bootstrap(values: Sequence[float], prompts: Sequence[int], seed: int) -> Any:
     """``dqtk.metrics.bootstrap.paired_bootstrap`` with the report's settings: an object with ``estimate``, ``low``, ``high``."""
     from dqtk.metrics.bootstrap import paired_bootstrap

@@ -14,7 +14,7 @@ from dqtk.pipelines.tiny import extractor_folder
 from PIL import Image
 
 from dqtk.cli import main
-from dqtk.jobs import measure
+from dqtk.jobs import asked
 from dqtk.jobs.evaluate import evaluate
 
 
@@ -114,7 +114,7 @@ def layout_blind(monkeypatch):
         def encode_all(self, images):
             return SimpleNamespace(spatial=torch.nn.functional.adaptive_avg_pool2d(images.float(), 4)[:, 0].flatten(1))
 
-    monkeypatch.setattr("dqtk.jobs.measure.extractor_for", lambda name, device: Means())
+    monkeypatch.setattr("dqtk.jobs.asked.extractor_for", lambda name, device: Means())
 
 
 def test_sfid_sees_places_that_the_mean_of_a_picture_does_not(pictures, tmp_path, layout_blind):
@@ -249,11 +249,11 @@ def test_a_missing_extractor_fails_the_gate_with_3(pictures, tmp_path, capsys, m
 
 
 def test_nothing_against_the_original_is_comparable_with_published_numbers(pictures, tmp_path, monkeypatch, layout_blind):
-    made = measure.extractor_for("means", "cpu")
+    made = asked.extractor_for("means", "cpu")
     type(made).comparable = True
     clean, soft = pictures("clean"), pictures("soft", 6)
     shared = {"metrics": ["frechet", "cmmd"], "extractors": ["means"]}
-    monkeypatch.setattr(measure, "extractor_for", lambda name, device: made)
+    monkeypatch.setattr(asked, "extractor_for", lambda name, device: made)
     paired = evaluate(clean, soft, tmp_path / "p", **shared)
     assert {r.extra["comparable"] for r in paired} == {False}
     apart = {r.name: r.extra["comparable"] for r in evaluate(clean, soft, tmp_path / "u", **shared, unpaired=True)}

@@ -14,7 +14,7 @@ import torch
 from dqtk.metrics.bootstrap import paired_bootstrap
 
 from dqtk.cli import main
-from dqtk.jobs import generate, measure
+from dqtk.jobs import asked, generate
 from dqtk.jobs.processes import Processes, processes
 from dqtk.jobs.run import read_results, run
 from dqtk.jobs.spec import read_job
@@ -354,17 +354,17 @@ def test_only_the_first_process_reduces_and_decides(done, monkeypatch, capsys):
 def test_prompts_are_encoded_once_each_and_kept(job_file, tmp_path, monkeypatch):
     from dqtk.metrics.extractors.clip import OpenClip
 
-    asked, encode = [], OpenClip.encode_texts
-    monkeypatch.setattr(OpenClip, "encode_texts", lambda self, texts: (asked.append(list(texts)), encode(self, texts))[1])
+    seen, encode = [], OpenClip.encode_texts
+    monkeypatch.setattr(OpenClip, "encode_texts", lambda self, texts: (seen.append(list(texts)), encode(self, texts))[1])
     monkeypatch.setattr("dqtk.jobs.features.TEXT_CHUNK", 2)
     words = ["a small red circle on a blue background", "a large green square on a white background", "a", "b"]
     file = job_file(prompts=[*words, words[0]], metrics=["clip_score", "retrieval"])
     run(read_job(file))
-    assert sorted(text for chunk in asked for text in chunk) == sorted(words)
-    assert [len(chunk) for chunk in asked] == [2, 2]
+    assert sorted(text for chunk in seen for text in chunk) == sorted(words)
+    assert [len(chunk) for chunk in seen] == [2, 2]
     found = numbers(tmp_path / "out")
     run(read_job(file))
-    assert len(asked) == 2
+    assert len(seen) == 2
     assert numbers(tmp_path / "out") == found
 
 
@@ -404,7 +404,7 @@ def test_a_damaged_cache_file_is_made_again(done, kind, damage):
 @pytest.mark.parametrize("change", ["version", "identity"])
 def test_pair_scores_are_kept_by_the_version_of_their_code_and_the_files_they_read(done, monkeypatch, change):
     file, out, found = done
-    known = dict(measure.scores())
+    known = dict(asked.scores())
 
     def other(a, b):
         return torch.full((len(a),), 7.0)
@@ -413,7 +413,7 @@ def test_pair_scores_are_kept_by_the_version_of_their_code_and_the_files_they_re
         other.identity = "other weights"
     version = "2" if change == "version" else "1"
     psnr = dataclasses.replace(known["psnr"], version=version, load=lambda **options: other)
-    monkeypatch.setattr(measure, "scores", lambda: known | {"psnr": psnr})
+    monkeypatch.setattr(asked, "scores", lambda: known | {"psnr": psnr})
     run(read_job(file))
     assert numbers(out)["pixart-w8a8", "psnr@vs_original"][0] == 7.0
     assert numbers(out)["pixart-w8a8", "ssim@vs_original"] == found["pixart-w8a8", "ssim@vs_original"]

@@ -12,9 +12,9 @@ from PIL import Image
 
 from dqtk.report.compare import compare
 from dqtk.report.generate import image_seed
-from dqtk.report.measures import _capped, score_measures
+from dqtk.report.measures import score_measures
 from dqtk.report.records import read_records
-from dqtk.report.scores import ImageScore, resolve_scores
+from dqtk.report.scores import ImageScore, capped, resolve_scores
 from dqtk.report.trajectory import Call, TrajectoryMismatch, same_inputs
 from dqtk.report.verdict import verdict
 
@@ -104,7 +104,9 @@ def test_the_floor_in_bf16_is_scored_beside(compared):
     psnr = compared.measure("psnr")
     assert psnr.floor.value > psnr.estimate.value
     assert compared.measure("sqnr_same").floor.value == pytest.approx(42, abs=6)  # bf16: 8 bits of mantissa
-    assert {row.name for row in compared.records()} >= {"psnr", "psnr_floor", "sqnr_own_floor"}
+    records = {row.name: row for row in compared.records()}
+    assert set(records) >= {"psnr", "psnr_floor", "sqnr_own_floor"}
+    assert (records["psnr"].extra["dtype"], records["psnr_floor"].extra["dtype"]) == ("float32", "bfloat16")
 
 
 def test_replay_keeps_timesteps_out_of_the_cast(pixart):
@@ -143,7 +145,7 @@ def test_oracle_and_flips(pixart):
     found = run(pixart, pixart, oracle=oracle, num_trajectory=0, batch_size=1)
     assert seen[0] == ((64, 64), PROMPTS[0])
     assert found.measure("oracle_change").estimate.value == -0.5
-    assert found.measure("all_correct_change").detail == {"right_to_wrong": 3, "wrong_to_right": 0}
+    assert found.measure("all_correct_change").detail == {"right_to_wrong": 3, "wrong_to_right": 0, "mcnemar_p": 0.25}
     number = run(pixart, pixart, prompts=PROMPTS[:1], oracle=lambda image, prompt: 0.5, num_trajectory=0)
     assert number.measure("oracle_reference").estimate.value == 0.5
     assert not any(m.name.startswith("all_correct") for m in number.measures)
@@ -255,7 +257,7 @@ def test_bad_input_is_refused_before_anything_runs(prompts, changes, words):
 
 def test_a_difference_beyond_the_cap_is_not_worse_than_none():
     score = resolve_scores(("psnr",))[0][0]
-    assert _capped([113.1, math.inf, 40.0], score) == [100.0, 100.0, 40.0]
+    assert capped([113.1, math.inf, 40.0], score.cap) == [100.0, 100.0, 40.0]
 
 
 def test_closeness_to_the_floor_is_judged_pair_by_pair(made_up, row):
