@@ -106,10 +106,22 @@ class Job:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+class _Strict(yaml.SafeLoader):
+    """YAML whose keys come once: PyYAML takes the last and forgets the rest."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} twice", key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return super().construct_mapping(node, deep)
+
+
 def read_job(path: str | Path) -> Job:
     """The job of a YAML file. Raises ``ValueError`` that names the file and the field."""
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data = yaml.load(Path(path).read_text(encoding="utf-8-sig"), Loader=_Strict)  # a SafeLoader
     except FileNotFoundError:
         raise ValueError(f"job: file must exist, got {path}. Check the path.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

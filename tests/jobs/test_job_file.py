@@ -64,6 +64,8 @@ def test_what_is_refused(job_file, changes, says):
     [
         ("- a\n", "must be a mapping of fields, got list"),
         ("name: [\n", "must be YAML, got: "),
+        ("name: x\nseed: 1\nseed: 2\n", "must be YAML, got: the key 'seed' twice .*line 3"),
+        ("name: x\ncall: {a: 1, a: 2}\n", "must be YAML, got: the key 'a' twice"),
         ("name: x\n", "must have models, prompts, metrics, output, got only name"),
     ],
 )
