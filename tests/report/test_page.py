@@ -1,6 +1,7 @@
 """The report page as text, and the table and verdict that it shares with the terminal."""
 
 import html
+import itertools
 import math
 import re
 from html.parser import HTMLParser
@@ -159,6 +160,13 @@ def test_chart_of_few_many_flat_and_missing_values():
         labels = re.findall(r'text-anchor="end">(.*?)<', svg)
         assert len(set(labels)) == len(labels) >= 2
     assert "nothing to draw" in line_chart("t", "x", "y", [Line(label="a", style="own", values=(math.inf,))])
+
+
+def test_chart_labels_are_as_far_apart_as_their_lines():
+    svg = line_chart("t", "x", "y", [Line(label="a", style="own", values=(-12.0, -1.0))])
+    ticks = [float(text) for text in re.findall(r'text-anchor="end">(.*?)<', svg)]
+    assert len(ticks) > 2
+    assert {b - a for a, b in itertools.pairwise(ticks)} == {2.5}
 
 
 def test_blocks_and_bit_classes():
