@@ -314,3 +314,9 @@ def test_the_reference_with_other_threads_is_a_floor(pixart):
     floors = [value for curve in found.curves if curve.pipeline == "floor" for value in curve.sqnr_db]
     assert all(value > 110 for value in floors)
     assert min(floors) < 160
+
+
+def test_arguments_that_the_pipeline_would_swallow_are_refused(pixart):
+    says = r"compare: call_kwargs must be arguments of PixArt.*, got 'guidence_scale'\. Did you mean 'guidance_scale'\?"
+    with pytest.raises(ValueError, match=says):
+        run(pixart, pixart, call_kwargs={"guidence_scale": 3.0})
