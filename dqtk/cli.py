@@ -339,6 +339,7 @@ def _evaluate(options: argparse.Namespace, command: str) -> int:
         metrics=options.metrics,
         extractors=options.extractors,
         unpaired=options.unpaired,
+        gates=gates,
     )
     return _results(options.output, records, gates)
 
@@ -350,7 +351,7 @@ def _run(options: argparse.Namespace, command: str) -> int:
 
     gates = [parse_gate(text) for text in options.fail_if]
     job = read_job(options.job)
-    return _results(Path(job.output), run(job), gates)
+    return _results(Path(job.output), run(job, gates), gates)
 
 
 def _results(output: Path, records: Sequence[Any], gates: Sequence[Any]) -> int:

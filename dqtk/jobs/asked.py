@@ -13,6 +13,13 @@ from dqtk.spec import did_you_mean
 from .features import Picture, check_sizes, pair_identity
 
 ORACLE = "oracle"
+_ALSO_KNOWN = {
+    "fid": "frechet with the extractor inception2015",
+    "is": "inception_score",
+    "clip": "clip_score with an extractor that reads texts",
+    "lpips_alex": "lpips",
+    "mmd": "kid or cmmd",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,7 +106,9 @@ def measures(names: Sequence[str], extractors: Sequence[str], device: Any = "cpu
             continue
         if name not in known:
             allowed = [*known, ORACLE]
-            raise ValueError(f"metrics: name must be one of {', '.join(allowed)}, got {name!r}.{did_you_mean(name, allowed)}")
+            other = _ALSO_KNOWN.get(name.lower())
+            hint = f" Take {other}." if other is not None else did_you_mean(name, allowed)
+            raise ValueError(f"metrics: name must be one of {', '.join(allowed)}, got {name!r}.{hint}")
         wanted[name] = known[name]
     pairs, found = {}, {}
     missing: dict[str, str] = {}

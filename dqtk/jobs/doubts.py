@@ -56,6 +56,19 @@ def _lacking(asked: Measures, score: Any, names: Callable, shown: Sequence[Shown
         yield from ((score, name, "", why) for name in names(list(asked.extractors)))
 
 
+def result_names(asked: Measures, metrics: Sequence[str], *, paired: bool, real: bool) -> list[str]:
+    """The names that results will have, whether they can be measured or not."""
+    every, found = [*asked.extractors, *asked.missing_extractors], []
+    for score in asked.scores.values():
+        head = getattr(score, "head", None)
+        able = [name for name, extractor in asked.extractors.items() if head is None or has_head(extractor, head)]
+        names = _names(score, [*able, *asked.missing_extractors] if able else every, paired=paired, real=real)
+        found += [*names, *(f"{name}@change" for name in names if paired and type(score).__name__ == "TextScore")]
+    for name in ORACLE_SCORES if ORACLE in metrics else ():
+        found += [name, *([f"{name}@change"] if paired else [])]
+    return found
+
+
 def _names(score: Any, extractors: Sequence[str], *, paired: bool, real: bool) -> list[str]:
     """The names that records of a score have."""
     kind = type(score).__name__

@@ -10,10 +10,11 @@ import torch
 from dqtk.report.records import Record
 
 from .asked import ORACLE, Measures, Shown, measures, with_oracle
-from .doubts import warnings_of
+from .doubts import result_names, warnings_of
 from .features import Picture
 from .files import key_of
 from .folders import chunks, folder_pictures
+from .gates import Gate, check_gates
 from .measure import observe, reduce
 from .processes import Processes
 from .results import write_results
@@ -29,6 +30,7 @@ def evaluate(
     extractors: Sequence[str] = (),
     unpaired: bool = False,
     seed: int = 0,
+    gates: Sequence[Gate] = (),
 ) -> list[Record]:
     """Two folders of pictures against each other. Pictures of one name are a pair.
 
@@ -38,6 +40,7 @@ def evaluate(
         metrics, extractors: as in a job.
         unpaired: the folders are of one world but not picture by picture the same; only distances of sets are taken.
         seed: of the bootstrap.
+        gates: conditions whose names are checked before anything is computed; ``tripped`` judges them afterwards.
     Returns:
         Records, which are also in ``output``.
     Raises:
@@ -53,9 +56,10 @@ def evaluate(
     asked = measures(names, extractors)
     if unpaired:
         asked = _only_sets(asked, names)
+    check_gates(gates, result_names(asked, names, paired=not unpaired, real=unpaired))
     folder = Path(output)
     of = {"reference": str(Path(reference).resolve()), "candidate": str(Path(candidate).resolve()), "unpaired": unpaired}
-    claim(folder, "evaluation.json", {"hash": key_of(*map(str, of.values())), "evaluation": of}, "evaluation")
+    claim(folder, "evaluation.json", {"hash": key_of(*map(str, of.values())), "evaluation": of}, "evaluation", list(of))
     a, b = Path(reference).name or "reference", Path(candidate).name or "candidate"
     a, b = (a, b) if a != b else (f"{a} (reference)", f"{b} (candidate)")
     me = Processes(0, 1, torch.device("cpu"), lambda: None)

@@ -41,12 +41,19 @@ def parse_gate(text: str) -> Gate:
     return Gate(text=text.strip(), name=match["name"], end=end, op=match["op"], number=float(match["number"]))
 
 
+def check_gates(gates: Iterable[Gate], names: Iterable[str]) -> None:
+    """Raises ``ValueError`` for a gate's name that none of these results has, or more than one."""
+    names = list(names)
+    for gate in gates:
+        _full_name(gate.name, names)
+
+
 def tripped(gates: Iterable[Gate], records: Sequence[Record], candidates: Iterable[str]) -> list[str]:
     """What fails, in words; empty when nothing does. Raises ``ValueError`` for a name that no record has, or more than one."""
     failed = []
     candidates = list(candidates)
     for gate in gates:
-        name = _full_name(gate.name, records)
+        name = _full_name(gate.name, [record.name for record in records])
         for candidate in candidates:
             numbers = [getattr(record, gate.end) for record in records if (record.name, record.model) == (name, candidate)]
             if not numbers or numbers[0] is None:
@@ -56,9 +63,9 @@ def tripped(gates: Iterable[Gate], records: Sequence[Record], candidates: Iterab
     return failed
 
 
-def _full_name(name: str, records: Sequence[Record]) -> str:
+def _full_name(name: str, results: Iterable[str]) -> str:
     """The one record name that is meant: the name itself, or the only one that begins so."""
-    names = dict.fromkeys(record.name for record in records)
+    names = dict.fromkeys(results)
     if name in names:
         return name
     found = [full for full in names if name in _short(full) and not full.endswith("@change")]

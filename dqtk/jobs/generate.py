@@ -8,9 +8,10 @@ records take their provenance from there, not from the process that computes the
 A variant that paints NaN is not painted further: its manifest says why, and its results are "not measured".
 """
 
+import importlib
 import io
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ from tqdm import tqdm
 from dqtk.calibrate import calibrate
 from dqtk.calls import call_arguments, denoisers
 from dqtk.installed import summary
+from dqtk.plan import Plan
 from dqtk.quantize import plan as make_plan
 from dqtk.quantize import quantize, save
 from dqtk.report import environment
-from dqtk.report.generate import NotFinite, Task, check_call_kwargs, generate
+from dqtk.report.generate import NotFinite, Task, check_call_kwargs, check_call_names, generate
 from dqtk.report.rounding import check_rounding, other_rounding
 from dqtk.report.sizes import pipeline_sizes
 from dqtk.report.trajectory import compute_dtype
@@ -37,6 +39,25 @@ from .spec import Job
 
 _located = cache(local_folder)  # asking the hub where a model lies is a request
 NUM_CALIBRATED = 8  # prompts that static recipes are calibrated on
+
+
+def plans_of(variants: Sequence[Variant]) -> dict[str, Plan]:
+    """The plan of every variant that the job quantizes, by name; reads no weights. Raises ``ValueError`` for an unknown recipe."""
+    return {v.name: make_plan(meta_pipeline(v.model), v.recipe) for v in variants if v.recipe is not None}
+
+
+def check_models(job: Job, variants: Sequence[Variant]) -> None:
+    """Raises ``ValueError`` for a model that is nowhere, and for ``call`` arguments that its pipeline does not name."""
+    for model in dict.fromkeys(variant.model for variant in variants):
+        kind = _pipeline_class(local_folder(model, weights=False))
+        if kind is not None:
+            check_call_names(kind, check_call_kwargs(job.call, "job: call"), "job: call")
+
+
+def _pipeline_class(folder: Path) -> Any:
+    """The class of a saved pipeline; None for one of another library than diffusers."""
+    data = read_json(folder / "model_index.json")
+    return getattr(importlib.import_module("diffusers"), str(data.get("_class_name")), None)
 
 
 def check_floors(variants: Sequence[Variant], device: Any) -> None:
@@ -55,7 +76,9 @@ def check_floors(variants: Sequence[Variant], device: Any) -> None:
                 )
 
 
-def quantize_missing(job: Job, variants: Sequence[Variant], layout: Layout, prompts: Sequence[str]) -> None:
+def quantize_missing(
+    job: Job, variants: Sequence[Variant], layout: Layout, prompts: Sequence[str], plans: Mapping[str, Plan]
+) -> None:
     """Quantize and save the recipes that are not in OUTPUT/models, or are of another model, plan, calibration or version.
 
     Static recipes are calibrated on the first 8 prompts.
@@ -64,7 +87,7 @@ def quantize_missing(job: Job, variants: Sequence[Variant], layout: Layout, prom
         if variant.recipe is None:
             continue
         folder, note = layout.model(variant), layout.made_from(variant)
-        plan = make_plan(meta_pipeline(variant.model), variant.recipe)
+        plan = plans[variant.name]
         wanted = {
             "original": model_identity(_located(variant.model)),
             "plan": plan.hash,
@@ -116,6 +139,7 @@ def paint(job: Job, variants: Sequence[Variant], batches: Sequence[list[Task]], 
         if processes.first:
             write_json(layout.facts(variant), {"maker": maker} | facts(pipe, folder))
         arguments = check_call_kwargs(call_arguments(pipe, job.call), "job: call")
+        check_call_names(pipe, arguments, "job: call")
         where = {"maker": maker, **provenance(pipe, processes.device)}
         with tqdm(total=len(mine), initial=len(mine) - len(todo), desc=f"paint {variant.name}", unit="batch") as bar:
             for index, batch in todo:

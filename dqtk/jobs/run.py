@@ -10,23 +10,27 @@ import torch
 from dqtk.report.records import Record
 
 from .asked import Shown, measures, with_oracle
-from .doubts import warnings_of
+from .doubts import result_names, warnings_of
 from .features import Picture
 from .files import read_json, remove_partials, write_json
 from .folders import folder_batches
-from .generate import check_floors, failure_of, is_done, maker_of, paint, quantize_missing
+from .gates import Gate, check_gates
+from .generate import check_floors, check_models, failure_of, is_done, maker_of, paint, plans_of, quantize_missing
 from .layout import Layout, Variant, batches, prompts_of, variants
 from .measure import observe, reduce
 from .processes import processes
 from .results import write_results
-from .spec import Job, to_json
+from .spec import DECIDING, Job, to_json
 
 
-def run(job: Job) -> list[Record]:
+def run(job: Job, gates: Sequence[Gate] = ()) -> list[Record]:
     """Do what is missing of the job, and write its results; returns the records (in every process; the first computes them).
 
+    Args:
+        gates: conditions whose names are checked before anything is painted; ``tripped`` judges them afterwards.
     Raises:
-        ValueError: a bad job, a folder of another job, a damaged picture, or originals that paint NaN.
+        ValueError: a bad job, or an unknown model, recipe, metric or name of a gate (no folder is claimed then); a folder of
+            another job, a damaged picture, or originals that paint NaN.
     """
     me = processes()
     torch.set_num_threads(job.threads)
@@ -35,10 +39,14 @@ def run(job: Job) -> list[Record]:
     work = batches(job, prompts)
     asked = measures(job.metrics, job.extractors, me.device)  # wrong names fail before any picture is painted
     references = folder_batches(job.references) if job.references is not None else []
+    paired = any(variant.role != "original" for variant in everyone)
+    check_gates(gates, result_names(asked, job.metrics, paired=paired, real=bool(references)))
     if me.first:
+        check_models(job, everyone)
+        plans = plans_of(everyone)
         check_floors(everyone, me.device)
-        _claim(job, layout)
-        quantize_missing(job, everyone, layout, prompts)
+        claim(layout.root, "job.json", {"hash": job.hash, "job": to_json(job)}, "job", DECIDING)
+        quantize_missing(job, everyone, layout, prompts, plans)
     me.wait()
     paint(job, everyone, work, layout, me)
     me.wait()
@@ -80,26 +88,29 @@ def _failed(everyone: Sequence[Variant], num_batches: int, layout: Layout, maker
     return found
 
 
-def _claim(job: Job, layout: Layout) -> None:
-    claim(layout.root, "job.json", {"hash": job.hash, "job": to_json(job)}, "job")
+def claim(folder: Path, name: str, data: dict[str, Any], verb: str, deciding: Sequence[str]) -> None:
+    """Make the folder this one's. Raises ``ValueError`` where it is another's (its files would be taken for this one's), and where
+    nothing can be written.
 
-
-def claim(folder: Path, name: str, data: dict[str, Any], verb: str) -> None:
-    """Make the folder this one's. Raises ``ValueError`` where it is another's: its files would be taken for this one's.
-
-    ``data``: "hash", and under ``verb`` what it is of.
+    ``data``: under ``verb`` what it is of; what of that is ``deciding`` must be the same.
     """
+    try:
+        _claim(folder, name, json.loads(json.dumps(data)), verb, deciding)
+    except OSError as error:
+        raise ValueError(f"{verb}: output {folder} must be a folder to write in, got: {error.strerror}. Choose another.") from error
+
+
+def _claim(folder: Path, name: str, data: dict[str, Any], verb: str, deciding: Sequence[str]) -> None:
     file = folder / name
     if file.is_file():
         try:
-            before = read_json(file)
-            known, told = before["hash"], before[verb]
+            told = read_json(file)[verb]
+            changed = sorted(key for key in deciding if told[key] != data[verb][key])
         except (ValueError, KeyError, TypeError):
             raise ValueError(
                 f"{verb}: {file} must be readable, got a damaged one. Choose another output, or remove the folder."
             ) from None
-        if known != data["hash"]:
-            changed = sorted(k for k, v in data[verb].items() if k in told and told[k] != v)
+        if changed:
             raise ValueError(
                 f"{verb}: output {folder} must belong to this {verb}, got another's (different: {', '.join(changed)}). "
                 "Choose another output, or remove it."

@@ -33,6 +33,7 @@ from dqtk.spec import did_you_mean
 
 DTYPES = ("stored", "float32", "bfloat16", "float16")
 FLOORS = (*DTYPES, *ROUNDINGS)
+DECIDING = ("prompts", "seed", "seeds_per_prompt", "call", "dtype", "batch_size", "threads")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,9 +101,12 @@ class Job:
 
     @property
     def hash(self) -> str:
-        """16 hex digits over everything that moves pictures: what may not change while a job is resumed in one folder."""
-        free = ("name", "metrics", "extractors", "references", "output")
-        text = json.dumps({name: value for name, value in to_json(self).items() if name not in free}, sort_keys=True)
+        """16 hex digits over what moves every picture (``DECIDING``), which may not change while a job is resumed in one folder.
+
+        Models, recipes, candidates and floors have pictures of their own each, that know by what they were painted.
+        """
+        known = to_json(self)
+        text = json.dumps({name: known[name] for name in sorted(DECIDING)}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -393,3 +393,16 @@ def test_an_extractor_in_a_folder_with_brackets(pictures, tmp_path):
 def test_a_negative_seed(pictures, tmp_path):
     with pytest.raises(ValueError, match="evaluate: seed must be 0 or more, got -1"):
         evaluate(pictures("clean"), tmp_path / "clean", tmp_path / "out", metrics=["psnr"], seed=-1)
+
+
+def test_short_names_of_gates_without_pairs_and_wrong_ones_at_once(pictures, tmp_path, capsys):
+    clean, soft = pictures("clean"), pictures("soft", 6)
+    more = ["--unpaired", "--metrics", "kid", "psnr", "--extractors", "tiny-clip"]
+    assert main(run_words(clean, soft, tmp_path / "out", *more, "--fail-if", "kidd > 9")) == 2
+    assert "got 'kidd'. Did you mean 'kid'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main(run_words(clean, soft, tmp_path / "out", *more, "--fail-if", "kid > 9")) == 0
+    assert main(run_words(clean, soft, tmp_path / "out", *more, "--fail-if", "kid < 9", "--fail-if", "psnr > 0")) == 3
+    said = capsys.readouterr().err
+    assert "fail: soft: kid value is" in said
+    assert "fail: soft: psnr was not measured" in said

@@ -23,7 +23,11 @@ def test_a_job_says_what_it_makes(job_file):
 def test_the_hash_is_of_what_moves_pictures(job_file):
     plain = read_job(job_file()).hash
     assert read_job(job_file(metrics=["psnr"], extractors=[], name="other", output="elsewhere")).hash == plain
-    for change in ({"seed": 1}, {"threads": 2}, {"batch_size": 3}, {"call": {}}, {"recipes": []}, {"prompts": ["a cat"]}):
+    assert read_job(job_file(recipes=[], candidates={"mine": "somewhere"}, floor="kernels", models=["a", "b"])).hash == plain
+    for change in (
+        *({"seed": 1}, {"threads": 2}, {"batch_size": 3}, {"call": {}}, {"prompts": ["a cat"]}),
+        *({"dtype": "stored"}, {"seeds_per_prompt": 2}),
+    ):
         assert read_job(job_file(**change)).hash != plain, change
 
 

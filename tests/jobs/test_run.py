@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from dqtk.cli import main
 from dqtk.jobs import asked, generate
 from dqtk.jobs.processes import Processes, processes
 from dqtk.jobs.run import read_results, run
-from dqtk.jobs.spec import read_job
+from dqtk.jobs.spec import read_job, to_json
 
 
 def numbers(folder):
@@ -417,3 +418,72 @@ def test_pair_scores_are_kept_by_the_version_of_their_code_and_the_files_they_re
     run(read_job(file))
     assert numbers(out)["pixart-w8a8", "psnr@vs_original"][0] == 7.0
     assert numbers(out)["pixart-w8a8", "ssim@vs_original"] == found["pixart-w8a8", "ssim@vs_original"]
+
+
+# --- what may change, and what is refused before a folder is claimed ----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"recipes": ["w8a9"]}, "got 'w8a9'.*Did you mean 'w8a8'"),
+        ({"models": ["tiny-pixartt"]}, "got 'tiny-pixartt'.*Did you mean 'tiny-pixart'"),
+        ({"candidates": {"mine": "no-where"}}, "MODEL must be .*, got 'no-where'"),
+        (
+            {"call": {"num_inferance_steps": 2}},
+            "job: call must be .*, got 'num_inferance_steps'. Did you mean 'num_inference_steps'",
+        ),
+        ({"metrics": ["fid"]}, "metrics: name must be one of .*, got 'fid'. Take frechet with the extractor inception2015"),
+        ({"extractors": ["tinyclip"]}, "extractor: name must be one of .*, got 'tinyclip'. Did you mean 'tiny-clip'"),
+        ({"prompts": "nowhere.txt"}, "prompts: file must exist, got nowhere.txt"),
+        ({"references": "nowhere"}, "folder must exist, got nowhere"),
+    ],
+)
+def test_what_is_wrong_claims_no_folder(job_file, tmp_path, capsys, changes, says):
+    assert main(["run", str(job_file(**changes))]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dqtk run: error:")]
+    assert re.search(says, line), line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gate_of_another_name_is_refused_before_anything_is_painted(job_file, tmp_path, capsys):
+    file = job_file()
+    for words, says in (
+        ("psnrr < 1", "got 'psnrr'. Did you mean 'psnr'"),
+        ("lpips > 1", "name must be that of a result, got 'lpips'"),  # not among the metrics
+        ("frechet[tiny-clip]@vs_real > 1", "Did you mean 'frechet[tiny-clip]'"),
+    ):
+        assert main(["run", str(file), "--fail-if", words]) == 2
+        assert says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_recipes_and_candidates_on_the_same_pictures(done, job_file, tiny_folders, monkeypatch):
+    _, out, found = done
+    before, loaded, load = painted(out), [], generate.load_pipeline
+    monkeypatch.setattr(generate, "load_pipeline", lambda model, *a: (loaded.append(str(model)), load(model, *a))[1])
+    run(read_job(job_file(recipes=["w8a8", "w4a8"], candidates={"mine": str(tiny_folders["pixart"])})))
+    now = numbers(out)
+    assert {key: now[key] for key in found} == found
+    assert not repainted(out, {**{path: path.read_bytes() for path in painted(out)}, **before})
+    assert now["mine", "psnr@vs_original"][0] == 100.0
+    assert now["pixart-w4a8", "psnr@vs_original"][0] < now["pixart-w8a8", "psnr@vs_original"][0]
+    assert len(loaded) == 3  # to be quantized, that, and the candidate
+
+
+def test_a_refusal_names_what_matters_and_nothing_else(job_file, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    job = read_job(job_file())
+    (tmp_path / "out" / "job.json").write_text(json.dumps({"hash": job.hash, "job": to_json(job)}))
+    assert main(["run", str(job_file(batch_size=3, metrics=["psnr"], recipes=[], name="other"))]) == 2
+    assert "got another's (different: batch_size). Choose" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["run", "evaluate"])
+def test_an_output_that_cannot_be_written_is_named_as_it_was_given(job_file, tiny_folders, tmp_path, capsys, pictures, verb):
+    (tmp_path / "file").write_text("")
+    output = tmp_path / "file" / "deep" / "out"
+    clean = str(pictures("clean", num=1))
+    words = {"run": [str(job_file(output=str(output)))], "evaluate": [clean, clean, "--output", str(output)]}[verb]
+    assert main([verb, *words]) == 2
+    assert f"output {output} must be a folder to write in, got: Not a directory." in capsys.readouterr().err
