@@ -5,6 +5,7 @@ are one line on stderr and exit status 2; Ctrl-C exits with 130 and leaves no ha
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import shlex
@@ -37,6 +38,7 @@ FLOORS = ("bfloat16", *ROUNDINGS)
 def parser() -> argparse.ArgumentParser:
     """All verbs and flags; ``tests/test_cli.py`` freezes them."""
     top = argparse.ArgumentParser(prog="dqtk", description="Post-training quantization for diffusers pipelines.")
+    top.add_argument("--version", action="version", version=f"dqtk {importlib.metadata.version('dqtk')}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     explain = verbs.add_parser("explain", help="show what a recipe would do, or what was done to MODEL; reads no weights")
@@ -195,9 +197,17 @@ def _check_new_file(path: Path, verb: str) -> None:
         raise ValueError(f"{verb}: output must be a new file, got {path}, which exists. Choose another, or remove it.")
 
 
+def _check_writable(path: Path, verb: str) -> None:
+    """An error at once, and with the path that was given, where nothing can be written; not after hours of work."""
+    there = next(part for part in path.absolute().parents if part.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"{verb}: output must be where one can write, got {path}: {there} is not. Choose another.")
+
+
 def _explain(options: argparse.Namespace, command: str) -> None:
     if options.output is not None:
         _check_new_file(options.output, "explain")
+        _check_writable(options.output, "explain")
     pipe = meta_pipeline(options.model)
     plan = installed_plan(pipe)
     if options.recipe is not None or not plan.components:
@@ -216,6 +226,7 @@ def _explain(options: argparse.Namespace, command: str) -> None:
 
 
 def _calibrate(options: argparse.Namespace, command: str) -> None:
+    _check_writable(options.output, "calibrate")
     prompts = read_prompts(options.prompts, options.num_prompts)
     pipe = load_pipeline(options.model, options.dtype, find_device(options.device))
     plan = _plan_for(options, pipe)
@@ -232,6 +243,7 @@ def _calibrate(options: argparse.Namespace, command: str) -> None:
 
 def _quantize(options: argparse.Namespace, command: str) -> None:
     check_output(options.output, "quantize")
+    _check_writable(options.output, "quantize")
     if options.plan is None:
         plan = _plan_for(options, meta_pipeline(options.model))  # wrong names and patterns fail before any weight is read
     elif options.recipe or options.text_encoders or options.keep or options.set:
@@ -265,6 +277,7 @@ def _generate(options: argparse.Namespace, command: str) -> None:
     from .report.generate import generate, make_tasks
 
     check_output(options.output, "generate")
+    _check_writable(options.output, "generate")
     prompts = read_prompts(options.prompts, options.num_prompts)
     pipe = load_pipeline(options.model, options.dtype, find_device(options.device))
     tasks = make_tasks(prompts, options.seed, 1)
@@ -286,6 +299,7 @@ def _compare(options: argparse.Namespace, command: str) -> None:
     beside = options.output.with_name(f"{options.output.stem}-records")
     check_output(beside, "compare")
     _check_new_file(options.output, "compare")
+    _check_writable(options.output, "compare")
     device = find_device(options.device)
     check_rounding("compare", options.floor, device)  # before any weight is read
     reference, candidate = (load_pipeline(model, options.dtype, device) for model in (options.reference, options.candidate))
