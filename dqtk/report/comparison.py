@@ -66,6 +66,16 @@ class Measure:
     not_measured: str | None = None
     detail: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def identical(self) -> bool:
+        """Whether every picture is the original's."""
+        return self.num_samples > 0 and self.detail.get("exact_matches") == self.num_samples
+
+    @property
+    def floor_identical(self) -> bool:
+        """Whether every picture of the noise floor is the original's."""
+        return self.num_samples > 0 and self.detail.get("floor_exact_matches") == self.num_samples
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Curve:

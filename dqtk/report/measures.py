@@ -31,7 +31,7 @@ def score_measures(rows: Sequence[Row], scores: Sequence[ImageScore], missing: M
                 num_samples=len(rows),
                 estimate=_estimate(capped(values, score.cap), prompts, seed),
                 floor=_estimate(capped(floor, score.cap), prompts, seed) if floor else None,
-                detail=_detail(score, values) | _beyond_floor(score, values, floor, prompts, seed),
+                detail=_detail(score, values) | _exact_floor(score, floor) | _beyond_floor(score, values, floor, prompts, seed),
             )
         )
     for name, why in missing.items():
@@ -66,7 +66,8 @@ def step_measures(steps: Mapping[str, Mapping[str, Any]], prompts: Sequence[int]
                 num_samples=len(prompts),
                 estimate=_estimate(_over_steps(sums), prompts, seed),
                 floor=_estimate(_over_steps(floor), prompts, seed) if isinstance(floor, StepSums) else None,
-                detail={"num_steps": len(sums.sums), "cap_db": STEP_CAP_DB},
+                detail={"num_steps": len(sums.sums), "cap_db": STEP_CAP_DB, "num_capped": _num_capped(sums)}
+                | ({"floor_num_capped": _num_capped(floor)} if isinstance(floor, StepSums) else {}),
             )
         )
     return found
@@ -89,10 +90,19 @@ def curve_of(pipeline: str, kind: str, steps: StepSums) -> Curve:
 
 def _over_steps(steps: StepSums) -> list[float]:
     """SQNR in dB per image over all steps, capped."""
+    return capped(_uncapped(steps), STEP_CAP_DB)
+
+
+def _uncapped(steps: StepSums) -> list[float]:
     total = steps.sums[0]
     for sums in steps.sums[1:]:
         total = total + sums
-    return capped(total.sqnr_db().tolist(), STEP_CAP_DB)
+    values: list[float] = total.sqnr_db().tolist()
+    return values
+
+
+def _num_capped(steps: StepSums) -> int:
+    return sum(value > STEP_CAP_DB for value in _uncapped(steps))
 
 
 def _estimate(values: Sequence[float], prompts: Sequence[int], seed: int) -> Estimate:
@@ -108,6 +118,10 @@ def _detail(score: ImageScore, values: Sequence[float]) -> dict[str, Any]:
     if score.name == "psnr":
         detail["pooled"] = _finite(pool_db(values), score)
     return detail
+
+
+def _exact_floor(score: ImageScore, floor: Sequence[float]) -> dict[str, int]:
+    return {} if score.cap is None or not floor else {"floor_exact_matches": sum(math.isinf(value) for value in floor)}
 
 
 def _beyond_floor(

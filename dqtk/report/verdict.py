@@ -54,7 +54,8 @@ def _closeness(psnr: "Measure | None", num: int) -> str:
 def _floor(psnr: "Measure | None", num_prompts: int) -> str:
     if psnr is None or psnr.floor is None or psnr.estimate is None or psnr.estimate.value == psnr.floor.value:
         return ""
-    floor = f"the noise floor ({psnr.floor.value:.1f} dB)"
+    closeness = "identical pictures" if psnr.floor_identical else f"{psnr.floor.value:.1f} dB"
+    floor = f"the noise floor ({closeness})"
     beyond = psnr.detail.get("beyond_floor", {})
     value, low, high = (beyond.get(end) for end in ("value", "low", "high"))
     if high is not None and high <= FLOOR_MARGIN_DB:
@@ -62,7 +63,7 @@ def _floor(psnr: "Measure | None", num_prompts: int) -> str:
     if low is not None and low <= 0:
         mean = f"{number_text(abs(value), 1)} dB {'further' if value > 0 else 'nearer'} in the mean"
         return f"; not clearly further away than {floor} in {num_prompts} prompts ({mean})"
-    return f"; the noise floor is {psnr.floor.value:.1f} dB"
+    return f"; the noise floor is {closeness}"
 
 
 def _oracle(oracle: "Measure") -> str:

@@ -1,5 +1,6 @@
 """The report page as text, and the table and verdict that it shares with the terminal."""
 
+import dataclasses
 import html
 import itertools
 import math
@@ -7,9 +8,14 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+import torch
+from dqtk.metrics.sqnr import PairSums
 
 from dqtk.report.charts import Line, bits_class, block_of, line_chart
+from dqtk.report.measures import score_measures, step_measures
 from dqtk.report.page import render_page, write_page
+from dqtk.report.scores import resolve_scores
+from dqtk.report.trajectory import StepSums
 from dqtk.report.verdict import verdict
 
 VOID = {"meta", "link", "img", "input", "br", "line", "circle"}
@@ -176,3 +182,26 @@ def test_blocks_and_bit_classes():
     assert block_of("text_encoder:encoder.block.0.layer.0.q") == "text_encoder: encoder.block.0"
     assert block_of("proj_out") == "proj_out"
     assert [bits_class(b) for b in (None, 2, 3, 4.25, 6, 8, 16)] == ["b16", "b02", "b02", "b04", "b08", "b08", "b16"]
+
+
+def test_equal_pictures_are_called_identical_and_caps_are_said(made_up, row):
+    rows = [dataclasses.replace(row(i, math.inf), floor={"psnr": math.inf}) for i in range(3)]
+    psnr = score_measures(rows, resolve_scores(("psnr",))[0], {}, 0)[0]
+    found = made_up(values=(math.inf,) * 3, measures=(psnr,))
+    page = render_page(found)
+    assert "100.00" not in page
+    assert page.count('<td class="number">identical</td>') == 2
+    assert "3 of 3 pairs equal, counted as 100 dB; of the noise floor 3 equal, counted alike" in page
+    assert re.search(r"PSNR \(dB\) +identical +identical$", found.table(), re.MULTILINE)
+    near = [dataclasses.replace(row(i, 30.0), floor={"psnr": math.inf}) for i in range(3)]
+    psnr = score_measures(near, resolve_scores(("psnr",))[0], {}, 0)[0]
+    assert "the noise floor is identical pictures" in verdict(made_up(values=(30.0,) * 3, measures=(psnr,)))
+
+
+def test_steps_above_the_cap_are_said(made_up):
+    ones = torch.ones(2, dtype=torch.float64)
+    sums = PairSums(reference_squared=ones, error_squared=torch.tensor([1e-12, 1e-3], dtype=torch.float64), product=ones)
+    steps = StepSums(timesteps=(1.0,), sums=(sums,))
+    measures = step_measures({"candidate": {"own": steps, "same": None}, "floor": {"own": steps}}, [0, 1], 0)
+    page = render_page(made_up(measures=tuple(measures)))
+    assert "1 image above 100 dB, counted as that; 1 image of the noise floor above 100 dB, counted as that" in page
