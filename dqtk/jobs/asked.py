@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dqtk.resolve import extractor_for, oracle_of_pictures, scores
+from dqtk.report.scores import scores_on_offer as scores
+from dqtk.resolve import extractor_for, oracle_of_pictures
 from dqtk.spec import did_you_mean
 
 from .features import Picture, check_sizes, pair_identity

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from dqtk.report import environment
 from dqtk.report.records import Record
+from dqtk.report.scores import one_per_picture
 
 from .asked import ORACLE_SCORES, Measures, Shown
 from .doubts import unfit_prompts, unmeasured
@@ -101,7 +102,8 @@ def gather(asked: Measures, variant: Shown, original: Shown, chunks: Sequence[li
             if unfit_prompts(score, variant) is None:
                 known = [prompt for prompt in variant.prompts if prompt]
                 texts = load_texts(cache, extractor, chunks, known) if texts is None else texts
-                values.texts[score.name, name] = score.function(values.features[name, None], texts).tolist()
+                found = score.function(values.features[name, None], texts)
+                values.texts[score.name, name] = one_per_picture(score.name, score.function, found, len(known)).tolist()
     return values
 
 

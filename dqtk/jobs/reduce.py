@@ -13,7 +13,16 @@ from typing import Any
 from torch import Tensor
 
 from dqtk.report.records import Record
-from dqtk.report.scores import bootstrap, capped, change_interval, comparable, distance_quantiles, flip_counts, rank_warning
+from dqtk.report.scores import (
+    bootstrap,
+    capped,
+    change_interval,
+    comparable,
+    distance_quantiles,
+    flip_counts,
+    one_number,
+    rank_warning,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,7 +131,7 @@ def set_records(
     where = "vs_original(paired)" if paired else "vs_real"
     for (extractor, head), rows in values.features.items():
         others = reference[extractor, head]
-        num = min(len(rows), len(others))
+        num = len(rows)
         for score in (score for score in scores if score.head == head):
             name = f"{score.name}[{extractor}]@{where}"
             extra: dict[str, Any] = {
@@ -130,13 +139,15 @@ def set_records(
                 "dim": rows.shape[1],
                 "num_reference": len(others),
             }
-            if num < score.least:
-                why = f"{score.label} needs at least {score.least} pictures, got {num}"
+            if min(num, len(others)) < score.least:
+                got = str(num) if num == len(others) else f"{num} and {len(others)} references"
+                why = f"{score.label} needs at least {score.least} pictures, got {got}"
                 found.append(context.record(values.name, score, name, num, value=None, not_measured=why, extra=extra))
                 continue
-            if score.full_rank and (warning := rank_warning(num, rows.shape[1])) is not None:
+            value = one_number(score.name, score.function, score.function(rows, others, paired))
+            if score.full_rank and (warning := rank_warning(num, rows.shape[1], len(others))) is not None:
                 extra["warning"] = warning
-            found.append(context.record(values.name, score, name, num, value=score.function(rows, others, paired), extra=extra))
+            found.append(context.record(values.name, score, name, num, value=value, extra=extra))
     return found
 
 

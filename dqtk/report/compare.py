@@ -31,7 +31,7 @@ from .comparison import Comparison, Curve, OracleScore, Row, SizePair, Timing
 from .generate import Batch, Task, check_call_kwargs, check_call_names, generate, make_tasks, to_tensor
 from .measures import curve_of, score_measures, step_measures
 from .rounding import check_rounding, other_rounding
-from .scores import DEFAULT_SCORES, ImageScore, resolve_scores
+from .scores import DEFAULT_SCORES, ImageScore, one_per_picture, resolve_scores
 from .sizes import pipeline_sizes
 from .trajectory import Call, StepSums, TrajectoryMismatch, compute_dtype, own_trajectory, recorded, same_inputs
 
@@ -228,7 +228,7 @@ def _run(pipe: Any, batch: list[Task], kwargs: dict[str, Any], *, hooked: bool, 
 def _rows(batch: list[Task], outputs: dict[str, Batch], scores: Sequence[ImageScore], oracle: Oracle | None) -> list[Row]:
     pixels = {side: to_tensor(made.images) for side, made in outputs.items()}
     values: dict[str, dict[str, torch.Tensor]] = {
-        side: {score.name: score.function(pixels[side], pixels["reference"]) for score in scores}
+        side: {score.name: _values(score, pixels[side], pixels["reference"]) for score in scores}
         for side in outputs
         if side != "reference"
     }
@@ -251,6 +251,10 @@ def _rows(batch: list[Task], outputs: dict[str, Batch], scores: Sequence[ImageSc
             )
         )
     return rows
+
+
+def _values(score: ImageScore, candidate: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    return one_per_picture(score.name, score.function, score.function(candidate, reference), len(candidate))
 
 
 def _judge(oracle: Oracle, image: Image.Image, prompt: str) -> OracleScore:

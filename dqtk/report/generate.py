@@ -84,8 +84,8 @@ def check_call_kwargs(call_kwargs: Mapping[str, Any] | None, where: str = "compa
 
 
 def check_call_names(pipe: Any, call_kwargs: Mapping[str, Any], where: str = "compare: call_kwargs") -> None:
-    """Raises ``ValueError`` for what ``__call__`` of a pipeline (or its class) does not name: many pipelines swallow ``**kwargs``, and
-    a misspelt number of steps with them. A pipeline that passes them on to another's ``__call__`` takes what that names."""
+    """Raises ``ValueError`` for what ``__call__`` of a pipeline (or its class) does not name: many swallow ``**kwargs``, and a
+    misspelt number of steps with them. A pipeline that passes them on to another's ``__call__`` takes what that names."""
     kind = pipe if isinstance(pipe, type) else type(pipe)
     calls = [vars(base)["__call__"] for base in kind.__mro__ if "__call__" in vars(base)]
     parameters = [p for call in calls for p in inspect.signature(call).parameters.values()]

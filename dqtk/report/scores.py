@@ -4,6 +4,8 @@ The only module of the report that imports ``dqtk.metrics``, and inside its func
 a comparison with scores of one's own needs neither torchmetrics nor anything else from there.
 """
 
+import inspect
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dqtk.resolve import scores as scores_on_offer
+from dqtk.resolve import scores as scores_in_files
 
 DEFAULT_SCORES = ("psnr", "ssim", "ms_ssim", "lpips")
 
@@ -31,6 +33,47 @@ class ImageScore:
     function: Callable[[Tensor, Tensor], Tensor]
     digits: int = 3
     cap: float | None = None
+
+
+def scores_on_offer() -> dict[str, Any]:
+    """Every score of ``dqtk.metrics`` by name. Raises ``ValueError`` that names a file which cannot be imported."""
+    try:
+        return scores_in_files()
+    except (SyntaxError, ImportError, NameError, AttributeError, TypeError, ValueError) as error:
+        places = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent.name == "metrics"]
+        where = f"{places[-1].filename}:{places[-1].lineno}" if places else "dqtk.metrics"
+        if isinstance(error, SyntaxError):
+            where = f"{error.filename}:{error.lineno}"
+        said = error.msg if isinstance(error, SyntaxError) else str(error)
+        raise ValueError(f"metrics: {where} must be importable, got {type(error).__name__}: {said}. Mend or remove it.") from error
+
+
+def one_per_picture(name: str, function: Any, values: Any, num: int) -> Tensor:
+    """What a score returned for ``num`` pictures, [B]. Raises ``ValueError`` that names its file for anything else."""
+    if not isinstance(values, Tensor) or list(values.shape) != [num]:
+        got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(
+            f"metrics: {name} ({_file_of(function)}) must return one number per picture, a tensor of shape [{num}], got {got}. "
+            "Do not average over the batch."
+        )
+    return values
+
+
+def one_number(name: str, function: Any, value: Any) -> float:
+    """What a score of sets returned. Raises ``ValueError`` that names its file for anything but a number."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"metrics: {name} ({_file_of(function)}) must return one number, got {got}. Mend it.")
+    return float(value)
+
+
+def _file_of(function: Any) -> str:
+    try:
+        return inspect.getsourcefile(inspect.unwrap(function)) or "unknown file"
+    except TypeError:  # an object that is called
+        return f"{type(function).__module__}.{type(function).__qualname__}"
 
 
 def resolve_scores(
@@ -121,11 +164,11 @@ def change_interval(before: Sequence[float], after: Sequence[float], prompts: Se
     return Interval(estimate=found.estimate, low=low, high=high)
 
 
-def rank_warning(num: int, dim: int) -> str | None:
+def rank_warning(num: int, dim: int, num_reference: int) -> str | None:
     """``dqtk.metrics.frechet.rank_warning``: what to say of a covariance of fewer rows than columns."""
     from dqtk.metrics.frechet import rank_warning as warning
 
-    return warning(num, dim)
+    return warning(num, dim, num_reference)
 
 
 def checked_heads(extractor: Any, images: Tensor, heads: Sequence[str]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from dqtk.report.compare import compare
 from dqtk.report.generate import image_seed
 from dqtk.report.measures import score_measures
 from dqtk.report.records import read_records
-from dqtk.report.scores import ImageScore, capped, resolve_scores
+from dqtk.report.scores import ImageScore, capped, one_number, one_per_picture, resolve_scores
 from dqtk.report.trajectory import Call, TrajectoryMismatch, same_inputs
 from dqtk.report.verdict import verdict
 
@@ -320,3 +320,36 @@ def test_arguments_that_the_pipeline_would_swallow_are_refused(pixart):
     says = r"compare: call_kwargs must be arguments of PixArt.*, got 'guidence_scale'\. Did you mean 'guidance_scale'\?"
     with pytest.raises(ValueError, match=says):
         run(pixart, pixart, call_kwargs={"guidence_scale": 3.0})
+
+
+@pytest.mark.parametrize(
+    ("returned", "got"),
+    [(lambda a, b: (a - b).mean(), r"\[\]"), (lambda a, b: 3.0, "float"), (lambda a, b: a, r"\[3, 3, 64, 64\]")],
+)
+def test_a_score_of_ones_own_that_is_not_per_picture_is_named(returned, got):
+    score = ImageScore(name="mine", label="Mine", unit="", higher_is_better=True, function=returned)
+    image = torch.zeros(3, 3, 64, 64)
+    with pytest.raises(ValueError, match=rf"metrics: mine \(.*test_compare\.py\) must return one number per .* \[3\], got {got}\."):
+        one_per_picture(score.name, score.function, score.function(image, image), 3)
+    with pytest.raises(ValueError, match=r"metrics: mine \(.*test_compare\.py\) must return one number, got \[2\]"):
+        one_number("mine", returned, torch.zeros(2))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("def score(:\n", r"metrics.mine\.py:1 must be importable, got SyntaxError: "),
+        ("x = 1\nSCORES = (PairScore(name='x'),)\n", r"metrics.mine\.py:2 must be importable, got NameError: name 'PairScore'"),
+    ],
+)
+def test_a_broken_file_of_metrics_is_named(tmp_path, monkeypatch, text, says):
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics" / "mine.py").write_text(text)
+
+    def load():
+        path = tmp_path / "metrics" / "mine.py"
+        exec(compile(path.read_text(), str(path), "exec"), {})
+
+    monkeypatch.setattr("dqtk.report.scores.scores_in_files", load)
+    with pytest.raises(ValueError, match=says):
+        resolve_scores(("psnr",))
