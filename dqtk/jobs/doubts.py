@@ -115,11 +115,21 @@ def doubts_of(records: Sequence[Record]) -> list[str]:
     for record in records:
         if (warning := record.extra.get("warning")) is not None:
             said.setdefault(str(warning), []).append(record.name)
+    exact = [_exact(record) for record in records if record.extra.get("exact_matches")]
     lines = [f"{', '.join(dict.fromkeys(names))}: {warning}" for warning, names in said.items()]
     private = dict.fromkeys(
         record.name for record in records if record.extra.get("comparable") is False and record.value is not None
     )
+    lines += exact
     return [*lines, f"\N{DAGGER} not comparable with published numbers: {', '.join(private)}"] if private else lines
+
+
+def _exact(record: Record) -> str:
+    num, cap = record.extra["exact_matches"], f"{record.extra['cap']:g} {record.unit}".strip()
+    verbs = ("equals", "counts") if num == 1 else ("equal", "count")
+    return (
+        f"{record.model}: {record.name}: {num} of {record.num_samples} pictures {verbs[0]} the original's and {verbs[1]} as {cap}"
+    )
 
 
 def gaps_of(records: Sequence[Record]) -> list[str]:

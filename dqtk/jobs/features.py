@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dqtk.report import environment
-from dqtk.report.scores import checked_heads, identity
+from dqtk.report.scores import checked_heads, identity, one_per_picture
 
 from .files import cached_json, key_of, sha256, whole
 
@@ -33,7 +33,8 @@ _ALPHA = ("RGBA", "LA", "PA")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Picture:
-    """One picture of a variant: sample id, prompt (None where unknown), file and its SHA-256; whether a job ``painted`` it."""
+    """One picture of a variant: sample id, prompt (None where unknown), file and its SHA-256; whether a job ``painted`` it, and
+    from which ``seed``."""
 
     id: str
     prompt: str | None
@@ -41,6 +42,7 @@ class Picture:
     file: Path
     sha256: str
     painted: bool = False
+    seed: int | None = None
 
     @property
     def remedy(self) -> str:
@@ -202,7 +204,7 @@ def score_pairs(cache: Path, name: str, function: Any, candidate: Sequence[Pictu
                 f"pictures of a pair must have one size, got {tuple(a.shape[2:])} in {candidate[0].file} and "
                 f"{tuple(b.shape[2:])} in {reference[0].file}. Compare pictures of one size."
             )
-        values = function(a, b).tolist()
+        values = one_per_picture(name.split("|")[0], function, function(a, b), len(candidate)).tolist()
         if any(math.isnan(value) for value in values):
             raise ValueError(f"{name.split('|')[0]} of {candidate[0].file} and the next must be a number, got NaN. Look at it.")
         return [value if math.isfinite(value) else str(value) for value in values]

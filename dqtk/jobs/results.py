@@ -46,7 +46,7 @@ def write_results(
     cells = table_of(shown, records, facts)
     write_bytes(folder / "report.md", markdown(cells, [*doubts, *gaps]).encode())
     write_bytes(folder / "report.tex", latex(cells, [*doubts, *gaps]).encode())
-    html = page(str(job.get("name", "job")), shown, records, values, facts, cells, doubts)  # which lists the gaps by itself
+    html = page(job, shown, records, values, facts, cells, doubts)  # which lists the gaps by itself
     write_bytes(folder / "report.html", html.encode())
     return [folder / name for name in ("results.json", "samples.parquet", "report.md", "report.tex", "report.html")]
 
@@ -58,15 +58,18 @@ def _write_samples(path: Path, shown: Sequence[Shown], values: Mapping[str, Valu
     frames = []
     for variant in shown:
         found = values[variant.name]
-        rows = [{"variant": variant.name, "role": variant.role, **_columns(p)} for p in variant.pictures]
+        rows = [{"variant": variant.name, "role": variant.role, **_columns(p, path.parent)} for p in variant.pictures]
         scores = found.columns()
-        frames.append(pandas.DataFrame(rows).assign(**scores))
+        frames.append(pandas.DataFrame(rows).astype({"seed": "Int64"}).assign(**scores))
     with whole(path) as partial:
         pandas.concat(frames, ignore_index=True).to_parquet(partial, index=False)
 
 
-def _columns(picture: Picture) -> dict[str, Any]:
-    return {name: getattr(picture, name) for name in ("id", "prompt", "prompt_index", "sha256")} | {"file": picture.file.name}
+def _columns(picture: Picture, folder: Path) -> dict[str, Any]:
+    """What is known of a picture; its file relative to the output where it lies in there, else where it lies."""
+    file = picture.file.relative_to(folder) if picture.file.is_relative_to(folder) else picture.file
+    names = ("id", "prompt", "prompt_index", "seed", "sha256")
+    return {name: getattr(picture, name) for name in names} | {"file": file.as_posix()}
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -95,6 +98,8 @@ def table_of(
 def _cell(record: Record | None) -> str:
     if record is None or record.value is None:
         return DASH
+    if record.num_samples and record.extra.get("exact_matches") == record.num_samples:
+        return "identical"
     digits = int(record.extra.get("digits", 3))
     text = number_text(record.value, digits)
     return text if record.low is None else f"{text} ({range_text(record.low, record.high, digits)})"
@@ -108,8 +113,9 @@ def markdown(cells: tuple[list[str], list[list[str]]], warnings: Sequence[str]) 
 
 
 def latex(cells: tuple[list[str], list[list[str]]], warnings: Sequence[str] = ()) -> str:
-    """Rows for a ``tabular``, and the warnings under it in small print; special characters escaped."""
-    head, rows = cells
+    """A ``tabular`` with a row per score, as on the page, and the warnings under it in small print; special characters escaped."""
+    head, *rows = ([line[i] for line in (cells[0], *cells[1])] for i in range(len(cells[0])))
+    head[0] = "score"
     escaped = [" & ".join(_tex(cell) for cell in line) + r" \\" for line in [head, *rows]]
     begin = r"\begin{tabular}{l" + "r" * (len(head) - 1) + "}"
     notes = [rf"\par{{\footnotesize {_tex(warning)}}}" for warning in warnings]

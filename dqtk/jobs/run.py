@@ -147,6 +147,7 @@ def _shown(variant: Variant, work: Sequence[Sequence[Any]], layout: Layout) -> S
                     file=folder / row["file"],
                     sha256=row["sha256"],
                     painted=True,
+                    seed=row["seed"],
                 )
                 for row in manifest["samples"]
             ]

@@ -1,5 +1,6 @@
 """Two folders of pictures, without any model."""
 
+import html
 import json
 import shutil
 import struct
@@ -406,3 +407,27 @@ def test_short_names_of_gates_without_pairs_and_wrong_ones_at_once(pictures, tmp
     said = capsys.readouterr().err
     assert "fail: soft: kid value is" in said
     assert "fail: soft: psnr was not measured" in said
+
+
+def test_samples_are_generated_pictures_and_references_are_counted_beside(pictures, tmp_path):
+    few, many = pictures("few", num=3), pictures("many", 4, num=9)
+    metrics = ["frechet", "kid", "precision"]
+    found = by_name(evaluate(few, many, tmp_path / "out", metrics=metrics, extractors=["tiny-clip"], unpaired=True), "many")
+    for record in found.values():
+        assert (record.num_samples, record.extra["num_reference"]) == (9, 3)
+    assert found["frechet[tiny-clip]@vs_real"].extra["warning"].startswith("9 generated and 3 reference features of 128 numbers")
+    assert (
+        found["precision[tiny-clip]@vs_real"].not_measured == "Precision, k = 3 needs at least 4 pictures, got 9 and 3 references"
+    )
+
+
+def test_equal_pictures_are_called_identical_and_their_cap_is_said(pictures, tmp_path):
+    clean, other = pictures("clean"), pictures("other", 3)
+    evaluate(clean, clean, tmp_path / "same", metrics=["psnr", "ssim"])
+    (row,) = [line for line in (tmp_path / "same" / "report.md").read_text().splitlines() if line.startswith("| clean (candidate)")]
+    assert "| identical | 1.0000 (1.0000 to 1.0000) |" in row
+    (other / "0002-0.png").write_bytes((clean / "0002-0.png").read_bytes())
+    evaluate(clean, other, tmp_path / "out", metrics=["psnr"])
+    words = "other: psnr@vs_original: 1 of 9 pictures equals the original's and counts as 100 dB"
+    for name in ("report.md", "report.html"):
+        assert words in html.unescape((tmp_path / "out" / name).read_text()), name

@@ -1,6 +1,8 @@
 """Jobs from end to end on an untrained pipeline: after every kind of death, and by several processes, the same numbers."""
 
 import dataclasses
+import html
+import importlib.metadata
 import json
 import os
 import re
@@ -19,6 +21,7 @@ from dqtk.jobs import asked, generate
 from dqtk.jobs.processes import Processes, processes
 from dqtk.jobs.run import read_results, run
 from dqtk.jobs.spec import read_job, to_json
+from dqtk.report.generate import image_seed
 
 
 def numbers(folder):
@@ -209,6 +212,34 @@ def test_the_page_shows_the_pictures_that_lost_most_and_every_score(done):
     assert page.count("<img ") == 2 * len(worst)
     for _, name in found:
         assert name in page
+
+
+def test_the_page_says_what_one_cites(done):
+    _, out, _ = done
+    page = html.unescape(re.sub(r"<[^>]+>", " ", (out / "report.html").read_text().split("<body>")[1]))
+    page = re.sub(r"\s+", " ", page)
+    for words in (
+        *("How to reproduce", " prompts 5 ", "pictures per variant 5", " seed 0 ", "seeds per prompt 1", "num_inference_steps 2"),
+        *("computed in, pixart-w8a8 float32", "count in psnr@vs_original as 100 dB", "equal pictures, pixart-w8a8 0 of 5"),
+        *(f"torch {importlib.metadata.version('torch')}", " processor ", " threads 1 ", "metrics psnr, ssim, oracle"),
+        "have no interval",
+    ):
+        assert words in page, words
+
+
+def test_samples_say_where_pictures_lie_and_their_seeds(done):
+    _, out, _ = done
+    samples = pandas.read_parquet(out / "samples.parquet")
+    assert all((out / file).is_file() for file in samples["file"])
+    assert set(samples[samples.variant == "pixart"]["file"]) == {f"images/pixart/{i:04d}-0.png" for i in range(5)}
+    assert samples["seed"].tolist() == [image_seed(0, i) for i in range(5)] * 2
+
+
+def test_tex_has_a_row_per_score(done):
+    _, out, _ = done
+    tex = (out / "report.tex").read_text()
+    assert tex.startswith("\\begin{tabular}{lrr}\n\\hline\nscore & pixart & pixart-w8a8 \\\\\n\\hline\nweights & ")
+    assert re.search(r"^psnr@vs\\_original & -- & [\d.]+ \([\d.]+ to [\d.]+\) \\\\$", tex, re.MULTILINE)
 
 
 # --- whose pictures these are ------------------------------------------------------------------------------------------
