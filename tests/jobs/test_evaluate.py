@@ -1,12 +1,15 @@
 """Two folders of pictures, without any model."""
 
 import html
+import importlib
 import json
 import shutil
 import struct
 import zlib
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas
 import pytest
 import torch
@@ -431,3 +434,21 @@ def test_equal_pictures_are_called_identical_and_their_cap_is_said(pictures, tmp
     words = "other: psnr@vs_original: 1 of 9 pictures equals the original's and counts as 100 dB"
     for name in ("report.md", "report.html"):
         assert words in html.unescape((tmp_path / "out" / name).read_text()), name
+
+
+def test_the_metric_of_ones_own_in_the_docs_runs(pictures, tmp_path, monkeypatch):
+    text = (Path(__file__).parents[2] / "docs" / "jobs.md").read_text(encoding="utf-8")
+    (tmp_path / "brightness.py").write_text(text.split("## A metric of your own")[1].split("```python\n")[1].split("```")[0])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (score,) = importlib.import_module("brightness").SCORES
+    known = asked.scores()
+    monkeypatch.setattr(asked, "scores", lambda: known | {score.name: score})
+    clean, lighter = pictures("clean", num=2), pictures("lighter", num=2)
+    for file in lighter.glob("*.png"):
+        Image.fromarray((np.asarray(Image.open(file)) // 2 + 40).astype(np.uint8)).save(file)
+    (record,) = evaluate(clean, lighter, tmp_path / "out", metrics=["brightness"])
+    wanted = [
+        abs(np.asarray(Image.open(lighter / name)).mean() - np.asarray(Image.open(clean / name)).mean())
+        for name in ("0000-0.png", "0001-0.png")
+    ]
+    assert record.value == pytest.approx(np.mean(wanted), rel=1e-4)
