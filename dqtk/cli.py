@@ -5,6 +5,7 @@ are one line on stderr and exit status 2; Ctrl-C exits with 130 and leaves no ha
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import shlex
@@ -27,7 +28,7 @@ from .prompt_sets import read_prompts
 from .quantize import plan as make_plan
 from .quantize import quantize, save
 from .recipes import RECIPES
-from .report.rounding import ROUNDINGS
+from .report.rounding import ROUNDINGS, check_rounding
 from .resolve import oracle_for
 from .sources import find_device, load_pipeline, local_folder, meta_pipeline, read_json, readable
 
@@ -37,6 +38,7 @@ FLOORS = ("bfloat16", *ROUNDINGS)
 def parser() -> argparse.ArgumentParser:
     """All verbs and flags; ``tests/test_cli.py`` freezes them."""
     top = argparse.ArgumentParser(prog="dqtk", description="Post-training quantization for diffusers pipelines.")
+    top.add_argument("--version", action="version", version=f"dqtk {importlib.metadata.version('dqtk')}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     explain = verbs.add_parser("explain", help="show what a recipe would do, or what was done to MODEL; reads no weights")
@@ -71,8 +73,7 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--floor",
         choices=(*FLOORS, "none"),
-        default="bfloat16",
-        help="the noise floor: the reference again in bf16, with other kernels or threads (%(default)s)",
+        help="the noise floor: the reference in bf16, with other kernels or threads (default: bfloat16 for --dtype float32)",
     )
     compare.add_argument("--lpips-weights", type=Path, help="backbone weights for LPIPS (a torchvision AlexNet .pth)")
 
@@ -198,9 +199,17 @@ def _check_new_file(path: Path, verb: str) -> None:
         raise ValueError(f"{verb}: output must be a new file, got {path}, which exists. Choose another, or remove it.")
 
 
+def _check_writable(path: Path, verb: str) -> None:
+    """An error at once, and with the path that was given, where nothing can be written; not after hours of work."""
+    there = next(part for part in path.absolute().parents if part.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"{verb}: output must be where one can write, got {path}: {there} is not. Choose another.")
+
+
 def _explain(options: argparse.Namespace, command: str) -> None:
     if options.output is not None:
         _check_new_file(options.output, "explain")
+        _check_writable(options.output, "explain")
     pipe = meta_pipeline(options.model)
     plan = installed_plan(pipe)
     if options.recipe is not None or not plan.components:
@@ -219,6 +228,7 @@ def _explain(options: argparse.Namespace, command: str) -> None:
 
 
 def _calibrate(options: argparse.Namespace, command: str) -> None:
+    _check_writable(options.output, "calibrate")
     prompts = read_prompts(options.prompts, options.num_prompts)
     pipe = load_pipeline(options.model, options.dtype, find_device(options.device))
     plan = _plan_for(options, pipe)
@@ -235,6 +245,7 @@ def _calibrate(options: argparse.Namespace, command: str) -> None:
 
 def _quantize(options: argparse.Namespace, command: str) -> None:
     check_output(options.output, "quantize")
+    _check_writable(options.output, "quantize")
     if options.plan is None:
         plan = _plan_for(options, meta_pipeline(options.model))  # wrong names and patterns fail before any weight is read
     elif options.recipe or options.text_encoders or options.keep or options.set:
@@ -268,6 +279,7 @@ def _generate(options: argparse.Namespace, command: str) -> None:
     from .report.generate import generate, make_tasks
 
     check_output(options.output, "generate")
+    _check_writable(options.output, "generate")
     prompts = read_prompts(options.prompts, options.num_prompts)
     pipe = load_pipeline(options.model, options.dtype, find_device(options.device))
     tasks = make_tasks(prompts, options.seed, 1)
@@ -289,7 +301,9 @@ def _compare(options: argparse.Namespace, command: str) -> None:
     beside = options.output.with_name(f"{options.output.stem}-records")
     check_output(beside, "compare")
     _check_new_file(options.output, "compare")
+    _check_writable(options.output, "compare")
     device = find_device(options.device)
+    check_rounding("compare", options.floor, device)  # before any weight is read
     reference, candidate = (load_pipeline(model, options.dtype, device) for model in (options.reference, options.candidate))
     floor, floor_name = _floor(options, device)
     folders = [local_folder(model) for model in (options.reference, options.candidate)]
@@ -317,17 +331,21 @@ def _compare(options: argparse.Namespace, command: str) -> None:
 
 
 def _floor(options: argparse.Namespace, device: Any) -> tuple[Any, str]:
-    """The third pipeline of ``compare`` and its name; none where bf16 would not be another rounding than the reference's."""
-    if options.floor == "none" or (options.floor == "bfloat16" and options.dtype != "float32"):
+    """The third pipeline of ``compare`` and its name. By default bf16, and none where that is no finer rounding's floor."""
+    if options.floor == "bfloat16" and options.dtype != "float32":
+        raise ValueError(
+            f"compare: --floor bfloat16 must come with --dtype float32, got {options.dtype}. Take kernels, or leave it out."
+        )
+    if options.floor == "none" or (options.floor is None and options.dtype != "float32"):
         return None, ""
-    if options.floor == "bfloat16":
+    if options.floor in (None, "bfloat16"):
         return load_pipeline(options.reference, "bfloat16", device), "bf16 against fp32"
     return options.floor, f"other {options.floor}"
 
 
 def _evaluate(options: argparse.Namespace, command: str) -> int:
+    from .jobs.evaluate import evaluate
     from .jobs.gates import parse_gate
-    from .jobs.run import evaluate
 
     gates = [parse_gate(text) for text in options.fail_if]
     records = evaluate(
@@ -337,6 +355,7 @@ def _evaluate(options: argparse.Namespace, command: str) -> int:
         metrics=options.metrics,
         extractors=options.extractors,
         unpaired=options.unpaired,
+        gates=gates,
     )
     return _results(options.output, records, gates)
 
@@ -348,16 +367,17 @@ def _run(options: argparse.Namespace, command: str) -> int:
 
     gates = [parse_gate(text) for text in options.fail_if]
     job = read_job(options.job)
-    return _results(Path(job.output), run(job), gates)
+    return _results(Path(job.output), run(job, gates), gates)
 
 
 def _results(output: Path, records: Sequence[Any], gates: Sequence[Any]) -> int:
     """Print the table and what a gate says; 3 if one fails."""
     from .jobs.gates import tripped
 
-    if os.environ.get("RANK", "0") == "0":
-        print((output / "report.md").read_text(encoding="utf-8"))
-        print(f"{output}: results.json, samples.parquet, report.md, report.tex, report.html")
+    if os.environ.get("RANK", "0") != "0":
+        return 0  # the first process says what came out, and decides
+    print((output / "report.md").read_text(encoding="utf-8"))
+    print(f"{output}: results.json, samples.parquet, report.md, report.tex, report.html")
     variants = read_json(output / "results.json", "results")["variants"]
     candidates = [name for name, facts in variants.items() if facts["role"] == "candidate"] or list(variants)
     failed = tripped(gates, records, candidates)

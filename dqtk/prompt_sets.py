@@ -43,7 +43,7 @@ def first_prompts(texts: Sequence[str], num: int | None = None) -> list[str]:
 def read_prompt_file(path: str | Path) -> list[str]:
     """Every prompt of a file, in order. Raises ``ValueError`` that names the file."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")  # Excel writes a byte order mark
     except FileNotFoundError:
         raise ValueError(
             f"prompts: file must exist, got {path}. Give a text file with one prompt per line, or the prompts themselves."
@@ -53,14 +53,38 @@ def read_prompt_file(path: str | Path) -> list[str]:
     suffix = Path(path).suffix.lower()
     try:
         if suffix in (".csv", ".tsv"):
-            return [_prompt_of(row, path) for row in csv.DictReader(io.StringIO(text), delimiter="," if suffix == ".csv" else "\t")]
+            return _from_table(text, path, "," if suffix == ".csv" else "\t")
         if suffix == ".jsonl":
-            return [_prompt_of(json.loads(line), path) for line in text.splitlines() if line.strip()]
+            return _from_lines(text, path)
         if suffix == ".json":
             return _from_json(json.loads(text), path)
     except json.JSONDecodeError as error:
         raise ValueError(f"prompts: {path} must be JSON, got: {error}. Write or copy it again.") from error
     return text.splitlines()
+
+
+def _from_table(text: str, path: str | Path, delimiter: str) -> list[str]:
+    reader, found = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter), []
+    for row in reader:
+        where = f"{path}:{reader.line_num}"
+        if None in row:
+            wanted = len(reader.fieldnames or ())
+            raise ValueError(
+                f"prompts: {where} must have as many cells as the first line ({wanted}), got {wanted + len(row[None])}. "
+                f"Put quotes about a prompt that holds a {'comma' if delimiter == ',' else 'tab'}."
+            )
+        found.append(_prompt_of(row, where))
+    return found
+
+
+def _from_lines(text: str, path: str | Path) -> list[str]:
+    found = []
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines would also split at U+2028, which JSON allows in a text
+        try:
+            found += [_prompt_of(json.loads(line), f"{path}:{number}")] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise ValueError(f"prompts: {path}:{number} must be JSON, got: {error}. Mend the line.") from error
+    return found
 
 
 def _prompt_of(row: Any, path: str | Path) -> str:

@@ -1,12 +1,11 @@
-"""How sure a mean score is (paired bootstrap over prompts), what the mean hides (quantiles), and how many means to believe (Holm).
+"""How sure a mean score is (paired bootstrap over prompts), and what the mean hides (quantiles).
 
 The values are already paired (one per prompt and seed, against the original's image), so resampling them resamples pairs.
 Images of one prompt are alike, so *prompts* are drawn with replacement, each with all its images (cluster bootstrap); drawing
 images would make the interval too narrow. The interval is the percentile interval (Efron 1979): it needs no normality, and
 undercovers a little for few prompts (about 93 % instead of 95 % at 20).
 
-A mean of distances hides the few images that a quantized model ruins, so quantiles and the worst stand beside it; and of twenty
-scores one leaves its 95 % interval by chance, so p-values that gate together are adjusted together.
+A mean of distances hides the few images that a quantized model ruins, so quantiles and the worst stand beside it.
 """
 
 import math
@@ -91,21 +90,6 @@ def distance_quantiles(
         exact = low == high or weight == 0 or math.isinf(low)
         found[f"p{100 * q:g}"] = low if exact else low + weight * (high - low)
     return found | {"worst": float(ordered[0 if higher_is_better else -1])}
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p-values in the order given (Holm 1979): those below alpha keep the chance of any false alarm below alpha.
-
-    No independence needed. Raises ``ValueError`` for a p-value outside [0, 1].
-    """
-    for p in p_values:
-        if not 0 <= p <= 1:
-            raise ValueError(f"holm: p_values must be between 0 and 1, got {p}. Pass p-values and not test statistics.")
-    adjusted, highest = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = highest
-    return adjusted
 
 
 def _check(values: Tensor, prompts: Sequence[int] | None, num_resamples: int, confidence: float) -> None:

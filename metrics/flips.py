@@ -36,6 +36,15 @@ class Flips:
         return self.wrong_to_right - self.right_to_wrong
 
 
+def never_seen_bound(num: int, confidence: float = 0.95) -> float:
+    """How often something may happen that was not seen in ``num`` independent tries: the upper end of Clopper & Pearson's 1934
+    two-sided interval for 0 of ``num``. Raises ``ValueError`` for less than one try.
+    """
+    if num < 1:
+        raise ValueError(f"never_seen_bound: num must be at least 1, got {num}. Compare at least one prompt.")
+    return 1 - ((1 - confidence) / 2) ** (1 / num)
+
+
 def flips(reference: Tensor | Sequence[bool], candidate: Tensor | Sequence[bool]) -> Flips:
     """The flips between two bool [N], entry i of both from one prompt and seed; ``p_value`` is 1 where nothing flipped.
 

@@ -71,15 +71,19 @@ def frechet_distance_of(x: Tensor, y: Tensor) -> float:
     return _distance(shift, float(x.square().sum()), float(y.square().sum()), nuclear)
 
 
-def rank_warning(num: int, dim: int) -> str | None:
+def rank_warning(num: int, dim: int, num_reference: int | None = None) -> str | None:
     """What to print beside a distance of ``num`` features of ``dim`` numbers, ``None`` if nothing.
+
+    ``num_reference``: features that they are compared with, if not as many.
 
     The covariance of N features has rank N - 1 at most, so it is singular for N up to D, N = D included.
     """
-    if num > dim:
+    others = num if num_reference is None else num_reference
+    if min(num, others) > dim:
         return None
+    counts = str(num) if num == others else f"{num} generated and {others} reference"
     return (
-        f"{num} features of {dim} numbers: their covariance is singular and the Fréchet distance biased upwards. "
+        f"{counts} features of {dim} numbers: their covariance is singular and the Fréchet distance biased upwards. "
         f"Compare only equal counts, beside the floor of the original against itself, or use more than {dim} images."
     )
 
@@ -111,5 +115,6 @@ SCORES = (
         function=lambda generated, reference, paired: frechet_distance_of(generated, reference),
         head="spatial",
         full_rank=True,
+        published=(("inception2015*", "legacy"),),  # OpenAI's evaluator, which resizes as TensorFlow 1 did
     ),
 )

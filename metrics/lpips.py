@@ -15,7 +15,7 @@ import torch
 import torchmetrics
 from torch import Tensor, nn
 
-from .extractors.weights import MissingWeights, find_weights, load_state
+from .extractors.weights import MissingWeights, find_weights, load_state, sha256_of
 from .images import as_pair
 from .score import PairScore
 
@@ -51,12 +51,14 @@ class Lpips(nn.Module):
         super().__init__()
         path = find_backbone(net, weights)
         wanted = URLS[net].rsplit("-", 1)[1].removesuffix(".pth")
-        state, _ = load_state("lpips", path, wanted if check else None, url=URLS[net])
+        state, digest = load_state("lpips", path, wanted if check else None, url=URLS[net])
         self.name = f"lpips[{net}]"
         self.features = _backbone(net)
         self._taps = _TAPS[net]
         self.features.load_state_dict({k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")})
         heads = Path(torchmetrics.__file__).parent / "functional" / "image" / "lpips_models" / f"{net}.pth"
+        # What cached values are filed under.
+        self.identity = f"{net}, backbone {digest}, heads {sha256_of(heads)}"
         loaded = torch.load(heads, map_location="cpu", weights_only=True)
         for i in range(len(self._taps)):
             self.register_buffer(f"head_{i}", loaded[f"lin{i}.model.1.weight"].reshape(1, -1, 1, 1))

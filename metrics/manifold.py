@@ -110,28 +110,28 @@ def _centred(where: str, reference: Tensor, generated: Tensor, k: int, *, least:
 SCORES = (
     SetScore(
         name="precision",
-        label="Precision",
+        label="Precision, k = 3",
         higher_is_better=True,
         least=4,
         function=lambda generated, reference, paired: precision_recall(reference, generated).precision,
     ),
     SetScore(
         name="recall",
-        label="Recall",
+        label="Recall, k = 3",
         higher_is_better=True,
         least=4,
         function=lambda generated, reference, paired: precision_recall(reference, generated).recall,
     ),
     SetScore(
         name="density",
-        label="Density",
+        label="Density, k = 5",
         higher_is_better=True,
         least=6,
         function=lambda generated, reference, paired: density_coverage(reference, generated).density,
     ),
     SetScore(
         name="coverage",
-        label="Coverage",
+        label="Coverage, k = 5",
         higher_is_better=True,
         least=6,
         function=lambda generated, reference, paired: density_coverage(reference, generated).coverage,

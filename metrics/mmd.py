@@ -187,6 +187,11 @@ SCORES = (
         function=lambda generated, reference, paired: mmd_squared(generated, reference, Polynomial(), unbiased=True, paired=paired),
     ),
     SetScore(
-        name="cmmd", label="CMMD", higher_is_better=False, function=lambda generated, reference, paired: cmmd(generated, reference)
+        name="cmmd",
+        label="CMMD",
+        higher_is_better=False,
+        function=lambda generated, reference, paired: cmmd(generated, reference),
+        # Jayasumana et al. 2024 define it with this network and no other.
+        published=(("*vit-l*14*336*", "*"), ("*vit-large-patch14-336*", "*")),
     ),
 )

@@ -1,6 +1,7 @@
 """The command line: its flags are frozen, and the words people type do what they say, end to end on an untrained pipeline."""
 
 import argparse
+import importlib.metadata
 import io
 import json
 import shutil
@@ -218,3 +219,27 @@ def test_stats_that_nothing_needs(folder, tmp_path, capsys):
     words = ["quantize", folder, "--recipe", "w8a8", "--stats", str(tmp_path / "s"), "--output", str(tmp_path / "out")]
     assert main(words) == 2
     assert "--stats must be left out for recipe w8a8" in capsys.readouterr().err
+
+
+def test_a_floor_that_is_none_is_said(tiny_folders, tmp_path, capsys):
+    """bf16 beside bf16 is no other rounding: asked for by name it is refused, and not left out without a word."""
+    words = ["compare", *[str(tiny_folders["pixart"])] * 2, "--prompts", "a", "--steps", "1", "--output", str(tmp_path / "a.html")]
+    assert main([*words, "--dtype", "bfloat16", "--floor", "bfloat16"]) == 2
+    assert "--floor bfloat16 must come with --dtype float32, got bfloat16" in capsys.readouterr().err
+    assert main([*words, "--dtype", "bfloat16"]) == 0
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"dqtk {importlib.metadata.version('dqtk')}\n"
+
+
+@pytest.mark.parametrize("verb", ["explain", "calibrate", "quantize", "generate", "compare"])
+def test_an_output_that_cannot_be_written_is_said_at_once(verb, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    output = str(tmp_path / "file" / "out.html")
+    models = ["nowhere", "nowhere"] if verb == "compare" else ["nowhere"]
+    more = [] if verb in ("explain", "quantize") else ["--prompts", "a cat"]
+    assert main([verb, *models, *more, "--output", output]) == 2
+    assert f"{verb}: output must be where one can write, got {output}" in capsys.readouterr().err

@@ -43,6 +43,12 @@ def test_tables_and_json(tmp_path, name, text):
     assert read_prompts([str(tmp_path / name)], 1) == ["a red circle"]
 
 
+@pytest.mark.parametrize(("name", "text"), [("a.csv", "prompt,id\r\na cat,1\r\n"), ("a.txt", "a cat\n"), ("a.jsonl", '"a cat"\n')])
+def test_files_of_excel_and_notepad_begin_with_a_byte_order_mark(tmp_path, name, text):
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert read_prompts([str(tmp_path / name)]) == ["a cat"]
+
+
 def test_coco_captions_give_the_first_of_each_image(tmp_path):
     rows = [(7, 30, "second of 7"), (3, 12, "of 3"), (7, 20, "first of 7"), (3, 40, "other of 3")]
     data = {"images": [], "annotations": [{"image_id": image, "id": i, "caption": text} for image, i, text in rows]}
@@ -53,8 +59,15 @@ def test_coco_captions_give_the_first_of_each_image(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
-        ("a.csv", "id,words\n1,x\n", r"a\.csv must have a column prompt, Prompt, caption, text, got \['id', 'words'\]"),
-        ("a.jsonl", '{"prompt": "x"}\n{', r"a\.jsonl must be JSON, got: "),
+        ("a.csv", "id,words\n1,x\n", r"a\.csv:2 must have a column prompt, Prompt, caption, text, got \['id', 'words'\]"),
+        ("a.jsonl", '{"prompt": "x"}\n{', r"a\.jsonl:2 must be JSON, got: "),
+        ("a.jsonl", '"x"\n{"words": "y"}\n', r"a\.jsonl:2 must have a column .*, got \['words'\]"),
+        (
+            "a.csv",
+            "id,prompt\n1,x\n2,a circle, blue\n",
+            r"a\.csv:3 must have as many cells .*2.*, got 3\. Put quotes about a prompt .* comma",
+        ),
+        ("a.tsv", "prompt\nx\ty\n", r"a\.tsv:2 must have as many cells .*1.*, got 2\. Put quotes about a prompt .* tab"),
         ("a.jsonl", "3\n", r"must have a column .*, got 3\."),
         ("a.json", '{"images": []}', r"a\.json must be a list or COCO captions \(with annotations\), got other JSON"),
     ],

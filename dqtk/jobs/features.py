@@ -1,12 +1,15 @@
-"""Stage 2: what the scores look at. Features of every batch by every extractor, and pair scores of every batch.
+"""Stage 2: what the scores look at. Features of every batch by every extractor, of prompts by those that read texts, pair scores.
 
-Results are kept in OUTPUT/cache under the hash of what they were made from: the SHA-256 of each picture, and the extractor's
-name, version, weights and preprocessing. So a changed picture is never served an old feature, pictures shared by two variants are
-encoded once, and a run after a crash makes only what is missing.
+Results are kept in OUTPUT/cache under the hash of what they were made from: the SHA-256 of each picture, and the identity of the
+extractor or the score (name, version, weights, configuration, preprocessing, versions of what computes). So a changed picture is
+never served an old feature, pictures shared by two variants are encoded once, and a run after a crash makes only what is missing
+or damaged.
 """
 
 import json
-from collections.abc import Sequence
+import math
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,45 +21,87 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .files import key_of, read_json, sha256, whole, write_json
+from dqtk.report import environment
+from dqtk.report.scores import checked_heads, identity, one_per_picture
+
+from .files import cached_json, key_of, sha256, whole
+
+TEXT_CHUNK = 64  # prompts that the text tower reads at once
+_PLAIN = ("RGB", "L", "1", "P")  # modes that become 8-bit RGB without losing anything
+_ALPHA = ("RGBA", "LA", "PA")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Picture:
-    """One lossless picture of a variant: sample id, prompt (None where unknown), file and its SHA-256."""
+    """One picture of a variant: sample id, prompt (None where unknown), file and its SHA-256; whether a job ``painted`` it, and
+    from which ``seed``."""
 
     id: str
     prompt: str | None
     prompt_index: int
     file: Path
     sha256: str
+    painted: bool = False
+    seed: int | None = None
+
+    @property
+    def remedy(self) -> str:
+        return "Run the job again; it paints missing pictures." if self.painted else "Replace the file."
 
 
 def read_pictures(pictures: Sequence[Picture]) -> Tensor:
-    """uint8 [B, 3, H, W]. Raises ``ValueError`` that names a file that is missing, damaged, changed, or of another size."""
+    """uint8 [B, 3, H, W].
+
+    Raises ``ValueError`` that names a file that is missing, damaged, changed, of another size, of more than 8 bits or transparent:
+    a conversion would clip the one and invent a background for the other.
+    """
     arrays = []
     for picture in pictures:
         try:
             data = picture.file.read_bytes()
             if sha256(data) != picture.sha256:
-                raise ValueError("its contents have changed since it was written")
+                raise ValueError("other contents than when it was listed")
             with Image.open(picture.file) as image:
-                arrays.append(np.asarray(image.convert("RGB")))
+                arrays.append(np.asarray(_rgb(image)))
         except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-            raise ValueError(
-                f"job: picture {picture.file} must be readable, got: {error}. Run the job again; it paints missing pictures."
-            ) from error
+            raise ValueError(f"picture {picture.file} must be readable, got: {error}. {picture.remedy}") from error
         if arrays[-1].shape != arrays[0].shape:
             size, first = arrays[-1].shape[1::-1], arrays[0].shape[1::-1]
-            raise ValueError(
-                f"job: picture {picture.file} must have the size of the others {first}, got {size}. Resize beforehand."
-            )
+            raise ValueError(_another_size(picture, size, first))
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
 
 
-def identity(extractor: Any) -> str:
-    """Everything that moves an extractor's numbers, as one text."""
-    return "|".join((extractor.name, extractor.version, extractor.sha256, extractor.preprocess))
+def _rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB of the same colours. Raises ``ValueError`` where there is none."""
+    wide = ";16" in str(getattr(image, "tile", "")) or image.mode.startswith("I")  # Pillow opens 16-bit RGB as 8-bit, quietly
+    if wide or image.mode not in (*_PLAIN, *_ALPHA):
+        depth = "16 bits per channel" if wide else f"mode {image.mode}"
+        raise ValueError(f"{depth}, where scores are of 8-bit RGB; convert it beforehand")
+    if image.mode in _ALPHA or "transparency" in image.info:
+        clear = np.asarray(image.convert("RGBA"))[..., 3] < 255
+        if clear.any():
+            raise ValueError(f"{int(clear.sum())} transparent pixels, which have no colour; paste it on a background beforehand")
+    return image.convert("RGB")
+
+
+def check_sizes(pictures: Sequence[Picture]) -> tuple[int, int]:
+    """(width, height) of all of them, from their headers. Raises ``ValueError`` that names the first of another size."""
+    first = None
+    for picture in pictures:
+        try:
+            with Image.open(picture.file) as image:
+                size = image.size
+        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+            raise ValueError(f"picture {picture.file} must be readable, got: {error}. {picture.remedy}") from error
+        first = first or size
+        if size != first:
+            raise ValueError(_another_size(picture, size, first))
+    assert first is not None
+    return first
+
+
+def _another_size(picture: Picture, size: tuple[int, ...], first: tuple[int, ...]) -> str:
+    return f"picture {picture.file} must have the size of the others {first}, got {size}. Resize beforehand."
 
 
 def feature_file(cache: Path, extractor: Any, pictures: Sequence[Picture]) -> Path:
@@ -65,18 +110,14 @@ def feature_file(cache: Path, extractor: Any, pictures: Sequence[Picture]) -> Pa
     return cache / "features" / f"{name}.safetensors"
 
 
-def encode(cache: Path, extractor: Any, pictures: Sequence[Picture], rows: Any, heads: Sequence[str] = ()) -> Path:
+def encode(cache: Path, extractor: Any, pictures: Sequence[Picture], heads: Sequence[str] = ()) -> Path:
     """Make the feature file of a batch unless it is there: ``features`` [B, D], and the named ``heads`` of ``encode_all``.
 
-    ``rows(extractor, images)`` encodes and checks. Raises ``ValueError`` for unreadable pictures.
+    Raises ``ValueError`` for unreadable pictures and features outside the contract.
     """
     file = feature_file(cache, extractor, pictures)
     if not _holds(file, {"features", *heads}):
-        images = read_pictures(pictures)
-        tensors = {"features": rows(extractor, images).contiguous()}
-        if heads:
-            given = extractor.encode_all(images)
-            tensors |= {head: getattr(given, head).contiguous() for head in heads}
+        tensors = {name: rows.contiguous() for name, rows in checked_heads(extractor, read_pictures(pictures), heads).items()}
         with whole(file) as partial:
             save_file(tensors, partial, metadata={"extractor": identity(extractor), "ids": json.dumps([p.id for p in pictures])})
     return file
@@ -92,52 +133,114 @@ def _holds(file: Path, names: set[str]) -> bool:
 
 def load_features(cache: Path, extractor: Any, batches: Sequence[Sequence[Picture]], what: str = "features") -> Tensor:
     """Rows of all batches, [N, D]. Raises ``ValueError`` that names a batch whose features are missing."""
-    found = []
-    for pictures in batches:
-        file = feature_file(cache, extractor, pictures)
-        try:
-            with safe_open(file, framework="pt") as stored:
-                found.append(stored.get_tensor(what))
-        except (OSError, SafetensorError) as error:
-            raise ValueError(
-                f"job: {what} of {pictures[0].id} to {pictures[-1].id} by {extractor.name} must be in {file}, got: {error}. "
-                "Run the job again; it makes what is missing."
-            ) from error
-    return torch.cat(found)
+    return torch.cat(
+        [
+            _stored(feature_file(cache, extractor, pictures), what, f"{pictures[0].id} to {pictures[-1].id} by {extractor.name}")
+            for pictures in batches
+        ]
+    )
+
+
+def _stored(file: Path, what: str, whose: str) -> Tensor:
+    try:
+        with safe_open(file, framework="pt") as stored:
+            return stored.get_tensor(what)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{what} of {whose} must be in {file}, got: {error}. Run again; what is missing is made.") from error
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def text_chunks(prompts: Sequence[str]) -> list[list[str]]:
+    """Different prompts in the chunks that they are encoded in, cut by the prompts alone."""
+    different = sorted(set(prompts))
+    return [different[start : start + TEXT_CHUNK] for start in range(0, len(different), TEXT_CHUNK)]
+
+
+def text_file(cache: Path, extractor: Any, texts: Sequence[str]) -> Path:
+    """Where the embeddings of these prompts belong."""
+    return cache / "texts" / f"{key_of(identity(extractor), json.dumps(list(texts)))}.safetensors"
+
+
+def encode_texts(cache: Path, extractor: Any, texts: Sequence[str]) -> Path:
+    """Make the file of a chunk of prompts unless it is there: ``texts`` [B, D]."""
+    file = text_file(cache, extractor, texts)
+    if not _holds(file, {"texts"}):
+        rows = extractor.encode_texts(list(texts)).contiguous()
+        with whole(file) as partial:
+            save_file({"texts": rows}, partial, metadata={"extractor": identity(extractor)})
+    return file
+
+
+def load_texts(cache: Path, extractor: Any, chunks: Sequence[Sequence[str]], prompts: Sequence[str]) -> Tensor:
+    """A row per prompt, [N, D], from the chunks' files; equal prompts have equal rows."""
+    rows = torch.cat([_stored(text_file(cache, extractor, chunk), "texts", f"prompts by {extractor.name}") for chunk in chunks])
+    place = {text: i for i, text in enumerate(text for chunk in chunks for text in chunk)}
+    return rows[[place[prompt] for prompt in prompts]]
 
 
 # --- pairs -----------------------------------------------------------------------------------------------------------
 
 
-def pair_file(cache: Path, name: str, candidate: Sequence[Picture], reference: Sequence[Picture]) -> Path:
-    """Where the pair scores of these pictures belong."""
-    key = key_of(name, *(picture.sha256 for picture in (*candidate, *reference)))
-    return cache / "pairs" / f"{key}.json"
+def pair_identity(score: Any, function: Any) -> str:
+    """Everything that moves a pair score's numbers: its own version, the files it read, versions of what computes."""
+    found = environment.versions()
+    computes = [f"{name} {found[name]}" for name in ("torch", "torchmetrics") if name in found]
+    return "|".join((score.name, score.version, str(getattr(function, "identity", "")), *computes))
 
 
 def score_pairs(cache: Path, name: str, function: Any, candidate: Sequence[Picture], reference: Sequence[Picture]) -> list[float]:
-    """Values of one pair score for a batch, from the cache where they are there. ``inf`` is stored as text."""
-    file = pair_file(cache, name, candidate, reference)
-    if file.is_file():
-        return [float(value) for value in read_json(file)]
-    a, b = (read_pictures(side).float() / 255 for side in (candidate, reference))
-    if a.shape != b.shape:
-        raise ValueError(
-            f"job: pictures of a pair must have one size, got {tuple(a.shape[2:])} in {candidate[0].file} and "
-            f"{tuple(b.shape[2:])} in {reference[0].file}. Compare pictures of one size."
-        )
-    values = function(a, b).tolist()
-    write_json(file, [value if np.isfinite(value) else str(value) for value in values])
-    return values
+    """Values of one pair score (``name``: its ``pair_identity``) for a batch, from the cache where they are there and whole.
+
+    ``inf`` is stored as text.
+    """
+    key = key_of(name, *(picture.sha256 for picture in (*candidate, *reference)))
+
+    def make() -> list[float | str]:
+        a, b = (read_pictures(side).float() / 255 for side in (candidate, reference))
+        if a.shape != b.shape:
+            raise ValueError(
+                f"pictures of a pair must have one size, got {tuple(a.shape[2:])} in {candidate[0].file} and "
+                f"{tuple(b.shape[2:])} in {reference[0].file}. Compare pictures of one size."
+            )
+        values = one_per_picture(name.split("|")[0], function, function(a, b), len(candidate)).tolist()
+        if any(math.isnan(value) for value in values):
+            raise ValueError(f"{name.split('|')[0]} of {candidate[0].file} and the next must be a number, got NaN. Look at it.")
+        return [value if math.isfinite(value) else str(value) for value in values]
+
+    def fits(data: Any) -> bool:
+        return isinstance(data, list) and len(data) == len(candidate) and all(_is_number(value) for value in data)
+
+    return [float(value) for value in cached_json(cache / "pairs" / f"{key}.json", make, fits)]
+
+
+def _is_number(value: Any) -> bool:
+    return value in ("inf", "-inf") or (isinstance(value, (int, float)) and math.isfinite(value))
+
+
+def judge_identity(judge: Callable) -> str:
+    """An oracle's code, and what it computes with: it has no weights, and no version but its source."""
+    module = sys.modules[judge.__module__]
+    sources = sorted(Path(str(module.__file__)).parent.glob("*.py"))
+    return key_of(judge.__module__, *(sha256(path) for path in sources), f"numpy {np.__version__}")
 
 
 def judge_pictures(cache: Path, name: str, judge: Any, pictures: Sequence[Picture]) -> list[dict[str, float]]:
-    """An oracle's verdicts of a batch, from the cache where they are there: mean in [0, 1] and all_correct as 0 or 1."""
-    file = cache / "oracle" / f"{key_of(name, *(f'{p.sha256} {p.prompt}' for p in pictures))}.json"
-    if file.is_file():
-        return read_json(file)
-    read_pictures(pictures)  # names a damaged one
-    said = [judge(Image.open(picture.file).convert("RGB"), picture.prompt) for picture in pictures]
-    rows = [{"mean": float(verdict.mean), "all_correct": float(verdict.all_correct)} for verdict in said]
-    write_json(file, rows)
-    return rows
+    """An oracle's verdicts of a batch (``name``: its identity), from the cache where they are there and whole: mean in [0, 1] and
+    all_correct as 0 or 1."""
+    key = key_of("oracle", name, *(f"{p.sha256} {p.prompt}" for p in pictures))
+
+    def make() -> list[dict[str, float]]:
+        images = [Image.fromarray(image) for image in read_pictures(pictures).permute(0, 2, 3, 1).contiguous().numpy()]
+        said = [judge(image, picture.prompt) for image, picture in zip(images, pictures, strict=True)]
+        return [{"mean": float(verdict.mean), "all_correct": float(verdict.all_correct)} for verdict in said]
+
+    def fits(data: Any) -> bool:
+        rows = data if isinstance(data, list) else []
+        good = [
+            isinstance(row, dict) and set(row) == {"mean", "all_correct"} and all(map(_is_number, row.values())) for row in rows
+        ]
+        return len(good) == len(pictures) and all(good)
+
+    return cached_json(cache / "oracle" / f"{key}.json", make, fits)

@@ -38,7 +38,21 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"job: {path} must be JSON, got: {error}. Remove it; the job makes it again.") from error
+        raise ValueError(f"{path} must be JSON, got: {error}. Remove it and run again.") from error
+
+
+def cached_json(path: Path, make: Callable[[], Any], fits: Callable[[Any], bool]) -> Any:
+    """The JSON of a cache file if it is there, whole and ``fits``; else what ``make`` returns, written there."""
+    if path.is_file():
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            data = None
+        if fits(data):
+            return data
+    data = make()
+    write_json(path, data)
+    return data
 
 
 def read_json_lines(path: Path) -> list[Any]:

@@ -2,9 +2,11 @@
 
 OUTPUT/job.json                     the job, its hash, versions
 OUTPUT/models/VARIANT/              pipelines that the job quantized
+OUTPUT/models/VARIANT.json          from what: the original's identity, plan, prompts of the calibration, versions
 OUTPUT/images/VARIANT/0003-0.png    lossless pictures, named by sample id
-OUTPUT/images/VARIANT/batch-0000.json   what the batch holds: ids, prompts, seeds, SHA-256 of each file, seconds
-OUTPUT/images/VARIANT/variant.json  facts: bytes, plan, kernels
+OUTPUT/images/VARIANT/batch-0000.json   what the batch holds: ids, prompts, seeds, SHA-256 of each file, seconds;
+                                    by what and where it was painted; or why it cannot be
+OUTPUT/images/VARIANT/variant.json  facts: identity, bytes, plan, kernels
 OUTPUT/cache/                       features and pair scores, named by what they were made from
 OUTPUT/results.json, samples.parquet, report.md, report.tex, report.html
 """
@@ -90,6 +92,9 @@ class Layout:
 
     def model(self, variant: Variant) -> Path:
         return self.root / "models" / variant.name
+
+    def made_from(self, variant: Variant) -> Path:
+        return self.root / "models" / f"{variant.name}.json"
 
     def images(self, variant: Variant) -> Path:
         return self.root / "images" / variant.name

@@ -2,7 +2,7 @@
 
 import base64
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -10,16 +10,17 @@ from dqtk.report.markup import number, row, section, table
 from dqtk.report.page import blank_page
 from dqtk.report.plane import Dot, plane
 from dqtk.report.records import Record
+from dqtk.report.sections import again_section
 
+from .asked import Shown
 from .features import Picture
-from .measure import Shown
 from .reduce import Values
 
 MAX_SAMPLES, MAX_VARIANTS = 6, 8  # pictures are carried in the page
 
 
 def page(
-    name: str,
+    job: Mapping[str, Any],
     shown: Sequence[Shown],
     records: Sequence[Record],
     values: Mapping[str, Values],
@@ -27,22 +28,70 @@ def page(
     cells: tuple[list[str], list[list[str]]],
     warnings: Sequence[str],
 ) -> str:
-    """One self-contained page. ``cells``: head and rows of the main table, one row per variant."""
+    """One self-contained page. ``job``: what was asked for; ``cells``: head and rows of the main table, one row per variant."""
+    name = str(job.get("name", "job"))
     num = len(shown[0].pictures)
     kicker = f"A job of {len(shown)} variants, {num} {'picture' if num == 1 else 'pictures'} each"
     body = [f"<header><p class='kicker'>{kicker}</p><h1>{escape(name)}</h1></header>"]
     score = next((r.name for r in records if r.name.endswith("@vs_original") and r.value is not None), None)
     if score is not None:
         body.append(_plane(score, records, facts))
-    body.append(_scores(cells))
+    body.append(_scores(cells, {record.name: str(record.extra.get("label", "")) for record in records}))
     if warnings:
         body.append(section("warnings", "Beware", "", "<ul>" + "".join(f"<li>{escape(w)}</li>" for w in warnings) + "</ul>"))
     if score is not None:
         body += [_pictures(score, original, shown, records, values) for original in shown if original.role == "original"]
-    unmeasured = [row(r.name, [f"<td>{escape(r.not_measured or '')}</td>"]) for r in records if r.not_measured is not None]
+    missing = [r for r in records if r.not_measured is not None]
+    unmeasured = [row(r.name, [f"<td>{escape(r.not_measured or '')}</td>"], small=r.model) for r in missing]
     if unmeasured:
         body.append(section("missing", "Not measured", "", table("Not measured", (), unmeasured)))
+    body.append(_again(job, shown, records))
     return blank_page(name, "\n".join(body))
+
+
+def _again(job: Mapping[str, Any], shown: Sequence[Shown], records: Sequence[Record]) -> str:
+    """What one cites: how many prompts and pictures, seeds, settings, versions, machines, and what exact matches count for."""
+    pictures = [picture for variant in shown for picture in variant.pictures]
+    num_prompts = len({picture.prompt for picture in pictures if picture.prompt})
+    settings: dict[str, Any] = {"prompts": num_prompts or "unknown", "pictures per variant": len(shown[0].pictures)}
+    given = {key: value for key, value in job.items() if key not in ("name", "prompts", "call", "output")}
+    settings |= {key.replace("_", " "): _listed(value) for key, value in given.items() if value not in (None, [], {})}
+    settings |= dict(job.get("call", {}))
+    dtypes = {f"computed in, {v.name}": v.made["dtype"] for v in shown if v.made is not None}
+    caps = {
+        r.name: f"{r.extra['cap']:g} {r.unit}".strip() for r in records if r.value is not None and r.extra.get("cap") is not None
+    }
+    exact = {
+        f"equal pictures, {r.model}": f"{r.extra['exact_matches']} of {r.num_samples}"
+        for r in records
+        if r.value is not None and "exact_matches" in r.extra
+    }
+    tables: dict[str, Mapping[str, Any]] = {"Settings": settings}
+    if dtypes:
+        tables["Dtypes"] = dtypes
+    if caps:
+        tables["Equal pictures"] = {**{f"count in {name} as": cap for name, cap in caps.items()}, **exact}
+    tables |= {"Versions": _joined(r.versions for r in records), "Machine": _joined(r.hardware for r in records)}
+    words = (
+        "Each picture has its own seed, in samples.parquet: a CPU generator with that seed gives its starting noise in any batch."
+    )
+    painted = any(picture.seed is not None for picture in pictures)
+    return again_section(words if painted else "", "", tables)
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {part}" for key, part in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _joined(maps: Iterable[Mapping[str, str] | None]) -> dict[str, str]:
+    """What all say, or everything that they say where they differ."""
+    found: dict[str, dict[str, None]] = {}
+    for known in maps:
+        for key, value in (known or {}).items():
+            found.setdefault(key, {})[value] = None
+    return {key: " and ".join(values) for key, values in found.items()}
 
 
 def _plane(score: str, records: Sequence[Record], facts: Mapping[str, Mapping[str, Any]]) -> str:
@@ -59,11 +108,14 @@ def _plane(score: str, records: Sequence[Record], facts: Mapping[str, Mapping[st
     return section("plane", "Quality against size", note, plane(score, "weights, MB", score, dots))
 
 
-def _scores(cells: tuple[list[str], list[list[str]]]) -> str:
+def _scores(cells: tuple[list[str], list[list[str]]], labels: Mapping[str, str]) -> str:
     """A row per score and a column per variant: scores have long names, and there are more of them."""
     head, rows = cells
-    lines = [row(head[i], [_number(line[i]) for line in rows]) for i in range(1, len(head))]
+    lines = [
+        row(head[i], [_number(line[i]) for line in rows], small=labels.get(head[i].split(" ")[0], "")) for i in range(1, len(head))
+    ]
     note = "Small: 95 % bootstrap intervals over prompts. @change: paired difference from the original."
+    note += " Scores of whole sets (Fréchet distances, KID, CMMD, precision and the like, Inception Score) have no interval."
     return section("scores", "Scores", note, table("Scores", ["score", *(line[0] for line in rows)], lines))
 
 

@@ -3,11 +3,14 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 
 from dqtk.sources import find_device
+
+PATIENCE = timedelta(days=30)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,7 @@ def processes() -> Processes:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState  # sets up torch.distributed, which a single process does not need
 
-        state = PartialState(cpu=not torch.cuda.is_available())
+        # They meet between stages, which take as long as the slowest share: torch gives up after 10 or 30 minutes otherwise.
+        state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
         return Processes(state.process_index, state.num_processes, state.device, state.wait_for_everyone)
     return Processes(0, 1, find_device(), lambda: None)

@@ -13,43 +13,75 @@ from typing import Any
 from torch import Tensor
 
 from dqtk.report.records import Record
-from dqtk.report.scores import bootstrap, distance_quantiles, flips, rank_warning
+from dqtk.report.scores import (
+    bootstrap,
+    capped,
+    change_interval,
+    comparable,
+    distance_quantiles,
+    flip_counts,
+    one_number,
+    rank_warning,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Values:
-    """Everything known of one variant. ``prompts``: prompt index of each picture. ``pairs`` and ``texts``: score name -> values.
+    """Everything known of one variant. ``prompts``: whose pictures are of one prompt. ``pairs``: score name -> values;
+    ``texts``: (score name, extractor name) -> values.
 
     ``features``: (extractor name, head) -> rows; head None is the extractor's own feature.
-    ``oracle``: "mean" and "all_correct" -> values; empty without an oracle.
+    ``oracle``: "oracle_mean" and "oracle_all_correct" -> values; empty without an oracle.
     """
 
     name: str
     role: str
     prompts: list[int]
     pairs: dict[str, list[float]] = field(default_factory=dict)
-    texts: dict[str, list[float]] = field(default_factory=dict)
+    texts: dict[tuple[str, str], list[float]] = field(default_factory=dict)
     oracle: dict[str, list[float]] = field(default_factory=dict)
     features: dict[tuple[str, str | None], Tensor] = field(default_factory=dict)
+
+    def columns(self) -> dict[str, list[float]]:
+        """Every value per picture under the name of its score."""
+        return {**self.pairs, **{f"{score}[{extractor}]": v for (score, extractor), v in self.texts.items()}, **self.oracle}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Context:
-    """What every record of a job shares."""
+    """What records of a job share. ``here``: versions and hardware of this process; ``made``: where each variant was painted, which
+    is what its records say, where it is known."""
 
     seed: int
     created: str
-    versions: dict[str, str]
-    hardware: dict[str, str]
+    here: dict[str, dict[str, str]]
+    made: Mapping[str, Mapping[str, Any]]
     extra: dict[str, Any]
-    comparable: dict[str, bool]
+    extractors: Mapping[str, Any]
 
     def record(self, variant: str, score: Any, name: str, num: int, **fields: Any) -> Record:
         """One record of a variant; ``fields`` are the numbers, or why there are none."""
-        extra = {"label": score.label, "digits": score.digits} | fields.pop("extra", {}) | self.extra
-        facts: dict[str, Any] = {"unit": score.unit, "higher_is_better": score.higher_is_better}
-        shared: dict[str, Any] = {"seed": self.seed, "created": self.created, "versions": self.versions, "hardware": self.hardware}
-        return Record(name=name, model=variant, num_samples=num, extra=extra, **facts, **shared, **fields)
+        made = {**self.here, **self.made.get(variant, {})}
+        dtype = {"dtype": made["dtype"]} if "dtype" in made else {}
+        extra = {"label": score.label, "digits": score.digits} | fields.pop("extra", {}) | self.extra | dtype
+        return Record(
+            name=name,
+            model=variant,
+            unit=score.unit,
+            higher_is_better=score.higher_is_better,
+            num_samples=num,
+            seed=self.seed,
+            created=self.created,
+            versions=made["versions"],
+            hardware=made["hardware"],
+            plan_hash=made.get("plan_hash"),
+            extra=extra,
+            **fields,
+        )
+
+    def comparable(self, score: Any, extractor: str, *, to_original: bool) -> dict[str, bool]:
+        """Whether a number may stand beside published ones, for a record's ``extra``."""
+        return {"comparable": comparable(score, self.extractors[extractor], to_original)}
 
 
 def pair_records(values: Values, scores: Mapping[str, Any], context: Context) -> list[Record]:
@@ -57,9 +89,9 @@ def pair_records(values: Values, scores: Mapping[str, Any], context: Context) ->
     found = []
     for name, raw in values.pairs.items():
         score = scores[name]
-        capped = raw if score.cap is None else [min(value, score.cap) for value in raw]
-        interval = bootstrap(capped, values.prompts, context.seed)
-        extra: dict[str, Any] = distance_quantiles(capped, higher_is_better=score.higher_is_better)
+        finite = capped(raw, score.cap)
+        interval = bootstrap(finite, values.prompts, context.seed)
+        extra: dict[str, Any] = distance_quantiles(finite, higher_is_better=score.higher_is_better)
         if score.cap is not None:
             extra |= {"cap": score.cap, "exact_matches": sum(value == float("inf") for value in raw)}
         numbers = {"value": interval.estimate, "low": interval.low, "high": interval.high}
@@ -67,31 +99,28 @@ def pair_records(values: Values, scores: Mapping[str, Any], context: Context) ->
     return found
 
 
-def change_records(
-    values: Values, original: Values, kind: str, scores: Mapping[str, Any], context: Context, comparable: bool = True
-) -> list[Record]:
+def change_records(values: Values, original: Values, kind: str, scores: Mapping[str, Any], context: Context) -> list[Record]:
     """Scores of single pictures (``kind``: "texts" or "oracle"): the variant's mean, and the mean of the paired change."""
     found = []
-    for name, mine in getattr(values, kind).items():
-        score = scores[name.split("[")[0]]
-        extra = {} if kind == "oracle" else {"comparable": context.comparable[name.split("[")[1].rstrip("]")]}
+    for key, mine in getattr(values, kind).items():
+        score_name, extractor = key if isinstance(key, tuple) else (key, None)
+        score, name = scores[score_name], score_name if extractor is None else f"{score_name}[{extractor}]"
+        extra = context.comparable(score, extractor, to_original=False) if extractor is not None else {}
         interval = bootstrap(mine, values.prompts, context.seed)
         numbers = {"value": interval.estimate, "low": interval.low, "high": interval.high}
         found.append(context.record(values.name, score, name, len(mine), extra=extra, **numbers))
-        if values.role == "original":
+        theirs = getattr(original, kind).get(key)
+        if values.role == "original" or theirs is None:
             continue
-        theirs = getattr(original, kind)[name]
-        change = bootstrap([a - b for a, b in zip(mine, theirs, strict=True)], values.prompts, context.seed)
-        numbers = {"value": change.estimate, "low": change.low, "high": change.high}
+        extra = context.comparable(score, extractor, to_original=True) if extractor is not None else {}
         if name == "oracle_all_correct":
-            extra = extra | _flips(theirs, mine)
+            change = change_interval(theirs, mine, values.prompts, context.seed)
+            extra = extra | flip_counts(theirs, mine)
+        else:
+            change = bootstrap([a - b for a, b in zip(mine, theirs, strict=True)], values.prompts, context.seed)
+        numbers = {"value": change.estimate, "low": change.low, "high": change.high}
         found.append(context.record(values.name, score, f"{name}@change", len(mine), extra=extra, **numbers))
     return found
-
-
-def _flips(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
-    found = flips([value == 1 for value in before], [value == 1 for value in after])
-    return {"right_to_wrong": found.right_to_wrong, "wrong_to_right": found.wrong_to_right, "mcnemar_p": found.p_value}
 
 
 def set_records(
@@ -102,21 +131,23 @@ def set_records(
     where = "vs_original(paired)" if paired else "vs_real"
     for (extractor, head), rows in values.features.items():
         others = reference[extractor, head]
-        num = min(len(rows), len(others))
+        num = len(rows)
         for score in (score for score in scores if score.head == head):
             name = f"{score.name}[{extractor}]@{where}"
             extra: dict[str, Any] = {
-                "comparable": context.comparable[extractor],
+                **context.comparable(score, extractor, to_original=paired),
                 "dim": rows.shape[1],
                 "num_reference": len(others),
             }
-            if num < score.least:
-                why = f"{score.label} needs at least {score.least} pictures, got {num}"
+            if min(num, len(others)) < score.least:
+                got = str(num) if num == len(others) else f"{num} and {len(others)} references"
+                why = f"{score.label} needs at least {score.least} pictures, got {got}"
                 found.append(context.record(values.name, score, name, num, value=None, not_measured=why, extra=extra))
                 continue
-            if score.full_rank and (warning := rank_warning(num, rows.shape[1])) is not None:
+            value = one_number(score.name, score.function, score.function(rows, others, paired))
+            if score.full_rank and (warning := rank_warning(num, rows.shape[1], len(others))) is not None:
                 extra["warning"] = warning
-            found.append(context.record(values.name, score, name, num, value=score.function(rows, others, paired), extra=extra))
+            found.append(context.record(values.name, score, name, num, value=value, extra=extra))
     return found
 
 
@@ -125,7 +156,8 @@ def class_records(values: Values, scores: Sequence[Any], context: Context) -> li
     found = []
     for (extractor, head), logits in values.features.items():
         for score in (score for score in scores if score.head == head):
-            name, extra = f"{score.name}[{extractor}]", {"comparable": context.comparable[extractor]}
+            name = f"{score.name}[{extractor}]"
+            extra: dict[str, Any] = context.comparable(score, extractor, to_original=False)
             if len(logits) < score.least:
                 why = f"{score.label} needs at least {score.least} pictures, got {len(logits)}"
                 found.append(context.record(values.name, score, name, len(logits), value=None, not_measured=why, extra=extra))

@@ -27,11 +27,13 @@ from typing import Any
 
 import yaml
 
+from dqtk.report.generate import check_call_kwargs
 from dqtk.report.rounding import ROUNDINGS
 from dqtk.spec import did_you_mean
 
 DTYPES = ("stored", "float32", "bfloat16", "float16")
 FLOORS = (*DTYPES, *ROUNDINGS)
+DECIDING = ("prompts", "seed", "seeds_per_prompt", "call", "dtype", "batch_size", "threads")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +77,8 @@ class Job:
             value = getattr(self, name)
             if not (isinstance(value, int) and value > 0):
                 raise ValueError(f"job: {name} must be a positive count, got {value!r}. Mend the job file.")
+        if self.seed < 0:
+            raise ValueError(f"job: seed must be 0 or more, got {self.seed}. Mend the job file.")
         for name, allowed in (("dtype", DTYPES), ("floor", (None, *FLOORS))):
             value = getattr(self, name)
             if value not in allowed:
@@ -83,22 +87,45 @@ class Job:
         for name in ("models", "metrics"):
             if not getattr(self, name):
                 raise ValueError(f"job: {name} must hold at least one entry, got none. Mend the job file.")
+        if self.floor == self.dtype:
+            raise ValueError(f"job: floor must be another rounding than dtype, got {self.floor!r} for both. Take kernels.")
+        check_call_kwargs(self.call, "job: call")
+        for key, where in self.candidates.items():
+            if not (isinstance(key, str) and isinstance(where, str)):
+                raise ValueError(
+                    f"job: candidates must map names to folders or hub ids, got {key!r}: {where!r}. Mend the job file."
+                )
         taken = sorted(set(self.candidates) & set(self.recipes))
         if taken:
             raise ValueError(f"job: names of candidates must differ from recipes, got {taken}. Rename them.")
 
     @property
     def hash(self) -> str:
-        """16 hex digits over everything that moves pictures: what may not change while a job is resumed in one folder."""
-        free = ("name", "metrics", "extractors", "references", "output")
-        text = json.dumps({name: value for name, value in to_json(self).items() if name not in free}, sort_keys=True)
+        """16 hex digits over what moves every picture (``DECIDING``), which may not change while a job is resumed in one folder.
+
+        Models, recipes, candidates and floors have pictures of their own each, that know by what they were painted.
+        """
+        known = to_json(self)
+        text = json.dumps({name: known[name] for name in sorted(DECIDING)}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class _Strict(yaml.SafeLoader):
+    """YAML whose keys come once: PyYAML takes the last and forgets the rest."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} twice", key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return super().construct_mapping(node, deep)
 
 
 def read_job(path: str | Path) -> Job:
     """The job of a YAML file. Raises ``ValueError`` that names the file and the field."""
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data = yaml.load(Path(path).read_text(encoding="utf-8-sig"), Loader=_Strict)  # a SafeLoader
     except FileNotFoundError:
         raise ValueError(f"job: file must exist, got {path}. Check the path.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -40,10 +40,9 @@ def line_chart(title: str, x_label: str, y_label: str, lines: Sequence[Line]) ->
         return _TOP + (_HEIGHT - _TOP - _BOTTOM) * (high - value) / (high - low)
 
     parts = [f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">']
-    digits = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
-    for tick in ticks:
+    for tick, text in zip(ticks, tick_texts(ticks), strict=True):
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
-        parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:.{digits}f}</text>')
+        parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{text}</text>')
     for step in _step_ticks(num_steps):
         parts.append(f'<text class="tick" x="{x(step):.1f}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">{step}</text>')
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
@@ -73,6 +72,13 @@ def round_ticks(low: float, high: float) -> list[float]:
     step *= next(factor for factor in (1, 2, 2.5, 5, 10) if span / (step * factor) <= 5)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [i * step for i in range(first, max(last, first + 1) + 1)]
+
+
+def tick_texts(ticks: Sequence[float]) -> list[str]:
+    """Ticks with as many digits as their distance has: 2.5 apart is not 2 or 3 apart."""
+    step = ticks[1] - ticks[0]
+    digits = next(n for n in range(16) if abs(round(step, n) - step) <= 1e-9 * step)
+    return [f"{tick:z.{digits}f}" for tick in ticks]
 
 
 def _step_ticks(num_steps: int) -> list[int]:

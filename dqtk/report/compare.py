@@ -28,10 +28,10 @@ from dqtk.calls import call_arguments, denoisers
 
 from . import environment
 from .comparison import Comparison, Curve, OracleScore, Row, SizePair, Timing
-from .generate import Batch, Task, check_call_kwargs, generate, make_tasks, to_tensor
+from .generate import Batch, Task, check_call_kwargs, check_call_names, generate, make_tasks, to_tensor
 from .measures import curve_of, score_measures, step_measures
-from .rounding import other_rounding
-from .scores import DEFAULT_SCORES, ImageScore, resolve_scores
+from .rounding import check_rounding, other_rounding
+from .scores import DEFAULT_SCORES, ImageScore, one_per_picture, resolve_scores
 from .sizes import pipeline_sizes
 from .trajectory import Call, StepSums, TrajectoryMismatch, compute_dtype, own_trajectory, recorded, same_inputs
 
@@ -148,15 +148,18 @@ def compare(
     ``plan_summary`` (plain data) is carried into the records and the page. Raises ``ValueError`` for no or empty prompts,
     counts below 1, reserved ``call_kwargs``, unknown scores, or pipelines that return no images.
     """
-    _check(prompts, seeds_per_prompt, batch_size, num_trajectory)
+    _check(prompts, seeds_per_prompt, batch_size, num_trajectory, seed)
     kwargs = check_call_kwargs(call_arguments(reference, call_kwargs))
     image_scores, missing = resolve_scores(scores, lpips_net=lpips_net, lpips_weights=lpips_weights)
+    for pipe in (reference, candidate):
+        check_call_names(pipe, kwargs)
     tasks = make_tasks(prompts, seed, seeds_per_prompt)
     num_recorded = min(num_trajectory, len(prompts)) * seeds_per_prompt if denoisers(reference) else 0
     rounding = floor if isinstance(floor, str) else None
     others = {"candidate": candidate} | ({"floor": floor if rounding is None else reference} if floor is not None else {})
     with other_rounding(rounding):
         pass  # a wrong word fails before any picture is made
+    check_rounding("compare", rounding, getattr(reference, "_execution_device", "cpu"))
     found = _Found(steps={name: _Steps() for name in others}, rounding=rounding)
     with tqdm(total=len(tasks), desc="compare", unit="pair", disable=not progress) as bar:
         for batch, hooked in _batches(tasks, batch_size, num_recorded):
@@ -176,6 +179,7 @@ def compare(
         timing=found.timing(batch_size),
         sizes=_sizes(reference, candidate, reference_folder, candidate_folder),
         dtype=_dtype_of(reference),
+        floor_dtype=_dtype_of(others["floor"]) if floor is not None else None,
         seed=seed,
         seeds_per_prompt=seeds_per_prompt,
         call_kwargs={
@@ -188,7 +192,7 @@ def compare(
     )
 
 
-def _check(prompts: Sequence[str], seeds_per_prompt: int, batch_size: int, num_trajectory: int) -> None:
+def _check(prompts: Sequence[str], seeds_per_prompt: int, batch_size: int, num_trajectory: int, seed: int) -> None:
     if isinstance(prompts, str):
         raise ValueError(f"compare: prompts must be a list of texts, got one text {prompts!r}. Put it in a list.")
     if len(prompts) == 0:
@@ -200,6 +204,7 @@ def _check(prompts: Sequence[str], seeds_per_prompt: int, batch_size: int, num_t
         ("seeds_per_prompt", seeds_per_prompt, 1),
         ("batch_size", batch_size, 1),
         ("num_trajectory", num_trajectory, 0),
+        ("seed", seed, 0),
     ):
         if value < least:
             raise ValueError(f"compare: {name} must be at least {least}, got {value}. Choose a larger one.")
@@ -223,7 +228,7 @@ def _run(pipe: Any, batch: list[Task], kwargs: dict[str, Any], *, hooked: bool, 
 def _rows(batch: list[Task], outputs: dict[str, Batch], scores: Sequence[ImageScore], oracle: Oracle | None) -> list[Row]:
     pixels = {side: to_tensor(made.images) for side, made in outputs.items()}
     values: dict[str, dict[str, torch.Tensor]] = {
-        side: {score.name: score.function(pixels[side], pixels["reference"]) for score in scores}
+        side: {score.name: _values(score, pixels[side], pixels["reference"]) for score in scores}
         for side in outputs
         if side != "reference"
     }
@@ -246,6 +251,10 @@ def _rows(batch: list[Task], outputs: dict[str, Batch], scores: Sequence[ImageSc
             )
         )
     return rows
+
+
+def _values(score: ImageScore, candidate: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    return one_per_picture(score.name, score.function, score.function(candidate, reference), len(candidate))
 
 
 def _judge(oracle: Oracle, image: Image.Image, prompt: str) -> OracleScore:

@@ -66,6 +66,16 @@ class Measure:
     not_measured: str | None = None
     detail: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def identical(self) -> bool:
+        """Whether every picture is the original's."""
+        return self.num_samples > 0 and self.detail.get("exact_matches") == self.num_samples
+
+    @property
+    def floor_identical(self) -> bool:
+        """Whether every picture of the noise floor is the original's."""
+        return self.num_samples > 0 and self.detail.get("floor_exact_matches") == self.num_samples
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Curve:
@@ -110,7 +120,7 @@ class SizePair:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
     """Everything that ``compare`` found. ``rows`` are in the order of the prompts; ``worst_first`` sorts them. ``dtype``: what the
-    original computed in."""
+    original computed in; ``floor_dtype``: what its noise floor did (``None``: the same)."""
 
     reference_name: str
     candidate_name: str
@@ -128,6 +138,7 @@ class Comparison:
     hardware: dict[str, str]
     created: str
     plan_summary: dict[str, Any] | None = None
+    floor_dtype: str | None = None
 
     @property
     def num_prompts(self) -> int:

@@ -4,9 +4,14 @@ Each image has a generator of its own, on the CPU, seeded from (seed, prompt ind
 the batch it was made in, on its neighbours, or on the device; ``Row.seed`` alone reproduces it. Samplers that draw noise
 without being given the generators (a few ignore them) draw from torch's global one, which is seeded per batch and restored
 afterwards.
+
+A model that computes NaN paints black squares, and one that overflows white ones: pixels are clamped and cast without a word, and
+the scores of such pictures are numbers like any other. So what the VAE decodes is checked, before and after it, and is an error
+(``NotFinite``). The pictures themselves stay the pipeline's own, bit by bit.
 """
 
 import hashlib
+import inspect
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,9 +23,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dqtk.calls import prompt_argument
+from dqtk.calls import denoisers, prompt_argument
+from dqtk.spec import did_you_mean
 
 _RESERVED = ("prompt", "class_labels", "generator", "num_images_per_prompt", "latents", "return_dict", "batch_size")
+
+
+class NotFinite(ValueError):
+    """A pipeline computed NaN or infinity."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,28 +70,52 @@ def make_tasks(prompts: Sequence[str], seed: int, seeds_per_prompt: int) -> list
     ]
 
 
-def check_call_kwargs(call_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+def check_call_kwargs(call_kwargs: Mapping[str, Any] | None, where: str = "compare: call_kwargs") -> dict[str, Any]:
     """What is passed on to the pipeline. Raises ``ValueError`` for what the comparison decides itself, and for latent output."""
     kwargs = dict(call_kwargs or {})
     taken = sorted(set(kwargs) & set(_RESERVED))
     if taken:
-        raise ValueError(f"compare: call_kwargs must be free of {list(_RESERVED)}, got {taken}. compare sets these for each image.")
+        raise ValueError(f"{where} must be free of {list(_RESERVED)}, got {taken}. These are set for each image.")
     if kwargs.pop("output_type", "pil") == "latent":
         raise ValueError(
-            "compare: output_type must be an image type, got 'latent'. Leave it out; images are compared as 8-bit pixels."
+            f"{where.split(':')[0]}: output_type must be an image type, got 'latent'. Leave it out; pictures are 8-bit pixels."
         )
     return kwargs
 
 
+def check_call_names(pipe: Any, call_kwargs: Mapping[str, Any], where: str = "compare: call_kwargs") -> None:
+    """Raises ``ValueError`` for what ``__call__`` of a pipeline (or its class) does not name: many swallow ``**kwargs``, and a
+    misspelt number of steps with them. A pipeline that passes them on to another's ``__call__`` takes what that names."""
+    kind = pipe if isinstance(pipe, type) else type(pipe)
+    calls = [vars(base)["__call__"] for base in kind.__mro__ if "__call__" in vars(base)]
+    parameters = [p for call in calls for p in inspect.signature(call).parameters.values()]
+    known = dict.fromkeys(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self")
+    allowed = [name for name in known if name not in _RESERVED]
+    for name in call_kwargs:
+        if name not in known:
+            hint = did_you_mean(name, allowed) or " Remove it."
+            raise ValueError(f"{where} must be arguments of {kind.__name__} ({', '.join(allowed)}), got {name!r}.{hint}")
+
+
 def generate(pipe: Any, tasks: Sequence[Task], call_kwargs: Mapping[str, Any]) -> Batch:
-    """Make one batch. Images are what a user would save: 8-bit RGB. Raises ``ValueError`` for a pipeline that takes no prompt."""
+    """Make one batch. Images are what a user would save: 8-bit RGB.
+
+    Raises ``ValueError`` for a pipeline that takes no prompt, ``NotFinite`` for one that computes NaN or infinity.
+    """
     generators = [torch.Generator("cpu").manual_seed(task.seed) for task in tasks]
     inputs = prompt_argument(pipe, [task.prompt for task in tasks], "prompts")
     device = getattr(pipe, "_execution_device", torch.device("cpu"))
-    with _quiet(pipe), _global_noise(device, tasks[0].seed), torch.no_grad():
+    with (
+        _quiet(pipe),
+        _global_noise(device, tasks[0].seed),
+        torch.no_grad(),
+        _watched(pipe) as finite,
+        np.errstate(invalid="ignore"),
+    ):
         start = time.perf_counter()
         output = pipe(**inputs, **call_kwargs, generator=generators, output_type="pil")
         seconds = time.perf_counter() - start
+    _check_finite(tasks, finite)
     images = getattr(output, "images", None)
     if images is None or len(images) != len(tasks):
         got = "no images" if images is None else f"{len(images)} images"
@@ -94,6 +128,64 @@ def generate(pipe: Any, tasks: Sequence[Task], call_kwargs: Mapping[str, Any]) -
 def to_tensor(images: Sequence[Image.Image]) -> Tensor:
     """8-bit RGB images of one size -> float32 [B, 3, H, W] in [0, 1]."""
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float() / 255
+
+
+@contextmanager
+def _watched(pipe: Any) -> Iterator[list[Tensor]]:
+    """Inside: whether what becomes pixels is finite, bool tensors per call of ``vae.decode`` ([B]; its input counts too), or
+    without one of the denoiser's last call ([1]). On the device: nothing waits for them."""
+    found: list[Tensor] = []
+    vae: Any = getattr(pipe, "vae", None)
+    if not hasattr(vae, "decode"):
+        handles = [
+            module.register_forward_hook(
+                lambda module, inputs, output: found.__setitem__(slice(None), [_finite(output).all()[None]])
+            )
+            for module in denoisers(pipe).values()
+        ]
+        try:
+            yield found
+        finally:
+            for handle in handles:
+                handle.remove()
+        return
+    own, decode = vars(vae).get("decode"), vae.decode
+
+    def watched(z: Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = decode(z, *args, **kwargs)
+        before, after = _finite(z), _finite(output)
+        found.append(before & after if len(before) == len(after) else (before.all() & after.all())[None])
+        return output
+
+    vae.decode = watched
+    try:
+        yield found
+    finally:
+        if own is None:
+            del vae.decode
+        else:
+            vae.decode = own
+
+
+def _finite(output: Any) -> Tensor:
+    """Per row of a model's output (a tensor, or one in ``sample`` or first in a tuple)."""
+    tensor = output if isinstance(output, Tensor) else getattr(output, "sample", None)
+    tensor = output[0] if tensor is None else tensor
+    return tensor.isfinite().flatten(1).all(dim=1)
+
+
+def _check_finite(tasks: Sequence[Task], found: Sequence[Tensor]) -> None:
+    flags = torch.cat([flag.cpu() for flag in found]) if found else torch.ones(1, dtype=torch.bool)
+    if flags.all():
+        return
+    where = f"some of {len(tasks)}"
+    if len(flags) == len(tasks):
+        task = tasks[int(flags.logical_not().nonzero()[0])]
+        where = f"{int((~flags).sum())} of {len(tasks)}, first in {task.id} ({task.prompt!r:.60})"
+    raise NotFinite(
+        f"generate: pictures must be finite before they become pixels, got NaN or infinity in {where}. The model overflows or is "
+        "damaged: try bfloat16 or float32, or keep more of it at 16 bits."
+    )
 
 
 @contextmanager

@@ -25,7 +25,7 @@ def _record(comparison: "Comparison", **fields: Any) -> Record:
         plan_hash=plan.get("hash"),
         versions=comparison.versions,
         hardware=comparison.hardware,
-        **(fields | {"extra": fields["extra"] | _conditions(comparison)}),
+        **(fields | {"extra": _conditions(comparison) | fields["extra"]}),
     )
 
 
@@ -53,6 +53,7 @@ def _scores(comparison: "Comparison") -> Iterator[Record]:
         yield _record(comparison, name=m.name, not_measured=m.not_measured, extra=extra, **_numbers(m.estimate), **facts)
         if m.floor is not None:
             extra = {"reference": comparison.reference_name, "floor": comparison.floor_name}
+            extra["dtype"] = comparison.floor_dtype or comparison.dtype
             yield _record(comparison, name=f"{m.name}_floor", extra=extra, **_numbers(m.floor), **facts)
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from .comparison import Curve, Estimate, Measure, Row
-from .scores import ImageScore, bootstrap, pool_db
+from .scores import ImageScore, bootstrap, capped, change_interval, flip_counts, pool_db
 from .trajectory import StepSums
 
 STEP_CAP_DB = 100.0  # what an exact denoiser output counts for in a mean over images
@@ -29,9 +29,9 @@ def score_measures(rows: Sequence[Row], scores: Sequence[ImageScore], missing: M
                 higher_is_better=score.higher_is_better,
                 digits=score.digits,
                 num_samples=len(rows),
-                estimate=_estimate(_capped(values, score), prompts, seed),
-                floor=_estimate(_capped(floor, score), prompts, seed) if floor else None,
-                detail=_detail(score, values) | _beyond_floor(score, values, floor, prompts, seed),
+                estimate=_estimate(capped(values, score.cap), prompts, seed),
+                floor=_estimate(capped(floor, score.cap), prompts, seed) if floor else None,
+                detail=_detail(score, values) | _exact_floor(score, floor) | _beyond_floor(score, values, floor, prompts, seed),
             )
         )
     for name, why in missing.items():
@@ -66,7 +66,8 @@ def step_measures(steps: Mapping[str, Mapping[str, Any]], prompts: Sequence[int]
                 num_samples=len(prompts),
                 estimate=_estimate(_over_steps(sums), prompts, seed),
                 floor=_estimate(_over_steps(floor), prompts, seed) if isinstance(floor, StepSums) else None,
-                detail={"num_steps": len(sums.sums), "cap_db": STEP_CAP_DB},
+                detail={"num_steps": len(sums.sums), "cap_db": STEP_CAP_DB, "num_capped": _num_capped(sums)}
+                | ({"floor_num_capped": _num_capped(floor)} if isinstance(floor, StepSums) else {}),
             )
         )
     return found
@@ -89,14 +90,19 @@ def curve_of(pipeline: str, kind: str, steps: StepSums) -> Curve:
 
 def _over_steps(steps: StepSums) -> list[float]:
     """SQNR in dB per image over all steps, capped."""
+    return capped(_uncapped(steps), STEP_CAP_DB)
+
+
+def _uncapped(steps: StepSums) -> list[float]:
     total = steps.sums[0]
     for sums in steps.sums[1:]:
         total = total + sums
-    return [min(value, STEP_CAP_DB) for value in total.sqnr_db().tolist()]
+    values: list[float] = total.sqnr_db().tolist()
+    return values
 
 
-def _capped(values: Sequence[float], score: ImageScore) -> list[float]:
-    return list(values) if score.cap is None else [min(value, score.cap) for value in values]
+def _num_capped(steps: StepSums) -> int:
+    return sum(value > STEP_CAP_DB for value in _uncapped(steps))
 
 
 def _estimate(values: Sequence[float], prompts: Sequence[int], seed: int) -> Estimate:
@@ -114,6 +120,10 @@ def _detail(score: ImageScore, values: Sequence[float]) -> dict[str, Any]:
     return detail
 
 
+def _exact_floor(score: ImageScore, floor: Sequence[float]) -> dict[str, int]:
+    return {} if score.cap is None or not floor else {"floor_exact_matches": sum(math.isinf(value) for value in floor)}
+
+
 def _beyond_floor(
     score: ImageScore, values: Sequence[float], floor: Sequence[float], prompts: Sequence[int], seed: int
 ) -> dict[str, Any]:
@@ -121,7 +131,7 @@ def _beyond_floor(
     if not floor:
         return {}
     sign = 1 if score.higher_is_better else -1
-    pairs = zip(_capped(values, score), _capped(floor, score), strict=True)
+    pairs = zip(capped(values, score.cap), capped(floor, score.cap), strict=True)
     found = _estimate([sign * (other - value) for value, other in pairs], prompts, seed)
     return {"beyond_floor": {"value": found.value, "low": found.low, "high": found.high}}
 
@@ -139,21 +149,12 @@ def _oracle_measures(rows: Sequence[Row], prompts: Sequence[int], seed: int) -> 
     found = [_paired("oracle", "Oracle", means, prompts, seed, {})]
     if all(score.all_correct is not None for row in rows for score in row.oracle.values()):
         right = {side: [float(bool(row.oracle[side].all_correct)) for row in rows] for side in rows[0].oracle}
-        pairs = list(zip(right["reference"], right["candidate"], strict=True))
-        flips = {"right_to_wrong": pairs.count((1.0, 0.0)), "wrong_to_right": pairs.count((0.0, 1.0))}
-        found.append(_with_exact_bound(_paired("all_correct", "All correct", right, prompts, seed, flips)))
+        flips = flip_counts(right["reference"], right["candidate"])
+        before, after, change = _paired("all_correct", "All correct", right, prompts, seed, flips)
+        interval = change_interval(right["reference"], right["candidate"], prompts, seed)
+        estimate = Estimate(value=interval.estimate, low=interval.low, high=interval.high)
+        found.append([before, after, replace(change, estimate=estimate)])
     return [measure for group in found for measure in group]
-
-
-def _with_exact_bound(measures: list[Measure]) -> list[Measure]:
-    """Where no picture flipped, a bootstrap would claim certainty: the bound is then that of a rate never seen in so many tries."""
-    before, after, change = measures
-    estimate, flips = change.estimate, change.detail
-    assert estimate is not None
-    if estimate.low is None or flips["right_to_wrong"] or flips["wrong_to_right"]:
-        return measures
-    bound = 1 - 0.025 ** (1 / change.num_samples)
-    return [before, after, replace(change, estimate=Estimate(value=0.0, low=-bound, high=bound))]
 
 
 def _paired(

@@ -129,7 +129,8 @@ def _tiles(comparison: Comparison, plan: Mapping[str, Any] | None) -> list[tuple
         if m.name in ("psnr", "oracle_change") and m.estimate is not None:
             name, sign = ("Mean PSNR", "") if m.name == "psnr" else (m.label, "+")
             value = f"{number_text(m.estimate.value, m.digits, sign)} {m.unit}".strip()
-            found.append((name, value, _interval(m.estimate, m.digits)))
+            shown = ("identical", "every picture is the original's") if m.identical else (value, _interval(m.estimate, m.digits))
+            found.append((name, *shown))
     total = _total_sizes(comparison, plan)
     if total is not None:
         label, before, after = total
@@ -179,7 +180,9 @@ def _score_row(m: Measure, *, floor: bool) -> str:
     if m.estimate is None:
         why = f"<b>{escape(label)}</b>: not measured<small>{escape(m.not_measured or '')}</small>"
         return f'<tr class="left-out"><th scope="row" colspan="{3 if floor else 2}">{why}</th></tr>'
-    cells = [_cell(m.estimate, m.digits)] + ([_cell(m.floor, m.digits)] if floor else [])
+    cells = [number("identical") if m.identical else _cell(m.estimate, m.digits)]
+    if floor:
+        cells.append(number("identical") if m.floor_identical else _cell(m.floor, m.digits))
     return row(label, cells, small=_notes(m))
 
 
@@ -193,15 +196,20 @@ def _cell(estimate: Estimate | None, digits: int) -> str:
 def _notes(m: Measure) -> str:
     """What stands under a score's name."""
     parts = []
-    if "worst" in m.detail:
+    if "worst" in m.detail and not m.identical:
         parts.append("higher is closer" if m.higher_is_better else "lower is closer")
         parts.append(f"worst {m.detail['worst']:.{m.digits}f}")
-    if "pooled" in m.detail:
+    if "pooled" in m.detail and not m.identical:
         parts.append(f"of the pooled error {m.detail['pooled']:.{m.digits}f}")
     if m.detail.get("exact_matches"):
         parts.append(
             f"{m.detail['exact_matches']} of {plural(m.num_samples, 'pair')} equal, counted as {m.detail['cap']:g} {m.unit}"
         )
+    if m.detail.get("floor_exact_matches"):
+        parts.append(f"of the noise floor {m.detail['floor_exact_matches']} equal, counted alike")
+    for key, words in (("num_capped", ""), ("floor_num_capped", " of the noise floor")):
+        if m.detail.get(key):
+            parts.append(f"{plural(m.detail[key], 'image')}{words} above {m.detail['cap_db']:g} dB, counted as that")
     if "right_to_wrong" in m.detail:
         parts.append(f"{plural(m.detail['right_to_wrong'], 'picture')} turned wrong, {m.detail['wrong_to_right']} turned right")
     if "num_steps" in m.detail:

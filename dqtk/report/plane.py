@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from .charts import round_ticks
+from .charts import round_ticks, tick_texts
 
 _WIDTH, _HEIGHT = 640, 340
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 16, 16, 44
@@ -35,10 +35,10 @@ def plane(title: str, x_label: str, y_label: str, dots: Sequence[Dot]) -> str:
         return _TOP + (_HEIGHT - _TOP - _BOTTOM) * (top - value) / (top - bottom)
 
     parts = [f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">']
-    for tick, text in zip(up, _texts(up), strict=True):
+    for tick, text in zip(up, tick_texts(up), strict=True):
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
         parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{text}</text>')
-    for tick, text in zip(across, _texts(across), strict=True):
+    for tick, text in zip(across, tick_texts(across), strict=True):
         parts.append(f'<text class="tick" x="{x(tick):.1f}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">{text}</text>')
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
     parts.append(f'<text class="axis" x="{middle}" y="{_HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
@@ -61,9 +61,3 @@ def plane(title: str, x_label: str, y_label: str, dots: Sequence[Dot]) -> str:
             f'<text class="tick" x="{x(dot.x) + side:.1f}" y="{y(dot.y) - 6:.1f}" text-anchor="{anchor}">{escape(dot.label)}</text>'
         )
     return "".join(parts) + "</svg>"
-
-
-def _texts(ticks: Sequence[float]) -> list[str]:
-    step = ticks[1] - ticks[0]
-    digits = next(n for n in range(12) if abs(round(step, n) - step) <= 1e-9 * step)
-    return [f"{tick:.{digits}f}" for tick in ticks]

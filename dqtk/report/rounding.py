@@ -16,6 +16,12 @@ KERNELS, THREADS = "kernels", "threads"
 ROUNDINGS = (KERNELS, THREADS)
 
 
+def check_rounding(where: str, kind: str | None, device: torch.device | str) -> None:
+    """``ValueError`` where a change of rounding changes nothing: a number of CPU threads, for a model on another device."""
+    if kind == THREADS and torch.device(device).type != "cpu":
+        raise ValueError(f"{where}: floor must change what {device} computes, got 'threads', which are the CPU's. Take 'kernels'.")
+
+
 @contextmanager
 def other_rounding(kind: str | None) -> Iterator[None]:
     """Inside: "kernels" (attention as plain matmuls; no oneDNN, no cuDNN), "threads" (half as many; 2 in place of 1), or no change.

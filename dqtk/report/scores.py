@@ -4,6 +4,8 @@ The only module of the report that imports ``dqtk.metrics``, and inside its func
 a comparison with scores of one's own needs neither torchmetrics nor anything else from there.
 """
 
+import inspect
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dqtk.resolve import scores as scores_on_offer
+from dqtk.resolve import scores as scores_in_files
 
 DEFAULT_SCORES = ("psnr", "ssim", "ms_ssim", "lpips")
 
@@ -31,6 +33,47 @@ class ImageScore:
     function: Callable[[Tensor, Tensor], Tensor]
     digits: int = 3
     cap: float | None = None
+
+
+def scores_on_offer() -> dict[str, Any]:
+    """Every score of ``dqtk.metrics`` by name. Raises ``ValueError`` that names a file which cannot be imported."""
+    try:
+        return scores_in_files()
+    except (SyntaxError, ImportError, NameError, AttributeError, TypeError, ValueError) as error:
+        places = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent.name == "metrics"]
+        where = f"{places[-1].filename}:{places[-1].lineno}" if places else "dqtk.metrics"
+        if isinstance(error, SyntaxError):
+            where = f"{error.filename}:{error.lineno}"
+        said = error.msg if isinstance(error, SyntaxError) else str(error)
+        raise ValueError(f"metrics: {where} must be importable, got {type(error).__name__}: {said}. Mend or remove it.") from error
+
+
+def one_per_picture(name: str, function: Any, values: Any, num: int) -> Tensor:
+    """What a score returned for ``num`` pictures, [B]. Raises ``ValueError`` that names its file for anything else."""
+    if not isinstance(values, Tensor) or list(values.shape) != [num]:
+        got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(
+            f"metrics: {name} ({_file_of(function)}) must return one number per picture, a tensor of shape [{num}], got {got}. "
+            "Do not average over the batch."
+        )
+    return values
+
+
+def one_number(name: str, function: Any, value: Any) -> float:
+    """What a score of sets returned. Raises ``ValueError`` that names its file for anything but a number."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"metrics: {name} ({_file_of(function)}) must return one number, got {got}. Mend it.")
+    return float(value)
+
+
+def _file_of(function: Any) -> str:
+    try:
+        return inspect.getsourcefile(inspect.unwrap(function)) or "unknown file"
+    except TypeError:  # an object that is called
+        return f"{type(function).__module__}.{type(function).__qualname__}"
 
 
 def resolve_scores(
@@ -56,6 +99,17 @@ def resolve_scores(
             shared = ("name", "label", "unit", "higher_is_better", "digits", "cap")
             found.append(ImageScore(function=function, **{name: getattr(known[score], name) for name in shared}))
     return tuple(found), missing
+
+
+def capped(values: Sequence[float], cap: float | None) -> list[float]:
+    """What values count for in a mean: exact matches are infinite."""
+    return list(values) if cap is None else [min(value, cap) for value in values]
+
+
+def flip_counts(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
+    """Verdicts (0 or 1) that changed, in both directions, and McNemar's p-value."""
+    found = flips([value == 1 for value in before], [value == 1 for value in after])
+    return {"right_to_wrong": found.right_to_wrong, "wrong_to_right": found.wrong_to_right, "mcnemar_p": found.p_value}
 
 
 def bootstrap(values: Sequence[float], prompts: Sequence[int], seed: int) -> Any:
@@ -95,15 +149,44 @@ def flips(before: Sequence[bool], after: Sequence[bool]) -> Any:
     return count(before, after)
 
 
-def rank_warning(num: int, dim: int) -> str | None:
+def change_interval(before: Sequence[float], after: Sequence[float], prompts: Sequence[int], seed: int) -> Any:
+    """The mean change of yes-or-no verdicts (0 or 1), with its interval: that of ``bootstrap``, or where every prompt changed
+    alike (mostly: none flipped), and resampling would claim certainty, what so many *prompts* can rule out."""
+    from dqtk.metrics.bootstrap import Interval
+    from dqtk.metrics.flips import never_seen_bound
+
+    change = [b - a for a, b in zip(before, after, strict=True)]
+    found = bootstrap(change, prompts, seed)
+    if found.low is None or len(set(change)) > 1:
+        return found
+    bound = never_seen_bound(len(set(prompts)))
+    low, high = max(-1.0, found.estimate - bound), min(1.0, found.estimate + bound)
+    return Interval(estimate=found.estimate, low=low, high=high)
+
+
+def rank_warning(num: int, dim: int, num_reference: int) -> str | None:
     """``dqtk.metrics.frechet.rank_warning``: what to say of a covariance of fewer rows than columns."""
     from dqtk.metrics.frechet import rank_warning as warning
 
-    return warning(num, dim)
+    return warning(num, dim, num_reference)
 
 
-def checked_rows(extractor: Any, images: Tensor) -> Tensor:
-    """Features of uint8 images, float32 [B, D], with the extractors' contract checked."""
-    from dqtk.metrics.extractors.contract import checked_rows as rows
+def checked_heads(extractor: Any, images: Tensor, heads: Sequence[str]) -> dict[str, Tensor]:
+    """ "features" of uint8 images, float32 [B, D], and the named ``heads``, with the extractors' contract checked."""
+    from dqtk.metrics.extractors.contract import checked_heads as encoded
 
-    return rows(extractor, images)
+    return encoded(extractor, images, heads)
+
+
+def identity(extractor: Any) -> str:
+    """``dqtk.metrics.extractors.contract.identity``: what an extractor's features are filed under."""
+    from dqtk.metrics.extractors.contract import identity as said
+
+    return said(extractor)
+
+
+def comparable(score: Any, extractor: Any, to_original: bool) -> bool:
+    """``dqtk.metrics.score.comparable``: whether a number may stand beside published ones."""
+    from dqtk.metrics.score import comparable as judged
+
+    return judged(score, extractor, to_original=to_original)

@@ -191,10 +191,15 @@ def reproduce_section(comparison: Comparison, command: str) -> str:
         **comparison.call_kwargs,
     }
     shown = f"<pre><code>{escape(command)}</code></pre>" if command else ""
+    words = "Each picture has its own seed, shown under it: a CPU generator with that seed gives its starting noise in any batch."
+    return again_section(words, shown, {"Settings": settings, "Versions": comparison.versions, "Machine": comparison.hardware})
+
+
+def again_section(words: str, body: str, tables_of: Mapping[str, Mapping[str, Any]]) -> str:
+    """How to reproduce: ``words``, ``body`` (HTML), and small tables of what has to be the same, by their headings."""
     tables = ""
-    for label, values in (("Settings", settings), ("Versions", comparison.versions), ("Machine", comparison.hardware)):
+    for label, values in tables_of.items():
         said = {str(key): value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
         rows = [row(key, [text(value)]) for key, value in said.items()]
         tables += f"<div><h3>{label}</h3>{table(label, (), rows, style='dense')}</div>"
-    words = "Each picture has its own seed, shown under it: a CPU generator with that seed gives its starting noise in any batch."
-    return section("again", "How to reproduce", words, f'{shown}<div class="columns">{tables}</div>')
+    return section("again", "How to reproduce", words, f'{body}<div class="columns">{tables}</div>')

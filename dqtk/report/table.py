@@ -23,7 +23,11 @@ def as_text(comparison: "Comparison") -> str:
             lines += _row(name, f"not measured: {m.not_measured}")
             continue
         floor = DASH if m.floor is None else number_text(m.floor.value, m.digits)
+        if m.floor_identical:
+            floor = "identical"
         value, interval = number_text(m.estimate.value, m.digits), range_text(m.estimate.low, m.estimate.high, m.digits)
+        if m.identical:
+            value, interval = "identical", ""
         lines.append(f"{name:<{_NAME}}{value:>9}   {interval:<22}{floor:>12}")
     t = comparison.timing
     lines += ["", *_row("time per image", f"{t.reference:.3f} s -> {t.candidate:.3f} s ({t.note})")]

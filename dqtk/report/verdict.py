@@ -3,7 +3,8 @@
 PSNR against the original is put in words by the median pair: 35 dB and more "hard to tell apart", 25 to 35 "the same picture with
 visible differences in detail", 15 to 25 "the same subject, drawn differently in places", below 15 "different pictures". That is
 a rule of thumb of this house for same-seed pairs, not a law; the noise floor says what a mere change of rounding does to the
-same pipeline.
+same pipeline. "No further away than the noise floor" is said only where the whole interval of the paired difference ends within
+``FLOOR_MARGIN_DB`` of it: an interval that merely includes 0 may come from few prompts and hide 9 dB.
 """
 
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from .numbers import number_text, range_text
 if TYPE_CHECKING:
     from .comparison import Comparison, Measure
 
+FLOOR_MARGIN_DB = 0.5
 _WORDS = (
     (35.0, "pictures that are hard to tell from the original's"),
     (25.0, "the same pictures with visible differences in detail"),
@@ -25,7 +27,7 @@ def verdict(comparison: "Comparison") -> str:
     """One or two sentences: closeness, the noise floor, what an oracle says, size."""
     psnr = next((m for m in comparison.measures if m.name == "psnr" and m.estimate is not None), None)
     num = len(comparison.rows)
-    parts = [f"{comparison.candidate_name} paints {_closeness(psnr, num)}{_floor(psnr)}."]
+    parts = [f"{comparison.candidate_name} paints {_closeness(psnr, num)}{_floor(psnr, comparison.num_prompts)}."]
     oracle = next((m for m in comparison.measures if m.name == "oracle_change" and m.estimate is not None), None)
     if oracle is not None:
         parts.append(_oracle(oracle))
@@ -49,13 +51,19 @@ def _closeness(psnr: "Measure | None", num: int) -> str:
     )
 
 
-def _floor(psnr: "Measure | None") -> str:
+def _floor(psnr: "Measure | None", num_prompts: int) -> str:
     if psnr is None or psnr.floor is None or psnr.estimate is None or psnr.estimate.value == psnr.floor.value:
         return ""
-    beyond = psnr.detail.get("beyond_floor", {}).get("low")
-    if beyond is not None and beyond <= 0:
-        return f"; no further away than the noise floor ({psnr.floor.value:.1f} dB)"
-    return f"; the noise floor is {psnr.floor.value:.1f} dB"
+    closeness = "identical pictures" if psnr.floor_identical else f"{psnr.floor.value:.1f} dB"
+    floor = f"the noise floor ({closeness})"
+    beyond = psnr.detail.get("beyond_floor", {})
+    value, low, high = (beyond.get(end) for end in ("value", "low", "high"))
+    if high is not None and high <= FLOOR_MARGIN_DB:
+        return f"; no further away than {floor}, to within {FLOOR_MARGIN_DB} dB"
+    if low is not None and low <= 0:
+        mean = f"{number_text(abs(value), 1)} dB {'further' if value > 0 else 'nearer'} in the mean"
+        return f"; not clearly further away than {floor} in {num_prompts} prompts ({mean})"
+    return f"; the noise floor is {closeness}"
 
 
 def _oracle(oracle: "Measure") -> str:

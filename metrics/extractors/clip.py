@@ -14,6 +14,8 @@ model whose text tower is a transformers model (``hf_model_name``) reads that mo
 asks the hub unless ``HF_HUB_OFFLINE`` is set.
 """
 
+import hashlib
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +27,8 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor
 
 from .contract import as_images, as_texts
-from .hub import find_folder, find_weights_in
+from .hub import find_folder, find_weights_in, sha256_of_texts
+from .precision import whole_float32
 from .pretrained import VERSION, load_pretrained
 from .resize import as_pil
 from .weights import MissingWeights, readable, sha256_of
@@ -80,6 +83,7 @@ class OpenClip:
         ):
             self._tokenizer = open_clip.get_tokenizer(spec, **offline)
         self.sha256 = sha256_of(weights)
+        self.config_sha256 = _config_sha256(config, self._tokenizer, weights.parent if spec.startswith(_LOCAL) else None)
         self.network = network.float().eval().requires_grad_(False).to(self.device)
         self.dim = int(config["embed_dim"])
         self.max_tokens = int(self._tokenizer.context_length)
@@ -90,7 +94,8 @@ class OpenClip:
     def encode_images(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] -> float32 [B, D]."""
         pixels = torch.stack([self._transform(image) for image in as_pil(as_images(self.name, images))])
-        return self.network.encode_image(pixels.to(self.device)).float().cpu()
+        with whole_float32():
+            return self.network.encode_image(pixels.to(self.device)).float().cpu()
 
     @torch.no_grad()
     def encode_texts(self, texts: list[str]) -> Tensor:
@@ -160,6 +165,14 @@ def _quiet(beginning: str) -> Iterator[None]:
         logging.getLogger().removeFilter(keep)
 
 
+def _config_sha256(config: dict[str, Any], tokenizer: Any, folder: Path | None) -> str:
+    """Of the architecture, the tokenizer's vocabulary where it tells it, and the text files of a model's own folder."""
+    inner = getattr(tokenizer, "tokenizer", tokenizer)
+    words = inner.get_vocab() if hasattr(inner, "get_vocab") else getattr(inner, "encoder", {})
+    parts = [config, type(tokenizer).__name__, words, sha256_of_texts(folder) if folder is not None else ""]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def _described(config: dict[str, Any]) -> str:
     """open_clip's preprocessing configuration as an identifier."""
     size = config["size"] if isinstance(config["size"], int) else "x".join(str(side) for side in config["size"])
@@ -184,7 +197,7 @@ class TransformersClip:
         with readable(self.name, folder, "a CLIP folder with tokenizer and preprocessor_config.json"):
             self._processor = CLIPProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
         self.network = network.to(self.device)
-        self.version = f"1, {VERSION}"
+        self.version, self.config_sha256 = f"1, {VERSION}", sha256_of_texts(folder)
         self.dim = int(network.config.projection_dim)
         self.max_tokens = int(network.config.text_config.max_position_embeddings)
         self.preprocess = _described_processor(self._processor.image_processor)
@@ -195,7 +208,8 @@ class TransformersClip:
         """uint8 [B, 3, H, W] -> float32 [B, D]."""
         pixels = self._processor.image_processor(as_pil(as_images(self.name, images)), return_tensors="pt").pixel_values
         # Not get_image_features, whose type of result changed with transformers 5.
-        pooled = self.network.vision_model(pixel_values=pixels.to(self.device)).pooler_output
+        with whole_float32():
+            pooled = self.network.vision_model(pixel_values=pixels.to(self.device)).pooler_output
         return self.network.visual_projection(pooled).float().cpu()
 
     @torch.no_grad()

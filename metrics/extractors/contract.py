@@ -5,12 +5,15 @@ any of them and gives features that look right: one published set of video score
 Face's CLIP processor divides a batch in [0, 1] by 255 again. uint8 has one meaning. It is also what is on disk once an image has
 been saved, so that features computed in memory and from files agree.
 
-A feature is named by everything that moves its numbers: network, weights (SHA-256), preprocessing. ``comparable`` says whether a
+A feature is named by everything that moves its numbers (``identity``): network, weights and configuration (SHA-256),
+preprocessing, versions of what computes, kind of device. ``comparable`` says whether a
 score from it may stand beside published ones; random, embedded and unknown weights are not comparable, however good they are.
 """
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
 
+import PIL
 import torch
 from torch import Tensor
 
@@ -34,6 +37,10 @@ class Extractor(Protocol):
     @property
     def sha256(self) -> str:
         """SHA-256 of the weights file, hex; of several files: see ``weights.sha256_of``."""
+
+    @property
+    def config_sha256(self) -> str:
+        """SHA-256 of what configures the network beside its weights (config.json, tokenizer); "" where nothing does."""
 
     @property
     def comparable(self) -> bool:
@@ -70,6 +77,13 @@ class ImageTextEncoder(Extractor, Protocol):
         """For each text, whether some of its tokens do not fit in ``max_tokens``: the score is then blind to the prompt's end."""
 
 
+def identity(extractor: Any) -> str:
+    """Everything that moves an extractor's numbers, as one text: what cached features are filed under."""
+    device = torch.device(getattr(extractor, "device", "cpu")).type
+    own = (extractor.name, extractor.version, extractor.sha256, extractor.config_sha256, extractor.preprocess)
+    return "|".join((*own, f"torch {torch.__version__}", f"Pillow {PIL.__version__}", device))
+
+
 def as_images(where: str, images: Tensor) -> Tensor:
     """The batch itself if it is uint8 [B, 3, H, W] and not empty; else ``ValueError``."""
     if not isinstance(images, Tensor):
@@ -104,17 +118,37 @@ def checked_rows(extractor: Extractor, images: Tensor) -> Tensor:
     """
     images = as_images(extractor.name, images)
     rows = extractor.encode_images(images)
-    wanted = [len(images), extractor.dim]
+    _check_rows(extractor.name, rows, [len(images), extractor.dim])
+    return rows
+
+
+def checked_heads(extractor: Any, images: Tensor, heads: Sequence[str]) -> dict[str, Tensor]:
+    """ "features" (the extractor's own) and the named ``heads`` of its ``encode_all``, checked as ``checked_rows`` does.
+
+    One pass where ``encode_all`` gives the extractor's own feature too (its ``head`` says under which name), else two.
+    """
+    if not heads:
+        return {"features": checked_rows(extractor, images)}
+    given = extractor.encode_all(as_images(extractor.name, images))
+    own = getattr(given, getattr(extractor, "head", ""), None)
+    found = {"features": checked_rows(extractor, images) if own is None else own}
+    found |= {head: getattr(given, head) for head in heads}
+    for head, rows in found.items():
+        dim = extractor.dim if head == "features" else rows.shape[-1]
+        _check_rows(extractor.name if head == "features" else f"{extractor.name}, {head}", rows, [len(images), dim])
+    return found
+
+
+def _check_rows(where: str, rows: Tensor, wanted: list[int]) -> None:
     if list(rows.shape) != wanted or rows.dtype != torch.float32:
         raise ValueError(
-            f"{extractor.name}: features must be float32 {wanted}, one row per image, got {rows.dtype} {list(rows.shape)}. "
+            f"{where}: features must be float32 {wanted}, one row per image, got {rows.dtype} {list(rows.shape)}. "
             "Fix encode_images or dim."
         )
     finite = rows.isfinite().all(dim=1)
     if not finite.all():
         first = int(finite.logical_not().nonzero()[0])
         raise ValueError(
-            f"{extractor.name}: features must be finite, got NaN or infinity in {int((~finite).sum())} of {len(rows)} rows, first "
+            f"{where}: features must be finite, got NaN or infinity in {int((~finite).sum())} of {len(rows)} rows, first "
             f"in row {first}. Check that image, and the weights."
         )
-    return rows

@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import Dinov2Model, ViTModel
 
 from .contract import as_images
-from .hub import find_folder
+from .hub import find_folder, sha256_of_texts
+from .precision import whole_float32
 from .pretrained import VERSION, load_pretrained
 from .resize import resize_clean
 
@@ -50,6 +51,7 @@ class Dino:
         self.version = f"1, {VERSION}"
         self.source, self.comparable, self.device = str(model), comparable, torch.device(device)
         network, self.sha256 = load_pretrained(self.name, kind, folder, **options)
+        self.config_sha256 = sha256_of_texts(folder)
         patch = network.config.patch_size
         if _SIZE % patch:
             raise ValueError(
@@ -65,4 +67,5 @@ class Dino:
         x = (x - torch.tensor(_MEAN).view(3, 1, 1)) / torch.tensor(_STD).view(3, 1, 1)
         # DINO was trained at 224, so nothing is interpolated there; files of other sizes (384) would need it.
         resized = {"interpolate_pos_encoding": True} if isinstance(self.network, ViTModel) else {}
-        return self.network(pixel_values=x.to(self.device), **resized).last_hidden_state[:, 0].float().cpu()
+        with whole_float32():
+            return self.network(pixel_values=x.to(self.device), **resized).last_hidden_state[:, 0].float().cpu()

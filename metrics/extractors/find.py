@@ -6,11 +6,13 @@ clip:WHERE                  CLIPModel of transformers, folder or hub id
 dino:WHERE                  DINO or DINOv2 of transformers, folder or hub id
 """
 
+import difflib
 from typing import Any
 
 import torch
 
 KINDS = ("inception2015", "inception2015-legacy", "inception2015-pytorch", "open_clip:WHERE", "clip:WHERE", "dino:WHERE")
+_EMBEDDED = ("tiny-clip",)  # found by dqtk.resolve before this file is asked; here for its errors only
 
 
 def extractor_named(text: str, device: str | torch.device = "cpu") -> Any:
@@ -33,4 +35,8 @@ def extractor_named(text: str, device: str | torch.device = "cpu") -> Any:
         from .dino import Dino
 
         return Dino(where, device=device)
-    raise ValueError(f"extractor: name must be one of {', '.join(KINDS)}, got {text!r}. For example open_clip:FOLDER.")
+    names = [*KINDS, *_EMBEDDED]
+    near = difflib.get_close_matches(kind, [name.partition(":")[0] for name in names], n=1)
+    whole = next((name for name in names if name.partition(":")[0] == near[0]), "") if near else ""
+    hint = f"Did you mean {whole!r}?" if whole else "For example open_clip:FOLDER."
+    raise ValueError(f"extractor: name must be one of {', '.join(names)}, got {text!r}. {hint}")

@@ -4,14 +4,16 @@ As for single files (``weights``), nothing is downloaded. A hub id is looked up 
 so that a run does not change when somebody pushes to the repository, and does not need the network to find that nobody did.
 """
 
+import hashlib
 import json
 import re
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
-from .weights import MissingWeights, weights_folder
+from .weights import MissingWeights, sha256_of, weights_folder
 
+_TEXTS = (".json", ".txt", ".model", ".jinja")  # configurations, vocabularies, merges, sentencepiece
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -56,6 +58,15 @@ def find_weights_in(where: str, folder: Path, names: tuple[str, ...]) -> list[Pa
         f"{where}: {folder} must have one of {', '.join(names)}, got {_listing(folder)}. "
         "Finish the download, or pass another folder."
     )
+
+
+def sha256_of_texts(folder: Path) -> str:
+    """SHA-256 over what configures a model beside its weights: names and contents of the folder's JSON and tokenizer files.
+
+    The same weights under another activation, image size or vocabulary are another network.
+    """
+    files = sorted(path for path in folder.iterdir() if path.suffix in _TEXTS and path.is_file())
+    return hashlib.sha256("\n".join(f"{path.name} {sha256_of(path)}" for path in files).encode()).hexdigest()
 
 
 def _listing(folder: Path) -> str:

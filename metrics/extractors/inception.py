@@ -43,6 +43,7 @@ from torchvision.models.inception import (
 )
 
 from .contract import as_images
+from .precision import whole_float32
 from .resize import resize_clean, resize_legacy, resize_pytorch
 from .weights import check_names, find_weights, load_state
 
@@ -154,7 +155,7 @@ class Inception:
     ``MissingWeights``, and ``ValueError`` for a damaged file, another network's file, and unknown names.
     """
 
-    version = "1"
+    version, config_sha256 = "1", ""  # the network is written down here: no file configures it
     heads = tuple(HEADS)  # what ``encode_all`` gives
 
     def __init__(
@@ -195,8 +196,7 @@ class Inception:
         """uint8 [B, 3, H, W] of any size -> features of all heads, in one pass."""
         resize, scaled = PREPROCESSES[self.preprocess]
         x = scaled(resize(as_images(self.name, images).to(self.device), _SIZE).to(self.device))
-        # cuDNN convolves float32 in TF32 unless told otherwise: ten bits of mantissa, features that differ between GPU and CPU.
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with whole_float32():
             pool, logits, spatial = (feature.float().cpu() for feature in self.network(x))
         return InceptionFeatures(pool=pool, logits=logits, spatial=spatial)
 

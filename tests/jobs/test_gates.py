@@ -43,6 +43,19 @@ def test_words():
     assert line == "q: psnr low is 28, and 'psnr.low < 30' fails the job"
     with pytest.raises(ValueError, match=r"--fail-if: name must be that of a result, got 'psnrr'\. Did you mean 'psnr'\?"):
         tripped([parse_gate("psnrr < 1")], RECORDS, ["q"])
-    for text in ("psnr = 3", "psnr", "< 3", "psnr < three"):
+    for text in ("psnr = 3", "psnr", "< 3", "psnr < three", "psnr < 1.2.3", "psnr < ."):
         with pytest.raises(ValueError, match="--fail-if: condition must be NAME OP NUMBER"):
             parse_gate(text)
+
+
+def test_a_short_name_must_mean_one_result():
+    """``frechet`` of two extractors, or against two references, is two numbers: the first would be judged for the other."""
+    names = ["frechet[a]@vs_original(paired)", "frechet[a]@vs_real", "kid[a]@vs_real", "kid[b]@vs_real", "clip_score[a]"]
+    records = [record(name, 1.0) for name in [*names, "clip_score[a]@change"]]
+    for text, first in (("frechet > 0", "frechet"), ("frechet[a] > 0", r"frechet\[a\]"), ("kid > 0", "kid")):
+        with pytest.raises(
+            ValueError, match=rf"--fail-if: name must be that of one result, got '{first}' for {first}.*, .* full name"
+        ):
+            tripped([parse_gate(text)], records, ["q"])
+    for text in ("frechet[a]@vs_real > 0", "kid[a] > 0", "clip_score > 0", "clip_score[a]@change > 0"):
+        assert len(tripped([parse_gate(text)], records, ["q"])) == 1

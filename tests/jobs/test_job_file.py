@@ -2,6 +2,7 @@
 
 import pytest
 
+from dqtk.jobs.generate import check_floors
 from dqtk.jobs.layout import batches, prompts_of, variants
 from dqtk.jobs.spec import read_job
 
@@ -22,7 +23,11 @@ def test_a_job_says_what_it_makes(job_file):
 def test_the_hash_is_of_what_moves_pictures(job_file):
     plain = read_job(job_file()).hash
     assert read_job(job_file(metrics=["psnr"], extractors=[], name="other", output="elsewhere")).hash == plain
-    for change in ({"seed": 1}, {"threads": 2}, {"batch_size": 3}, {"call": {}}, {"recipes": []}, {"prompts": ["a cat"]}):
+    assert read_job(job_file(recipes=[], candidates={"mine": "somewhere"}, floor="kernels", models=["a", "b"])).hash == plain
+    for change in (
+        *({"seed": 1}, {"threads": 2}, {"batch_size": 3}, {"call": {}}, {"prompts": ["a cat"]}),
+        *({"dtype": "stored"}, {"seeds_per_prompt": 2}),
+    ):
         assert read_job(job_file(**change)).hash != plain, change
 
 
@@ -45,6 +50,11 @@ def test_the_hash_is_of_what_moves_pictures(job_file):
         ),
         ({"prompts": {"num": 3}}, "prompts must have either file or texts, got both or none"),
         ({"prompts": {"file": "x.txt", "num": -1}}, r"prompts\.num must be a positive count, got -1"),
+        ({"seed": -1}, "seed must be 0 or more, got -1"),
+        ({"floor": "float32"}, "floor must be another rounding than dtype, got 'float32' for both. Take kernels"),
+        ({"candidates": {"mine": None}}, "candidates must map names to folders or hub ids, got 'mine': None"),
+        ({"call": {"generator": 1}}, r"job: call must be free of .*, got \['generator'\]"),
+        ({"call": {"output_type": "latent"}}, "job: output_type must be an image type, got 'latent'"),
         ({"candidates": {"w8a8": "x"}}, r"names of candidates must differ from recipes, got \['w8a8'\]"),
     ],
 )
@@ -58,6 +68,8 @@ def test_what_is_refused(job_file, changes, says):
     [
         ("- a\n", "must be a mapping of fields, got list"),
         ("name: [\n", "must be YAML, got: "),
+        ("name: x\nseed: 1\nseed: 2\n", "must be YAML, got: the key 'seed' twice .*line 3"),
+        ("name: x\ncall: {a: 1, a: 2}\n", "must be YAML, got: the key 'a' twice"),
         ("name: x\n", "must have models, prompts, metrics, output, got only name"),
     ],
 )
@@ -73,3 +85,17 @@ def test_two_variants_of_one_name(job_file):
     job = read_job(job_file(models=["a/one", "b/one"], recipes=[]))
     with pytest.raises(ValueError, match="names of models and candidates must differ, got one twice"):
         variants(job)
+
+
+@pytest.mark.parametrize(("dtype", "floor"), [("stored", "float32"), ("float32", "stored")])
+def test_the_stored_dtype_by_another_name_is_no_floor(job_file, dtype, floor):
+    with pytest.raises(ValueError, match=r"job: floor must be another dtype than that of pixart, got float32 for both"):
+        check_floors(variants(read_job(job_file(dtype=dtype, floor=floor))), "cpu")
+    check_floors(variants(read_job(job_file(dtype=dtype, floor="bfloat16"))), "cpu")
+
+
+def test_threads_are_no_floor_on_a_gpu(job_file):
+    made = variants(read_job(job_file(floor="threads")))
+    with pytest.raises(ValueError, match=r"job: floor must change what cuda computes, got 'threads'"):
+        check_floors(made, "cuda")
+    check_floors(made, "cpu")

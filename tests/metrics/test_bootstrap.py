@@ -1,11 +1,11 @@
-"""The bootstrap interval: coverage, clusters, determinism; quantiles with infinities; Holm; error texts."""
+"""The bootstrap interval: coverage, clusters, determinism; quantiles with infinities; error texts."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
-from dqtk.metrics.bootstrap import distance_quantiles, holm, paired_bootstrap
+from dqtk.metrics.bootstrap import distance_quantiles, paired_bootstrap
 
 
 def test_covers_the_true_mean_about_as_often_as_it_says():
@@ -115,24 +115,3 @@ def test_quantile_errors():
         ValueError, match=r"^distance_quantiles: qs must be between 0 and 1, got 95\. 0\.95 is the 95th percentile\."
     ):
         distance_quantiles([1.0], (95,))
-
-
-def test_holm_on_the_textbook_example():
-    """4, 3, 2, 1 times the sorted p-values, never falling, never above 1; in the order given."""
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.5, 0.6, 0.01]) == pytest.approx([1.0, 1.0, 0.03])
-    assert holm([0.2]) == [0.2]
-    assert holm([]) == []
-    with pytest.raises(
-        ValueError, match=r"^holm: p_values must be between 0 and 1, got 2\.5\. Pass p-values and not test statistics"
-    ):
-        holm([0.1, 2.5])
-    with pytest.raises(ValueError, match=r"^holm: p_values must be between 0 and 1, got nan\."):
-        holm([math.nan])
-
-
-def test_holm_keeps_false_alarms_below_alpha():
-    """Ten true null hypotheses, 2000 times: any alarm at all in at most 5 %, where unadjusted p-values give 40 %."""
-    p = torch.rand(2000, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert float((p.min(dim=1).values <= 0.05).double().mean()) > 0.35
-    assert sum(min(holm(row)) <= 0.05 for row in p.tolist()) / 2000 <= 0.06

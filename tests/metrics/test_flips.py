@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from dqtk.metrics.flips import Flips, flips
+from dqtk.metrics.flips import Flips, flips, never_seen_bound
+from scipy.stats import binomtest
 
 
 def _outcomes(right_to_wrong, wrong_to_right, both_right=0, both_wrong=0):
@@ -74,3 +75,10 @@ def test_errors():
         flips([], [])
     with pytest.raises(ValueError, match=r"^flips: reference must be \[N\] and not empty, got \[2, 1\]\."):
         flips(torch.ones(2, 1).bool(), torch.ones(2, 1).bool())
+
+
+def test_what_was_never_seen_is_bounded_by_the_number_of_tries():
+    for num in (1, 5, 40):
+        assert never_seen_bound(num) == pytest.approx(binomtest(0, num).proportion_ci(0.95).high)
+    with pytest.raises(ValueError, match="never_seen_bound: num must be at least 1, got 0"):
+        never_seen_bound(0)

@@ -152,6 +152,8 @@ def test_bf16_features_are_taken_as_the_numbers_they_hold(num):
 
 def test_rank_warning():
     assert rank_warning(2049, 2048) is None
+    assert rank_warning(3000, 2048, 3000) is None
+    assert rank_warning(3000, 2048, 50).startswith("3000 generated and 50 reference features of 2048 numbers: ")
     for num in (2048, 2):
         text = rank_warning(num, 2048)
         assert text is not None

@@ -75,3 +75,14 @@ def test_damaged_and_unknown(tmp_path):
         Lpips("alex", path)
     with pytest.raises(ValueError, match=r"lpips: net must be one of \['alex', 'vgg'\], got 'resnet'\."):
         Lpips("resnet", path)
+
+
+def test_identity_is_of_the_net_and_both_kinds_of_weights(pair, tmp_path):
+    ours, _ = pair
+    net = "alex" if ours.name == "lpips[alex]" else "vgg"
+    state = {f"features.{name}": value for name, value in _backbone(net).state_dict().items()}
+    torch.save(state, tmp_path / "other.pth")
+    other = Lpips(net, tmp_path / "other.pth", check=False)
+    assert ours.identity.startswith(f"{net}, backbone ")
+    assert other.identity != ours.identity
+    assert other.identity.rsplit(" ", 1)[1] == ours.identity.rsplit(" ", 1)[1]  # the heads are one file

@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
-from dqtk.pipelines.tiny.build import new_sdxl
+from dqtk.pipelines.tiny.build import new_pixart, new_sdxl
 from dqtk.pipelines.tiny.train_vae import new_vae
 from PIL import Image
 
 from dqtk.report.compare import compare
-from dqtk.report.generate import check_call_kwargs, make_tasks, to_tensor
+from dqtk.report.generate import NotFinite, check_call_kwargs, generate, make_tasks, to_tensor
+from dqtk.resolve import call_kwargs_for
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +73,31 @@ def test_sdxl_is_compared_inside_too_with_its_timestep_by_position():
     assert min(same.sqnr_db) > 30  # bf16 alone
     assert {pair.name for pair in found.sizes} == {"vae", "text_encoder", "text_encoder_2", "unet"}
     assert all(pair.candidate.in_memory == pytest.approx(pair.reference.in_memory / 2, rel=0.01) for pair in found.sizes)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nan_and_overflow_are_no_pictures(value):
+    """Clamped and cast they would be black and white squares with a PSNR."""
+    torch.manual_seed(0)
+    pipe = new_pixart(new_vae())
+    kwargs = {"num_inference_steps": 1, **call_kwargs_for(pipe)}
+    tasks, fine = make_tasks(["a red circle", "a blue square"], 0, 1), copy.deepcopy(pipe)
+    pipe.transformer.proj_out.bias.data[:] = value
+    with pytest.raises(
+        NotFinite, match=r"generate: pictures must be finite .*, got NaN or infinity in 2 of 2, first in 0000-0 \('a red"
+    ):
+        generate(pipe, tasks, kwargs)
+    assert "decode" not in vars(pipe.vae)
+    fine.vae.decoder.conv_out.bias.data[:] = value
+    with pytest.raises(NotFinite):
+        generate(fine, tasks, kwargs)
+
+
+def test_pictures_are_the_pipelines_own():
+    torch.manual_seed(0)
+    pipe = new_pixart(new_vae())
+    kwargs = {"num_inference_steps": 1, **call_kwargs_for(pipe)}
+    (task,) = make_tasks(["a red circle"], 0, 1)
+    (image,) = generate(pipe, [task], kwargs).images
+    own = pipe(prompt=[task.prompt], generator=[torch.Generator().manual_seed(task.seed)], **kwargs).images[0]
+    assert image.tobytes() == own.tobytes()

@@ -1,14 +1,21 @@
 """The report page as text, and the table and verdict that it shares with the terminal."""
 
+import dataclasses
 import html
+import itertools
 import math
 import re
 from html.parser import HTMLParser
 
 import pytest
+import torch
+from dqtk.metrics.sqnr import PairSums
 
 from dqtk.report.charts import Line, bits_class, block_of, line_chart
+from dqtk.report.measures import score_measures, step_measures
 from dqtk.report.page import render_page, write_page
+from dqtk.report.scores import resolve_scores
+from dqtk.report.trajectory import StepSums
 from dqtk.report.verdict import verdict
 
 VOID = {"meta", "link", "img", "input", "br", "line", "circle"}
@@ -129,7 +136,12 @@ def test_verdict_words_follow_the_numbers(made_up):
     assert "other pictures than the original's: mean PSNR 47.2 dB" in mixed
     assert "12.0 dB in the median and 12.0 dB in the worst of 5 images" in mixed
     assert "the noise floor is 50.0 dB" in of(30.0, 31.0)
-    assert "no further away than the noise floor" in of(49.0, 52.0)
+    # An interval of the paired difference that includes 0 is no proof: only one that ends by the floor is.
+    assert "; no further away than the noise floor (50.0 dB), to within 0.5 dB" in of(49.6, 52.0)
+    assert "; not clearly further away than the noise floor (50.0 dB) in 3 prompts (9.0 dB further in the mean)" in of(
+        20.0, 52.0, 51.0
+    )
+    assert "; not clearly further away than the noise floor (50.0 dB) in 2 prompts (0.5 dB nearer in the mean)" in of(49.0, 52.0)
     assert "The oracle finds the captions shown worse than before" in of(30.0)  # the only image lost it
     assert "sees no clear change" in of(30.0, 31.0, 32.0, 33.0)
     assert "PSNR was not measured" in verdict(made_up(measures=()))
@@ -156,6 +168,13 @@ def test_chart_of_few_many_flat_and_missing_values():
     assert "nothing to draw" in line_chart("t", "x", "y", [Line(label="a", style="own", values=(math.inf,))])
 
 
+def test_chart_labels_are_as_far_apart_as_their_lines():
+    svg = line_chart("t", "x", "y", [Line(label="a", style="own", values=(-12.0, -1.0))])
+    ticks = [float(text) for text in re.findall(r'text-anchor="end">(.*?)<', svg)]
+    assert len(ticks) > 2
+    assert {b - a for a, b in itertools.pairwise(ticks)} == {2.5}
+
+
 def test_blocks_and_bit_classes():
     assert block_of("transformer:transformer_blocks.3.attn1.to_q") == "transformer: transformer_blocks.3"
     assert block_of("unet:down_blocks.1.attentions.0.proj_in") == "unet: down_blocks.1"
@@ -163,3 +182,26 @@ def test_blocks_and_bit_classes():
     assert block_of("text_encoder:encoder.block.0.layer.0.q") == "text_encoder: encoder.block.0"
     assert block_of("proj_out") == "proj_out"
     assert [bits_class(b) for b in (None, 2, 3, 4.25, 6, 8, 16)] == ["b16", "b02", "b02", "b04", "b08", "b08", "b16"]
+
+
+def test_equal_pictures_are_called_identical_and_caps_are_said(made_up, row):
+    rows = [dataclasses.replace(row(i, math.inf), floor={"psnr": math.inf}) for i in range(3)]
+    psnr = score_measures(rows, resolve_scores(("psnr",))[0], {}, 0)[0]
+    found = made_up(values=(math.inf,) * 3, measures=(psnr,))
+    page = render_page(found)
+    assert "100.00" not in page
+    assert page.count('<td class="number">identical</td>') == 2
+    assert "3 of 3 pairs equal, counted as 100 dB; of the noise floor 3 equal, counted alike" in page
+    assert re.search(r"PSNR \(dB\) +identical +identical$", found.table(), re.MULTILINE)
+    near = [dataclasses.replace(row(i, 30.0), floor={"psnr": math.inf}) for i in range(3)]
+    psnr = score_measures(near, resolve_scores(("psnr",))[0], {}, 0)[0]
+    assert "the noise floor is identical pictures" in verdict(made_up(values=(30.0,) * 3, measures=(psnr,)))
+
+
+def test_steps_above_the_cap_are_said(made_up):
+    ones = torch.ones(2, dtype=torch.float64)
+    sums = PairSums(reference_squared=ones, error_squared=torch.tensor([1e-12, 1e-3], dtype=torch.float64), product=ones)
+    steps = StepSums(timesteps=(1.0,), sums=(sums,))
+    measures = step_measures({"candidate": {"own": steps, "same": None}, "floor": {"own": steps}}, [0, 1], 0)
+    page = render_page(made_up(measures=tuple(measures)))
+    assert "1 image above 100 dB, counted as that; 1 image of the noise floor above 100 dB, counted as that" in page

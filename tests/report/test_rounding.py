@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dqtk.report.rounding import ROUNDINGS, other_rounding
+from dqtk.report.rounding import ROUNDINGS, check_rounding, other_rounding
 
 
 def settings():
@@ -42,3 +42,24 @@ def test_an_unknown_word():
         other_rounding("bf16"),
     ):
         pass
+
+
+def test_threads_round_differently():
+    torch.manual_seed(0)
+    x, before = torch.randn(2_000_003), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        want = x.sum()
+        with other_rounding("threads"):
+            assert torch.get_num_threads() == 1
+            assert x.sum() != want
+        assert x.sum() == want
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_threads_of_the_cpu_are_no_floor_of_another_device():
+    with pytest.raises(ValueError, match=r"compare: floor must change what cuda:0 computes, got 'threads', which are the CPU's\."):
+        check_rounding("compare", "threads", "cuda:0")
+    check_rounding("compare", "threads", "cpu")
+    check_rounding("compare", "kernels", "cuda")

@@ -3,11 +3,12 @@
 import hashlib
 import json
 import logging
+import shutil
 
 import pytest
 import torch
 from dqtk.metrics.extractors.clip import OpenClip, TransformersClip
-from dqtk.metrics.extractors.contract import ImageTextEncoder, checked_rows
+from dqtk.metrics.extractors.contract import ImageTextEncoder, checked_rows, identity
 from dqtk.metrics.extractors.weights import MissingWeights
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -293,3 +294,37 @@ def test_transformers_files_that_are_refused(clip_folder, tmp_path):
     assert TransformersClip(tmp_path).sha256 == hashlib.sha256((tmp_path / "pytorch_model.bin").read_bytes()).hexdigest()
     with pytest.raises(MissingWeights, match=r"clip: model must be a folder or a hub id in the cache, got 'owner/none'"):
         TransformersClip("owner/none")
+
+
+def test_another_configuration_of_the_same_weights_is_another_identity(open_clip_folder, clip_folder, tmp_path):
+    for kind, folder, file in (
+        (OpenClip, open_clip_folder, "open_clip_config.json"),
+        (TransformersClip, clip_folder, "config.json"),
+    ):
+        copied = tmp_path / kind.__name__ / folder.name
+        shutil.copytree(folder, copied)
+        same, data = kind(copied), json.loads((copied / file).read_text())
+        assert identity(same) == identity(kind(folder))
+        if kind is OpenClip:
+            data["model_cfg"]["quick_gelu"] = True
+        else:
+            data["vision_config"]["hidden_act"] = "gelu"
+        (copied / file).write_text(json.dumps(data))
+        other = kind(copied)
+        assert (other.name, other.sha256) == (same.name, same.sha256)
+        assert identity(other) != identity(same)
+
+
+def test_patches_are_convolved_in_whole_float32(encoder, images, monkeypatch):
+    seen, convolve = [], torch.nn.Conv2d.forward
+
+    def forward(self, x):
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return convolve(self, x)
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", forward)
+    before = torch.backends.cudnn.allow_tf32
+    encoder.encode_images(images)
+    assert seen
+    assert not any(seen)
+    assert torch.backends.cudnn.allow_tf32 is before is True

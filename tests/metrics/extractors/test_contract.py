@@ -2,14 +2,23 @@
 
 from types import SimpleNamespace
 
+import PIL
 import pytest
 import torch
-from dqtk.metrics.extractors.contract import Extractor, ImageTextEncoder, as_images, as_texts, checked_rows
+from dqtk.metrics.extractors.contract import Extractor, ImageTextEncoder, as_images, as_texts, checked_heads, checked_rows, identity
 
 
 def extractor(rows, dim=4):
     """One that returns ``rows`` whatever it gets."""
-    fixed = {"version": "1", "source": "memory", "sha256": "0" * 64, "comparable": False, "preprocess": "none", "dim": dim}
+    fixed = {
+        "version": "1",
+        "source": "memory",
+        "sha256": "0" * 64,
+        "config_sha256": "",
+        "comparable": False,
+        "preprocess": "none",
+        "dim": dim,
+    }
     return SimpleNamespace(name="test/fixed", encode_images=lambda images: rows, **fixed)
 
 
@@ -80,3 +89,39 @@ def test_protocols_tell_extractors_apart():
     assert isinstance(extractor(None), Extractor)
     assert not isinstance(extractor(None), ImageTextEncoder)
     assert not isinstance(torch.nn.Identity(), Extractor)
+
+
+def test_identity_holds_what_moves_the_numbers():
+    """Weights alone do not: the same ones under another configuration, or on another device, give other features."""
+    plain = extractor(None)
+    said = {identity(plain)}
+    for change in (
+        {"config_sha256": "1"},
+        {"version": "2"},
+        {"device": torch.device("cuda:1")},
+        {"sha256": "f"},
+        {"preprocess": "p"},
+    ):
+        other = extractor(None)
+        vars(other).update(change)
+        said.add(identity(other))
+    assert len(said) == 6
+    assert f"torch {torch.__version__}" in identity(plain)
+    assert f"Pillow {PIL.__version__}" in identity(plain)
+
+
+def test_heads_cost_one_pass_where_they_hold_the_own_feature():
+    calls = []
+
+    def encode_all(images):
+        calls.append(len(images))
+        return SimpleNamespace(pool=torch.ones(3, 4), spatial=torch.zeros(3, 7))
+
+    with_all = extractor(torch.zeros(3, 4))
+    vars(with_all).update(encode_all=encode_all, head="pool", encode_images=lambda images: pytest.fail("a second pass"))
+    found = checked_heads(with_all, images(), ["spatial"])
+    assert {name: list(rows.shape) for name, rows in found.items()} == {"features": [3, 4], "spatial": [3, 7]}
+    assert calls == [3]
+    vars(with_all).update(encode_all=lambda images: SimpleNamespace(pool=torch.ones(3, 4), spatial=torch.full((3, 7), torch.nan)))
+    with pytest.raises(ValueError, match="test/fixed, spatial: features must be finite"):
+        checked_heads(with_all, images(), ["spatial"])

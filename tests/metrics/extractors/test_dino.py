@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+import shutil
 
 import pytest
 import torch
-from dqtk.metrics.extractors.contract import Extractor, checked_rows
+from dqtk.metrics.extractors.contract import Extractor, checked_rows, identity
 from dqtk.metrics.extractors.dino import Dino
 from dqtk.metrics.extractors.resize import resize_clean
 from dqtk.metrics.extractors.weights import MissingWeights
@@ -90,3 +91,20 @@ def test_refusals(folders, tmp_path, images):
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
     with pytest.raises(ValueError, match=r"must hold all weights of Dinov2Model, got \d+ missing, such as encoder\.layer\.1\."):
         Dino(folder)
+
+
+def test_patches_are_convolved_in_whole_float32(folders, images, monkeypatch):
+    seen, convolve = [], torch.nn.Conv2d.forward
+    monkeypatch.setattr(
+        torch.nn.Conv2d, "forward", lambda self, x: (seen.append(torch.backends.cudnn.allow_tf32), convolve(self, x))[1]
+    )
+    Dino(folders / "dino").encode_images(images)
+    assert seen == [False]
+
+
+def test_another_configuration_of_the_same_weights_is_another_identity(folders, tmp_path):
+    same, copied = Dino(folders / "dino"), tmp_path / "dino"
+    shutil.copytree(folders / "dino", copied)
+    data = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(data | {"hidden_act": "relu"}))
+    assert identity(Dino(copied)) != identity(same)

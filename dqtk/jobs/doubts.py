@@ -1,0 +1,157 @@
+"""What a reader should know before believing: what was not measured and why, and what numbers say against themselves."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from dqtk.report.records import Record
+
+from .asked import ORACLE, ORACLE_SCORES, Measures, Shown, has_head
+from .features import Picture, check_sizes
+
+
+def unmeasured(
+    asked: Measures, shown: Sequence[Shown], real: bool, failed: Mapping[str, str]
+) -> Iterator[tuple[Any, str, str, str]]:
+    """(score, the name its record would have, variant or "" for all, why) of everything asked for that has no number."""
+    paired = any(variant.role != "original" for variant in shown) or bool(failed)
+    every = [*asked.extractors, *asked.missing_extractors]
+    for score in asked.scores.values():
+        kind = type(score).__name__
+        names = partial(_names, score, paired=paired, real=real)
+        if score.name in asked.missing:
+            yield from ((score, name, "", asked.missing[score.name]) for name in names(every))
+            continue
+        if kind == "PairScore" and not paired:
+            yield from ((score, name, "", "no picture has a partner: there is nothing but originals") for name in names(every))
+        if kind == "SetScore" and not paired and not real:
+            yield from ((score, name, "", "there is nothing but originals, and no references") for name in names(every))
+        if kind != "PairScore":
+            for extractor, why in asked.missing_extractors.items():
+                yield from ((score, name, "", why) for name in names([extractor]))
+        yield from _lacking(asked, score, names, shown)
+        yield from ((score, name, model, why) for model, why in failed.items() for name in names(every))
+    for name, score in ORACLE_SCORES.items():
+        if ORACLE in asked.missing:
+            yield score, name, "", asked.missing[ORACLE]
+        elif asked.judge is not None:
+            yield from ((score, name, model, why) for model, why in failed.items())
+
+
+def _lacking(asked: Measures, score: Any, names: Callable, shown: Sequence[Shown]) -> Iterator[tuple[Any, str, str, str]]:
+    """What the extractors that are here lack for a score: a text tower, a head; or the variants: prompts."""
+    if type(score).__name__ == "TextScore":
+        for extractor in asked.extractors:
+            if extractor not in asked.readers():
+                why = f"{score.label} needs an extractor with a text tower, got {extractor}"
+                yield from ((score, name, "", why) for name in names([extractor]))
+                continue
+            for variant in shown:
+                if (why_not := unfit_prompts(score, variant)) is not None:
+                    yield from ((score, name, variant.name, why_not) for name in names([extractor]))
+    head = getattr(score, "head", None)
+    headless = head is not None and not any(has_head(extractor, head) for extractor in asked.extractors.values())
+    if headless and asked.extractors and not asked.missing_extractors:
+        why = f"{score.label} needs {head} features of an extractor such as inception2015, got {', '.join(asked.extractors)}"
+        yield from ((score, name, "", why) for name in names(list(asked.extractors)))
+
+
+def result_names(asked: Measures, metrics: Sequence[str], *, paired: bool, real: bool) -> list[str]:
+    """The names that results will have, whether they can be measured or not."""
+    every, found = [*asked.extractors, *asked.missing_extractors], []
+    for score in asked.scores.values():
+        head = getattr(score, "head", None)
+        able = [name for name, extractor in asked.extractors.items() if head is None or has_head(extractor, head)]
+        names = _names(score, [*able, *asked.missing_extractors] if able else every, paired=paired, real=real)
+        found += [*names, *(f"{name}@change" for name in names if paired and type(score).__name__ == "TextScore")]
+    for name in ORACLE_SCORES if ORACLE in metrics else ():
+        found += [name, *([f"{name}@change"] if paired else [])]
+    return found
+
+
+def _names(score: Any, extractors: Sequence[str], *, paired: bool, real: bool) -> list[str]:
+    """The names that records of a score have."""
+    kind = type(score).__name__
+    if kind == "PairScore":
+        return [f"{score.name}@vs_original"]
+    if kind != "SetScore":
+        return [f"{score.name}[{extractor}]" for extractor in extractors]
+    against = ["vs_original(paired)"] * paired + ["vs_real"] * (real or not paired)
+    return [f"{score.name}[{extractor}]@{where}" for extractor in extractors for where in against]
+
+
+def unfit_prompts(score: Any, variant: Shown) -> str | None:
+    """Why a text score cannot be taken of a variant, if it cannot."""
+    without = [picture.id for picture in variant.pictures if not picture.prompt]
+    if without:
+        return f"{score.label} needs the prompt of every picture, got none for {len(without)}, such as {without[0]}"
+    num = len(set(variant.prompts))
+    return f"{score.label} needs at least {score.least} different prompts, got {num}" if num < score.least else None
+
+
+def _size_warnings(asked: Measures, shown: Sequence[Shown], references: Sequence[list[Picture]]) -> list[str]:
+    if not asked.extractors:
+        return []
+    sizes = {variant.name: _size(variant.pictures[0]) for variant in shown}
+    if references:
+        sizes["references"] = _size(references[0][0])
+    said, texts = [], {name: f"{width} x {height}" for name, (width, height) in sizes.items()}
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{name} {text}" for name, text in texts.items())
+        said.append(f"pictures differ in size ({listed}): each is resized by itself, and distances of sets see the resizing too")
+    if any(width != height for width, height in sizes.values()):
+        how = "; ".join(f"{name}: {extractor.preprocess}" for name, extractor in asked.extractors.items())
+        said.append(f"pictures are not square, and extractors crop or squash them ({how})")
+    return said
+
+
+def _size(picture: Picture) -> tuple[int, int]:
+    return check_sizes([picture])
+
+
+def doubts_of(records: Sequence[Record]) -> list[str]:
+    """What numbers say against themselves: too few pictures for their features, not comparable with published ones."""
+    said: dict[str, list[str]] = {}
+    for record in records:
+        if (warning := record.extra.get("warning")) is not None:
+            said.setdefault(str(warning), []).append(record.name)
+    exact = [_exact(record) for record in records if record.extra.get("exact_matches")]
+    lines = [f"{', '.join(dict.fromkeys(names))}: {warning}" for warning, names in said.items()]
+    private = dict.fromkeys(
+        record.name for record in records if record.extra.get("comparable") is False and record.value is not None
+    )
+    lines += exact
+    return [*lines, f"\N{DAGGER} not comparable with published numbers: {', '.join(private)}"] if private else lines
+
+
+def _exact(record: Record) -> str:
+    num, cap = record.extra["exact_matches"], f"{record.extra['cap']:g} {record.unit}".strip()
+    verbs = ("equals", "counts") if num == 1 else ("equal", "count")
+    return (
+        f"{record.model}: {record.name}: {num} of {record.num_samples} pictures {verbs[0]} the original's and {verbs[1]} as {cap}"
+    )
+
+
+def gaps_of(records: Sequence[Record]) -> list[str]:
+    """What was not measured, and why; one line per reason."""
+    said: dict[tuple[str, str], list[str]] = {}
+    for record in records:
+        if record.not_measured is not None:
+            said.setdefault((record.model, record.not_measured), []).append(record.name)
+    return [f"not measured{f' of {model}' * bool(model)}: {', '.join(names)}: {why}" for (model, why), names in said.items()]
+
+
+def warnings_of(asked: Measures, shown: Sequence[Shown], references: Sequence[list[Picture]] = ()) -> list[str]:
+    """What a reader should know before believing: lossy files, sizes that differ, shapes that are cut, prompts that are cut."""
+    said = _size_warnings(asked, shown, references)
+    for variant in shown:
+        lossy = [picture.file.name for picture in variant.pictures if picture.file.suffix.lower() in (".jpg", ".jpeg", ".webp")]
+        if lossy:
+            said.append(f"{variant.name}: {len(lossy)} lossy files, such as {lossy[0]}; their compression is scored too")
+    prompts = sorted({picture.prompt for variant in shown for picture in variant.pictures if picture.prompt})
+    for name, extractor in asked.extractors.items():
+        if prompts and hasattr(extractor, "truncated"):
+            cut = sum(extractor.truncated(prompts))
+            if cut:
+                said.append(f"{name} cuts {cut} of {len(prompts)} prompts at {extractor.max_tokens} tokens")
+    return said
