@@ -1,6 +1,6 @@
 """Formats, solvers and transforms against each other and against what users would pick: same layers, same prompts and seeds.
 
-    python benchmarks/methods.py [MODEL ...] [--num-prompts 16] [--steps 20] [--only SETTING ...] [--no-peers]
+    python benchmarks/methods.py [MODEL ...] [--num-prompts 16] [--steps 20] [--only SETTING ...] [--methods WORD ...] [--no-peers]
 
 MODEL is a pipeline, or an embedded one with ``-stressed`` behind its name. Every variant quantizes the same linear layers of the
 denoiser (what ``w8a8`` would, without convolutions and modulation, which no peer takes), so weights and bytes compare. Solvers
@@ -117,9 +117,7 @@ def plan_for(pipe, spec: LayerSpec) -> dqtk.Plan:
 def torchao_w4a8(module, paths: set[str]) -> None:
     torchao = importlib.import_module("torchao.quantization")
     granularity = importlib.import_module("torchao.quantization.granularity")
-    config = torchao.Int8DynamicActivationIntxWeightConfig(
-        weight_dtype=torch.int4, weight_granularity=granularity.PerGroup(64), act_mapping_type=torchao.MappingType.SYMMETRIC
-    )
+    config = torchao.Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=granularity.PerGroup(64))
     torchao.quantize_(module, config, filter_fn=lambda layer, path: path in paths)
 
 
@@ -179,6 +177,7 @@ def main() -> None:
     parser.add_argument("--num-prompts", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--only", nargs="+", choices=tuple(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--methods", nargs="+", metavar="WORD", help="only methods whose name has one of these words")
     parser.add_argument("--no-peers", action="store_true")
     options = parser.parse_args()
     everything = read_prompts([str(PROMPTS)], None)
@@ -190,7 +189,8 @@ def main() -> None:
         for setting in options.only:
             variants = {f"dqtk {name}": spec for name, spec in SETTINGS[setting].items()}
             peers = {} if options.no_peers else PEERS.get(setting, {})
-            for name in [*variants, *peers]:
+            words = options.methods or [""]
+            for name in (name for name in [*variants, *peers] if any(word in name for word in words)):
                 pipe = load(model)
                 plan = plan_for(pipe, variants.get(name, SETTINGS[setting]["rtn"]))
                 if name in peers:
