@@ -34,8 +34,7 @@ def bytes_in_memory(module: nn.Module) -> int:
     """
     seen: dict[tuple, int] = {}
     for tensor in (*module.parameters(), *module.buffers()):
-        inner = [getattr(tensor, name) for name in _inner_names(tensor)] or [tensor]
-        for part in inner:
+        for part in _plain(tensor):
             storage = part.untyped_storage()
             key = (str(part.device), storage.data_ptr()) if storage.data_ptr() else ("meta", id(part))
             seen[key] = storage.nbytes()
@@ -52,6 +51,12 @@ def bytes_at_16_bit(module: nn.Module) -> int:
             if tensor.is_floating_point() and tensor.element_size() > 2 and not kept and not _inner_names(tensor):
                 seen[id(tensor)] = tensor.numel() * (tensor.element_size() - 2)
     return stored - sum(seen.values())
+
+
+def _plain(tensor: Any) -> list[Any]:
+    """The tensors with memory of their own behind one, which wrappers of wrappers (optimum-quanto's packed weights) hide."""
+    names = _inner_names(tensor)
+    return [part for name in names for part in _plain(getattr(tensor, name))] if names else [tensor]
 
 
 def _inner_names(tensor: Any) -> list[str]:

@@ -65,3 +65,31 @@ def test_numbers_as_people_read_them():
     assert range_text(-1, 2, 1, "+") == "\N{MINUS SIGN}1.0 to +2.0"
     assert ratio_text(4, 1) == "0.25\N{MULTIPLICATION SIGN}"
     assert ratio_text(None, 1) == ratio_text(0, 1) == "\N{EN DASH}"
+
+
+class Wrapped(torch.Tensor):
+    """A tensor without memory of its own, as peers' quantized weights are."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=torch.float32)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __tensor_flatten__(self):
+        return ["inner"], None
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return Wrapped(args[0].inner)
+        raise AssertionError(f"nobody should compute with it: {func}")
+
+
+def test_wrappers_of_wrappers_count_what_lies_inside():
+    module = nn.Module()
+    module.weight = nn.Parameter(Wrapped(Wrapped(torch.zeros(3, 5, dtype=torch.int8))), requires_grad=False)
+    assert bytes_in_memory(module) == 15
