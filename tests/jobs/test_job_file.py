@@ -1,10 +1,16 @@
 """Job files: what they say, and what is refused with which words."""
 
+from pathlib import Path
+
 import pytest
 
 from dqtk.jobs.generate import check_floors
 from dqtk.jobs.layout import batches, prompts_of, variants
 from dqtk.jobs.spec import read_job
+from dqtk.recipes import RECIPES
+from dqtk.resolve import scores
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_job_says_what_it_makes(job_file):
@@ -18,6 +24,17 @@ def test_a_job_says_what_it_makes(job_file):
     work = batches(job, prompts_of(job))
     assert [[task.id for task in batch] for batch in work] == [[f"{i:04d}-0", f"{i:04d}-1"] for i in range(5)]
     assert len({task.seed for batch in work for task in batch}) == 10
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "metrics" / "jobs").glob("*.yaml")), ids=lambda file: file.stem)
+def test_example_jobs_are_jobs(file, monkeypatch):
+    monkeypatch.chdir(ROOT)  # their paths are relative to a checkout
+    job = read_job(file)
+    assert len(prompts_of(job)) == job.prompts.num
+    made = variants(job)
+    assert {v.role for v in made} == {"original", "floor", "candidate"}
+    assert all(v.recipe in RECIPES for v in made if v.role == "candidate")
+    assert set(job.metrics) <= {*scores(), "oracle"}
 
 
 def test_the_hash_is_of_what_moves_pictures(job_file):
