@@ -90,8 +90,8 @@ def _feed_forward():
 
 @pytest.fixture(autouse=True)
 def brief_learning(request, monkeypatch):
-    """Learned rounding of whole models is cut short: their tests ask whether it runs, tests/methods how well."""
-    if "methods" in request.path.parts:
+    """Learned rounding of whole models is cut short: their tests ask whether it runs, tests/methods and test_orderings how well."""
+    if "methods" in request.path.parts or request.path.name == "test_orderings.py":
         return
     from dqtk.methods import adaround
 
