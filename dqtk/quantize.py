@@ -113,7 +113,7 @@ def quantize(
     Args:
         target: pipeline or bare denoiser with real weights.
         plan: a plan, or a recipe (name) to plan with.
-        stats: calibration result; needed by plans with static inputs.
+        stats: calibration result; needed by plans with static inputs, and by solvers and transforms that learn from inputs.
         prompts: calibrate with these when ``stats`` is missing.
         call_kwargs: pipeline arguments for calibrating, over those that its family needs.
         sequential: solvers that learn from inputs see those of the model as it is quantized so far, not of the original.

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from dqtk.recipes import recipe_named
 from dqtk.report.records import Record
 
 from .asked import ORACLE, ORACLE_SCORES, Measures, Shown, has_head
@@ -155,3 +156,11 @@ def warnings_of(asked: Measures, shown: Sequence[Shown], references: Sequence[li
             if cut:
                 said.append(f"{name} cuts {cut} of {len(prompts)} prompts at {extractor.max_tokens} tokens")
     return said
+
+
+def learned_here(recipes: Sequence[str]) -> list[str]:
+    """That recipes which calibrate did so on prompts of the job itself: their scores on these are a little too good."""
+    names = [name for name in recipes if any(r.spec is not None and r.spec.needs_stats for r in recipe_named(name).rules)]
+    if not names:
+        return []
+    return [f"{', '.join(names)}: calibrated on the first prompts of this job, which are scored too; candidates learn elsewhere"]

@@ -10,7 +10,7 @@ import torch
 from dqtk.report.records import Record
 
 from .asked import Shown, measures, with_oracle
-from .doubts import result_names, warnings_of
+from .doubts import learned_here, result_names, warnings_of
 from .features import Picture
 from .files import read_json, remove_partials, write_json
 from .folders import folder_batches
@@ -65,7 +65,8 @@ def run(job: Job, gates: Sequence[Gate] = ()) -> list[Record]:
         records, values = reduce(asked, shown, references, layout.cache, job.seed, extra, device=me.device, failed=failed)
         facts = {variant.name: _facts(variant, work, layout) for variant in painted}
         facts |= {v.name: {"role": v.role, "original": v.original, "failed": failed[v.name]} for v in everyone if v.name in failed}
-        write_results(layout.root, to_json(job), shown, records, values, facts, warnings_of(asked, shown, references))
+        said = [*warnings_of(asked, shown, references), *learned_here(job.recipes)]
+        write_results(layout.root, to_json(job), shown, records, values, facts, said)
     me.wait()
     return records if me.first else read_results(layout.root / "results.json")
 

@@ -518,3 +518,10 @@ def test_an_output_that_cannot_be_written_is_named_as_it_was_given(job_file, tin
     words = {"run": [str(job_file(output=str(output)))], "evaluate": [clean, clean, "--output", str(output)]}[verb]
     assert main([verb, *words]) == 2
     assert f"output {output} must be a folder to write in, got: Not a directory." in capsys.readouterr().err
+
+
+def test_recipes_that_learn_on_scored_prompts_are_named(job_file, tmp_path):
+    run(read_job(job_file(recipes=["w8a8", "w8a8-static"], metrics=["psnr"], extractors=[])))
+    said = json.loads((tmp_path / "out" / "results.json").read_text())["warnings"]
+    (line,) = [text for text in said if "calibrated on" in text]
+    assert line.startswith("w8a8-static: calibrated on the first prompts of this job, which are scored too")
