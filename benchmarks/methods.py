@@ -13,20 +13,27 @@ import importlib
 import json
 import sys
 import warnings
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from dqtk.pipelines.tiny.stress import stress
 
 import dqtk
+from dqtk.numerics.codebook import nf4
 from dqtk.prompt_sets import read_prompts
+from dqtk.recipes import recipe_named
 from dqtk.report.compare import compare
 from dqtk.report.environment import hardware, now, versions
+from dqtk.report.sizes import bytes_at_16_bit
 from dqtk.resolve import call_kwargs_for, oracle_for
 from dqtk.sources import load_pipeline
 from dqtk.spec import (
     GPTQ,
     MSE,
+    RTN,
     AdaRound,
     Dynamic,
     E4M3Group,
@@ -37,6 +44,7 @@ from dqtk.spec import (
     LayerSpec,
     LowRank,
     PerGroup,
+    PerTensor,
     PerToken,
     Smooth,
     TensorSpec,
@@ -59,38 +67,63 @@ NV, NV_PLAIN = (TensorSpec(format=E2M1, granularity=E4M3Group(), **how) for how 
 ANV = TensorSpec(format=E2M1, granularity=E4M3Group(), range=Dynamic())
 MX = TensorSpec(format=E2M1, granularity=E8M0Group(), range=MSE())
 AMX = TensorSpec(format=E2M1, granularity=E8M0Group(), range=Dynamic())
-BRANCH = LowRank(rank=2)  # 0.3 bits per weight at the widths of the embedded models
+A8_STATIC = TensorSpec(format=Int(bits=8, symmetric=False), granularity=PerTensor())
+W4_SMALL = TensorSpec(format=Int(bits=4), granularity=PerGroup(size=32), range=MSE())
+W4_ZERO = TensorSpec(format=Int(bits=4, symmetric=False), granularity=PerGroup(size=64), range=MSE())
+WNF4 = TensorSpec(format=nf4(), granularity=PerGroup(size=64), range=MSE())
+BRANCH = LowRank(rank=1)  # 0.17 bits per weight where both sides are 192; groups of 32 instead of 64 cost 0.25
 
+
+def spec(weight: TensorSpec, given: TensorSpec | None, *transforms, solver=RTN(), low_rank=None) -> LayerSpec:  # noqa: B008, frozen
+    return LayerSpec(weight=weight, input=given, solver=solver, transforms=transforms, low_rank=low_rank)
+
+
+LEARNED = AdaRound(iterations=400)
 SETTINGS = {
+    "8 bit": {name: recipe_named(name).main_spec() for name in ("w8a8", "w8a8-static", "fp8", "fp8-static")},
+    "W4A16": {
+        "rtn": spec(W4_ZERO, None),
+        "gptq": spec(W4_ZERO, None, solver=GPTQ()),
+        "nf4 rtn": spec(WNF4, None),
+        "nf4 gptq": spec(WNF4, None, solver=GPTQ()),
+    },
     "W4A8 INT": {
-        "rtn": LayerSpec(weight=W4, input=A8),
-        "adaround": LayerSpec(weight=W4, input=A8, solver=AdaRound(iterations=400)),
-        "gptq": LayerSpec(weight=W4, input=A8, solver=GPTQ()),
-        "smooth + rtn": LayerSpec(weight=W4, input=A8, transforms=(Smooth(),)),
-        "rotate + gptq": LayerSpec(weight=W4, input=A8, solver=GPTQ(), transforms=(Hadamard(),)),
-        "smooth + gptq": LayerSpec(weight=W4, input=A8, solver=GPTQ(), transforms=(Smooth(),)),
+        "rtn": spec(W4, A8),
+        "viditq-w4a8": recipe_named("viditq-w4a8").main_spec(),
+        "adaround": spec(W4, A8, solver=LEARNED),
+        "gptq": spec(W4, A8, solver=GPTQ()),
+        "smooth + rtn": spec(W4, A8, Smooth()),
+        "rotate + gptq": spec(W4, A8, Hadamard(), solver=GPTQ()),
+        "smooth + gptq": spec(W4, A8, Smooth(), solver=GPTQ()),
     },
     "W4A8 FP": {
-        "rtn": LayerSpec(weight=WFP4, input=AFP8),
-        "adaround": LayerSpec(weight=WFP4, input=AFP8, solver=AdaRound(iterations=400)),
-        "gptq": LayerSpec(weight=WFP4, input=AFP8, solver=GPTQ()),
-        "smooth + gptq": LayerSpec(weight=WFP4, input=AFP8, solver=GPTQ(), transforms=(Smooth(),)),
+        "rtn": spec(WFP4, AFP8),
+        "adaround": spec(WFP4, AFP8, solver=LEARNED),
+        "gptq": spec(WFP4, AFP8, solver=GPTQ()),
+        "smooth + gptq": spec(WFP4, AFP8, Smooth(), solver=GPTQ()),
     },
     "W4A4 INT": {
-        "rtn": LayerSpec(weight=W4_GROUP, input=A4),
-        "gptq": LayerSpec(weight=W4_GROUP, input=A4, solver=GPTQ()),
-        "smooth + gptq": LayerSpec(weight=W4_GROUP, input=A4, solver=GPTQ(), transforms=(Smooth(),)),
-        "rotate + gptq": LayerSpec(weight=W4_GROUP, input=A4, solver=GPTQ(), transforms=(Hadamard(),)),
-        "smooth + rotate + gptq": LayerSpec(weight=W4_GROUP, input=A4, solver=GPTQ(), transforms=(Smooth(), Hadamard())),
-        "smooth + rank 2 + gptq": LayerSpec(weight=W4_GROUP, input=A4, solver=GPTQ(), transforms=(Smooth(),), low_rank=BRANCH),
+        "rtn": spec(W4_GROUP, A4),
+        "gptq": spec(W4_GROUP, A4, solver=GPTQ()),
+        "smooth + gptq": spec(W4_GROUP, A4, Smooth(), solver=GPTQ()),
+        "rotate + gptq": spec(W4_GROUP, A4, Hadamard(), solver=GPTQ()),
+        "smooth + rotate + gptq": spec(W4_GROUP, A4, Smooth(), Hadamard(), solver=GPTQ()),
+        "smooth + rank 1 + gptq": spec(W4_GROUP, A4, Smooth(), solver=GPTQ(), low_rank=BRANCH),
+        "smooth + gptq, weights in groups of 32": spec(W4_SMALL, A4, Smooth(), solver=GPTQ()),
     },
-    "NVFP4": {
-        "rtn, no sweep": LayerSpec(weight=NV_PLAIN, input=ANV),
-        "rtn": LayerSpec(weight=NV, input=ANV),
-        "gptq": LayerSpec(weight=NV, input=ANV, solver=GPTQ()),
+    "FP4": {
+        "llm-fp4": recipe_named("llm-fp4").main_spec(),
+        "nvfp4 rtn, no sweep": spec(NV_PLAIN, ANV),
+        "nvfp4 rtn": spec(NV, ANV),
+        "nvfp4 gptq": spec(NV, ANV, solver=GPTQ()),
+        "nvfp4 smooth + gptq": spec(NV, ANV, Smooth(), solver=GPTQ()),
+        "mxfp4 rtn": spec(MX, AMX),
+        "mxfp4 gptq": spec(MX, AMX, solver=GPTQ()),
+        "mxfp4 smooth + gptq": spec(MX, AMX, Smooth(), solver=GPTQ()),
     },
-    "MXFP4": {"rtn": LayerSpec(weight=MX, input=AMX), "gptq": LayerSpec(weight=MX, input=AMX, solver=GPTQ())},
 }
+# Watches everything that any of them asks for: ranges, and calls to learn from.
+WATCHED = spec(W4, A8_STATIC, solver=GPTQ())
 
 
 def load(model: str):
@@ -114,33 +147,58 @@ def plan_for(pipe, spec: LayerSpec) -> dqtk.Plan:
 # --- peers -----------------------------------------------------------------------------------------------------------
 
 
-def torchao_w4a8(module, paths: set[str]) -> None:
-    torchao = importlib.import_module("torchao.quantization")
-    granularity = importlib.import_module("torchao.quantization.granularity")
-    config = torchao.Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=granularity.PerGroup(64))
-    torchao.quantize_(module, config, filter_fn=lambda layer, path: path in paths)
+def torchao(module, paths: set[str], config: str, **options) -> None:
+    quantization = importlib.import_module("torchao.quantization")
+    quantization.quantize_(module, getattr(quantization, config)(**options), filter_fn=lambda layer, path: path in paths)
 
 
-def quanto_w4a16(module, paths: set[str]) -> None:
-    quanto = importlib.import_module("optimum.quanto")
-    quanto.quantize(module, weights=quanto.qint4, include=sorted(paths))
-    quanto.freeze(module)
+def torchao_int4(module, paths: set[str], config: str, **options) -> None:
+    granularity = importlib.import_module("torchao.quantization.granularity").PerGroup(64)
+    torchao(module, paths, config, weight_dtype=torch.int4, **options, **{GRANULARITY[config]: granularity})
 
 
-def sdnq_w4(module, paths: set[str], **options) -> None:
-    sdnq = importlib.import_module("sdnq")
+GRANULARITY = {"Int8DynamicActivationIntxWeightConfig": "weight_granularity", "IntxWeightOnlyConfig": "granularity"}
+
+
+def quanto(module, paths: set[str], weights: str, activations: str | None = None) -> None:
+    found = importlib.import_module("optimum.quanto")
+    kinds = {"weights": getattr(found, weights)} | ({} if activations is None else {"activations": getattr(found, activations)})
+    found.quantize(module, include=sorted(paths), **kinds)
+    found.freeze(module)
+
+
+def sdnq(module, paths: set[str], **options) -> None:
+    found = importlib.import_module("sdnq")
     others = [path for path, layer in module.named_modules() if isinstance(layer, torch.nn.Linear) and path not in paths]
-    sdnq.sdnq_post_load_quant(module, modules_to_not_convert=others, quant_conv=False, group_size=64, **options)
+    found.sdnq_post_load_quant(module, modules_to_not_convert=others, quant_conv=False, **options)
 
 
 PEERS = {
-    "W4A8 INT": {
-        "torchao int8 dynamic, int4 group 64": torchao_w4a8,
-        "quanto int4 group 128, 16-bit inputs": quanto_w4a16,
-        "sdnq int4 group 64, 16-bit inputs": lambda m, p: sdnq_w4(m, p, weights_dtype="int4"),
+    "8 bit": {
+        "torchao int8 dynamic": partial(torchao, config="Int8DynamicActivationInt8WeightConfig"),
+        "torchao fp8 dynamic": partial(torchao, config="Float8DynamicActivationFloat8WeightConfig"),
+        "sdnq int8, matmul in int8": partial(sdnq, weights_dtype="int8", use_quantized_matmul=True),
     },
-    "W4A8 FP": {"sdnq fp4 group 64, 16-bit inputs": lambda m, p: sdnq_w4(m, p, weights_dtype="float4_e2m1fn")},
+    "W4A16": {
+        "torchao int4 group 64": partial(torchao_int4, config="IntxWeightOnlyConfig"),
+        "quanto int4 group 128": partial(quanto, weights="qint4"),
+        "sdnq uint4 group 64": partial(sdnq, weights_dtype="uint4", group_size=64),
+        "sdnq uint4 group 64, svd rank 1": partial(sdnq, weights_dtype="uint4", group_size=64, use_svd=True, svd_rank=1),
+    },
+    "W4A8 INT": {
+        "torchao int8 dynamic, int4 group 64": partial(torchao_int4, config="Int8DynamicActivationIntxWeightConfig"),
+        "sdnq int4 group 64, matmul in int8": partial(sdnq, weights_dtype="int4", group_size=64, use_quantized_matmul=True),
+    },
+    "W4A8 FP": {
+        "sdnq fp4 group 64, 16-bit inputs": partial(sdnq, weights_dtype="float4_e2m1fn", group_size=64),
+    },
+    "FP4": {
+        "torchao nvfp4": partial(torchao, config="NVFP4DynamicActivationNVFP4WeightConfig"),
+        "torchao mxfp4": partial(torchao, config="MXDynamicActivationMXWeightConfig"),
+    },
 }
+PEER_ERRORS = (ImportError, AttributeError, NotImplementedError, AssertionError, RuntimeError, TypeError, ValueError)
+NO_PEER = {"W4A4 INT": "torchao has no 4-bit inputs on the CPU, optimum-quanto's inputs are 8 bits, sdnq's matmul is in 8 bits"}
 
 
 def quantize_peer(pipe, plan: dqtk.Plan, function) -> None:
@@ -171,6 +229,63 @@ def measure(reference, pipe, prompts, kwargs) -> dict:
     return row
 
 
+def bits_of(pipe, plan: dqtk.Plan) -> float:
+    """Bits per weight that the layers of the plan hold in memory with 16-bit compute, biases aside: codes, scales, transforms, branches.
+
+    What wrappers of peers hold counts as it lies there.
+    """
+    (component,) = plan.components
+    sites = [c.site for c in plan.choices if c.spec is not None]
+    layers = [pipe.components[component.name].get_submodule(site.path) for site in sites]
+    taken = sum(bytes_at_16_bit(layer) for layer in layers) - sum(2 * site.n for site in sites if site.bias)
+    return round(8 * taken / sum(site.num_weights for site in sites), 3)
+
+
+def variants_of(setting: str, words: list[str], peers: bool) -> dict:
+    """Name -> spec or function of a peer."""
+    found = {f"dqtk {name}": spec for name, spec in SETTINGS[setting].items()} | (PEERS.get(setting, {}) if peers else {})
+    return {name: what for name, what in found.items() if any(word in name for word in words)}
+
+
+def run(model: str, options) -> None:
+    reference, everything = load(model), read_prompts([str(PROMPTS)], None)
+    prompts = everything[: options.num_prompts]
+    steps = {"num_inference_steps": options.steps}
+    kwargs = call_kwargs_for(reference) | steps
+    watched = plan_for(reference, WATCHED)
+    stats = dqtk.calibrate(reference, everything[CALIBRATION], watched, batch_size=8, call_kwargs=steps, progress=False)
+    stats.run.pop("model")  # statistics of other plans than the one that is quantized, of the same weights
+    for setting in options.only:
+        for name, what in variants_of(setting, options.methods or [""], not options.no_peers).items():
+            pipe = load(model)
+            shown = f"{model:22} {setting:9} {name:42}"
+            try:
+                if isinstance(what, LayerSpec):
+                    plan = plan_for(pipe, what)
+                    dqtk.quantize(pipe, plan, stats, progress=False)
+                else:
+                    plan = watched
+                    quantize_peer(pipe, plan, what)
+                measured = measure(reference, pipe, prompts, kwargs) | {"bits_per_weight": bits_of(pipe, plan)}
+                print(f"{shown} PSNR {measured['psnr']} SQNR {measured['sqnr_same']} {measured['bits_per_weight']} bit", flush=True)
+            except PEER_ERRORS as error:
+                if isinstance(what, LayerSpec):
+                    raise
+                measured = {"not_measured": f"{type(error).__name__}: {str(error)[:200]}"}
+                print(f"{shown} not measured: {measured['not_measured'][:120]}", flush=True)
+            row = {"benchmark": "methods", "model": model, "setting": setting, "method": name} | measured
+            row |= {"num_prompts": len(prompts), "steps": options.steps, "created": now()}
+            row |= {"versions": versions() | peer_versions(), "hardware": hardware()}
+            with RESULTS.open("a") as file:
+                print(json.dumps(row), file=file)
+
+
+def peer_versions() -> dict[str, str]:
+    return {
+        name: version(name) for name in ("torchao", "optimum-quanto", "sdnq") if find_spec(name.replace("-", ".").split(".")[0])
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", default=["tiny-pixart", "tiny-pixart-stressed", "tiny-sdxl", "tiny-sdxl-stressed"])
@@ -180,44 +295,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", metavar="WORD", help="only methods whose name has one of these words")
     parser.add_argument("--no-peers", action="store_true")
     options = parser.parse_args()
-    everything = read_prompts([str(PROMPTS)], None)
-    prompts = everything[: options.num_prompts]
     for model in options.models:
-        reference = load(model)
-        kwargs = call_kwargs_for(reference) | {"num_inference_steps": options.steps}
-        stats = None
-        for setting in options.only:
-            variants = {f"dqtk {name}": spec for name, spec in SETTINGS[setting].items()}
-            peers = {} if options.no_peers else PEERS.get(setting, {})
-            words = options.methods or [""]
-            for name in (name for name in [*variants, *peers] if any(word in name for word in words)):
-                pipe = load(model)
-                plan = plan_for(pipe, variants.get(name, SETTINGS[setting]["rtn"]))
-                if name in peers:
-                    try:
-                        quantize_peer(pipe, plan, peers[name])
-                    except (ImportError, NotImplementedError, AssertionError, RuntimeError, TypeError, ValueError) as error:
-                        print(f"{model:22} {setting:9} {name:38} not measured: {type(error).__name__}: {str(error)[:120]}")
-                        continue
-                else:
-                    if plan.needs_stats and stats is None:  # calls of the unquantized model serve every variant
-                        calls = {"num_inference_steps": options.steps}
-                        stats = dqtk.calibrate(pipe, everything[CALIBRATION], plan, batch_size=8, call_kwargs=calls, progress=False)
-                        stats.run = {}
-                    dqtk.quantize(pipe, plan, stats if plan.needs_stats else None, progress=False)
-                row = {"benchmark": "methods", "model": model, "setting": setting, "method": name}
-                row |= measure(reference, pipe, prompts, kwargs)
-                weights = sum(c.site.num_weights for c in plan.choices if c.spec is not None)
-                taken = sum(c.bytes_after for c in plan.choices if c.spec is not None)
-                row |= {"bits_per_weight": None if name in peers else round(8 * taken / weights, 3)}
-                row |= {"num_prompts": len(prompts), "steps": options.steps, "created": now()}
-                row |= {"versions": versions(), "hardware": hardware()}
-                with RESULTS.open("a") as file:
-                    print(json.dumps(row), file=file)
-                print(
-                    f"{model:22} {setting:9} {name:38} PSNR {row['psnr']} SQNR {row['sqnr_same']} {row['bits_per_weight']} bit",
-                    flush=True,
-                )
+        run(model, options)
 
 
 if __name__ == "__main__":

@@ -49,4 +49,4 @@ def _multiplier(x: Tensor, w: Tensor, alpha: float, power_of_two: bool) -> Tenso
     if power_of_two:  # 1, 2, 4 or 8 above the least, as far as an exponent of two bits reaches
         log_s = (log_s - log_s.median()).round().clamp(-1, 2)
         return torch.exp2(-log_s)
-    return torch.exp2(log_s.mean() - log_s)
+    return torch.exp2(log_s.mean() - log_s).bfloat16().float()  # as it is stored

@@ -121,7 +121,7 @@ def _transformed(
     rest = replace(spec, transforms=spec.transforms[index + 1 :])
     multiplier = smoothing(weights, inputs, transform, channels, lambda m: _smooth_error(weights, inputs, rest, m, channels))
     taps = multiplier.repeat(weights[0].shape[1] // channels)
-    return [weight / taps for weight in weights], inputs.mapped(lambda x: x * taps.to(x.dtype)), {"smooth": multiplier}
+    return [weight / taps for weight in weights], inputs.mapped(lambda x: x * taps.to(x.dtype)), {"smooth": multiplier.bfloat16()}
 
 
 def _rotation(transform: Hadamard, channels: int) -> Callable[[Tensor], Tensor]:

@@ -29,7 +29,7 @@ class Basis:
         for transform in self.transforms:
             if isinstance(transform, Smooth):
                 assert smooth is not None
-                x = (x.float() * smooth).to(x.dtype)
+                x = (x.float() * smooth.float()).to(x.dtype)
             if isinstance(transform, Hadamard):
                 assert signs is not None
                 x = rotate(x, unpack_signs(signs, self.channels), block_of(transform, self.channels), transform.regular)
@@ -41,7 +41,7 @@ class Basis:
         for transform in reversed(self.transforms):
             if isinstance(transform, Smooth):
                 assert smooth is not None
-                w = w * smooth
+                w = w * smooth.float()
             if isinstance(transform, Hadamard):
                 assert signs is not None
                 w = unrotate(w, unpack_signs(signs, self.channels), block_of(transform, self.channels), transform.regular)

@@ -94,7 +94,7 @@ class Packed:
     """A weight [N, K] as stored. These tensors become buffers of a runtime layer and entries of the checkpoint.
 
     qweight: int8 [N, K] (symmetric 8 bit), float8_e4m3fn or float8_e5m2 [N, K], else uint8 [N, packed_width(bits, K)].
-    scale: float32 [N, G]; G = 1 per channel and two-level, K / size per group; [1, 1] per tensor and above E4M3 groups; none
+    scale: bfloat16 [N, K / size] per group; float32 [N, 1] per channel and two-level, [1, 1] per tensor and above E4M3 groups; none
     above E8M0. group_scale: [N, K / size]: uint8 (two-level integers, E8M0 exponents) or float8_e4m3fn.
     zero: uint8, shape of ``scale``; asymmetric integers only.
     selector: uint8 [N, packed_width(bits, G)], table of each group, ``bits`` as many as the number of tables needs; several
@@ -126,7 +126,7 @@ def layout(spec: TensorSpec, n: int, k: int) -> Layout:
     one = (1, 1) if isinstance(granularity, PerTensor | E4M3Group) else (n, num_groups if isinstance(granularity, PerGroup) else 1)
     found: Layout = {"qweight": ((n, stored_width(spec, k)), stored_dtype(spec))}
     if not isinstance(granularity, E8M0Group):
-        found["scale"] = (one, torch.float32)
+        found["scale"] = (one, torch.bfloat16 if isinstance(granularity, PerGroup) else torch.float32)
     if isinstance(granularity, TwoLevel | E8M0Group):
         found["group_scale"] = ((n, num_groups), torch.uint8)
     if isinstance(granularity, E4M3Group):
@@ -220,7 +220,8 @@ def group_steps(packed: Packed, spec: TensorSpec) -> Tensor:
         assert packed.group_scale is not None
         return e8m0_decode(packed.group_scale)
     assert packed.scale is not None
-    return packed.scale if packed.group_scale is None else packed.group_scale.float() * packed.scale
+    scale = packed.scale.float()
+    return scale if packed.group_scale is None else packed.group_scale.float() * scale
 
 
 def weight_levels(packed: Packed, spec: TensorSpec, k: int) -> Tensor:

@@ -4,7 +4,7 @@ qweight, scale, group_scale, zero, selector   the weight, see ``packing.Packed``
 input_scale   float32 [1]                     static inputs only
 input_zero    int32 [1]                       static integer inputs; x ~ input_scale * (code - zero), codes -2^(b-1) .. 2^(b-1)-1
               float32 [1]                     static unsigned floats; in levels
-smooth        float32 [K]                     what the input's channels are multiplied with
+smooth        bfloat16 [K]                    what the input's channels are multiplied with
 signs         uint8 [ceil(K / 8)]             bit 1: the channel is negated before the Hadamard matrix
 down, up      bfloat16 [R, K], [N, R]         the branch, on the transformed and not rounded input
 """
@@ -32,7 +32,7 @@ def layer_layout(spec: LayerSpec, n: int, k: int, channels: int) -> Layout:
             found["input_zero"] = ((1,), torch.float32)
     for transform in spec.transforms:
         if isinstance(transform, Smooth):
-            found["smooth"] = ((channels,), torch.float32)
+            found["smooth"] = ((channels,), torch.bfloat16)
         if isinstance(transform, Hadamard):
             found["signs"] = ((packed_width(1, channels),), torch.uint8)
     if spec.low_rank is not None:
