@@ -149,7 +149,8 @@ def plan_for(pipe, spec: LayerSpec) -> dqtk.Plan:
 
 def torchao(module, paths: set[str], config: str, **options) -> None:
     quantization = importlib.import_module("torchao.quantization")
-    quantization.quantize_(module, getattr(quantization, config)(**options), filter_fn=lambda layer, path: path in paths)
+    source = quantization if hasattr(quantization, config) else importlib.import_module("torchao.prototype.mx_formats")
+    quantization.quantize_(module, getattr(source, config)(**options), filter_fn=lambda layer, path: path in paths)
 
 
 def torchao_int4(module, paths: set[str], config: str, **options) -> None:
@@ -230,7 +231,7 @@ def measure(reference, pipe, prompts, kwargs) -> dict:
 
 
 def bits_of(pipe, plan: dqtk.Plan) -> float:
-    """Bits per weight that the layers of the plan hold in memory with 16-bit compute, biases aside: codes, scales, transforms, branches.
+    """Bits per weight that the layers of the plan hold in memory with 16-bit compute: codes, scales, transforms, branches; no biases.
 
     What wrappers of peers hold counts as it lies there.
     """
