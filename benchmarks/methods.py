@@ -231,7 +231,7 @@ def measure(reference, pipe, prompts, kwargs) -> dict:
 
 
 def bits_of(pipe, plan: dqtk.Plan) -> float:
-    """Bits per weight that the layers of the plan hold in memory with 16-bit compute: codes, scales, transforms, branches; no biases.
+    """Bits per weight that the layers of the plan hold in memory with 16-bit compute: codes, scales, transforms, branches
 
     What wrappers of peers hold counts as it lies there.
     """

@@ -2,7 +2,7 @@
 
 Configuration (``quantization_config`` in config.json)::
 
-    {"quant_method": "dqtk", "format_version": 1, "recipe": "w4a8", "hash": "...",
+    {"quant_method": "dqtk", "format_version": 2, "recipe": "w4a8", "hash": "...",
      "specs": {"s0": {...}}, "modules": {"transformer_blocks.0.attn1.to_q": "s0", ...}}
 
 It is derived from the layers that are really in the model, so it is true whatever happened before. Every safetensors file carries a
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from .nn import Quantized, runtime_class
 from .spec import LayerSpec, canonical, from_json, to_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 METHOD = "dqtk"
 DIGESTS = "dqtk_digests"
 _MIXED = "Files of two models are mixed."

@@ -272,6 +272,6 @@ def test_already_quantized_from_the_shell(shell, load_tiny, tmp_path):
     assert "layers are quantized already. Load the original model." in line
     config = tmp_path / "q" / "transformer" / "config.json"
     stored = json.loads(config.read_text())
-    stored["quantization_config"]["format_version"] = 2
+    stored["quantization_config"]["format_version"] = 3
     config.write_text(json.dumps(stored))
-    assert "format_version must be 1, got 2." in shell("generate", tmp_path / "q", "--prompts", "x", "--output", tmp_path / "out")
+    assert "format_version must be 2, got 3." in shell("generate", tmp_path / "q", "--prompts", "x", "--output", tmp_path / "out")

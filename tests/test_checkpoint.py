@@ -239,7 +239,7 @@ def test_config_is_that_of_the_layers(saved):
     module, folder = saved
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert config == json.loads(json.dumps(config_of(module, "")))
-    assert (config["quant_method"], config["format_version"]) == ("dqtk", 1)
+    assert (config["quant_method"], config["format_version"]) == ("dqtk", 2)
     assert config["modules"] == {"0": "s0", "2": "s1", "4": "s0"}  # 96 channels take groups of 32
     assert read_config(config) == {path: layer.spec for path, layer in quantized_layers(module).items()}
 
@@ -247,8 +247,8 @@ def test_config_is_that_of_the_layers(saved):
 @pytest.mark.parametrize(
     ("edit", "says"),
     [
-        (lambda c: c.update(format_version=2), r"q: format_version must be 1, got 2\. .*pip install -U dqtk"),
-        (lambda c: c.pop("format_version"), r"q: format_version must be 1, got None"),
+        (lambda c: c.update(format_version=3), r"q: format_version must be 2, got 3\. .*pip install -U dqtk"),
+        (lambda c: c.pop("format_version"), r"q: format_version must be 2, got None"),
         (lambda c: c["modules"].pop("2"), r"q: hash must be \w{16} for these modules, got '\w{16}'\. The file was edited\."),
         (lambda c: c["modules"].update({"2": "s0"}), r"q: hash must be"),
         (

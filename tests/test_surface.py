@@ -63,7 +63,7 @@ def test_words_that_files_are_made_of():
     """Changing one of these breaks saved plans and checkpoints: raise the format version then."""
     plan_module = importlib.import_module("dqtk.plan")
     assert inspect.isfunction(plan)
-    assert (plan_module.FORMAT_VERSION, checkpoint.FORMAT_VERSION) == (1, 1)
+    assert (plan_module.FORMAT_VERSION, checkpoint.FORMAT_VERSION) == (1, 2)
     assert (checkpoint.METHOD, checkpoint.DIGESTS) == ("dqtk", "dqtk_digests")
     attention = [f"{kind}_attn.{part}" for kind in ("self", "cross") for part in ("q", "k", "v", "out")]
     around = ["modulation", "time_embedding", "text_projection", "patch_embedding", "output_projection", "other"]

@@ -114,15 +114,15 @@ def fit_grid(weight: Tensor, spec: TensorSpec, tensor_amax: Tensor | None = None
     if isinstance(spec.format, Codebook) and len(spec.format.tables) > 1:
         return _fit_tables(rows, spec, shape, k)
     scale, zero = find_scale(rows, spec.format, spec.range)
-    scale, zero = scale.view(shape), None if zero is None else zero.view(shape)
-    stored = _stored_scale(scale, spec) | ({} if zero is None else {"zero": zero.to(torch.uint8)})
-    return WeightGrid(spec=spec, k=k, stored=stored, step=stored["scale"].float(), zero=zero)
+    scale, zero = _stored_scale(scale.view(shape), spec), None if zero is None else zero.view(shape)
+    stored = {"scale": scale} | ({} if zero is None else {"zero": zero.to(torch.uint8)})
+    return WeightGrid(spec=spec, k=k, stored=stored, step=scale.float(), zero=zero)
 
 
-def _stored_scale(scale: Tensor, spec: TensorSpec) -> dict[str, Tensor]:
-    """Float scales as they are stored. A group's scale has 8 significant bits: float32 would cost half a bit per weight in groups of
+def _stored_scale(scale: Tensor, spec: TensorSpec) -> Tensor:
+    """Float scales in the dtype in which they are stored. A group's scale has 8 significant bits: float32 would cost half a bit per weight in groups of
     64. Codes are chosen on the rounded steps, so nothing is lost but 0.2 % of a range."""
-    return {"scale": scale.bfloat16() if isinstance(spec.granularity, PerGroup) else scale}
+    return scale.bfloat16() if isinstance(spec.granularity, PerGroup) else scale
 
 
 def _fit_tables(rows: Tensor, spec: TensorSpec, shape: tuple[int, int], k: int) -> WeightGrid:
@@ -131,7 +131,7 @@ def _fit_tables(rows: Tensor, spec: TensorSpec, shape: tuple[int, int], k: int) 
     assert isinstance(form, Codebook)
     best, scale, which = None, None, None
     for index in range(len(form.tables)):
-        found, _ = find_scale(rows, form, spec.range, index)
+        found = _stored_scale(find_scale(rows, form, spec.range, index)[0], spec).float()
         error = squared_error(rows, found, None, form, index)
         if best is None or scale is None or which is None:
             best, scale, which = error, found, torch.zeros_like(error, dtype=torch.int64)
@@ -141,8 +141,8 @@ def _fit_tables(rows: Tensor, spec: TensorSpec, shape: tuple[int, int], k: int) 
     assert scale is not None
     assert which is not None
     scale, which = scale.view(shape), which.view(shape)
-    stored = _stored_scale(scale, spec) | {"selector": pack(which, selector_bits(form))}
-    return WeightGrid(spec=spec, k=k, stored=stored, step=stored["scale"].float(), which=which)
+    stored = {"scale": _stored_scale(scale, spec), "selector": pack(which, selector_bits(form))}
+    return WeightGrid(spec=spec, k=k, stored=stored, step=scale, which=which)
 
 
 def _fit_two_level(weight: Tensor, spec: TensorSpec, size: int) -> WeightGrid:

@@ -82,7 +82,7 @@ def test_every_family_of_formats_is_one_graph():
         torch.manual_seed(i)
         layer, more = nn.Linear(16, 16), {}
         if spec.transforms:
-            more = {"smooth": torch.rand(16) + 0.5, "signs": pack_signs(random_signs(16, 0))}
+            more = {"smooth": (torch.rand(16) + 0.5).bfloat16(), "signs": pack_signs(random_signs(16, 0))}
             more |= {"down": torch.randn(2, 16).bfloat16(), "up": torch.randn(16, 2).bfloat16()}
         if spec.needs_ranges:
             more = {"input_scale": torch.tensor([0.01]), "input_zero": torch.tensor([200.0])}

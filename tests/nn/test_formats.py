@@ -102,7 +102,7 @@ def extras(layer, spec):
     generator, found = torch.Generator().manual_seed(7), {}
     for transform in spec.transforms:
         if isinstance(transform, Smooth):
-            found["smooth"] = torch.exp2(torch.randn(channels, generator=generator))
+            found["smooth"] = torch.exp2(torch.randn(channels, generator=generator)).bfloat16()
         else:
             found["signs"] = pack_signs(random_signs(channels, transform.seed))
     if spec.low_rank is not None:

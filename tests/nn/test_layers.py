@@ -83,7 +83,7 @@ def test_one_floating_parameter_in_the_compute_dtype(quantized, layer, spec, dty
 
 DECLARED = {
     "w8": {"qweight": (torch.int8, (7, 24)), "scale": (torch.float32, (7, 1))},
-    "w4": {"qweight": (torch.uint8, (7, 12)), "scale": (torch.float32, (7, 3)), "zero": (torch.uint8, (7, 3))},
+    "w4": {"qweight": (torch.uint8, (7, 12)), "scale": (torch.bfloat16, (7, 3)), "zero": (torch.uint8, (7, 3))},
     "wfp8": {"qweight": (torch.float8_e4m3fn, (7, 24)), "scale": (torch.float32, (7, 1))},
     "w8a8": {"qweight": (torch.int8, (7, 24)), "scale": (torch.float32, (7, 1))},
     "w8a8-static": {

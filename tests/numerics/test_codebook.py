@@ -96,7 +96,7 @@ def test_the_choice_of_tables_is_stored_and_counted(groups, seeded):
     assert selector_bits(form) == 2
     assert packed.selector.shape == layout(spec, n, 8 * groups)["selector"][0] == (n, 2 * -(-groups // 8))
     assert torch.equal(unpack(packed.selector, 2, groups), grid.which.to(torch.uint8))
-    assert stored_bytes(spec, n, 8 * groups) == n * (4 * groups + 4 * groups + 2 * -(-groups // 8))
+    assert stored_bytes(spec, n, 8 * groups) == n * (4 * groups + 2 * groups + 2 * -(-groups // 8))
 
 
 def test_one_table_needs_no_selector(seeded):

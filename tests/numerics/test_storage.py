@@ -42,13 +42,13 @@ CASES = [
     (LayerSpec(weight=W4, input=static(Int(bits=4, symmetric=False))), ONE | {"input_zero": ((1,), torch.int32)}),
     (LayerSpec(weight=W4, input=static(Float())), ONE),
     (LayerSpec(weight=W4, input=static(Float(signed=False))), ONE | {"input_zero": ((1,), torch.float32)}),
-    (LayerSpec(weight=W4, transforms=(Smooth(),)), {"smooth": ((K,), torch.float32)}),
+    (LayerSpec(weight=W4, transforms=(Smooth(),)), {"smooth": ((K,), torch.bfloat16)}),
     (LayerSpec(weight=W4, transforms=(Hadamard(block=4),)), {"signs": ((5,), torch.uint8)}),
     (LayerSpec(weight=W4, low_rank=LowRank(rank=2)), {"down": ((2, K), torch.bfloat16), "up": ((N, 2), torch.bfloat16)}),
     (LayerSpec(weight=W4, low_rank=LowRank(rank=99)), {"down": ((N, K), torch.bfloat16), "up": ((N, N), torch.bfloat16)}),
     (
         LayerSpec(weight=W4, transforms=(Smooth(), Hadamard()), solver=GPTQ(), correct_bias=True),
-        {"smooth": ((K,), torch.float32), "signs": ((5,), torch.uint8)},
+        {"smooth": ((K,), torch.bfloat16), "signs": ((5,), torch.uint8)},
     ),
 ]
 
@@ -64,7 +64,7 @@ def test_tensors_of_a_linear(spec, more):
 def test_transforms_of_a_convolution_are_as_wide_as_its_channels():
     spec = LayerSpec(weight=W4, transforms=(Smooth(), Hadamard(block=4)))
     found = layer_layout(spec, N, K, 4)
-    assert found["smooth"] == ((4,), torch.float32)
+    assert found["smooth"] == ((4,), torch.bfloat16)
     assert found["signs"] == ((1,), torch.uint8)
     assert found["qweight"] == WEIGHT["qweight"]
 
@@ -89,9 +89,9 @@ def test_published_sizes():
         return layer_bytes(LayerSpec(weight=weight, **more), n, k, k) * 8 / (n * k)
 
     group = TensorSpec(format=Int(bits=4), granularity=PerGroup(size=64))
-    assert bits(group) == 4 + 32 / 64
-    assert bits(group, low_rank=LowRank(rank=32)) == 4.5 + 2 * 32 * 16 / k
-    assert bits(group, transforms=(Smooth(), Hadamard())) == pytest.approx(4.5 + 33 / n, abs=1e-9)
+    assert bits(group) == 4 + 16 / 64
+    assert bits(group, low_rank=LowRank(rank=32)) == 4.25 + 2 * 32 * 16 / k
+    assert bits(group, transforms=(Smooth(), Hadamard())) == pytest.approx(4.25 + 17 / n, abs=1e-9)
     nvfp4 = TensorSpec(format=Float(exponent=2, mantissa=1), granularity=E4M3Group())
     assert bits(nvfp4) == pytest.approx(4.5, abs=1e-4)
-    assert bits(TensorSpec(format=bitmod(4), granularity=PerGroup(size=128))) == 4 + 34 / 128
+    assert bits(TensorSpec(format=bitmod(4), granularity=PerGroup(size=128))) == 4 + 18 / 128
