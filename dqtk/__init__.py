@@ -1,6 +1,6 @@
 """dqtk: post-training quantization for diffusers pipelines.
 
-    plan = dqtk.plan(pipe, "w4a8")
+    plan = dqtk.plan(pipe, "w4a8-rtn")
     dqtk.quantize(pipe, plan)
     pipe.save_pretrained("pixart-w4a8")
 

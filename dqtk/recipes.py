@@ -79,9 +79,17 @@ def w4a16() -> Recipe:
     return _uniform("w4a16", LayerSpec(weight=_W4))
 
 
+def w4a8_rtn() -> Recipe:
+    """INT4 weights in groups of 64 with integer group scales, rounded to nearest, INT8 inputs per token: one int8 matmul per layer."""
+    return _uniform("w4a8-rtn", LayerSpec(weight=_W4_INTEGER, input=_A8))
+
+
 def w4a8() -> Recipe:
-    """INT4 weights in groups of 64 with integer group scales, INT8 inputs per token: one int8 matmul per layer."""
-    return _uniform("w4a8", LayerSpec(weight=_W4_INTEGER, input=_A8))
+    """``w4a8-rtn`` with smoothing searched and codes chosen by GPTQ and coordinate descent, on prompts: same storage, same kernel.
+
+    The composition that measured best at these bytes on the embedded pipelines and their stressed twins (docs/methods.md).
+    """
+    return _uniform("w4a8", LayerSpec(weight=_W4_INTEGER, input=_A8, solver=GPTQ(), transforms=(Smooth(),)))
 
 
 def fp8() -> Recipe:
@@ -109,11 +117,6 @@ def mxfp4() -> Recipe:
     """MXFP4 weights, every group's exponent the best of three, and MXFP4 inputs (OCP Microscaling 1.0)."""
     weight = TensorSpec(format=_E2M1, granularity=E8M0Group(), range=MSE())
     return _uniform("mxfp4", LayerSpec(weight=weight, input=TensorSpec(format=_E2M1, granularity=E8M0Group(), range=Dynamic())))
-
-
-def w4a8_gptq() -> Recipe:
-    """``w4a8`` with smoothing searched and codes chosen by GPTQ and coordinate descent, on prompts: same storage, same kernel."""
-    return _uniform("w4a8-gptq", LayerSpec(weight=_W4_INTEGER, input=_A8, solver=GPTQ(), transforms=(Smooth(),)))
 
 
 def w4a4_svd() -> Recipe:
@@ -152,8 +155,8 @@ RECIPES = {
     "w8a8": w8a8,
     "w8a8-static": w8a8_static,
     "w4a16": w4a16,
+    "w4a8-rtn": w4a8_rtn,
     "w4a8": w4a8,
-    "w4a8-gptq": w4a8_gptq,
     "fp8": fp8,
     "fp8-static": fp8_static,
     "fp4": fp4,

@@ -105,7 +105,7 @@ def test_quantizing_twice(bare):
     with pytest.raises(ValueError, match=r"quantize: model:0 must be unquantized, got W8 per channel, A8 per token already\."):
         dqtk.quantize(bare, plan, progress=False)
     with pytest.raises(ValueError, match=r"target must have something to quantize, got 3 sites: 3 layers are quantized already\."):
-        dqtk.quantize(bare, "w4a8", progress=False)
+        dqtk.quantize(bare, "w4a8-rtn", progress=False)
     assert all(torch.equal(a, b.qweight) for a, b in zip(codes, quantized_layers(bare).values(), strict=True))
 
 
@@ -177,7 +177,7 @@ def set_weight(folder, value):
     [
         (["--recipe", "w8a9"], f"recipe: name must be one of {', '.join(RECIPES)}, got 'w8a9'. Did you mean"),
         ([], f"--recipe must be one of {', '.join(RECIPES)}, got none. Add it."),
-        (["--recipe", "w4a8-gptq"], "--prompts or --stats must be given for recipe w4a8-gptq, got neither. It is calibrated."),
+        (["--recipe", "w4a8"], "--prompts or --stats must be given for recipe w4a8, got neither. It is calibrated."),
         (["--recipe", "w8a8", "--keep", "*.attn9.*"], "plan: pattern must match at least one of 67 sites, got '*.attn9.*'."),
         (["--recipe", "w8a8", "--set", "*.attn1.*"], "--set must be PATTERN=RECIPE, got '*.attn1.*'. For example"),
         (["--recipe", "w8a8", "--set", "*.attn1.*=w3"], "recipe: name must be one of"),
@@ -268,7 +268,7 @@ def test_already_quantized_from_the_shell(shell, load_tiny, tmp_path):
     pipe = load_tiny("pixart")
     dqtk.quantize(pipe, "w8a8", progress=False)
     dqtk.save(pipe, tmp_path / "q")
-    line = shell("quantize", tmp_path / "q", "--recipe", "w4a8", "--output", tmp_path / "out")
+    line = shell("quantize", tmp_path / "q", "--recipe", "w4a8-rtn", "--output", tmp_path / "out")
     assert "layers are quantized already. Load the original model." in line
     config = tmp_path / "q" / "transformer" / "config.json"
     stored = json.loads(config.read_text())

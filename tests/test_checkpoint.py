@@ -30,7 +30,7 @@ from dqtk.nn import QuantLinear
 @pytest.fixture
 def saved(bare, tmp_path):
     """(quantized bare module, its folder)."""
-    dqtk.quantize(bare, dqtk.plan(bare, "w4a8"), progress=False)
+    dqtk.quantize(bare, dqtk.plan(bare, "w4a8-rtn"), progress=False)
     dqtk.save(bare, tmp_path / "bare")
     return bare, tmp_path / "bare"
 
@@ -51,7 +51,7 @@ def rewrite(file, edit):
 # --- bare modules ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", ["w8a16", "w8a8", "w4a16", "w4a8", "fp8"])
+@pytest.mark.parametrize("recipe", ["w8a16", "w8a8", "w4a16", "w4a8-rtn", "fp8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bare_module_comes_back_bit_identical(bare, tmp_path, recipe, dtype):
     bare = bare.to(dtype)
@@ -263,7 +263,7 @@ def test_config_is_that_of_the_layers(saved):
     ],
 )
 def test_edited_configs_are_refused(saved, edit, says):
-    config = copy.deepcopy(config_of(saved[0], "w4a8"))
+    config = copy.deepcopy(config_of(saved[0], "w4a8-rtn"))
     edit(config)
     with pytest.raises(ValueError, match=says):
         read_config(config, "q")

@@ -88,11 +88,11 @@ def say(capsys):
 def test_explain_reads_no_weights(folder, say, tmp_path, load_tiny):
     for file in (tmp_path / "tiny-pixart").rglob("*.safetensors"):
         file.unlink()
-    text = say("explain", folder, "--recipe", "w4a8", "--output", tmp_path / "deep" / "plan.json")
-    expected = dqtk.plan(load_tiny("pixart"), "w4a8")
+    text = say("explain", folder, "--recipe", "w4a8-rtn", "--output", tmp_path / "deep" / "plan.json")
+    expected = dqtk.plan(load_tiny("pixart"), "w4a8-rtn")
     assert text == expected.explain() + "\n"
     assert Plan.from_json(json.loads((tmp_path / "deep" / "plan.json").read_text())) == expected
-    roles = say("explain", folder, "--recipe", "w4a8", "--roles")
+    roles = say("explain", folder, "--recipe", "w4a8-rtn", "--roles")
     assert roles == expected.explain(sites=False) + "\n"
 
 
@@ -116,10 +116,10 @@ def test_explain_into_a_closed_pipe(folder, monkeypatch, capsys):
 
 def test_quantize_then_generate_then_explain(folder, say, tmp_path):
     out = tmp_path / "pixart-w4a8"
-    text = say("quantize", folder, "--recipe", "w4a8", "--text-encoders", "w8a16", "--output", out)
+    text = say("quantize", folder, "--recipe", "w4a8-rtn", "--text-encoders", "w8a16", "--output", out)
     assert "transformer" in text
     assert "text_encoder" in text
-    assert f"{out}: recipe w4a8, text encoders w8a16, plan " in text
+    assert f"{out}: recipe w4a8-rtn, text encoders w8a16, plan " in text
     pipe = diffusers.DiffusionPipeline.from_pretrained(out)
     assert {layer.spec.weight.bits for layer in quantized_layers(pipe.transformer).values()} == {4, 8}
 

@@ -67,8 +67,8 @@ def test_pipeline_comes_back_bit_identical(load_tiny, draw, tmp_path, name, reci
 
 @pytest.fixture(scope="module")
 def saved(load_tiny, draw, tmp_path_factory):
-    """(folder, latents) of a bf16 w4a8 pixart, saved by ``pipe.save_pretrained`` itself, the denoiser in shards."""
-    pipe = quantized(load_tiny("pixart", torch.bfloat16), "w4a8", text_encoders="w8a8")
+    """(folder, latents) of a bf16 pixart, saved by ``pipe.save_pretrained`` itself, the denoiser in shards."""
+    pipe = quantized(load_tiny("pixart", torch.bfloat16), "w4a8-rtn", text_encoders="w8a8")
     folder = tmp_path_factory.mktemp("saved") / "pixart-w4a8"
     pipe.save_pretrained(folder, max_shard_size="400KB")
     return folder, draw(pipe)
@@ -151,7 +151,7 @@ def test_disk_offload_while_loading_is_refused(saved):
 def test_config_survives(saved, load_tiny, tmp_path):
     folder, _ = saved
     stored = json.loads((folder / "transformer" / "config.json").read_text())["quantization_config"]
-    assert (stored["quant_method"], stored["format_version"], stored["recipe"]) == ("dqtk", 1, "w4a8, text encoders w8a8")
+    assert (stored["quant_method"], stored["format_version"], stored["recipe"]) == ("dqtk", 2, "w4a8-rtn, text encoders w8a8")
     model = auto(folder / "transformer")
     model.save_config(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["quantization_config"] == stored
@@ -170,7 +170,7 @@ def test_config_satisfies_the_ecosystem(saved):
     assert config.to_diff_dict() == config.to_dict()
     assert json.loads(config.to_json_string()) == config.to_dict()
     assert type(config).from_dict({**config.to_dict(), "added_by_somebody": 1}).fields["added_by_somebody"] == 1
-    assert "w4a8" in repr(config)
+    assert "w4a8-rtn" in repr(config)
     assert model.hf_quantizer.is_serializable is True
     assert model.hf_quantizer.is_trainable is False
     assert model.hf_quantizer.is_compileable is True
@@ -377,7 +377,7 @@ def run(model):
 
 
 @pytest.mark.parametrize("family", [wan, skyreels, z_image])
-@pytest.mark.parametrize(("recipe", "limit"), [("w8a8", 0.05), ("w8a16", 0.05), ("w4a8", 0.6), ("w4a16", 0.6)])
+@pytest.mark.parametrize(("recipe", "limit"), [("w8a8", 0.05), ("w8a16", 0.05), ("w4a8-rtn", 0.6), ("w4a16", 0.6)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
 def test_empty_keep_list(family, recipe, limit, dtype, tmp_path):
     """Time embedders and their kin read ``weight.dtype`` and cast to it: nothing must break when they are packed."""

@@ -168,7 +168,7 @@ def test_fp8_groups_that_do_not_divide_stay_fp8():
 
 
 def test_a_layer_keeps_what_it_admits():
-    branch = replace(recipe_named("w4a8").main_spec(), low_rank=LowRank(rank=4), correct_bias=True)
+    branch = replace(recipe_named("w4a8-rtn").main_spec(), low_rank=LowRank(rank=4), correct_bias=True)
     assert fit(branch, site(8, 64, bias=True)) == (branch, "")
     fitted, note = fit(branch, site(8, 64, 3, 3, bias=False))
     assert (fitted.low_rank, fitted.correct_bias) == (None, False)
@@ -206,7 +206,7 @@ def test_hash_covers_specs_and_not_words(meta_pipe):
     data["choices"][0]["why"] = "because"
     data["recipe"] = "another name"
     assert Plan.from_json(data).hash == plan.hash
-    hashes = {dqtk.plan(meta_pipe, "w8a8", overrides=o).hash for o in (None, {"*.fc1": None}, {"*.fc2": None}, {"*.fc2": "w4a8"})}
+    hashes = {dqtk.plan(meta_pipe, "w8a8", overrides=o).hash for o in (None, {"*.fc1": None}, {"*.fc2": None}, {"*.fc2": "w4a8-rtn"})}
     assert len(hashes) == 4
     assert dqtk.plan(meta_pipe, "w8a8").hash == plan.hash
 
@@ -248,7 +248,7 @@ def test_diff_names_sites_whose_spec_differs(meta_pipe):
 
 def test_golden_plan(meta_pipe):
     """Frozen: plans are files that people keep. Written by ``json.dumps(plan.to_json(), indent=1)``."""
-    plan = dqtk.plan(meta_pipe, "w4a8", text_encoders="w8a16", overrides={"*.fc2": None})
+    plan = dqtk.plan(meta_pipe, "w4a8-rtn", text_encoders="w8a16", overrides={"*.fc2": None})
     assert json.loads(json.dumps(plan.to_json())) == json.loads((DATA / "plan_w4a8.json").read_text())
 
 
@@ -256,9 +256,9 @@ def test_golden_plan(meta_pipe):
 
 
 def test_explain_lists_every_site_and_totals(meta_pipe):
-    plan = dqtk.plan(meta_pipe, "w4a8", text_encoders="w8a16", overrides={"blocks.1.ff.fc2": None})
+    plan = dqtk.plan(meta_pipe, "w4a8-rtn", text_encoders="w8a16", overrides={"blocks.1.ff.fc2": None})
     text = plan.explain()
-    assert text.startswith(f"recipe w4a8, text encoders w8a16, plan {plan.hash}\n")
+    assert text.startswith(f"recipe w4a8-rtn, text encoders w8a16, plan {plan.hash}\n")
     rows = {line.split()[0]: line for line in text.splitlines() if line}
     for choice in plan.choices:
         row = rows[choice.site.path]
@@ -284,7 +284,7 @@ def test_explain_by_role_counts_every_site(meta_pipe):
 
 
 # Solvers choose codes, not what is stored: one recipe per set of tensors is enough.
-@pytest.mark.parametrize("recipe", [name for name in RECIPES if name not in ("fp4", "w4a8-gptq", "w4a4-rot")])
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name not in ("fp4", "w4a8", "w4a4-rot")])
 def test_sizes_are_the_bytes_on_disk(load_tiny, tmp_path, recipe):
     """Exactly, tensor by tensor; the file adds its header (names, and a digest for each)."""
     pipe = load_tiny("pixart", torch.bfloat16)

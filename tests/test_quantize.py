@@ -19,7 +19,7 @@ from dqtk.recipes import RECIPES, recipe_named
 from dqtk.resolve import call_kwargs_for
 
 
-@pytest.mark.parametrize("recipe", ["w8a16", "w8a8", "w4a16", "w4a8", "fp8"])
+@pytest.mark.parametrize("recipe", ["w8a16", "w8a8", "w4a16", "w4a8-rtn", "fp8"])
 def test_exactly_the_planned_layers_are_replaced(bare, recipe):
     x = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
     exact = bare(x)
@@ -63,7 +63,7 @@ def test_one_layer_at_a_time(bare, monkeypatch):
     assert seen == [[False, False, False], [True, False, False], [True, True, False]]
 
 
-@pytest.mark.parametrize("recipe", ["w8a16", "w4a16", "w4a8"])
+@pytest.mark.parametrize("recipe", ["w8a16", "w4a16", "w4a8-rtn"])
 def test_peak_memory_is_one_layer_above_the_model(recipe, tmp_path):
     """What torch allocates at any moment, from its own allocation events; a layer is 8 MB of bf16."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
@@ -113,7 +113,7 @@ def test_installed_plan_is_what_the_layers_are(load_tiny):
     assert summary(pipe) is None
     assert installed_plan(pipe).components == ()
     counts = {name: num_parameters(part) for name, part in dqtk.sites.components_of(pipe).items()}
-    plan = dqtk.plan(pipe, "w4a8", text_encoders="w8a16")
+    plan = dqtk.plan(pipe, "w4a8-rtn", text_encoders="w8a16")
     dqtk.quantize(pipe, plan, progress=False)
     found = installed_plan(pipe)
     assert found.recipe == plan.recipe
@@ -194,7 +194,7 @@ def paint(pipe, prompt):
     return pipe(prompt, num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0)).images
 
 
-@pytest.mark.parametrize("recipe", ["w8a8", "w4a8", "w4a16"])
+@pytest.mark.parametrize("recipe", ["w8a8", "w4a8-rtn", "w4a16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_other_pipelines(other, recipe, dtype, tmp_path):
     folder, prompt = other
@@ -250,7 +250,7 @@ def test_calibrate_knows_what_the_family_needs(load_tiny):
 def test_load_takes_the_stored_dtype_for_all_parts(load_tiny, draw, dtype, tmp_path):
     """diffusers alone would mix float32 denoisers with bf16 text encoders, which then do not fit together."""
     pipe = load_tiny("sdxl", dtype)
-    dqtk.quantize(pipe, "w4a8", progress=False)
+    dqtk.quantize(pipe, "w4a8-rtn", progress=False)
     dqtk.save(pipe, tmp_path / "q")
     loaded = dqtk.load(tmp_path / "q")
     assert loaded.unet.dtype == loaded.text_encoder.dtype == loaded.vae.dtype == dtype

@@ -14,8 +14,8 @@ GOLDEN = {
     "w8a8": "W8 per channel, A8 per token",
     "w8a8-static": "W8 per channel, A8 per tensor asym",
     "w4a16": "W4 group 64 asym, A16",
-    "w4a8": "W4 group 64 two-level, A8 per token",
-    "w4a8-gptq": "W4 group 64 two-level, A8 per token, smooth, GPTQ",
+    "w4a8-rtn": "W4 group 64 two-level, A8 per token",
+    "w4a8": "W4 group 64 two-level, A8 per token, smooth, GPTQ",
     "fp8": "WFP8 E4M3 per channel, AFP8 E4M3 per token",
     "fp8-static": "WFP8 E4M3 per channel, AFP8 E4M3 per tensor",
     "fp4": "WFP4 E2M1 group 64, AFP8 E4M3 per token, AdaRound",
@@ -26,7 +26,7 @@ GOLDEN = {
     "viditq-w4a8": "W4 per channel asym, A8 per token, smooth 0.01, rotated",
     "llm-fp4": "WFP4 per channel, AFP4 per tensor, shift",
 }
-LEARNING = {"w4a8-gptq", "fp4", "w4a4-svd", "w4a4-rot", "viditq-w4a8", "llm-fp4"}  # from inputs seen on prompts
+LEARNING = {"w4a8", "fp4", "w4a4-svd", "w4a4-rot", "viditq-w4a8", "llm-fp4"}  # from inputs seen on prompts
 RANGES = {"w8a8-static", "fp8-static", "llm-fp4"}
 
 

@@ -123,7 +123,7 @@ def test_published_denoiser_plans(published, name):
     assert [site.id for site in sites if site.role == "other"] == []
     assert [site.id for site in sites if site.unsupported] == []
     assert {site.role for site in sites} <= set(ROLES)
-    for recipe, limit in {"w8a8": 0.53, "w4a8": 0.40, "w4a16": 0.40}.items():
+    for recipe, limit in {"w8a8": 0.53, "w4a8-rtn": 0.40, "w4a16": 0.40}.items():
         plan = dqtk.plan(module, recipe)
         assert [choice.site for choice in plan.choices] == sites
         size = plan.sizes("model")

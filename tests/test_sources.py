@@ -135,13 +135,13 @@ def test_meta_pipeline_reads_no_weights(folder, load_tiny):
         file.unlink()
     pipe = meta_pipeline(str(folder))
     assert {tensor.device.type for part in pipe.components.values() for tensor in part.parameters()} == {"meta"}
-    planned = dqtk.plan(pipe, "w4a8", text_encoders="w8a8")
-    assert planned == dqtk.plan(load_tiny("pixart"), "w4a8", text_encoders="w8a8")
+    planned = dqtk.plan(pipe, "w4a8-rtn", text_encoders="w8a8")
+    assert planned == dqtk.plan(load_tiny("pixart"), "w4a8-rtn", text_encoders="w8a8")
 
 
 def test_meta_pipeline_of_a_quantized_folder_shows_its_layers(load_tiny, tmp_path):
     pipe = load_tiny("sdxl")
-    dqtk.quantize(pipe, dqtk.plan(pipe, "w4a8", text_encoders="w8a16"), progress=False)
+    dqtk.quantize(pipe, dqtk.plan(pipe, "w4a8-rtn", text_encoders="w8a16"), progress=False)
     dqtk.save(pipe, tmp_path / "q")
     meta = meta_pipeline(str(tmp_path / "q"))
     assert installed_plan(meta).hash == installed_plan(pipe).hash
@@ -157,7 +157,7 @@ def test_meta_pipeline_of_a_quantized_folder_shows_its_layers(load_tiny, tmp_pat
             lambda f: change(f / CONFIG, quantization_config={"quant_method": "torchao"}),
             "got 'torchao'. Plan the",
         ),
-        (lambda f: change(f / CONFIG, quantization_config={"quant_method": "dqtk"}), "format_version must be 1"),
+        (lambda f: change(f / CONFIG, quantization_config={"quant_method": "dqtk"}), "format_version must be 2"),
         (lambda f: (f / CONFIG).unlink(), "file must exist"),
         (lambda f: (f / CONFIG).write_text("x"), "must be JSON"),
         (lambda f: change(f / "model_index.json", transformer=["os", "system"]), r"got os\.system\. Update the library"),

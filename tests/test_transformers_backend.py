@@ -56,7 +56,7 @@ def plain(tmp_path):
 
 
 @pytest.mark.parametrize("make", [t5, clip])
-@pytest.mark.parametrize(("recipe", "limit"), [("w8a8", 0.05), ("w8a16", 0.05), ("w4a8", 0.5), ("w4a16", 0.5), ("fp8", 0.2)])
+@pytest.mark.parametrize(("recipe", "limit"), [("w8a8", 0.05), ("w8a16", 0.05), ("w4a8-rtn", 0.5), ("w4a16", 0.5), ("fp8", 0.2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_empty_keep_list(make, recipe, limit, dtype, plain, tmp_path):
     model = plain(make, dtype)
@@ -103,14 +103,14 @@ def test_scales_are_not_rounded_by_loading(plain, tmp_path, dtype):
 
 def test_config_survives_and_is_true(plain, tmp_path):
     model = plain(clip)
-    dqtk.quantize(model, dqtk.plan(model, "w4a8"), progress=False)
+    dqtk.quantize(model, dqtk.plan(model, "w4a8-rtn"), progress=False)
     model.save_pretrained(tmp_path / "q")
     stored = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]
-    assert (stored["quant_method"], stored["recipe"]) == ("dqtk", "w4a8")
+    assert (stored["quant_method"], stored["recipe"]) == ("dqtk", "w4a8-rtn")
     loaded = type(model).from_pretrained(tmp_path / "q")
     config = loaded.hf_quantizer.quantization_config
     assert config.to_dict() == config.to_diff_dict() == stored
-    assert "w4a8" in repr(config)
+    assert "w4a8-rtn" in repr(config)
     assert DqtkTextConfig.from_dict({**stored, "new": 1}, return_unused_kwargs=True, other=2)[1] == {"other": 2}
     loaded.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"] == stored
@@ -125,7 +125,7 @@ def test_checkpoints_with_older_names(tmp_path):
     file = tmp_path / "old" / "model.safetensors"
     save_file({f"text_model.{name}": tensor for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
     model = transformers.CLIPTextModel.from_pretrained(tmp_path / "old")
-    dqtk.quantize(model, everything("w4a8"), progress=False)
+    dqtk.quantize(model, everything("w4a8-rtn"), progress=False)
     model.save_pretrained(tmp_path / "q")
     assert all(name.startswith("text_model.") for name in load_file(tmp_path / "q" / "model.safetensors"))
     loaded = transformers.CLIPTextModel.from_pretrained(tmp_path / "q")

@@ -282,7 +282,7 @@ def test_another_quantized_model_in_its_folder_is_painted_again(done):
     before = painted(out)
     folder = out / "models" / "pixart-w8a8"
     shutil.rmtree(folder)
-    main(["quantize", str(read_job(file).models[0]), "--recipe", "w4a8", "--output", str(folder)])
+    main(["quantize", str(read_job(file).models[0]), "--recipe", "w4a8-rtn", "--output", str(folder)])
     run(read_job(file))
     assert repainted(out, before) == {"pixart-w8a8"}
 
@@ -493,7 +493,7 @@ def test_more_recipes_and_candidates_on_the_same_pictures(done, job_file, tiny_f
     _, out, found = done
     before, loaded, load = painted(out), [], generate.load_pipeline
     monkeypatch.setattr(generate, "load_pipeline", lambda model, *a: (loaded.append(str(model)), load(model, *a))[1])
-    run(read_job(job_file(recipes=["w8a8", "w4a8"], candidates={"mine": str(tiny_folders["pixart"])})))
+    run(read_job(job_file(recipes=["w8a8", "w4a8-rtn"], candidates={"mine": str(tiny_folders["pixart"])})))
     now = numbers(out)
     assert {key: now[key] for key in found} == found
     assert not repainted(out, {**{path: path.read_bytes() for path in painted(out)}, **before})

@@ -23,7 +23,7 @@ SPECS = {
     "wfp8": LayerSpec(weight=WFP8),
     "w8a8": LayerSpec(weight=W8, input=A8),
     "w8a8-static": LayerSpec(weight=W8, input=A8_STATIC),
-    "w4a8": LayerSpec(weight=W4_TWO_LEVEL, input=A8),
+    "w4a8-rtn": LayerSpec(weight=W4_TWO_LEVEL, input=A8),
     "fp8": LayerSpec(weight=WFP8, input=AFP8),
 }
 
@@ -65,7 +65,7 @@ class Small(nn.Module):
 def small(quantized):
     """Function (specs of the three layers) -> module."""
 
-    def make(first="w8", second="w4a8", third="w8a8"):
+    def make(first="w8", second="w4a8-rtn", third="w8a8"):
         torch.manual_seed(0)
         layers = (nn.Linear(16, 8), nn.Linear(8, 8, bias=False), nn.Conv2d(8, 8, 3, padding=1))
         return Small(*(quantized(layer, spec) for layer, spec in zip(layers, (first, second, third), strict=True))).eval()

@@ -37,7 +37,7 @@ class Typed(torch.nn.Module):
 
 
 def test_full_graph(small):
-    for kinds in (("w8a8", "w4a8", "w8a8-static"), ("w4", "wfp8", "w8")):
+    for kinds in (("w8a8", "w4a8-rtn", "w8a8-static"), ("w4", "wfp8", "w8")):
         model = Typed(small(*kinds))
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         for size in (2, 3):  # the second call compiles for any batch size

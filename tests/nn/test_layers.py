@@ -9,7 +9,7 @@ from torch import nn
 from dqtk.nn import BUFFERS, QuantConv1d, QuantConv2d, QuantConv3d, Quantized, QuantLinear, runtime_class
 from dqtk.spec import Dynamic, Float, Int, LayerSpec, PerChannel, PerGroup, PerToken, TensorSpec
 
-NAMES = ["w8", "w4", "wfp8", "w8a8", "w8a8-static", "w4a8", "fp8"]
+NAMES = ["w8", "w4", "wfp8", "w8a8", "w8a8-static", "w4a8-rtn", "fp8"]
 LAYERS = {
     "linear": (lambda: nn.Linear(24, 7), (2, 5, 24)),
     "linear without bias": (lambda: nn.Linear(24, 7, bias=False), (5, 24)),
@@ -92,7 +92,7 @@ DECLARED = {
         "input_scale": (torch.float32, (1,)),
         "input_zero": (torch.int32, (1,)),
     },
-    "w4a8": {"qweight": (torch.uint8, (7, 12)), "scale": (torch.float32, (7, 1)), "group_scale": (torch.uint8, (7, 3))},
+    "w4a8-rtn": {"qweight": (torch.uint8, (7, 12)), "scale": (torch.float32, (7, 1)), "group_scale": (torch.uint8, (7, 3))},
     "fp8": {"qweight": (torch.float8_e4m3fn, (7, 24)), "scale": (torch.float32, (7, 1))},
 }
 
@@ -168,7 +168,7 @@ def test_meta_device_and_back(quantized, spec):
 
 
 def test_deepcopy_is_independent(quantized):
-    _, new, x = make(quantized, "linear", "w4a8")
+    _, new, x = make(quantized, "linear", "w4a8-rtn")
     expected = new(x)
     copied = copy.deepcopy(new)
     copied.scale.zero_()
@@ -178,7 +178,7 @@ def test_deepcopy_is_independent(quantized):
 
 def test_default_device_and_dtype_are_torchs(specs):
     with torch.device("meta"):
-        layer = QuantLinear(24, 7, True, specs["w4a8"])
+        layer = QuantLinear(24, 7, True, specs["w4a8-rtn"])
     assert all(tensor.is_meta for tensor in layer.state_dict().values())
     assert layer.compute_dtype == torch.float32
     assert QuantLinear(24, 7, False, specs["w8"], dtype=torch.bfloat16).compute_dtype == torch.bfloat16
@@ -223,8 +223,8 @@ def test_layers_say_what_runs(quantized):
     }
     for spec, text in expected.items():
         assert make(quantized, "linear", spec)[1].kernel() == text
-    assert make(quantized, "conv2d", "w4a8")[1].kernel() == "conv_int8: integer matmul through torch._int_mm"
-    assert "W4 group 8 two-level, A8 per token" in repr(make(quantized, "linear", "w4a8")[1])
+    assert make(quantized, "conv2d", "w4a8-rtn")[1].kernel() == "conv_int8: integer matmul through torch._int_mm"
+    assert "W4 group 8 two-level, A8 per token" in repr(make(quantized, "linear", "w4a8-rtn")[1])
 
 
 def test_initializers_leave_codes_alone(quantized):

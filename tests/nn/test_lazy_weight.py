@@ -11,7 +11,7 @@ from torch import nn
 READ_ONLY = "weight is decoded from packed codes and cannot be changed in place .*Keep the adapter unmerged"
 
 
-@pytest.fixture(params=["w8", "w4", "w4a8", "fp8"])
+@pytest.fixture(params=["w8", "w4", "w4a8-rtn", "fp8"])
 def layer(quantized, request):
     torch.manual_seed(0)
     return quantized(nn.Linear(24, 7).bfloat16(), request.param)
@@ -43,7 +43,7 @@ def test_looking_costs_nothing(layer, monkeypatch):
 
 def test_forward_does_not_touch_it(quantized, monkeypatch):
     x = torch.randn(2, 24)
-    for spec in ("w8", "w4a8", "fp8"):
+    for spec in ("w8", "w4a8-rtn", "fp8"):
         layer = quantized(nn.Linear(24, 7), spec)
         expected = layer(x)
         monkeypatch.setattr(type(layer), "weight", property(lambda self: pytest.fail("touched")))

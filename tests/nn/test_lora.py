@@ -23,7 +23,7 @@ MXFP8 = LayerSpec(
     input=TensorSpec(format=Float(), granularity=E8M0Group(size=8), range=Dynamic()),
 )
 TARGETS = ["first", "second", "conv"]
-COMBINATIONS = [("w8", "w4", "w8"), ("w8a8", "w4a8", "w4a8"), ("fp8", "wfp8", "w8a8-static"), (NVFP4, NF4, MXFP8)]
+COMBINATIONS = [("w8", "w4", "w8"), ("w8a8", "w4a8-rtn", "w4a8-rtn"), ("fp8", "wfp8", "w8a8-static"), (NVFP4, NF4, MXFP8)]
 
 
 def short(kinds):
@@ -81,7 +81,7 @@ def test_merging_raises_and_the_adapter_stays(small, kinds, safe):
 
 
 def test_adapters_live_in_the_compute_dtype(small):
-    adapted = get_peft_model(small("w4", "w4a8", "w8a8").bfloat16(), config(), autocast_adapter_dtype=False)
+    adapted = get_peft_model(small("w4", "w4a8-rtn", "w8a8").bfloat16(), config(), autocast_adapter_dtype=False)
     assert {p.dtype for name, p in adapted.named_parameters() if "lora_" in name} == {torch.bfloat16}
     assert adapted(batch().bfloat16()).dtype == torch.bfloat16
 
@@ -116,7 +116,7 @@ def test_training(small, kinds):
 
 def test_gradient_checkpointing(small):
     """Same gradients when the quantized part is run again in the backward pass."""
-    adapted, x = get_peft_model(small("w8a8", "w4a8", "w4"), config(init_lora_weights=False)), batch()
+    adapted, x = get_peft_model(small("w8a8", "w4a8-rtn", "w4"), config(init_lora_weights=False)), batch()
     trained = [p for p in adapted.parameters() if p.requires_grad]
     plain = torch.autograd.grad(adapted(x).square().sum(), trained)
     y = torch.utils.checkpoint.checkpoint(adapted, x, use_reentrant=False)

@@ -23,7 +23,7 @@ MXFP8 = LayerSpec(
     weight=TensorSpec(format=Float(), granularity=E8M0Group(size=8)),
     input=TensorSpec(format=Float(), granularity=E8M0Group(size=8), range=Dynamic()),
 )
-KINDS = [("w8", "w4", "w8"), ("w8a8", "w4a8", "w4a8"), ("fp8", "wfp8", "w8a8-static"), (NVFP4, BITMOD, MXFP8)]
+KINDS = [("w8", "w4", "w8"), ("w8a8", "w4a8-rtn", "w4a8-rtn"), ("fp8", "wfp8", "w8a8-static"), (NVFP4, BITMOD, MXFP8)]
 
 
 def short(kinds):
@@ -55,7 +55,7 @@ def test_sequential_offload(small, kinds, buffers):
 
 
 def test_dispatch_from_disk(small, tmp_path):
-    model, x = small("w8a8", "w4a8", "w4"), batch()
+    model, x = small("w8a8", "w4a8-rtn", "w4"), batch()
     expected = model(x)
     offload_state_dict(tmp_path, {name: t for name, t in model.state_dict().items() if t.numel()})
     placed = dispatch_model(
@@ -86,7 +86,7 @@ def test_group_offload(small, kinds, kind):
 
 
 def test_group_offload_to_disk(small, tmp_path):
-    model, x = small("w8a8", "w4a8", "w4"), batch()
+    model, x = small("w8a8", "w4a8-rtn", "w4"), batch()
     expected = model(x)
     apply_group_offloading(
         model, torch.device("cpu"), torch.device("cpu"), offload_type="leaf_level", offload_to_disk_path=str(tmp_path)
