@@ -1,6 +1,6 @@
 """What quantizing a real-sized model costs: time and peak memory of ``dqtk quantize`` on a PixArt-Sigma-XL with random weights.
 
-    python benchmarks/cost.py [--recipe w4a8] [--num-prompts 4] [--steps 8] [--folder DIR]
+    python benchmarks/cost.py [--recipe w4a8] [--num-prompts 2] [--steps 10] [--folder DIR]
 
 The denoiser is the published configuration (28 blocks, 1152 wide, 0.6 B parameters) in bf16; the text encoder is one T5 layer of
 the right width (4096), the autoencoder a small one. Calibration paints latents of 512 x 512 pictures (1024 tokens), both halves of
@@ -73,8 +73,8 @@ def build(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", default="w4a8")
-    parser.add_argument("--num-prompts", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--num-prompts", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--folder", type=Path, default=Path("out/pixart-xl-random"))
     parser.add_argument("more", nargs="*", help="further arguments of dqtk quantize, behind --")
     options = parser.parse_args()

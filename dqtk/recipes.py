@@ -80,7 +80,7 @@ def w4a16() -> Recipe:
 
 
 def w4a8_rtn() -> Recipe:
-    """INT4 weights in groups of 64 with integer group scales, rounded to nearest, INT8 inputs per token: one int8 matmul per layer."""
+    """INT4 weights in groups of 64 with integer group scales, INT8 inputs per token: one int8 matmul per layer; no prompts."""
     return _uniform("w4a8-rtn", LayerSpec(weight=_W4_INTEGER, input=_A8))
 
 

@@ -206,7 +206,8 @@ def test_hash_covers_specs_and_not_words(meta_pipe):
     data["choices"][0]["why"] = "because"
     data["recipe"] = "another name"
     assert Plan.from_json(data).hash == plan.hash
-    hashes = {dqtk.plan(meta_pipe, "w8a8", overrides=o).hash for o in (None, {"*.fc1": None}, {"*.fc2": None}, {"*.fc2": "w4a8-rtn"})}
+    wishes = (None, {"*.fc1": None}, {"*.fc2": None}, {"*.fc2": "w4a8-rtn"})
+    hashes = {dqtk.plan(meta_pipe, "w8a8", overrides=wish).hash for wish in wishes}
     assert len(hashes) == 4
     assert dqtk.plan(meta_pipe, "w8a8").hash == plan.hash
 

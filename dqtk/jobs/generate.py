@@ -225,7 +225,7 @@ def facts(pipe: Any, folder: Path) -> dict[str, Any]:
     return {
         "bytes_at_16_bit": sum(size.at_16_bit or 0 for size in sizes),
         "bytes_on_disk": sum(size.on_disk or 0 for size in sizes),
-        "components": {size.name: {"at_16_bit": size.at_16_bit, "on_disk": size.on_disk} for size in sizes},
+        "components": {size.name: {"at_16_bit": size.at_16_bit, "on_disk": size.on_disk, "zeros": size.zeros} for size in sizes},
         "recipe": (plan or {}).get("recipe"),
         "plan_hash": (plan or {}).get("hash"),
         "kernels": (plan or {}).get("kernels", {}),

@@ -1,4 +1,5 @@
-"""Which exponent/mantissa split loses least (Kuzmin et al. 2022, arXiv 2208.09225; 2408.06995 for diffusion models).
+"""Which exponent/mantissa split loses least (Kuzmin et al. 2022, arXiv 2208.09225; 2408.06995 for diffusion models); of a
+calibrated input with several tables, which of them.
 
 One split per tensor: kernels and files have one. The range is searched for every split as its spec says; multiples of the absmax
 range are tried, so the search does not depend on the scale of the tensor (LLM-FP4's search over multiples of the exponent bias
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from dqtk.numerics.affine import find_scale, squared_error
 from dqtk.numerics.weight_grid import fit_grid
-from dqtk.spec import BestFloat, Float, TensorSpec
+from dqtk.spec import BestFloat, Codebook, Float, Format, TensorSpec
 
 ROWS = 256  # of a weight that are looked at
 NUMBERS = 2**16  # of an input
@@ -32,16 +33,24 @@ def concrete(weight: Tensor, spec: TensorSpec) -> TensorSpec:
 
 
 def concrete_input(sample: Tensor, spec: TensorSpec) -> tuple[TensorSpec, Tensor, Tensor | None]:
-    """The spec of a static input with split, scale and zero found on a sample [R, K]: (spec, scale [1, 1], zero [1, 1] or None)."""
+    """The spec of a static input, its split or table found on a sample [R, K]; scale [1, 1]; zero [1, 1] or None."""
     numbers = sample.float().flatten()
     # Few of them tell where most lie; the ends tell how far the range must reach.
     row = torch.cat([numbers[:: -(-numbers.numel() // NUMBERS)], torch.stack(numbers.aminmax())])[None]
-    forms = spec.format.splits if isinstance(spec.format, BestFloat) else (spec.format,)
     best: tuple[float, TensorSpec, Tensor, Tensor | None] | None = None
-    for form in forms:
+    for form in _candidates(spec.format):
         scale, zero = find_scale(row, form, spec.range)
         error = float(squared_error(row, scale, zero, form))
         if best is None or error < best[0]:
             best = (error, replace(spec, format=form), scale, zero)
     assert best is not None
     return best[1:]
+
+
+def _candidates(form: Format) -> tuple[Format, ...]:
+    """What a calibrated input may become: splits of a float, tables of a codebook."""
+    if isinstance(form, BestFloat):
+        return form.splits
+    if isinstance(form, Codebook):
+        return tuple(replace(form, tables=(values,)) for values in form.tables)
+    return (form,)

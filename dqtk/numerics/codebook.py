@@ -1,5 +1,6 @@
 """Tables that codes point into: the known ones, and the nearest entry."""
 
+import math
 from functools import cache
 
 import torch
@@ -40,13 +41,34 @@ def bitmod(bits: int) -> Codebook:
 def log_grid(bits: int, base: float = 2.0) -> Codebook:
     """base^-k for k = 0 .. 2^bits - 2, and 0: for inputs in [0, 1] that fall off fast, such as attention probabilities.
 
-    Base 2 is the classic log2 quantizer; other bases fit better where it is searched (AdaLog, Wu et al. 2024, arXiv 2407.12951).
-    Raises ``ValueError`` for a base of at most 1.
+    Base 2 is the classic log2 quantizer, whose products are shifts. Raises ``ValueError`` for a base of at most 1.
     """
     if not base > 1:
         raise ValueError(f"log_grid: base must be above 1, got {base}. The usual base is 2.")
     values = [base**-k for k in range(2**bits - 1)]
     return Codebook(tables=((0.0, *reversed(values)),), name=f"log{base:g}")
+
+
+def adaptive_log(bits: int) -> Codebook:
+    """Sixteen ``log_grid`` tables, from a smallest step of 1/2 to one of 2^-28: a calibrated input takes the base that loses least.
+
+    The idea of AdaLog (Wu et al. 2024, arXiv 2407.12951), which searches the base of a logarithmic quantizer per tensor.
+    """
+    reach = [28 ** (i / 15) for i in range(16)]
+    bases = [2 ** (octaves / (2**bits - 2)) for octaves in reach]
+    return Codebook(tables=tuple(log_grid(bits, base).tables[0] for base in bases), name="adaptive log")
+
+
+def tan_grid(bits: int, alpha: float = 1.2) -> Codebook:
+    """arctan(k tan(alpha) / (2^bits - 1)) / alpha: steps that shrink towards 1, where attention probabilities matter most.
+
+    The idea of DopQ-ViT's tangent quantizer (Yang et al. 2024, arXiv 2408.03291): equal steps of tan(alpha x). The larger alpha,
+    the finer near 1. Raises ``ValueError`` for alpha outside (0, pi / 2).
+    """
+    if not 0 < alpha < math.pi / 2:
+        raise ValueError(f"tan_grid: alpha must be between 0 and pi / 2, got {alpha}. The usual value is 1.2.")
+    top = 2**bits - 1
+    return Codebook(tables=(tuple(math.atan(k / top * math.tan(alpha)) / alpha for k in range(top + 1)),), name=f"tan{alpha:g}")
 
 
 def table(form: Codebook, which: int = 0) -> Tensor:

@@ -120,8 +120,11 @@ def fit_grid(weight: Tensor, spec: TensorSpec, tensor_amax: Tensor | None = None
 
 
 def _stored_scale(scale: Tensor, spec: TensorSpec) -> Tensor:
-    """Float scales in the dtype in which they are stored. A group's scale has 8 significant bits: float32 would cost half a bit per weight in groups of
-    64. Codes are chosen on the rounded steps, so nothing is lost but 0.2 % of a range."""
+    """Float scales in the dtype in which they are stored.
+
+    A group's scale has 8 significant bits: float32 would cost half a bit per weight in groups of 64. Codes are chosen on the
+    rounded steps, so nothing is lost but 0.2 % of a range.
+    """
     return scale.bfloat16() if isinstance(spec.granularity, PerGroup) else scale
 
 

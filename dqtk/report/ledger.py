@@ -74,3 +74,8 @@ def _sizes(comparison: "Comparison") -> Iterator[Record]:
                 if num_bytes is not None:
                     name, extra = f"bytes_{place}_{side}", {"component": pair.name}
                     yield _record(comparison, name=name, value=float(num_bytes), extra=extra, **facts)
+            if size is not None and size.zeros is not None:
+                facts_of_share = {"unit": "", "higher_is_better": None, "num_samples": 1}
+                yield _record(
+                    comparison, name=f"zero_share_{side}", value=size.zeros, extra={"component": pair.name}, **facts_of_share
+                )

@@ -226,6 +226,10 @@ def _cost(comparison: Comparison, plan: Mapping[str, Any] | None) -> str:
             if before is not None or after is not None:
                 cells = [number(bytes_text(before)), number(bytes_text(after), small=ratio_text(before, after))]
                 rows.append(row(f"{pair.name or 'top folder'} {words}", cells))
+        zeros = [size.zeros if size is not None else None for size in (pair.reference, pair.candidate)]
+        if any(share is not None for share in zeros):
+            cells = [number(DASH if share is None else f"{share:.1%}") for share in zeros]
+            rows.append(row(f"{pair.name} exact zeros among quantized weights", cells))
     body = table("Table of sizes and times", ("What", "Original", "Candidate"), rows)
     kernels = [row(str(name), [number(str(num))]) for name, num in (plan or {}).get("kernels", {}).items()]
     if kernels:

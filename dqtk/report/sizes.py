@@ -1,4 +1,4 @@
-"""Honest sizes: what a pipeline's components weigh on disk and in memory, in bytes."""
+"""Honest sizes: what a pipeline's components weigh on disk and in memory, in bytes; and how many of their weights became zeros."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +14,16 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".msgpack", "
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ComponentSize:
-    """Bytes of one component: tensors in memory, the same once it computes at 16 bits, weight files on disk; ``None``: none."""
+    """Bytes of one component: tensors in memory, the same once it computes at 16 bits, weight files on disk; ``None``: none.
+
+    zeros: share of exact zeros among its quantized weights; ``None`` where there are none.
+    """
 
     name: str
     in_memory: int | None
     at_16_bit: int | None
     on_disk: int | None
+    zeros: float | None = None
 
     def places(self) -> dict[str, int | None]:
         """Words -> bytes, without the 16-bit figure where it says nothing new."""
@@ -51,6 +55,20 @@ def bytes_at_16_bit(module: nn.Module) -> int:
             if tensor.is_floating_point() and tensor.element_size() > 2 and not kept and not _inner_names(tensor):
                 seen[id(tensor)] = tensor.numel() * (tensor.element_size() - 2)
     return stored - sum(seen.values())
+
+
+def zero_share(module: nn.Module) -> float | None:
+    """Share of exact zeros among the weights of quantized layers, in [0, 1]; ``None`` where there are none.
+
+    As stored, in the basis of the layer's transforms and without its low-rank branch: what a sparse kernel could skip (the sparsity
+    of arXiv 2408.06995).
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, Quantized)]
+    zeros = total = 0
+    for layer in layers:
+        stored = layer.stored_matrix()
+        zeros, total = zeros + stored.numel() - int(stored.count_nonzero()), total + stored.numel()
+    return zeros / total if total else None
 
 
 def _plain(tensor: Any) -> list[Any]:
@@ -89,6 +107,10 @@ def pipeline_sizes(pipe: Any, folder: str | Path | None = None) -> tuple[Compone
     narrow = {name: bytes_at_16_bit(part) for name, part in modules.items()}
     disk = bytes_on_disk(folder) if folder is not None else {}
     names = list(memory) + [name for name in disk if name not in memory]
+    zeros = {name: zero_share(part) for name, part in modules.items()}
     return tuple(
-        ComponentSize(name=name, in_memory=memory.get(name), at_16_bit=narrow.get(name), on_disk=disk.get(name)) for name in names
+        ComponentSize(
+            name=name, in_memory=memory.get(name), at_16_bit=narrow.get(name), on_disk=disk.get(name), zeros=zeros.get(name)
+        )
+        for name in names
     )

@@ -36,6 +36,8 @@ def as_text(comparison: "Comparison") -> str:
             if before and after is not None:
                 change = f"{bytes_text(before)} -> {bytes_text(after)} ({ratio_text(before, after)})"
                 lines += _row(f"{pair.name} {place}", change)
+        if pair.candidate is not None and pair.candidate.zeros is not None:
+            lines += _row(f"{pair.name} exact zeros", f"{pair.candidate.zeros:.1%} of the quantized weights")
     for kernel, num in (comparison.plan_summary or {}).get("kernels", {}).items():
         lines += _row("ran", f"{kernel}: {num} layers")
     return "\n".join(lines)

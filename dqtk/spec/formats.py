@@ -76,7 +76,7 @@ class Codebook:
     """Codes that name entries of a table: NF4, logarithmic grids, BitMoD. ``numerics/codebook.py`` makes the known ones.
 
     tables: 4 to 256 ascending values each, a power of two of them, the same for all. Where there are several, every group of
-    weights takes the one that loses least, and its number is stored. name: for people.
+    weights takes the one that loses least, and its number is stored; a calibrated input takes one for all. name: for people.
     """
 
     tables: tuple[tuple[float, ...], ...]

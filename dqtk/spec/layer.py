@@ -194,8 +194,11 @@ class LayerSpec:
     @property
     def searches_input(self) -> bool:
         """Whether a static input's format or range is searched, and not read off its least and largest value."""
-        searched = self.input is not None and (isinstance(self.input.format, BestFloat) or isinstance(self.input.range, MSE))
-        return self.needs_ranges and searched
+        if self.input is None or not self.needs_ranges:
+            return False
+        form = self.input.format
+        several = isinstance(form, BestFloat) or (isinstance(form, Codebook) and len(form.tables) > 1)
+        return several or isinstance(self.input.range, MSE)
 
     @property
     def needs_inputs(self) -> bool:
@@ -222,12 +225,16 @@ def _check_format(where: str, spec: TensorSpec) -> None:
             f"LayerSpec: {where} with {type(granularity).__name__} must be a signed Float or a symmetric Int, got {form}. "
             "Use PerGroup."
         )
-    if isinstance(form, Codebook) and len(form.tables) > 1 and not isinstance(granularity, PerGroup):
+    if not (isinstance(form, Codebook) and len(form.tables) > 1):
+        return
+    if where == "weight" and not isinstance(granularity, PerGroup):
         raise ValueError(
             f"LayerSpec: {where} with several tables must be PerGroup, got {granularity}. Every group chooses one of them."
         )
-    if isinstance(form, Codebook) and len(form.tables) > 1 and where == "input":
-        raise ValueError("LayerSpec: input must have one table, got several. Choosing among them at every call does not pay.")
+    if where == "input" and isinstance(spec.range, Dynamic):
+        raise ValueError(
+            "LayerSpec: input with a Dynamic range must have one table, got several. Choosing at every call does not pay."
+        )
 
 
 # --- words -----------------------------------------------------------------------------------------------------------

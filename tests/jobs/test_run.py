@@ -498,7 +498,7 @@ def test_more_recipes_and_candidates_on_the_same_pictures(done, job_file, tiny_f
     assert {key: now[key] for key in found} == found
     assert not repainted(out, {**{path: path.read_bytes() for path in painted(out)}, **before})
     assert now["mine", "psnr@vs_original"][0] == 100.0
-    assert now["pixart-w4a8", "psnr@vs_original"][0] < now["pixart-w8a8", "psnr@vs_original"][0]
+    assert now["pixart-w4a8-rtn", "psnr@vs_original"][0] < now["pixart-w8a8", "psnr@vs_original"][0]
     assert len(loaded) == 3  # to be quantized, that, and the candidate
 
 

@@ -7,9 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from dqtk.methods.format_search import ROWS, concrete, concrete_input
+from dqtk.methods.solve import solve
 from dqtk.numerics.affine import rounded
+from dqtk.numerics.codebook import adaptive_log, log_grid
+from dqtk.numerics.inputs import round_input
 from dqtk.numerics.weight_grid import fit_grid
-from dqtk.spec import MSE, AbsMax, BestFloat, Float, Int, PerChannel, PerGroup, PerTensor, TensorSpec
+from dqtk.spec import MSE, AbsMax, BestFloat, Float, Int, LayerSpec, PerChannel, PerGroup, PerTensor, TensorSpec
 
 SEARCH = MSE(steps=20, least=0.3, most=1.3)
 
@@ -107,3 +110,40 @@ def test_unsigned_floats_suit_what_silu_leaves(bits, seeded):
     normal = seeded(256, 64)
     spec = TensorSpec(format=BestFloat(bits=bits, signed=False), granularity=PerTensor(), range=SEARCH)
     assert concrete_input(normal, spec)[2] > 0  # a range below 0 is reached through the zero
+
+
+def attention_probabilities(seeded, sharp):
+    return (sharp * seeded(64, 128)).softmax(-1)
+
+
+@pytest.mark.parametrize("sharp", [0.5, 3.0])
+def test_a_calibrated_input_takes_the_table_that_loses_least(sharp, seeded):
+    """AdaLog's search over bases; what is stored has the one table."""
+    sample = attention_probabilities(seeded, sharp)
+    several = adaptive_log(4)
+    found, _, zero = concrete_input(sample, TensorSpec(format=several, granularity=PerTensor(), range=SEARCH))
+    assert zero is None
+    assert len(found.format.tables) == 1
+    assert found.format.tables[0] in several.tables
+
+    def loss(form):
+        tried, scale, _ = concrete_input(sample, TensorSpec(format=form, granularity=PerTensor(), range=SEARCH))
+        return float((rounded(sample, scale, None, tried.format) - sample).square().sum())
+
+    alone = [loss(replace(several, tables=(values,))) for values in several.tables]
+    assert loss(found.format) == min(alone)
+    assert min(alone) < loss(log_grid(4))  # base 2 is not what these inputs want
+
+
+def test_layers_calibrate_an_input_with_several_tables(seeded, stats_of):
+    """From the spec to a layer's numbers: the stored spec names one table, the layer rounds to it."""
+    sample = attention_probabilities(seeded, 2.0)
+    given = TensorSpec(format=adaptive_log(4), granularity=PerTensor(), range=SEARCH)
+    spec = LayerSpec(weight=TensorSpec(format=Int(bits=8), granularity=PerChannel()), input=given)
+    assert spec.needs_stats
+    assert spec.searches_input
+    (solution,) = solve([seeded(8, 128, seed=2)], spec, stats_of(sample))
+    assert len(solution.spec.input.format.tables) == 1
+    x = round_input(sample, solution.spec.input, solution.tensors["input_scale"], None)
+    assert (x - sample).norm() < 0.2 * sample.norm()
+    assert len(x.unique()) <= 16

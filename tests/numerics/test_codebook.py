@@ -1,9 +1,11 @@
 """Tables: the published values, the nearest entry, the best of several tables."""
 
+import math
+
 import pytest
 import torch
 
-from dqtk.numerics.codebook import bitmod, log_grid, nearest, nf4, span, table
+from dqtk.numerics.codebook import adaptive_log, bitmod, log_grid, nearest, nf4, span, table, tan_grid
 from dqtk.numerics.packing import layout, selector_bits, stored_bytes, unpack
 from dqtk.numerics.weight_grid import fit_grid
 from dqtk.spec import MSE, AbsMax, Codebook, PerChannel, PerGroup, TensorSpec
@@ -41,11 +43,30 @@ def test_log_grid_is_powers_and_zero():
     assert log_grid(5, base=1.5).name == "log1.5"
 
 
+def test_adaptive_log_reaches_from_an_octave_to_28():
+    form = adaptive_log(4)
+    assert len(form.tables) == 16
+    least = [values[1] for values in form.tables]
+    assert least == sorted(least, reverse=True)
+    assert (least[0], least[-1]) == (pytest.approx(0.5), pytest.approx(2.0**-28))
+
+
+@pytest.mark.parametrize("alpha", [0.3, 1.2, 1.5])
+def test_tan_grid_has_equal_steps_of_the_tangent(alpha):
+    values = torch.tensor(tan_grid(5, alpha).tables[0], dtype=torch.float64)
+    tangents = (alpha * values).tan()
+    torch.testing.assert_close(tangents, math.tan(alpha) * torch.arange(32, dtype=torch.float64) / 31)
+    steps = values.diff()
+    assert bool((steps.diff() < 0).all())  # finer and finer towards 1
+    assert (values[0], values[-1]) == (0, 1)
+
+
 @pytest.mark.parametrize(
     ("call", "text"),
     [
         (lambda: bitmod(5), r"bitmod: bits must be 3 or 4, got 5\. Use another format"),
         (lambda: log_grid(4, base=1.0), r"log_grid: base must be above 1, got 1\.0\. The usual base is 2"),
+        (lambda: tan_grid(4, 1.6), r"tan_grid: alpha must be between 0 and pi / 2, got 1\.6\. The usual value is 1\.2"),
         (lambda: log_grid(1), r"Codebook: tables must be 1 to 16 ascending lists of 4, 8, 16 \.\.\. 256 values, got sizes \[2\]"),
     ],
 )

@@ -120,7 +120,7 @@ def made_up(plan_summary):
             for kind in ("own", "same")
         ]
         size = ComponentSize(name="transformer", in_memory=8000, at_16_bit=8000, on_disk=8100)
-        smaller = ComponentSize(name="transformer", in_memory=2400, at_16_bit=2400, on_disk=2500)
+        smaller = ComponentSize(name="transformer", in_memory=2400, at_16_bit=2400, on_disk=2500, zeros=0.125)
         fields = {
             "reference_name": "tiny-pixart",
             "candidate_name": "out/pixart-w4a8",

@@ -8,7 +8,7 @@ from torch import nn
 
 import dqtk
 from dqtk.report.numbers import bytes_text, number_text, range_text, ratio_text
-from dqtk.report.sizes import bytes_at_16_bit, bytes_in_memory, bytes_on_disk, pipeline_sizes
+from dqtk.report.sizes import bytes_at_16_bit, bytes_in_memory, bytes_on_disk, pipeline_sizes, zero_share
 
 
 def test_parameters_and_buffers_once_each():
@@ -29,6 +29,26 @@ def test_sixteen_bit_sizes_keep_codes_and_scales():
     assert bytes_at_16_bit(model) == (64 * 64 + 64 * 4 + 64 * 2) + (64 * 64 + 64) * 2
     wide = bytes_at_16_bit(model)
     assert bytes_in_memory(model.to(torch.bfloat16)) == bytes_at_16_bit(model) == wide
+
+
+def test_share_of_exact_zeros():
+    """Of quantized weights only, each counted once; fewer bits leave more, E2M1 fewer than INT4 (its steps are finest at 0)."""
+    model = nn.Sequential(nn.Linear(64, 32, bias=False), nn.Linear(32, 16))
+    assert zero_share(model) is None
+    with torch.no_grad():
+        model[0].weight.copy_(torch.arange(2048).view(32, 64) % 4)  # a quarter zeros, and levels of every row's grid
+        model[1].weight.fill_(1.0)
+    dqtk.quantize(model, dqtk.plan(model, "w8a16", overrides={"1": None}), progress=False)
+    assert zero_share(model) == 0.25
+    shares = {}
+    for recipe in ("w8a16", "w4a16", "w4a8-rtn", "nvfp4"):
+        torch.manual_seed(0)
+        other = nn.Sequential(nn.Linear(256, 128))
+        dqtk.quantize(other, recipe, progress=False)
+        weight = other[0].stored_matrix()
+        shares[recipe] = zero_share(other)
+        assert shares[recipe] == float((weight == 0).float().mean())
+    assert shares["w8a16"] < shares["nvfp4"] < shares["w4a8-rtn"] < 0.2
 
 
 def test_saved_folder_by_component(tmp_path):
