@@ -1,6 +1,7 @@
 """Formats, solvers and transforms against each other and against what users would pick: same layers, same prompts and seeds.
 
     python benchmarks/methods.py [MODEL ...] [--num-prompts 16] [--steps 20] [--only SETTING ...] [--methods WORD ...] [--no-peers]
+    python benchmarks/methods.py --table
 
 MODEL is a pipeline, or an embedded one with ``-stressed`` behind its name. Every variant quantizes the same linear layers of the
 denoiser (what ``w8a8`` would, without convolutions and modulation, which no peer takes), so weights and bytes compare. Solvers
@@ -287,6 +288,36 @@ def peer_versions() -> dict[str, str]:
     }
 
 
+def markdown(models: list[str]) -> str:
+    """The newest row of every setting, method and model, as one table per setting."""
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    newest = {(r["setting"], r["method"], r["model"]): r for r in rows if r.get("benchmark") == "methods"}
+    lines = []
+    for setting in SETTINGS:
+        lines += ["", f"### {setting}", "", "| method | bits | " + " | ".join(models) + " |", "|---" * (2 + len(models)) + "|"]
+        methods = [f"dqtk {name}" for name in SETTINGS[setting]] + list(PEERS.get(setting, ()))
+        for method in methods:
+            found = [newest.get((setting, method, model)) for model in models]
+            if not any(found):
+                continue
+            bits = next((f"{r['bits_per_weight']:.2f}" for r in found if r and r.get("bits_per_weight")), "")
+            lines.append(f"| {method.removeprefix('dqtk ')} | {bits} | " + " | ".join(cell(r) for r in found) + " |")
+        if setting in NO_PEER:
+            lines += ["", f"Peers: {NO_PEER[setting]}."]
+    return "\n".join(lines[1:])
+
+
+def cell(row: dict | None) -> str:
+    """PSNR with its interval, SQNR, and the oracle's change."""
+    if row is None:
+        return ""
+    if "not_measured" in row:
+        return f"cannot: {row['not_measured'].split(':')[0]}"
+    psnr, sqnr, oracle = row["psnr"], row["sqnr_same"], row.get("oracle_change")
+    said = "" if oracle is None else f", {oracle[0]:+.2f}"
+    return f"{psnr[0]:.1f} ({psnr[1]:.1f} to {psnr[2]:.1f}), {sqnr[0]:.1f}{said}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", default=["tiny-pixart", "tiny-pixart-stressed", "tiny-sdxl", "tiny-sdxl-stressed"])
@@ -295,7 +326,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=tuple(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--methods", nargs="+", metavar="WORD", help="only methods whose name has one of these words")
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--table", action="store_true", help="measure nothing; print what is in results.jsonl as Markdown")
     options = parser.parse_args()
+    if options.table:
+        print(markdown(options.models))
+        return
     for model in options.models:
         run(model, options)
 

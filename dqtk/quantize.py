@@ -143,10 +143,10 @@ def quantize(
     touched = dict.fromkeys(choice.site.component for choice in work)
     try:
         with tqdm(total=len(work), desc="quantize", unit="layer", disable=not progress) as bar:
-            for solved in solutions(parts, work, stats, sequential=sequential, max_memory=max_memory):
+            how: dict[str, Any] = {"sequential": sequential, "max_memory": max_memory, "solved": bar.update}
+            for solved in solutions(parts, work, stats, **how):
                 for choice, solution in solved:
                     _install(parts[choice.site.component], choice.site, solution)
-                bar.update(len(solved))
     finally:
         for name in touched:
             _make_saveable(parts[name], made.recipe)

@@ -7,7 +7,7 @@ far, block by block.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 
 import torch
@@ -24,7 +24,13 @@ Solved = list[tuple[Choice, Solution]]
 
 
 def solutions(
-    parts: Mapping[str, nn.Module], work: Sequence[Choice], stats: Stats | None, *, sequential: bool, max_memory: int
+    parts: Mapping[str, nn.Module],
+    work: Sequence[Choice],
+    stats: Stats | None,
+    *,
+    sequential: bool,
+    max_memory: int,
+    solved: Callable[[int], object] = lambda num: None,
 ) -> Iterator[Solved]:
     """Solve all choices, a group at a time. What is yielded may be put into the model at once.
 
@@ -34,21 +40,22 @@ def solutions(
         stats: needed if some spec needs them.
         sequential: take inputs from the partly quantized model.
         max_memory: bytes that second moments may take at a time; one input's are taken whatever they are.
+        solved: told how many layers have just been solved, which may be long before they are yielded.
     """
     for component, mine in groupby(work, key=lambda choice: choice.site.component):
         groups = _groups(parts[component], component, list(mine), stats)
         learning = [group for group in groups if _learns(group)]
         if sequential:
             for stage in _stages(groups, max_memory, by_block=True):
-                yield from list(_solved(parts[component], stage, stats))
+                yield from list(_solved(parts[component], stage, stats, solved))
             continue
         held: list[Solved] = []
         for stage in _stages(learning, max_memory, by_block=False):
-            held += _solved(parts[component], stage, stats)
+            held += _solved(parts[component], stage, stats, solved)
         yield from held
         for group in groups:
             if not _learns(group):
-                yield from _solved(parts[component], [group], stats)
+                yield from _solved(parts[component], [group], stats, solved)
 
 
 def _learns(group: Sequence[Choice]) -> bool:
@@ -92,12 +99,16 @@ def _block(path: str) -> str:
 
 
 @torch.no_grad()
-def _solved(module: nn.Module, stage: Sequence[list[Choice]], stats: Stats | None) -> Iterator[Solved]:
+def _solved(
+    module: nn.Module, stage: Sequence[list[Choice]], stats: Stats | None, solved: Callable[[int], object]
+) -> Iterator[Solved]:
     sites = [choice.site for group in stage if _learns(group) for choice in group]
     assert stats is not None or not sites
     inputs: Mapping[str, Inputs] = gather(module, stats.calls, sites) if stats is not None and sites else {}
     for group in stage:
-        yield _solve_group(module, group, inputs, stats)
+        found = _solve_group(module, group, inputs, stats)
+        solved(len(found))
+        yield found
 
 
 def _solve_group(module: nn.Module, group: list[Choice], inputs: Mapping[str, Inputs], stats: Stats | None) -> Solved:

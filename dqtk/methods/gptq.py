@@ -15,7 +15,7 @@ from dqtk.numerics.packing import Packed
 from dqtk.numerics.weight_grid import WeightGrid, fit_grid
 from dqtk.spec import GPTQ, TensorSpec
 
-BLOCK = 128  # columns between two matrix products
+BLOCK = 128  # columns (C) between two matrix products
 
 
 def gptq(weight: Tensor, spec: TensorSpec, inputs: Inputs, solver: GPTQ, factor: "Factor | None" = None) -> Packed:
@@ -54,17 +54,23 @@ def descended(weight: Tensor, values: Tensor, grid: WeightGrid, gram: Tensor, sw
     if not sweeps:
         return values
     g = gram.float().to(values.device)
-    curvature, columns = g.diagonal(), torch.arange(len(g), device=values.device)
+    curvature, columns = g.diagonal().tolist(), torch.arange(len(g), device=values.device)
     values = values.clone()
     slope = (values - weight.float()) @ g
     for _ in range(sweeps):
-        for j in range(len(g)):
-            if float(curvature[j]) <= 0:
-                continue
-            now = values[:, j : j + 1]
-            best = grid.round(now - slope[:, j : j + 1] / curvature[j], columns[j : j + 1])
-            slope.addmm_(best - now, g[j : j + 1])
-            values[:, j : j + 1] = best
+        for start in range(0, len(g), BLOCK):  # columns of a block see each other's changes at once, the others theirs afterwards
+            block = slice(start, min(start + BLOCK, len(g)))
+            before_CN, inner = values[:, block].T.contiguous(), g[block, block]
+            now_CN, slope_CN = before_CN.clone(), slope[:, block].T.contiguous()
+            for j in range(block.stop - start):
+                if curvature[start + j] <= 0:
+                    continue
+                wanted = now_CN[j] - slope_CN[j] / curvature[start + j]
+                best = grid.round(wanted[:, None], columns[start + j : start + j + 1])[:, 0]
+                slope_CN.addr_(inner[j], best - now_CN[j])
+                now_CN[j] = best
+            values[:, block] = now_CN.T
+            slope.addmm_((now_CN - before_CN).T, g[block])
     return values
 
 
@@ -101,15 +107,13 @@ def _sweep(weight: Tensor, grid: WeightGrid, factor: Factor) -> Tensor:
     k = w.shape[1]
     for start in range(0, k, BLOCK):
         stop = min(start + BLOCK, k)
-        errors = w.new_empty(w.shape[0], stop - start)
-        for j in range(start, stop):
-            column = w[:, j : j + 1]
-            q = grid.round(column, order[j : j + 1])
-            values[:, j : j + 1] = q
-            error = (column - q) / upper[j, j]
-            errors[:, j - start : j - start + 1] = error
-            if j + 1 < stop:
-                w[:, j + 1 : stop].addmm_(error, upper[j : j + 1, j + 1 : stop], alpha=-1)
+        part_CN, inner = w[:, start:stop].T.contiguous(), upper[start:stop, start:stop]
+        errors_CN = torch.empty_like(part_CN)
+        for j in range(stop - start):
+            q = grid.round(part_CN[j][:, None], order[start + j : start + j + 1])
+            values[:, start + j : start + j + 1] = q
+            errors_CN[j] = (part_CN[j] - q[:, 0]) / inner[j, j]
+            part_CN[j + 1 :].addr_(inner[j, j + 1 :], errors_CN[j], alpha=-1)
         if stop < k:
-            w[:, stop:].addmm_(errors, upper[start:stop, stop:], alpha=-1)
+            w[:, stop:].addmm_(errors_CN.T, upper[start:stop, stop:], alpha=-1)
     return torch.empty_like(values).index_copy_(1, order, values)
