@@ -116,7 +116,8 @@ def quantize(
         stats: calibration result; needed by plans with static inputs, and by solvers and transforms that learn from inputs.
         prompts: calibrate with these when ``stats`` is missing.
         call_kwargs: pipeline arguments for calibrating, over those that its family needs.
-        sequential: solvers that learn from inputs see those of the model as it is quantized so far, not of the original.
+        sequential: solvers that learn from inputs see those of the model as it is quantized so far, not of the original. Inputs
+            that are NaN are then found when their block's turn comes; the blocks before it stay quantized.
         max_memory: bytes that the second moments of inputs may take at a time; more means fewer replays of the kept calls.
         progress: show a bar.
     Returns:

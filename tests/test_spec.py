@@ -420,6 +420,8 @@ def test_impossible_layers(weight, given, text):
 
 
 def test_the_same_kind_of_transform_twice():
+    with pytest.raises(ValueError, match=r"LayerSpec: transforms must be a tuple, got \[Hadamard"):
+        LayerSpec(weight=W8, transforms=[Hadamard()])
     with pytest.raises(ValueError, match=r"LayerSpec: transforms must be of different kinds, got \(Hadamard\(.*Drop one"):
         LayerSpec(weight=W8, transforms=(Hadamard(), Hadamard(block=64)))
 

@@ -78,6 +78,11 @@ def gather(module: nn.Module, calls: Sequence[Call], sites: Sequence[Site], *, m
         return see
 
     replay(module, mine, {site.path: watch(site) for site in first.values()})
+    for name, site in first.items():
+        if name not in sums:
+            raise ValueError(
+                f"calibrate: {site.id} must be given numbers to learn from, got empty inputs only. Keep it at 16 bits."
+            )
     return {name: _finish(found) for name, found in sums.items()}
 
 

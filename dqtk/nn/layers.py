@@ -200,11 +200,13 @@ class QuantLinear(Quantized, nn.Linear):
             return linear_int8(z, module.qweight, *scales, self.stored_width)
         if op == "linear_fp8":
             return linear_fp8(z, module.qweight, module.scale, bias, module.input_scale)
-        # Rounded numbers and their products are float32, as in kernels; weights alone run in the compute dtype.
-        dtype = z.dtype if op == "weight_only" else torch.float32
-        if self.spec.input is not None:
-            z = round_input(z.float(), self.spec.input, module.input_scale, module.input_zero, z.ndim - 1)
-        return F.linear(z.to(dtype), self.stored_matrix().to(dtype), None if bias is None else bias.to(dtype))
+        if op == "weight_only":
+            return F.linear(z, self.stored_matrix().to(z.dtype), None if bias is None else bias.to(z.dtype))
+        # Rounded numbers and their products are float32, as in kernels, autocast or not.
+        assert self.spec.input is not None
+        z = round_input(z.float(), self.spec.input, module.input_scale, module.input_zero, z.ndim - 1)
+        with torch.autocast(z.device.type, enabled=False):
+            return F.linear(z, self.stored_matrix(), None if bias is None else bias.float())
 
 
 class _QuantConv(Quantized):
@@ -265,14 +267,16 @@ class _QuantConv(Quantized):
                 list(module.padding),
                 list(module.dilation),
             )
+        conv, where = (F.conv1d, F.conv2d, F.conv3d)[dims - 1], (module.stride, module.padding, module.dilation)
         dtype = x.dtype if self.spec.input is None else torch.float32
-        rounded = x
-        if self.spec.input is not None:  # a sample is a token: convolution inputs have no others
-            rounded = round_input(x.movedim(1, -1).float(), self.spec.input, module.input_scale, module.input_zero).movedim(-1, 1)
         weight = from_matrix(self.stored_matrix().to(dtype), module.kernel_size)
         bias = None if module.bias is None else module.bias.to(dtype)
-        conv = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
-        return conv(rounded.to(dtype), weight, bias, module.stride, module.padding, module.dilation).to(x.dtype)
+        if self.spec.input is None:
+            return conv(x, weight, bias, *where)
+        # A sample is a token: convolution inputs have no others.
+        rounded = round_input(x.movedim(1, -1).float(), self.spec.input, module.input_scale, module.input_zero).movedim(-1, 1)
+        with torch.autocast(x.device.type, enabled=False):
+            return conv(rounded, weight, bias, *where).to(x.dtype)
 
 
 class QuantConv1d(_QuantConv, nn.Conv1d):

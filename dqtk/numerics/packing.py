@@ -160,12 +160,15 @@ def stored_bytes(spec: TensorSpec, n: int, k: int) -> int:
 
 
 def count_groups(spec: TensorSpec, k: int) -> int:
-    """Groups in a row of K inputs; 1 where the row shares a scale. Raises ``ValueError`` if the group size does not divide K."""
+    """Groups in a row of K numbers, of a weight or of an input; 1 where the row shares a scale.
+
+    Raises ``ValueError`` if the group size does not divide K.
+    """
     if not isinstance(spec.granularity, GROUPS):
         return 1
     size = spec.granularity.size
     if k % size:
-        raise ValueError(f"count_groups: group size must divide the {k} inputs of the weight, got {size}. Choose another size.")
+        raise ValueError(f"count_groups: group size must divide the {k} inputs, got {size}. Choose another size.")
     return k // size
 
 

@@ -13,7 +13,7 @@ import torch
 
 from dqtk.spec import Float, Hadamard, Int, LayerSpec, Smooth
 
-from .packing import Layout, bytes_of, layout, packed_width
+from .packing import Layout, bytes_of, count_groups, layout, packed_width
 
 BUFFERS = ("qweight", "scale", "group_scale", "zero", "selector", "input_scale", "input_zero", "smooth", "signs", "down", "up")
 
@@ -21,9 +21,11 @@ BUFFERS = ("qweight", "scale", "group_scale", "zero", "selector", "input_scale",
 def layer_layout(spec: LayerSpec, n: int, k: int, channels: int) -> Layout:
     """Name -> (shape, dtype) of a layer with a weight matrix [n, k].
 
-    ``channels``: of the input; k, unless it is a convolution.
+    ``channels``: of the input; k, unless it is a convolution. Raises ``ValueError`` if a group size does not divide.
     """
     found = layout(spec.weight, n, k)
+    if spec.input is not None:
+        count_groups(spec.input, channels)
     if spec.input is not None and spec.needs_ranges:
         found["input_scale"] = ((1,), torch.float32)
         if isinstance(spec.input.format, Int):

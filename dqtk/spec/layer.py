@@ -142,6 +142,8 @@ class LayerSpec:
     correct_bias: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.transforms, tuple):
+            raise ValueError(f"LayerSpec: transforms must be a tuple, got {self.transforms!r}. For example (Smooth(), Hadamard()).")
         self._check_weight()
         if self.input is not None:
             self._check_input(self.input)

@@ -154,6 +154,12 @@ def test_calls_without_rows_are_passed_over():
     assert found.count == 32
 
 
+def test_a_layer_with_empty_inputs_only():
+    x = seeded(2, 0, 8)
+    with pytest.raises(ValueError, match=r"calibrate: transformer:q must be given numbers to learn from, got empty inputs only"):
+        gather(Attention(), calls_of(x, x), [site("q")])
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(("level", "words"), [(0.25, " at noise level 0.250"), (None, "")])
 def test_numbers_that_are_none(value, level, words):

@@ -351,3 +351,14 @@ def test_layers_say_what_runs():
     assert new.kernel().endswith("emulated in floating point")
     assert "WFP4 E2M1 group 8 E4M3, AFP4 E2M1 group 8 E4M3, smooth, rotated, rank 2" in repr(new)
     assert isinstance(new, QuantLinear)
+
+
+@pytest.mark.parametrize("layer", ["linear", "conv2d"])
+def test_autocast_does_not_lower_what_is_emulated(layer):
+    """Rounded numbers are multiplied in float32, as without autocast; weights alone may run in bf16."""
+    plain, x = build(layer)
+    new = filled(plain, LayerSpec(weight=WEIGHTS["nvfp4"], input=INPUTS["e2m1 group"]), {})
+    assert new.op == "emulated"
+    with torch.autocast("cpu", torch.bfloat16):
+        y = new(x)
+    assert torch.equal(y, new(x))

@@ -10,7 +10,7 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NAMES = sorted(path.name for path in FOLDER.glob("*.ipynb"))
-PICTURES = {"01_quantize_in_three_lines.ipynb": 2, "02_compare_images.ipynb": 4, "03_batch_metrics.ipynb": 2}
+PICTURES = {"01_quantize_in_three_lines.ipynb": 2, "02_compare_images.ipynb": 4, "03_batch_metrics.ipynb": 2, "04_methods.ipynb": 1}
 
 
 def outputs(notebook):
@@ -36,6 +36,7 @@ def test_runs(name, tmp_path):
     assert not [o for o in outputs(notebook) if o.output_type == "error"]
     text = " ".join(str(output) for output in outputs(notebook))
     expected = {"01": "w4a8: default", "02": "hard to tell|same pictures", "03": "frechet\\[tiny-clip\\]@vs_original\\(paired\\)"}
+    expected["04"] = "smooth \\+ rotate \\+ gptq"
     assert re.search(expected[name[:2]], text)
 
 

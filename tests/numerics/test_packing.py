@@ -295,7 +295,7 @@ def test_groups_must_divide():
     spec = TensorSpec(format=Int(bits=4), granularity=PerGroup(size=16))
     assert count_groups(spec, 48) == 3
     for call in (lambda: count_groups(spec, 40), lambda: layout(spec, 2, 40), lambda: rtn(torch.ones(2, 40), spec)):
-        with pytest.raises(ValueError, match="group size must divide the 40 inputs of the weight, got 16"):
+        with pytest.raises(ValueError, match="group size must divide the 40 inputs, got 16"):
             call()
 
 

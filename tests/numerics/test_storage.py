@@ -37,7 +37,7 @@ ONE = {"input_scale": ((1,), torch.float32)}
 CASES = [
     (LayerSpec(weight=W4), {}),
     (LayerSpec(weight=W4, input=TensorSpec(format=Int(bits=8), granularity=PerToken(), range=Dynamic())), {}),
-    (LayerSpec(weight=W4, input=TensorSpec(format=Float(), granularity=E8M0Group(size=8), range=Dynamic())), {}),
+    (LayerSpec(weight=W4, input=TensorSpec(format=Float(), granularity=E8M0Group(size=12), range=Dynamic())), {}),
     (LayerSpec(weight=W4, input=static(Int(bits=8))), ONE | {"input_zero": ((1,), torch.int32)}),
     (LayerSpec(weight=W4, input=static(Int(bits=4, symmetric=False))), ONE | {"input_zero": ((1,), torch.int32)}),
     (LayerSpec(weight=W4, input=static(Float())), ONE),
@@ -71,10 +71,14 @@ def test_transforms_of_a_convolution_are_as_wide_as_its_channels():
 
 @pytest.mark.parametrize("granularity", [PerGroup(size=12 * 2), E8M0Group(size=8), E4M3Group(size=8)], ids=str)
 def test_groups_that_do_not_fit_are_refused(granularity):
-    with pytest.raises(
-        ValueError, match=r"count_groups: group size must divide the 36 inputs of the weight, got \d+\. Choose another"
-    ):
+    with pytest.raises(ValueError, match=r"count_groups: group size must divide the 36 inputs, got \d+\. Choose another"):
         layer_layout(LayerSpec(weight=TensorSpec(format=Int(bits=4), granularity=granularity)), N, K, K)
+
+
+def test_groups_of_inputs_that_do_not_fit_are_refused():
+    given = TensorSpec(format=Int(bits=4), granularity=PerGroup(size=24), range=Dynamic())
+    with pytest.raises(ValueError, match=r"count_groups: group size must divide the 36 inputs, got 24\. Choose another"):
+        layer_layout(LayerSpec(weight=W4, input=given), N, K, K)
 
 
 def test_weights_are_stored_as_packing_says(weight_spec):

@@ -169,5 +169,5 @@ def test_bfloat16_weights_are_fitted_in_float32(weight_spec, seeded):
 
 def test_group_size_must_divide():
     for form in (Int(bits=4), nf4()):
-        with pytest.raises(ValueError, match="group size must divide the 20 inputs of the weight, got 8"):
+        with pytest.raises(ValueError, match="group size must divide the 20 inputs, got 8"):
             fit_grid(torch.ones(2, 20), TensorSpec(format=form, granularity=PerGroup(size=8)))
