@@ -37,7 +37,7 @@ ONE = {"input_scale": ((1,), torch.float32)}
 CASES = [
     (LayerSpec(weight=W4), {}),
     (LayerSpec(weight=W4, input=TensorSpec(format=Int(bits=8), granularity=PerToken(), range=Dynamic())), {}),
-    (LayerSpec(weight=W4, input=TensorSpec(format=Float(), granularity=E8M0Group(size=12), range=Dynamic())), {}),
+    (LayerSpec(weight=W4, input=TensorSpec(format=Float(), granularity=PerToken(), range=Dynamic())), {}),
     (LayerSpec(weight=W4, input=static(Int(bits=8))), ONE | {"input_zero": ((1,), torch.int32)}),
     (LayerSpec(weight=W4, input=static(Int(bits=4, symmetric=False))), ONE | {"input_zero": ((1,), torch.int32)}),
     (LayerSpec(weight=W4, input=static(Float())), ONE),
