@@ -27,6 +27,8 @@ from .low_rank import low_rank
 from .rtn import rtn
 from .smooth import smoothing
 
+SEARCH_ROWS = 512  # of a weight, evenly: on them smoothing is searched
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Solution:
@@ -119,7 +121,8 @@ def _transformed(
     assert isinstance(transform, Smooth)
     assert inputs is not None
     rest = replace(spec, transforms=spec.transforms[index + 1 :])
-    multiplier = smoothing(weights, inputs, transform, channels, lambda m: _smooth_error(weights, inputs, rest, m, channels))
+    judged = [weight[:: -(-weight.shape[0] // SEARCH_ROWS)] for weight in weights]
+    multiplier = smoothing(weights, inputs, transform, channels, lambda m: _smooth_error(judged, inputs, rest, m, channels))
     taps = multiplier.repeat(weights[0].shape[1] // channels)
     return [weight / taps for weight in weights], inputs.mapped(lambda x: x * taps.to(x.dtype)), {"smooth": multiplier.bfloat16()}
 
