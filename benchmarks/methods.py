@@ -23,7 +23,7 @@ import torch
 from dqtk.pipelines.tiny.stress import stress
 
 import dqtk
-from dqtk.numerics.codebook import nf4
+from dqtk.numerics.codebook import bitmod, nf4
 from dqtk.prompt_sets import read_prompts
 from dqtk.recipes import recipe_named
 from dqtk.report.compare import compare
@@ -44,6 +44,7 @@ from dqtk.spec import (
     Int,
     LayerSpec,
     LowRank,
+    PerChannel,
     PerGroup,
     PerTensor,
     PerToken,
@@ -61,6 +62,7 @@ E2M1 = Float(exponent=2, mantissa=1)
 A8 = TensorSpec(format=Int(bits=8), granularity=PerToken(), range=Dynamic())
 AFP8 = TensorSpec(format=Float(), granularity=PerToken(), range=Dynamic())
 A4 = TensorSpec(format=Int(bits=4), granularity=PerGroup(size=64), range=Dynamic())
+W8 = TensorSpec(format=Int(bits=8), granularity=PerChannel())
 W4 = TensorSpec(format=Int(bits=4), granularity=TwoLevel(size=64))
 W4_GROUP = TensorSpec(format=Int(bits=4), granularity=PerGroup(size=64), range=MSE())
 WFP4 = TensorSpec(format=E2M1, granularity=PerGroup(size=64), range=MSE(steps=28, least=0.6, most=2.0))
@@ -72,6 +74,7 @@ A8_STATIC = TensorSpec(format=Int(bits=8, symmetric=False), granularity=PerTenso
 W4_SMALL = TensorSpec(format=Int(bits=4), granularity=PerGroup(size=32), range=MSE())
 W4_ZERO = TensorSpec(format=Int(bits=4, symmetric=False), granularity=PerGroup(size=64), range=MSE())
 WNF4 = TensorSpec(format=nf4(), granularity=PerGroup(size=64), range=MSE())
+WBITMOD = TensorSpec(format=bitmod(4), granularity=PerGroup(size=64), range=MSE())
 BRANCH = LowRank(rank=1)  # 0.17 bits per weight where both sides are 192; groups of 32 instead of 64 cost 0.25
 
 
@@ -81,12 +84,18 @@ def spec(weight: TensorSpec, given: TensorSpec | None, *transforms, solver=RTN()
 
 LEARNED = AdaRound(iterations=400)
 SETTINGS = {
-    "8 bit": {name: recipe_named(name).main_spec() for name in ("w8a8", "w8a8-static", "fp8", "fp8-static")},
+    "8 bit": {name: recipe_named(name).main_spec() for name in ("w8a8", "w8a8-static", "fp8", "fp8-static")}
+    | {
+        "w8a8 smooth": spec(W8, A8, Smooth()),
+        "w8a8-static smooth": spec(W8, A8_STATIC, Smooth()),
+        "w8a8-static bias": LayerSpec(weight=W8, input=A8_STATIC, correct_bias=True),
+    },
     "W4A16": {
         "rtn": spec(W4_ZERO, None),
         "gptq": spec(W4_ZERO, None, solver=GPTQ()),
         "nf4 rtn": spec(WNF4, None),
         "nf4 gptq": spec(WNF4, None, solver=GPTQ()),
+        "bitmod gptq": spec(WBITMOD, None, solver=GPTQ()),
     },
     "W4A8 INT": {
         "rtn": spec(W4, A8),
@@ -109,6 +118,7 @@ SETTINGS = {
         "smooth + gptq": spec(W4_GROUP, A4, Smooth(), solver=GPTQ()),
         "rotate + gptq": spec(W4_GROUP, A4, Hadamard(), solver=GPTQ()),
         "smooth + rotate + gptq": spec(W4_GROUP, A4, Smooth(), Hadamard(), solver=GPTQ()),
+        "rotate 64 + gptq": spec(W4_GROUP, A4, Hadamard(block=64), solver=GPTQ()),
         "smooth + rank 1 + gptq": spec(W4_GROUP, A4, Smooth(), solver=GPTQ(), low_rank=BRANCH),
         "smooth + gptq, weights in groups of 32": spec(W4_SMALL, A4, Smooth(), solver=GPTQ()),
     },
@@ -243,10 +253,11 @@ def bits_of(pipe, plan: dqtk.Plan) -> float:
     return round(8 * taken / sum(site.num_weights for site in sites), 3)
 
 
-def variants_of(setting: str, words: list[str], peers: bool) -> dict:
-    """Name -> spec or function of a peer."""
+def variants_of(setting: str, words: list[str], without: list[str], peers: bool) -> dict:
+    """Name -> spec or function of a peer: names with one of the words, and none of those to be left out."""
     found = {f"dqtk {name}": spec for name, spec in SETTINGS[setting].items()} | (PEERS.get(setting, {}) if peers else {})
-    return {name: what for name, what in found.items() if any(word in name for word in words)}
+    wanted = {name: what for name, what in found.items() if any(word in name for word in words)}
+    return {name: what for name, what in wanted.items() if not any(word in name for word in without)}
 
 
 def run(model: str, options) -> None:
@@ -258,8 +269,8 @@ def run(model: str, options) -> None:
     stats = dqtk.calibrate(reference, everything[CALIBRATION], watched, batch_size=8, call_kwargs=steps, progress=False)
     stats.run.pop("model")  # statistics of other plans than the one that is quantized, of the same weights
     for setting in options.only:
-        for name, what in variants_of(setting, options.methods or [""], not options.no_peers).items():
-            pipe = load(model)
+        for name, what in variants_of(setting, options.methods, options.without, not options.no_peers).items():
+            pipe, quantized = load(model), False
             shown = f"{model:22} {setting:9} {name:42}"
             try:
                 if isinstance(what, LayerSpec):
@@ -268,10 +279,11 @@ def run(model: str, options) -> None:
                 else:
                     plan = watched
                     quantize_peer(pipe, plan, what)
+                    quantized = True
                 measured = measure(reference, pipe, prompts, kwargs) | {"bits_per_weight": bits_of(pipe, plan)}
                 print(f"{shown} PSNR {measured['psnr']} SQNR {measured['sqnr_same']} {measured['bits_per_weight']} bit", flush=True)
             except PEER_ERRORS as error:
-                if isinstance(what, LayerSpec):
+                if isinstance(what, LayerSpec) or quantized:
                     raise
                 measured = {"not_measured": f"{type(error).__name__}: {str(error)[:200]}"}
                 print(f"{shown} not measured: {measured['not_measured'][:120]}", flush=True)
@@ -324,7 +336,8 @@ def main() -> None:
     parser.add_argument("--num-prompts", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--only", nargs="+", choices=tuple(SETTINGS), default=list(SETTINGS))
-    parser.add_argument("--methods", nargs="+", metavar="WORD", help="only methods whose name has one of these words")
+    parser.add_argument("--methods", nargs="+", default=[""], metavar="WORD", help="only methods whose name has one of these words")
+    parser.add_argument("--without", nargs="+", default=[], metavar="WORD", help="but none of these")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--table", action="store_true", help="measure nothing; print what is in results.jsonl as Markdown")
     options = parser.parse_args()

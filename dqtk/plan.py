@@ -14,6 +14,7 @@ from .numerics.storage import layer_bytes
 from .sites import ROLES, Adapter, Site, components_of, find_sites
 from .spec import (
     GROUPS,
+    RTN,
     Dynamic,
     E4M3Group,
     E8M0Group,
@@ -23,6 +24,7 @@ from .spec import (
     LayerSpec,
     PerChannel,
     PerToken,
+    Smooth,
     TensorSpec,
     canonical,
     describe,
@@ -32,6 +34,8 @@ from .spec import (
 )
 
 FORMAT_VERSION = 1
+
+MAX_LEARNED_INPUTS = 16384  # of a layer: its second moments take 2 GiB
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -285,6 +289,10 @@ def fit(spec: LayerSpec, site: Site) -> tuple[LayerSpec, str]:
     if site.channels % 4 and any(isinstance(transform, Hadamard) for transform in spec.transforms):
         spec = replace(spec, transforms=tuple(t for t in spec.transforms if not isinstance(t, Hadamard)))
         notes.append(f"not rotated: {site.channels} channels are no multiple of 4")
+    if spec.needs_inputs and site.k > MAX_LEARNED_INPUTS:
+        kept = tuple(transform for transform in spec.transforms if not isinstance(transform, Smooth))
+        spec = replace(spec, solver=RTN(), low_rank=None, correct_bias=False, transforms=kept)
+        notes.append(f"rounded to nearest: second moments of {site.k} inputs would take {8 * site.k**2 / 2**30:.1f} GiB")
     if spec.correct_bias and not site.bias:
         spec = replace(spec, correct_bias=False)
         notes.append("no bias to correct")

@@ -1,8 +1,9 @@
 """The main path: plan, (calibrate,) quantize, save, load.
 
 ``quantize`` streams: one layer's weight is read, solved, packed and swapped before the next is touched, so the peak is a few
-layers above the model. Whatever can be wrong with the model is found before the first layer is touched; whatever interrupts it
-later, the model is told which layers were really replaced: saving it then is still true.
+layers above the model. Recipes that learn from the inputs of the original keep it whole until all is solved: their packed layers
+come on top, and ``sequential`` does without. Whatever can be wrong with the model is found before the first layer is touched;
+whatever interrupts it later, the model is told which layers were really replaced: saving it then is still true.
 """
 
 import importlib
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from .calibrate import Stats, calibrate
 from .calibrate.gather import calls_of
-from .calibrate.run import fingerprint
+from .calibrate.run import check_model
 from .checkpoint import replace_layer, save_module, written_whole
 from .hosts import backend_of
 from .methods.solve import Solution
@@ -137,8 +138,8 @@ def quantize(
                 "Pass prompts=[...], or stats=dqtk.calibrate(pipe, prompts, plan)."
             )
         stats = calibrate(target, prompts, made, call_kwargs=call_kwargs, progress=progress)
-    if made.needs_stats and stats is not None and stats.run.get("model", mine := fingerprint(target, made)) != mine:
-        raise ValueError("quantize: stats must come from this model, got those of another (other weights). Calibrate this one.")
+    if made.needs_stats and stats is not None:
+        check_model(stats, target, made)
     for choice in work:
         _check_layer(parts[choice.site.component].get_submodule(choice.site.path), choice, stats)
     touched = dict.fromkeys(choice.site.component for choice in work)

@@ -210,7 +210,7 @@ def layer_with(**changes):
         ({"type": "LowRank", "rank": 0}, r"spec: LowRank: rank must be a positive integer, got 0\."),
         (
             {"type": "LowRank", "rnak": 4},
-            r"spec: LowRank: field must be one of rank, iterations, got 'rnak'\. Did you mean 'rank'\?",
+            r"spec: LowRank: field must be one of rank, iterations, shared, got 'rnak'\. Did you mean 'rank'\?",
         ),
         (layer_with(transforms=None), r"spec\.transforms: value must be a list, got None\."),
         (layer_with(transforms=[{"type": "Smoth"}]), r"spec\.transforms\[0\]: type must be one of .*Did you mean 'Smooth'\?"),
@@ -483,7 +483,7 @@ def test_what_calibration_must_find(spec, ranges, inputs):
         (LayerSpec(weight=TensorSpec(format=nf4(), granularity=PerGroup())), "W4 NF4 group 64, A16"),
         (LayerSpec(weight=TensorSpec(format=bitmod(3), granularity=PerGroup(size=128))), "W3 BitMoD group 128, A16"),
         (
-            LayerSpec(weight=TensorSpec(format=Codebook(tables=((0, 1, 2, 3),)), granularity=PerChannel())),
+            LayerSpec(weight=TensorSpec(format=Codebook(tables=((-2, -1, 1, 2),)), granularity=PerChannel())),
             "W2 codebook per channel, A16",
         ),
         (

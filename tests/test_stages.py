@@ -133,7 +133,8 @@ def test_another_spec_is_another_group_of_the_same_inputs(model, stats, watched)
 
 
 def test_layers_that_share_a_branch_have_one_down(model, stats):
-    quantize(model, planned(model, ("blocks.1.attn.*", BRANCH)), stats)
+    shared = dataclasses.replace(BRANCH, low_rank=LowRank(rank=2, shared=True))
+    quantize(model, planned(model, ("blocks.1.attn.*", shared)), stats)
     q, k, v, out = (model.blocks[1].attn.get_submodule(f"to_{name}") for name in ("q", "k", "v", "out"))
     assert torch.equal(q.down, k.down)
     assert torch.equal(q.smooth, v.smooth)

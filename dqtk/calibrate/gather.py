@@ -1,8 +1,9 @@
 """Second moments and a sample of layer inputs, from replayed calls: what solvers and transforms work with.
 
 Sites that share an input share one entry. Rows are tokens of a linear and windows of a convolution ([taps * C_in], channel
-innermost, zeros where the padding is). Of every call at most ``max_rows`` rows are taken, evenly, so that all noise levels and both
-halves of guidance count alike.
+innermost, zeros where the padding is). Of every call at most ``max_rows`` rows are taken, so that all noise levels and both halves
+of guidance count alike. They are drawn at random, seeded: every fixed stride divides some model's grid, and then sees the same
+tokens in every call.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,33 +16,56 @@ from torch import Tensor, nn
 from dqtk.kernels.conv import gather_windows
 from dqtk.sites import Site
 
+from .levels import at_level
 from .replay import Call, replay
 
 MAX_ROWS = 4096  # of one call
 SAMPLE_ROWS = 1024  # kept in all
+PEAKS = 8  # of one call: rows with the largest numbers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inputs:
     """What was seen of one input with K numbers per row.
 
-    gram: float64 [K, K], mean of x x^T. mean: float32 [K]. sample: float32 [R, K], R at most ``SAMPLE_ROWS``. count: rows in
-    the mean.
+    gram: float64 [K, K], mean of x x^T. mean: float32 [K]. sample: float32 [R, K], R at most ``SAMPLE_ROWS``, drawn evenly from
+    all calls. low, high: float32 [K], least and largest number of every channel. peaks: float32 [P, K], the rows with the largest
+    numbers of every call. count: rows in the mean.
     """
 
     gram: Tensor
     mean: Tensor
     sample: Tensor
+    low: Tensor
+    high: Tensor
+    peaks: Tensor
     count: int
+
+    @property
+    def absmax(self) -> Tensor:
+        """float32 [K]: largest magnitude of every channel."""
+        return torch.maximum(-self.low, self.high)
 
     def to(self, device: torch.device) -> "Inputs":
         """The same on another device."""
-        return replace(self, gram=self.gram.to(device), mean=self.mean.to(device), sample=self.sample.to(device))
+        names = ("gram", "mean", "sample", "low", "high", "peaks")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+    def scaled(self, factor: Tensor) -> "Inputs":
+        """The statistics of x * factor, for positive float32 [K]; exact."""
+        found = self.mapped(lambda x: x * factor.to(x.dtype))
+        return replace(found, low=self.low * factor, high=self.high * factor)
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "Inputs":
-        """The statistics of f(x) for a linear f on the last dimension."""
+        """The statistics of f(x) for a linear f on the last dimension.
+
+        Exact but for ``low`` and ``high``, which become those of the sample and of the rows with the largest numbers.
+        """
         gram = function(function(self.gram).T).T
-        return replace(self, gram=gram, mean=function(self.mean), sample=function(self.sample))
+        sample, peaks = function(self.sample), function(self.peaks)
+        seen = torch.cat([sample, peaks])
+        low, high = seen.amin(dim=0).clamp(max=0), seen.amax(dim=0).clamp(min=0)
+        return replace(self, gram=gram, mean=function(self.mean), sample=sample, low=low, high=high, peaks=peaks)
 
 
 def input_name(site: Site) -> str:
@@ -53,8 +77,21 @@ def input_name(site: Site) -> str:
 class _Sum:
     gram: Tensor
     total: Tensor
+    low: Tensor
+    high: Tensor
     sample: list[Tensor]
+    peaks: list[Tensor]
     count: int = 0
+    calls: int = 0
+
+    @staticmethod
+    def empty(k: int, device: torch.device) -> "_Sum":
+        gram, total = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in ((k, k), (k,)))
+        return _Sum(gram, total, torch.zeros(k, device=device), torch.zeros(k, device=device), [], [])
+
+    def reach(self, low: Tensor, high: Tensor) -> None:
+        """Least and largest numbers of another call."""
+        self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
 
 
 def gather(module: nn.Module, calls: Sequence[Call], sites: Sequence[Site], *, max_rows: int = MAX_ROWS) -> dict[str, Inputs]:
@@ -73,7 +110,12 @@ def gather(module: nn.Module, calls: Sequence[Call], sites: Sequence[Site], *, m
 
         def see(x: Tensor, call: Call) -> None:
             if x.numel():
-                _add(sums, site, rows_of(layer, x, max_rows), per_call, call)
+                name = input_name(site)
+                if name not in sums:
+                    sums[name] = _Sum.empty(site.k, x.device)
+                draw = torch.Generator().manual_seed(sums[name].calls)
+                _add(sums[name], site, rows_of(layer, x, max_rows, draw), per_call, call, draw)
+                sums[name].reach(*_ends(layer, x))
 
         return see
 
@@ -97,41 +139,59 @@ def calls_of(calls: Sequence[Call], component: str) -> list[Call]:
     return mine
 
 
-def rows_of(layer: Any, x: Tensor, max_rows: int) -> Tensor:
-    """float32 rows [R, K] that the layer's weight matrix is multiplied with, at most ``max_rows``, evenly chosen."""
+def rows_of(layer: Any, x: Tensor, max_rows: int, draw: torch.Generator) -> Tensor:
+    """float32 rows [R, K] that the layer's weight matrix is multiplied with, at most ``max_rows``, drawn at random."""
     if isinstance(layer, nn.Linear):
-        rows = x.reshape(-1, x.shape[-1])
-        return rows[:: -(-rows.shape[0] // max_rows)].float()
+        return _some(x.reshape(-1, x.shape[-1]), max_rows, draw).float()
     found, per_sample = [], max(1, max_rows // x.shape[0])
     for sample in x.float():  # one at a time: windows of a large map take taps times its memory
         windows = gather_windows(sample[None], layer.kernel_size, layer.stride, layer.padding, layer.dilation, 0)
-        found.append(windows[:: -(-windows.shape[0] // per_sample)].clone())
+        found.append(_some(windows, per_sample, draw).clone())
     return torch.cat(found)
 
 
-def _add(sums: dict[str, _Sum], site: Site, rows: Tensor, per_call: int, call: Call) -> None:
-    total = rows.sum(dim=0)
-    if not bool(torch.isfinite(total).all()):  # as good as looking at every number, and much cheaper
-        where = "" if call.level is None else f" at noise level {call.level:.3f}"
+def _ends(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and largest number of every column of all rows, float32 [K]; padding is 0."""
+    last = x if isinstance(layer, nn.Linear) else x.movedim(1, -1)
+    low, high = last.reshape(-1, last.shape[-1]).float().aminmax(dim=0)
+    taps = layer.weight[0].numel() // len(low)
+    return low.repeat(taps), high.repeat(taps)
+
+
+def _some(rows: Tensor, num: int, draw: torch.Generator) -> Tensor:
+    """At most ``num`` of the rows, in their order."""
+    if rows.shape[0] <= num:
+        return rows
+    return rows[torch.randperm(rows.shape[0], generator=draw)[:num].sort().values.to(rows.device)]
+
+
+def _add(found: _Sum, site: Site, rows: Tensor, per_call: int, call: Call, draw: torch.Generator) -> None:
+    square = rows.T @ rows
+    if not bool(torch.isfinite(square.diagonal()).all()):  # as good as looking at every number; squares may overflow too
         raise ValueError(
-            f"calibrate: inputs of {site.id} must be finite, got NaN or infinity{where}. "
+            f"calibrate: inputs of {site.id} must be finite, got NaN, infinity or more than 1e19{at_level(call.level)}. "
             "Calibrate in bfloat16 or float32, or keep the site at 16 bits."
         )
-    k = rows.shape[1]
-    name = input_name(site)
-    if name not in sums:
-        sums[name] = _Sum(torch.zeros(k, k, dtype=torch.float64), torch.zeros(k, dtype=torch.float64), [])
-    found = sums[name]
-    found.gram += (rows.T @ rows).double().cpu()
-    found.total += total.double().cpu()
-    found.count += rows.shape[0]
-    found.sample.append(rows[:: -(-rows.shape[0] // per_call)].cpu().clone())
+    found.gram += square
+    found.total += rows.sum(dim=0)
+    found.count, found.calls = found.count + rows.shape[0], found.calls + 1
+    found.sample.append(_some(rows, per_call, draw).cpu().clone())
+    largest = rows.abs().amax(dim=1).topk(min(PEAKS, rows.shape[0])).indices
+    found.peaks.append(rows[largest].cpu())
 
 
 def _finish(found: _Sum) -> Inputs:
-    sample = torch.cat(found.sample)
-    mean = (found.total / found.count).float()
-    return Inputs(gram=found.gram / found.count, mean=mean, sample=sample[:: -(-len(sample) // SAMPLE_ROWS)], count=found.count)
+    sample, peaks = torch.cat(found.sample), torch.cat(found.peaks)
+    largest = peaks.abs().amax(dim=1).topk(min(SAMPLE_ROWS // 4, len(peaks))).indices
+    return Inputs(
+        gram=found.gram.div_(found.count),
+        mean=(found.total / found.count).float(),
+        sample=_some(sample, SAMPLE_ROWS, torch.Generator().manual_seed(0)),
+        low=found.low,
+        high=found.high,
+        peaks=peaks[largest],
+        count=found.count,
+    )
 
 
 def gram_bytes(site: Site) -> int:

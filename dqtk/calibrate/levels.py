@@ -70,3 +70,8 @@ def _is_sigma(table: Tensor | None, t: float, steps: float) -> bool:
 def bucket_of(level: float, num_buckets: int) -> int:
     """Index of the level among equal intervals of [0, 1]."""
     return min(int(level * num_buckets), num_buckets - 1)
+
+
+def at_level(level: float | None) -> str:
+    """`` at noise level 0.250``, for messages."""
+    return "" if level is None else f" at noise level {level:.3f}"

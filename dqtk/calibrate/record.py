@@ -1,5 +1,6 @@
 """Record the inputs of sites while a pipeline runs. Hooks live inside a context manager; nothing stays on the modules."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -10,7 +11,7 @@ from dqtk.calls import given_arguments, time_of
 from dqtk.resolve import adapters
 from dqtk.sites import DENOISERS, Site, components_of
 
-from .levels import bucket_of, noise_level
+from .levels import at_level, bucket_of, noise_level
 from .stats import NO_LEVEL, InputStat, Key, Stats
 
 
@@ -18,6 +19,7 @@ class _Call:
     """The denoiser call in progress: noise-level bucket, and whether the batch holds both guidance branches."""
 
     bucket = NO_LEVEL
+    level: float | None = None
     guided = False
 
 
@@ -67,7 +69,7 @@ def _level_hook(call: _Call, pipe: Any, stats: Stats, num_prompts: int):
         given = given_arguments(module, args, kwargs)
         level = level_of(pipe, module, given)
         if level is not None:
-            call.bucket = bucket_of(level, stats.num_buckets)
+            call.bucket, call.level = bucket_of(level, stats.num_buckets), level
         sample = next(iter(given.values()), None)  # [B, ...], or a list of B samples
         call.guided = sample is not None and len(sample) == 2 * num_prompts
 
@@ -84,6 +86,12 @@ def _site_hook(site: Site, call: _Call, stats: Stats):
             uncond, cond = x.chunk(2)
             halves = {"uncond": uncond, "cond": cond}
         for branch, part in halves.items():
-            stats.add(Key(site.id, call.bucket, branch), observe(part, site.kind))
+            seen = observe(part, site.kind)
+            if not math.isfinite(seen.low) or not math.isfinite(seen.high):
+                raise ValueError(
+                    f"calibrate: inputs of {site.id} must be finite, got NaN or infinity{at_level(call.level)}. "
+                    "Calibrate in bfloat16 or float32, or keep the site at 16 bits."
+                )
+            stats.add(Key(site.id, call.bucket, branch), seen)
 
     return hook

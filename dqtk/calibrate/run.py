@@ -14,7 +14,7 @@ from tqdm import tqdm
 from dqtk.calls import call_arguments, prompt_argument
 from dqtk.checkpoint import digest
 from dqtk.plan import Plan
-from dqtk.sites import DENOISERS, components_of
+from dqtk.sites import DENOISERS, components_of, find_sites
 from dqtk.spec import LayerSpec
 
 from .record import level_of, recording
@@ -52,6 +52,9 @@ def calibrate(
     Raises:
         ValueError: no prompts, a target that is not a pipeline, or an ``output`` that belongs to another run.
     """
+    for name, value in (("batch_size", batch_size), ("steps_per_run", steps_per_run)):
+        if not (isinstance(value, int) and value >= 1):
+            raise ValueError(f"calibrate: {name} must be a positive integer, got {value!r}. The defaults are 4 and 10.")
     if not plan.needs_stats:
         return Stats()
     _check_call(pipe, prompts)
@@ -60,7 +63,7 @@ def calibrate(
     replayed = {name: part for name, part in components_of(pipe).items() if name in learning}
     stats = Stats.load(output) if output is not None and Path(output).exists() else Stats()
     kwargs = call_arguments(pipe, call_kwargs)
-    run = _identity(pipe, plan, prompts, seed, kwargs, steps_per_run)
+    run = _identity(pipe, plan, prompts, {"seed": seed, "batch_size": batch_size}, kwargs, steps_per_run)
     if stats.num_prompts:
         _check_same_run(stats, run, output)
     starts = range(stats.num_prompts, len(prompts), batch_size)
@@ -97,23 +100,38 @@ def _check_call(pipe: Any, prompts: Sequence[str]) -> None:
         )
 
 
-def fingerprint(target: Any, plan: Plan) -> str:
-    """A digest of the first and last watched weight: tells models apart, whatever float dtype they are loaded in."""
-    watched = [c.site for c in plan.choices if c.spec is not None and c.spec.needs_stats]
-    parts = components_of(target)
-    ends: list[Any] = [parts[site.component].get_submodule(site.path).weight for site in (watched[0], watched[-1])]
-    return " ".join(digest(weight.detach().bfloat16()) for weight in ends)
+def fingerprint(target: Any, plan: Plan) -> dict[str, str]:
+    """Component -> digest of some numbers of all its weights: tells models apart, whatever float dtype they are loaded in.
+
+    Of the components of which the plan needs statistics.
+    """
+    parts, found = components_of(target), {}
+    for name in sorted({c.site.component for c in plan.choices if c.spec is not None and c.spec.needs_stats}):
+        weights: list[Any] = [parts[name].get_submodule(site.path).weight for site in find_sites(parts[name], name)]
+        some = [weight.detach().flatten()[:: max(1, weight.numel() // 61)].bfloat16().cpu() for weight in weights]
+        found[name] = digest(torch.cat(some))
+    return found
+
+
+def check_model(stats: Stats, target: Any, plan: Plan) -> None:
+    """Raises ``ValueError`` where statistics come from another model than the plan's."""
+    known = json.loads(stats.run.get("model", "{}"))
+    for name, mine in fingerprint(target, plan).items():
+        if known.get(name, mine) != mine:
+            raise ValueError(
+                f"quantize: stats of {name} must come from this model, got those of other weights. Calibrate this one."
+            )
 
 
 def _identity(
-    pipe: Any, plan: Plan, prompts: Sequence[str], seed: int, kwargs: Mapping[str, Any], steps_per_run: int
+    pipe: Any, plan: Plan, prompts: Sequence[str], numbers: Mapping[str, int], kwargs: Mapping[str, Any], steps_per_run: int
 ) -> Callable[[int], dict[str, str]]:
     """Number of prompts seen -> what statistics of them depend on, in words."""
     sites = sorted(c.site.id + _kept(c.spec, steps_per_run) for c in plan.choices if c.spec is not None and c.spec.needs_stats)
     fixed = {
         "sites": f"{len(sites)} sites, {_short(sites)}",
-        "model": fingerprint(pipe, plan),
-        "seed": str(seed),
+        "model": json.dumps(fingerprint(pipe, plan)),
+        **{name: str(value) for name, value in numbers.items()},
         "call_kwargs": json.dumps({name: repr(value) for name, value in sorted(kwargs.items())}),
     }
     return lambda num: fixed | {"prompts": f"{num} prompts, {_short(prompts[:num])}"}

@@ -24,13 +24,13 @@ from dqtk.numerics.packing import Packed
 from dqtk.numerics.weight_grid import fit_grid
 from dqtk.spec import AdaRound, TensorSpec
 
-from .gptq import descended, output_error
+from .descent import descended, output_error, ridge
 
 STRETCH = 0.1  # of the sigmoid beyond 0 and 1 (Louizos et al. 2018)
 WARMUP = 0.2
 LEARNING_RATE, STRENGTH = 0.03, 10.0  # searched on four layers of tiny-pixart, INT4 and FP4
-SWEEPS = 2  # of coordinate descent at the end
 BETAS = (20.0, 2.0)
+DAMPING = 0.01  # of the coordinate descent afterwards, as of GPTQ
 
 
 def adaround(weight: Tensor, spec: TensorSpec, inputs: Inputs, solver: AdaRound) -> Packed:
@@ -51,7 +51,7 @@ def adaround(weight: Tensor, spec: TensorSpec, inputs: Inputs, solver: AdaRound)
     low, high = grid.neighbours(weight)
     up = _learn(weight, low, high, inputs.gram, solver)
     values, plain = torch.where(up, high, low), grid.round(weight)
-    values = descended(weight, values, grid, inputs.gram, SWEEPS)
+    values = descended(weight, values, grid, inputs.gram, solver.sweeps, ridge(inputs.gram, DAMPING))
     better = output_error(weight, values, inputs.gram) <= output_error(weight, plain, inputs.gram)
     return grid.pack(torch.where(better[:, None], values, plain))
 
@@ -102,7 +102,7 @@ def _learn(weight: Tensor, low: Tensor, high: Tensor, gram: Tensor, solver: AdaR
         first.lerp_(gradient, 0.1)
         second.lerp_(gradient.square(), 0.001)
         corrected = second / (1 - 0.999 ** (step + 1))
-        v = v - LEARNING_RATE * problem.scale * (first / (1 - 0.9 ** (step + 1))) / (corrected.sqrt() + 1e-12)
+        v = v - LEARNING_RATE * (first / (1 - 0.9 ** (step + 1))) / (corrected.sqrt() + 1e-12)
     return v >= 0
 
 

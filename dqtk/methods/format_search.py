@@ -32,11 +32,22 @@ def concrete(weight: Tensor, spec: TensorSpec) -> TensorSpec:
     return replace(spec, format=min(spec.format.splits, key=error))
 
 
-def concrete_input(sample: Tensor, spec: TensorSpec) -> tuple[TensorSpec, Tensor, Tensor | None]:
-    """The spec of a static input, its split or table found on a sample [R, K]; scale [1, 1]; zero [1, 1] or None."""
+def concrete_input(
+    sample: Tensor, spec: TensorSpec, ends: tuple[Tensor, Tensor] | None = None
+) -> tuple[TensorSpec, Tensor, Tensor | None]:
+    """The spec of a static input, its split or table found on a sample [R, K]; scale [1, 1]; zero [1, 1] or None.
+
+    ``ends``: least and largest number ever seen [1], where the sample may miss them.
+    """
     numbers = sample.float().flatten()
-    # Few of them tell where most lie; the ends tell how far the range must reach.
-    row = torch.cat([numbers[:: -(-numbers.numel() // NUMBERS)], torch.stack(numbers.aminmax())])[None]
+    # Few of them, drawn at random, tell where most lie; the ends tell how far the range must reach.
+    if numbers.numel() > NUMBERS:
+        drawn = torch.randint(numbers.numel(), (NUMBERS,), generator=torch.Generator().manual_seed(0))
+        some = numbers[drawn.to(numbers.device)]
+    else:
+        some = numbers
+    reach = [end.float().view(1) for end in (numbers.aminmax() if ends is None else ends)]
+    row = torch.cat([some, *reach])[None]
     best: tuple[float, TensorSpec, Tensor, Tensor | None] | None = None
     for form in _candidates(spec.format):
         scale, zero = find_scale(row, form, spec.range)

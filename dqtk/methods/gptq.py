@@ -7,6 +7,8 @@ is the least-squares answer. Columns are worked off in blocks, so that most of i
 descent on the same error follows.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ from dqtk.numerics.packing import Packed
 from dqtk.numerics.weight_grid import WeightGrid, fit_grid
 from dqtk.spec import GPTQ, TensorSpec
 
-BLOCK = 128  # columns (C) between two matrix products
+from .descent import BLOCK, descended, output_error, ridge
 
 
 def gptq(weight: Tensor, spec: TensorSpec, inputs: Inputs, solver: GPTQ, factor: "Factor | None" = None) -> Packed:
@@ -32,46 +34,12 @@ def gptq(weight: Tensor, spec: TensorSpec, inputs: Inputs, solver: GPTQ, factor:
     """
     grid = fit_grid(weight, spec)
     factor = factor or Factor.of(inputs.gram, solver)
-    values = descended(weight, _sweep(weight.float(), grid, factor), grid, inputs.gram, solver.sweeps)
+    values = _sweep(weight.float(), grid, factor)
+    values = descended(weight, values, grid, inputs.gram, solver.sweeps, ridge(inputs.gram, solver.damping))
     plain = grid.round(weight)
     error, plain_error = (output_error(weight, v, inputs.gram) for v in (values, plain))
     values = torch.where((error <= plain_error)[:, None], values, plain)
     return grid.pack(values)
-
-
-def output_error(weight: Tensor, values: Tensor, gram: Tensor) -> Tensor:
-    """float64 [N]: mean squared output error of every output channel, (q - w) G (q - w)^T."""
-    delta = values.double() - weight.double()
-    return ((delta @ gram) * delta).sum(dim=1)
-
-
-def descended(weight: Tensor, values: Tensor, grid: WeightGrid, gram: Tensor, sweeps: int) -> Tensor:
-    """Values improved one column at a time: each weight goes to the point of the grid that is best while all others stay.
-
-    The output error is quadratic in one weight, so the best point is the one nearest to its minimum; no step makes it larger.
-    Measured on layers of tiny-pixart, after GPTQ: 1 to 6 % less error on INT4, 4 to 40 % on FP4, nearly all of it in two rounds.
-    """
-    if not sweeps:
-        return values
-    g = gram.float().to(values.device)
-    curvature, columns = g.diagonal().tolist(), torch.arange(len(g), device=values.device)
-    values = values.clone()
-    slope = (values - weight.float()) @ g
-    for _ in range(sweeps):
-        for start in range(0, len(g), BLOCK):  # columns of a block see each other's changes at once, the others theirs afterwards
-            block = slice(start, min(start + BLOCK, len(g)))
-            before_CN, inner = values[:, block].T.contiguous(), g[block, block]
-            now_CN, slope_CN = before_CN.clone(), slope[:, block].T.contiguous()
-            for j in range(block.stop - start):
-                if curvature[start + j] <= 0:
-                    continue
-                wanted = now_CN[j] - slope_CN[j] / curvature[start + j]
-                best = grid.round(wanted[:, None], columns[start + j : start + j + 1])[:, 0]
-                slope_CN.addr_(inner[j], best - now_CN[j])
-                now_CN[j] = best
-            values[:, block] = now_CN.T
-            slope.addmm_((now_CN - before_CN).T, g[block])
-    return values
 
 
 class Factor:
@@ -82,21 +50,24 @@ class Factor:
 
     @staticmethod
     def of(gram: Tensor, solver: GPTQ) -> "Factor":
-        """Damping is raised tenfold until the matrix is positive definite: an eigenvalue below zero by rounding can ask for it."""
+        """Damping is raised tenfold until the matrix is positive definite: an eigenvalue below zero by rounding can ask for it.
+
+        Raises ``ValueError`` for a matrix that is not finite.
+        """
         diagonal = gram.diagonal()
         order = diagonal.argsort(descending=True, stable=True) if solver.act_order else torch.arange(len(gram), device=gram.device)
-        sorted_gram = gram[order][:, order].clone()
-        mean = float(diagonal.mean())
-        damping = solver.damping * (mean if mean > 0 else 1.0)
-        while True:
-            damped = sorted_gram.clone()
-            damped.diagonal().add_(damping)
+        damped, damping = gram[order][:, order], ridge(gram, solver.damping)
+        while math.isfinite(damping):
+            damped.diagonal().copy_(diagonal[order] + damping)
             lower, failed = torch.linalg.cholesky_ex(damped)
             if not int(failed):
-                upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+                inverse = torch.cholesky_inverse(lower)
+                del lower
+                upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
                 if not int(failed):
                     return Factor(order, upper.float())
             damping *= 10
+        raise ValueError("gptq: second moments must be finite, got NaN or infinity. Calibrate in float32 or bfloat16.")
 
 
 def _sweep(weight: Tensor, grid: WeightGrid, factor: Factor) -> Tensor:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from dqtk.calibrate.gather import Inputs
-from dqtk.methods.gptq import output_error
 from dqtk.numerics.weight_grid import fit_grid
 from dqtk.spec import LowRank, TensorSpec
+
+from .descent import output_error
 
 OVERSAMPLING, POWER_ITERATIONS = 10, 4
 

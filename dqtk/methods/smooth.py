@@ -15,7 +15,7 @@ from dqtk.calibrate.gather import Inputs
 from dqtk.spec import Smooth
 
 ALPHAS = tuple(i / 20 for i in range(1, 20))
-LEAST = 1e-5  # of an absmax: smaller channels are as good as empty
+LEAST = 1e-5  # smaller channels are as good as empty
 
 
 def smoothing(weights: list[Tensor], inputs: Inputs, transform: Smooth, channels: int, error: Callable[[Tensor], float]) -> Tensor:
@@ -30,7 +30,7 @@ def smoothing(weights: list[Tensor], inputs: Inputs, transform: Smooth, channels
     Returns:
         float32 [C].
     """
-    x = inputs.sample.abs().amax(dim=0).view(-1, channels).amax(dim=0).clamp(min=LEAST)
+    x = inputs.absmax.view(-1, channels).amax(dim=0).clamp(min=LEAST)
     w = torch.cat([weight.float().abs().amax(dim=0).view(-1, channels) for weight in weights]).amax(dim=0).clamp(min=LEAST)
     if transform.alpha is not None:
         return _multiplier(x, w, transform.alpha, transform.power_of_two)
@@ -46,7 +46,6 @@ def smoothing(weights: list[Tensor], inputs: Inputs, transform: Smooth, channels
 
 def _multiplier(x: Tensor, w: Tensor, alpha: float, power_of_two: bool) -> Tensor:
     log_s = alpha * x.log2() - (1 - alpha) * w.log2()
-    if power_of_two:  # 1, 2, 4 or 8 above the least, as far as an exponent of two bits reaches
-        log_s = (log_s - log_s.median()).round().clamp(-1, 2)
-        return torch.exp2(-log_s)
+    if power_of_two:  # down to an eighth of the largest, as far as an exponent of two bits reaches
+        return torch.exp2(-(log_s - log_s.max()).round().clamp(min=-3))
     return torch.exp2(log_s.mean() - log_s).bfloat16().float()  # as it is stored

@@ -72,27 +72,35 @@ def solve(
     spec = replace(spec, weight=weight_spec)
     spec, given = _static_input(spec, inputs, input_range)
     shared |= given
-    ups: list[Tensor | None] = [None] * len(work)
+    branches: list[tuple[Tensor, Tensor]] = []
     if spec.low_rank is not None:
         assert inputs is not None
-        down, up = low_rank(torch.cat(work), weight_spec, inputs, spec.low_rank, _input_noise(inputs, spec, shared))
-        ups = list(up.split([w.shape[0] for w in work]))
-        work = [w - u.float() @ down.float() for w, u in zip(work, ups, strict=True) if u is not None]
-        shared["down"] = down
+        branches = _branches(work, spec, inputs, _input_noise(inputs, spec, shared))
+        work = [w - up.float() @ down.float() for w, (down, up) in zip(work, branches, strict=True)]
     factor = Factor.of(inputs.gram, spec.solver) if isinstance(spec.solver, GPTQ) and inputs is not None else None
     solutions = []
-    for weight, mine in zip(work, ups, strict=True):
+    for index, weight in enumerate(work):
         packed = _packed(weight, spec, inputs, factor)
         # Copies: files have no tensors that share memory.
         tensors = packed.tensors() | {name: tensor.clone() for name, tensor in shared.items()}
-        if mine is not None:
-            tensors["up"] = mine.clone()
+        if branches:
+            down, up = branches[index]
+            tensors |= {"down": down.clone(), "up": up.clone()}
         shift = None
         if spec.correct_bias:
             assert inputs is not None
             shift = _bias_shift(weight, packed, spec, inputs, shared)
         solutions.append(Solution(spec=spec, tensors=tensors, bias_shift=shift))
     return solutions
+
+
+def _branches(weights: list[Tensor], spec: LayerSpec, inputs: Inputs, noise: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+    """down and up of every weight."""
+    assert spec.low_rank is not None
+    if not spec.low_rank.shared:
+        return [low_rank(weight, spec.weight, inputs, spec.low_rank, noise) for weight in weights]
+    down, up = low_rank(torch.cat(weights), spec.weight, inputs, spec.low_rank, noise)
+    return [(down, mine) for mine in up.split([weight.shape[0] for weight in weights])]
 
 
 def _packed(weight: Tensor, spec: LayerSpec, inputs: Inputs | None, factor: Factor | None) -> Packed:
@@ -124,7 +132,7 @@ def _transformed(
     judged = [weight[:: -(-weight.shape[0] // SEARCH_ROWS)] for weight in weights]
     multiplier = smoothing(weights, inputs, transform, channels, lambda m: _smooth_error(judged, inputs, rest, m, channels))
     taps = multiplier.repeat(weights[0].shape[1] // channels)
-    return [weight / taps for weight in weights], inputs.mapped(lambda x: x * taps.to(x.dtype)), {"smooth": multiplier.bfloat16()}
+    return [weight / taps for weight in weights], inputs.scaled(taps), {"smooth": multiplier.bfloat16()}
 
 
 def _rotation(transform: Hadamard, channels: int) -> Callable[[Tensor], Tensor]:
@@ -168,7 +176,7 @@ def _static_input(
         return spec, {}
     if spec.needs_inputs and (spec.transforms or spec.searches_input):
         assert inputs is not None
-        found, scale, zero = concrete_input(inputs.sample, spec.input)
+        found, scale, zero = concrete_input(inputs.sample, spec.input, (inputs.low.amin(), inputs.high.amax()))
         return replace(spec, input=found), _stored_input(found, scale, zero)
     assert input_range is not None
     low, high = input_range
@@ -203,7 +211,7 @@ def _input_noise(inputs: Inputs, spec: LayerSpec, shared: dict[str, Tensor]) -> 
 
 
 def _bias_shift(weight: Tensor, packed: Packed, spec: LayerSpec, inputs: Inputs, shared: dict[str, Tensor]) -> Tensor:
-    """Mean output error over the sample, float32 [N] (Nagel et al. 2019, arXiv 1906.04721, section 4.2)."""
+    """Mean output error over the inputs, float32 [N] (Nagel et al. 2019, arXiv 1906.04721, section 4.2)."""
     stored = dequantize(packed, spec.weight, weight.shape[1])
-    exact, rounded = inputs.sample.mean(dim=0), _rounded_sample(inputs, spec, shared).mean(dim=0)
-    return weight @ exact - stored @ rounded
+    moved = (_rounded_sample(inputs, spec, shared) - inputs.sample).mean(dim=0)
+    return (weight - stored) @ inputs.mean - stored @ moved

@@ -3,7 +3,7 @@
 Int, symmetric:     level = code, -(2^(b-1)-1) .. 2^(b-1)-1, no zero
 Int, asymmetric:    level = code, 0 .. 2^b - 1; zero is one of them (so the number 0 is representable)
 Float, signed:      level = the value of a bit pattern, see ``floats``; no zero
-Float, unsigned:    the same from 0 up; zero is any level, so that a range may begin below 0
+Float, unsigned:    the same from 0 up; zero is one of the levels, so that a range may begin below 0 and 0 is representable
 Codebook:           level = an entry of a table, see ``codebook``; no zero. ``which`` of its tables is an argument
 
 Scales are float32; all arithmetic is float32, whatever the input. A row of zeros gets scale 1, so nothing divides by zero.
@@ -79,7 +79,7 @@ def scale_of_range(low: Tensor, high: Tensor, form: Format, which: int = 0) -> t
         return scale, (-low / scale).round().clamp(least, most)
     if isinstance(form, Float) and not form.signed:
         scale = _nonzero((high - low) / largest(form))
-        return scale, -low / scale
+        return scale, round_to(-low / scale, form)
     return _nonzero(torch.maximum(-low, high) / top_level(form, which)), None
 
 
@@ -100,7 +100,7 @@ def nearest_level(y: Tensor, form: Format, which: int = 0) -> Tensor:
     if isinstance(form, Float):
         return round_to(y, form)
     assert isinstance(form, Codebook)
-    return table(form, which).to(y.device)[nearest(y, form, which).long()]
+    return table(form, which, y.device)[nearest(y, form, which).long()]
 
 
 def rounded(x: Tensor, scale: Tensor, zero: Tensor | None, form: Format, which: int = 0) -> Tensor:
@@ -128,7 +128,7 @@ def encode(x: Tensor, scale: Tensor, zero: Tensor | None, form: Format, which: i
 def levels(codes: Tensor, form: Format, which: int = 0) -> Tensor:
     """float32 levels of codes."""
     if isinstance(form, Codebook):
-        return table(form, which).to(codes.device)[codes.long()]
+        return table(form, which, codes.device)[codes.long()]
     return values_of(codes, form) if isinstance(form, Float) and codes.dtype == torch.uint8 else codes.float()
 
 

@@ -71,9 +71,15 @@ def tan_grid(bits: int, alpha: float = 1.2) -> Codebook:
     return Codebook(tables=(tuple(math.atan(k / top * math.tan(alpha)) / alpha for k in range(top + 1)),), name=f"tan{alpha:g}")
 
 
-def table(form: Codebook, which: int = 0) -> Tensor:
+def table(form: Codebook, which: int = 0, device: torch.device | str = "cpu") -> Tensor:
     """float32 [2^bits] of one table, ascending."""
-    return torch.tensor(form.tables[which], dtype=torch.float32)
+    return _table(form.tables[which], torch.device(device))
+
+
+@cache
+def _table(values: tuple[float, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # a cached inference tensor would break compiled graphs that are trained later
+        return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def span(form: Codebook, which: int = 0) -> float:
@@ -83,6 +89,6 @@ def span(form: Codebook, which: int = 0) -> float:
 
 def nearest(y: Tensor, form: Codebook, which: int = 0) -> Tensor:
     """uint8 codes of the nearest entries (of two equally near ones the lower)."""
-    values = table(form, which).to(y.device)
+    values = table(form, which, y.device)
     middles = (values[1:] + values[:-1]) / 2
     return torch.bucketize(y.float().contiguous(), middles).to(torch.uint8)

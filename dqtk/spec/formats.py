@@ -1,5 +1,6 @@
 """How one tensor is stored or rounded: number format, granularity, how its range is found."""
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -83,11 +84,14 @@ class Codebook:
     name: str = ""
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.tables, tuple) and all(isinstance(table, tuple) for table in self.tables)):
+            raise ValueError("Codebook: tables must be a tuple of tuples, got lists. For example ((-1.0, -0.3, 0.3, 1.0),).")
         sizes = {len(table) for table in self.tables}
         rising = all(x < y for table in self.tables for x, y in pairwise(table))
+        rising = rising and all(math.isfinite(x) for table in self.tables for x in table)
         if len(sizes) != 1 or sizes & {4, 8, 16, 32, 64, 128, 256} != sizes or not rising or not 1 <= len(self.tables) <= 16:
             raise ValueError(
-                f"Codebook: tables must be 1 to 16 ascending lists of 4, 8, 16 ... 256 values, got sizes {sorted(sizes)}. "
+                f"Codebook: tables must be 1 to 16 ascending lists of 4, 8, 16 ... 256 finite values, got sizes {sorted(sizes)}. "
                 "For example nf4() of dqtk.numerics.codebook."
             )
 

@@ -55,14 +55,17 @@ class AdaRound:
     """Learn for every weight whether it is rounded up or down (Nagel et al. 2020, arXiv 2004.10568), on any grid.
 
     On floating-point grids the step differs from weight to weight; the variable is scaled so that its gradient does not (FP4DiT,
-    arXiv 2503.15465). iterations: Adam steps.
+    arXiv 2503.15465). iterations: Adam steps. sweeps: rounds of coordinate descent afterwards, as of ``GPTQ``.
     """
 
     iterations: int = 2500
+    sweeps: int = 2
 
     def __post_init__(self) -> None:
         if not (isinstance(self.iterations, int) and self.iterations >= 1):
             raise ValueError(f"AdaRound: iterations must be a positive integer, got {self.iterations!r}. The usual number is 2500.")
+        if not (isinstance(self.sweeps, int) and self.sweeps >= 0):
+            raise ValueError(f"AdaRound: sweeps must be 0 or a positive integer, got {self.sweeps!r}. The usual number is 2.")
 
 
 Solver = RTN | GPTQ | AdaRound
@@ -111,11 +114,13 @@ Transform = Smooth | Hadamard
 class LowRank:
     """A branch of ``rank`` in 16 bits beside the quantized weight: W ~ up @ down + Q(W - up @ down) (SVDQuant, arXiv 2411.05007).
 
-    Sites that share an input share ``down``. iterations: alternations between branch and rounded rest; the best is kept.
+    iterations: alternations between branch and rounded rest; the best is kept. shared: sites that share an input share ``down``, so
+    that a kernel may compute it once for all of them. Every layer stores its own copy, so at equal bytes it only costs quality.
     """
 
     rank: int = 32
     iterations: int = 10
+    shared: bool = False
 
     def __post_init__(self) -> None:
         for name in ("rank", "iterations"):
@@ -168,6 +173,8 @@ class LayerSpec:
             )
         if isinstance(form, Float | BestFloat) and not form.signed:
             raise ValueError(f"LayerSpec: weight must be a signed format, got {form}. Unsigned floats are for inputs.")
+        if isinstance(form, Codebook) and not all(table[0] < 0 for table in form.tables):
+            raise ValueError(f"LayerSpec: weight must be a signed format, got {form.name or form} from 0 up. It is for inputs.")
         _check_format("weight", self.weight)
 
     def _check_input(self, spec: TensorSpec) -> None:

@@ -100,16 +100,17 @@ def test_interrupted_and_continued_equals_one_run(pixart, plan, call_kwargs, sta
 def test_finished_output_is_returned_without_running(pixart, plan, call_kwargs, stats, tmp_path, monkeypatch):
     stats.save(tmp_path / "s")
     monkeypatch.setattr(type(pixart), "__call__", lambda *args, **kwargs: pytest.fail("ran"))
-    same(run(pixart, plan, call_kwargs, output=tmp_path / "s"), stats)
+    same(run(pixart, plan, call_kwargs, batch_size=2, output=tmp_path / "s"), stats)
 
 
-@pytest.mark.parametrize("what", ["sites", "seed", "call_kwargs", "prompts", "model"])
+@pytest.mark.parametrize("what", ["sites", "seed", "batch_size", "call_kwargs", "prompts", "model"])
 def test_output_of_another_run_is_refused(pixart, plan, call_kwargs, stats, tmp_path, what):
     stats.save(tmp_path / "s")
     other = dqtk.plan(pixart, "w8a8-static", overrides={"transformer_blocks.0.attn1.to_q": None})
     options = {
         "sites": {"plan": other},
         "seed": {"seed": 7},
+        "batch_size": {"batch_size": 1},
         "call_kwargs": {"call_kwargs": call_kwargs | {"guidance_scale": 2.0}},
         "model": {},
         "prompts": {"prompts": ["another prompt", *PROMPTS[1:]]},
@@ -118,8 +119,9 @@ def test_output_of_another_run_is_refused(pixart, plan, call_kwargs, stats, tmp_
         last = [c.site for c in plan.choices if c.spec is not None and c.spec.needs_stats][-1]
         options["pixart"] = copy.deepcopy(pixart)
         options["pixart"].components[last.component].get_submodule(last.path).weight.data.mul_(1.1)
+    usual = {"pixart": pixart, "plan": plan, "call_kwargs": call_kwargs, "output": tmp_path / "s", "batch_size": 2}
     with pytest.raises(ValueError, match=rf"calibrate: {what} of .*s must be those of this run \(.*\), got .*remove it"):
-        run(**({"pixart": pixart, "plan": plan, "call_kwargs": call_kwargs, "output": tmp_path / "s"} | options))
+        run(**(usual | options))
 
 
 def test_plans_without_static_inputs_need_no_run(pixart, monkeypatch):
@@ -145,8 +147,21 @@ def test_statistics_of_another_model_are_refused(pixart, plan, stats):
     third = copy.deepcopy(pixart)
     first = next(c.site for c in plan.choices if c.spec is not None)
     third.components[first.component].get_submodule(first.path).weight.data.neg_()
-    with pytest.raises(ValueError, match=r"quantize: stats must come from this model, got those of another \(other weights\)\."):
+    with pytest.raises(ValueError, match=r"quantize: stats of \w+ must come from this model, got those of other weights\."):
         dqtk.quantize(third, plan, stats, progress=False)
+
+
+def test_statistics_serve_another_plan_of_the_same_model(pixart, plan, stats):
+    """Fewer layers than were watched: nothing is other about the model."""
+    fewer = dqtk.plan(pixart, "w8a8-static", overrides={"*.attn1.to_q": None, "*.ff.*": None})
+    dqtk.quantize(copy.deepcopy(pixart), fewer, stats, progress=False)
+
+
+@pytest.mark.parametrize("option", ["batch_size", "steps_per_run"])
+def test_numbers_that_calibrate_nothing_are_refused(pixart, plan, option):
+    for value in (0, -1, 1.5):
+        with pytest.raises(ValueError, match=rf"calibrate: {option} must be a positive integer, got {value}"):
+            calibrate(pixart, ["a cat"], plan, **{option: value})
 
 
 def test_one_text_is_no_list_of_prompts(pixart, plan):

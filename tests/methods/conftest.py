@@ -9,7 +9,9 @@ from dqtk.calibrate.gather import Inputs
 def statistics(rows):
     """What calibration would keep of these rows [R, K], the products in float64."""
     x = rows.double()
-    return Inputs(gram=x.T @ x / len(x), mean=x.mean(0).float(), sample=rows.float(), count=len(rows))
+    low, high = rows.float().amin(0).clamp(max=0), rows.float().amax(0).clamp(min=0)
+    ends = {"low": low, "high": high, "peaks": rows.float()[:0]}
+    return Inputs(gram=x.T @ x / len(x), mean=x.mean(0).float(), sample=rows.float(), count=len(rows), **ends)
 
 
 @pytest.fixture(scope="session")

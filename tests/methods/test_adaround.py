@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dqtk.methods.adaround import BETAS, STRENGTH, STRETCH, WARMUP, _learn, _Problem, _pull, adaround
-from dqtk.methods.gptq import output_error
+from dqtk.methods.descent import output_error
 from dqtk.methods.rtn import rtn
 from dqtk.numerics.codebook import bitmod, nf4
 from dqtk.numerics.packing import dequantize

@@ -147,3 +147,21 @@ def test_layers_calibrate_an_input_with_several_tables(seeded, stats_of):
     x = round_input(sample, solution.spec.input, solution.tensors["input_scale"], None)
     assert (x - sample).norm() < 0.2 * sample.norm()
     assert len(x.unique()) <= 16
+
+
+def test_the_order_of_channels_does_not_matter(seeded):
+    """A per-tensor format of an input wider than what is looked at: no stride falls into step with the channels."""
+    sample = seeded(1024, 192) * torch.exp2(2 * seeded(192, seed=1))
+    spec = TensorSpec(format=BestFloat(bits=4), granularity=PerTensor(), range=SEARCH)
+    found, scale, _ = concrete_input(sample, spec)
+    for shift in (1, 63, 100):
+        moved, moved_scale, _ = concrete_input(sample.roll(shift, dims=1), spec)
+        assert moved.format == found.format
+        assert moved_scale == pytest.approx(float(scale), rel=0.1)
+
+
+def test_ends_that_the_sample_misses_are_in_the_range(seeded):
+    sample = seeded(64, 32)
+    spec = TensorSpec(format=Int(bits=8), granularity=PerTensor())
+    _, scale, _ = concrete_input(sample, spec, (torch.tensor(-9.0), torch.tensor(20.0)))
+    assert float(scale) == pytest.approx(20 / 127)

@@ -108,7 +108,10 @@ def test_alternating_is_never_worse_and_the_best_is_kept(noise, strong, seeded, 
 def test_sites_that_share_an_input_share_down(strong, seeded, correlated, stats_of):
     """One branch of the stacked weights; every layer has rows of its own in ``up``, and memory of its own, as files need."""
     weights = [strong, 0.5 * strong[:20] + seeded(20, 64, seed=8), seeded(7, 64, seed=9)]
-    spec, inputs = LayerSpec(weight=W4, input=A4, low_rank=LowRank(rank=8), transforms=(Smooth(),)), stats_of(correlated(300, 64))
+    spec, inputs = (
+        LayerSpec(weight=W4, input=A4, low_rank=LowRank(rank=8, shared=True), transforms=(Smooth(),)),
+        stats_of(correlated(300, 64)),
+    )
     found = solve(weights, spec, inputs)
     tensors = [solution.tensors for solution in found]
     assert [t["up"].shape for t in tensors] == [(48, 8), (20, 8), (7, 8)]
@@ -120,6 +123,18 @@ def test_sites_that_share_an_input_share_down(strong, seeded, correlated, stats_
     for weight, part, solution in zip(weights, tensors, found, strict=True):
         whole = stored_of(solution, spec, 64) + part["up"].float() @ part["down"].float()
         assert (whole * part["smooth"] - weight).norm() < 0.12 * weight.norm()
+
+
+def test_a_branch_of_ones_own_loses_less_than_a_shared_one(strong, seeded, correlated, stats_of):
+    """At equal bytes, as every layer stores its factors."""
+    weights = [strong, 0.5 * strong[:20] + seeded(20, 64, seed=8)]
+    inputs, lost = stats_of(correlated(300, 64)), {}
+    for shared in (False, True):
+        spec = LayerSpec(weight=W4, input=A4, low_rank=LowRank(rank=8, shared=shared))
+        found = solve(weights, spec, inputs)
+        whole = [stored_of(s, spec, 64) + s.tensors["up"].float() @ s.tensors["down"].float() for s in found]
+        lost[shared] = sum(float((((q - w).double() @ inputs.gram) * (q - w)).sum()) for w, q in zip(weights, whole, strict=True))
+    assert lost[False] < lost[True]
 
 
 def test_the_rest_makes_up_for_rounded_factors(strong, correlated, stats_of):
