@@ -17,8 +17,8 @@ def quantize_rows(x_TK: Tensor, input_scale: Tensor | None, input_zero: Tensor |
         return (x / scale).round().clamp(-127, 127).to(torch.int8), scale
     codes = (x / input_scale).round()
     codes = codes if input_zero is None else codes + input_zero
-    total = x.sum(dim=1, keepdim=True)
-    return codes.clamp(-128, 127).to(torch.int8), torch.where(total.isfinite(), input_scale.view(1, 1), total)
+    top = x.abs().amax(dim=1, keepdim=True)
+    return codes.clamp(-128, 127).to(torch.int8), torch.where(top.isfinite(), input_scale.view(1, 1), top)
 
 
 def matmul_reference(a_TK: Tensor, b_NK: Tensor) -> Tensor:

@@ -6,6 +6,7 @@
 import torch
 from torch import Tensor
 
+from dqtk import native
 from dqtk.numerics.packing import integer_weight
 
 from .int8 import epilogue, matmul_int_mm, matmul_padded, matmul_reference, quantize_rows
@@ -52,7 +53,12 @@ def linear_int8(
 
 @linear_int8.register_kernel("cpu")
 def _(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits):
-    return _linear_int8(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, matmul_int_mm)
+    library = native.load()
+    if library is None:
+        return _linear_int8(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, matmul_int_mm)
+    rows = x.reshape(-1, x.shape[-1])
+    y = native.linear_int8(library, rows, qweight, scale, group_scale, bias, input_scale, input_zero, bits)
+    return y.view(*x.shape[:-1], qweight.shape[0])
 
 
 @linear_int8.register_kernel("cuda")
