@@ -31,7 +31,7 @@ constexpr int OFFSET = 0, ROWS = 4, COLUMNS = 16;
 #endif
 constexpr int GROUP = 4 / int(sizeof(Code));  // codes that one lane of a vector multiplies and sums
 constexpr int64_t CHUNK_BYTES = 8 << 20;
-constexpr int64_t FEW_ROWS = 16;  // up to so many, interleaving weights costs more than it saves
+constexpr int64_t FEW_ROWS = 2;  // up to so many, interleaving weights costs more than it saves (measured on Zen 4)
 
 // Mirrored by ctypes structures in calls.py, which say what the fields are.
 struct Input {
@@ -75,7 +75,21 @@ inline Rounding rounding_of(const Input& in, uint32_t top_bits, float& scale) {
 
 inline void round_codes(const float* x, const Rounding& by, Code* out, int64_t count) {
     const Rounding r = by;
-    for (int64_t i = 0; i < count; i++) {
+    int64_t i = 0;
+#if defined(__AVX512VNNI__)
+    const __m512 scale = _mm512_set1_ps(r.scale), zero = _mm512_set1_ps(r.zero), low = _mm512_set1_ps(r.low);
+    const __m512 high = _mm512_set1_ps(r.high);
+    const __m512i offset = _mm512_set1_epi32(OFFSET);
+    for (; i + 16 <= count; i += 16) {
+        __m512 code = _mm512_div_ps(_mm512_loadu_ps(x + i), scale);
+        code = _mm512_add_ps(_mm512_roundscale_ps(code, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), zero);
+        const __mmask16 number = _mm512_cmp_ps_mask(code, code, _CMP_ORD_Q);
+        code = _mm512_min_ps(_mm512_max_ps(code, low), high);
+        const __m512i whole = _mm512_add_epi32(_mm512_maskz_cvtps_epi32(number, code), offset);
+        _mm_storeu_si128((__m128i*)(out + i), _mm512_cvtepi32_epi8(whole));
+    }
+#endif
+    for (; i < count; i++) {
         float code = std::rint(x[i] / r.scale) + r.zero;
         code = code < r.low ? r.low : code;
         code = code > r.high ? r.high : code;
@@ -277,41 +291,47 @@ struct Rows {
     int64_t per_scale;
 };
 
-// y[n] = x_scale * w_scale[n] * (acc[n] - shift * sums[n]) + bias[n], rounded to T. The order of operations is the reference's.
+// What turns sums of products of one panel into outputs.
+struct Finish {
+    int32_t shift[COLUMNS];
+    float scale[COLUMNS], bias[COLUMNS];
+    bool has_bias;
+    Finish(const Output& out, const int32_t* sums, int32_t shift_by, int64_t first, int count) : has_bias(out.bias) {
+        for (int j = 0; j < COLUMNS; j++) {
+            const bool live = j < count;
+            shift[j] = live ? int32_t(uint32_t(shift_by) * uint32_t(sums[j])) : 0;
+            scale[j] = live ? out.scale[(first + j) * out.scale_step] : 0.0f;
+            bias[j] = live && out.bias ? out.bias[first + j] : 0.0f;
+        }
+    }
+};
+
+// y[n] = x_scale * w_scale[n] * (acc[n] - shift[n]) + bias[n], rounded to T. The order of operations is the reference's.
 template <class T>
-inline void finish(
-    const int32_t* acc, const int32_t* sums, int32_t shift, float x_scale, const Output& out, int64_t first, int count, T* y
-) {
+inline void finish(const Finish& by, const int32_t* acc, float x_scale, T* y, int count) {
     float values[COLUMNS];
-    for (int j = 0; j < count; j++)
-        values[j] = float(int32_t(uint32_t(acc[j]) - uint32_t(shift) * uint32_t(sums[j]))) * x_scale;
-    if (out.scale_step)
-        for (int j = 0; j < count; j++) values[j] *= out.scale[first + j];
+    if (by.has_bias)
+        for (int j = 0; j < COLUMNS; j++)
+            values[j] = float(int32_t(uint32_t(acc[j]) - uint32_t(by.shift[j]))) * x_scale * by.scale[j] + by.bias[j];
     else
-        for (int j = 0; j < count; j++) values[j] *= *out.scale;
-    if (out.bias)
-        for (int j = 0; j < count; j++) values[j] += out.bias[first + j];
-    narrow(values, y, count);
+        for (int j = 0; j < COLUMNS; j++)
+            values[j] = float(int32_t(uint32_t(acc[j]) - uint32_t(by.shift[j]))) * x_scale * by.scale[j];
+    if (count == COLUMNS) narrow(values, y, COLUMNS);  // a constant makes straight vector code
+    else narrow(values, y, count);
 }
 
 template <class T>
 void multiply_panel(
-    const Rows& rows, int64_t begin, int64_t end, const Runs& runs, const Factor* panel, const int32_t* sums, int32_t shift,
-    const Output& out, int64_t n, int64_t first, T* y
+    const Rows& rows, int64_t begin, int64_t end, const Runs& runs, const Factor* panel, const Finish& by, T* y, int64_t n, int count
 ) {
-    const int columns = int(std::min<int64_t>(COLUMNS, n - first));
     int32_t acc[ROWS * COLUMNS];
     for (int64_t m = begin; m < end; m += ROWS) {
         const int live = int(std::min<int64_t>(ROWS, end - m));
         const Code* starts[ROWS];
         for (int r = 0; r < live; r++) starts[r] = rows.codes + rows.offsets[m + r];
         multiply_rows(live, starts, runs, panel, acc);
-        for (int r = 0; r < live; r++) {
-            T* place = y + (m + r) * n + first;
-            if (columns == COLUMNS)  // a constant count makes straight vector code
-                finish(acc + r * COLUMNS, sums, shift, rows.scale[(m + r) / rows.per_scale], out, first, COLUMNS, place);
-            else finish(acc + r * COLUMNS, sums, shift, rows.scale[(m + r) / rows.per_scale], out, first, columns, place);
-        }
+        for (int r = 0; r < live; r++)
+            finish(by, acc + r * COLUMNS, rows.scale[(m + r) / rows.per_scale], y + (m + r) * n, count);
     }
 }
 
@@ -337,14 +357,16 @@ void multiply_chunk(const Rows& rows, const Runs& runs, const Weight& w, const O
         Factor* panel = room.get<Factor>(runs.count * runs.groups * GROUP * COLUMNS);
         int32_t sums[COLUMNS];
         make_panel(w, first, runs, panel, sums);
-        multiply_panel(rows, begin, std::min(begin + length, rows.count), runs, panel, sums, shift, out, w.n, first, y);
+        const int count = int(std::min<int64_t>(COLUMNS, w.n - first));
+        const Finish by(out, sums, shift, first, count);
+        multiply_panel(rows, begin, std::min(begin + length, rows.count), runs, panel, by, y + first, w.n, count);
     });
 }
 
 #if defined(__AVX512VNNI__)
 // acc [R, 4] = codes of R rows times four rows of weights as they lie in memory, and the sums of the weights.
 template <int R>
-void multiply_few(const Code* codes, int64_t stride, const int8_t* const* w, int64_t k, int32_t* acc, int32_t* sums) {
+void multiply_few(const Code* codes, int64_t stride, const int8_t* const* w, int64_t k, int32_t (*acc)[COLUMNS], int32_t* sums) {
     const __m512i ones = _mm512_set1_epi8(1);
     __m512i c[R][4], s[4];
     for (int j = 0; j < 4; j++) {
@@ -353,47 +375,35 @@ void multiply_few(const Code* codes, int64_t stride, const int8_t* const* w, int
     }
     for (int64_t i = 0; i < k; i += 64) {
         const __mmask64 mask = k - i >= 64 ? ~0ull : (1ull << (k - i)) - 1;
-        __m512i b[4];
         for (int j = 0; j < 4; j++) {
-            b[j] = _mm512_maskz_loadu_epi8(mask, w[j] + i);
-            s[j] = _mm512_dpbusd_epi32(s[j], ones, b[j]);
-        }
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++) {
-            const __m512i a = _mm512_loadu_si512(codes + r * stride + i);
-            for (int j = 0; j < 4; j++) c[r][j] = _mm512_dpbusd_epi32(c[r][j], a, b[j]);
+            const __m512i b = _mm512_maskz_loadu_epi8(mask, w[j] + i);
+            s[j] = _mm512_dpbusd_epi32(s[j], ones, b);
+            for (int r = 0; r < R; r++) c[r][j] = _mm512_dpbusd_epi32(c[r][j], _mm512_loadu_si512(codes + r * stride + i), b);
         }
     }
     for (int j = 0; j < 4; j++) {
         sums[j] = _mm512_reduce_add_epi32(s[j]);
-        for (int r = 0; r < R; r++) acc[r * 4 + j] = _mm512_reduce_add_epi32(c[r][j]);
+        for (int r = 0; r < R; r++) acc[r][j] = _mm512_reduce_add_epi32(c[r][j]);
     }
 }
 
 template <class T>
-void multiply_few_rows(
-    const Rows& rows, int64_t stride, const Weight& w, const Output& out, int32_t shift, int threads, T* y
-) {
-    for_each(threads, (w.n + 3) / 4, 8, [&](int64_t task) {
+void multiply_few_rows(const Rows& rows, int64_t stride, const Weight& w, const Output& out, int32_t shift, int threads, T* y) {
+    for_each(threads, (w.n + COLUMNS - 1) / COLUMNS, 1, [&](int64_t task) {
         thread_local Scratch room;
-        const int64_t width = (w.k + 7) / 8 * 8, first = 4 * task;
-        const int columns = int(std::min<int64_t>(4, w.n - first));
+        const int64_t width = (w.k + 7) / 8 * 8, first = task * COLUMNS;
+        const int count = int(std::min<int64_t>(COLUMNS, w.n - first));
         int8_t* integers = room.get<int8_t>(4 * width);
-        const int8_t* row[4];
-        for (int j = 0; j < 4; j++) row[j] = j < columns ? integer_row(w, first + j, integers + j * width) : row[0];
-        int32_t acc[16], sums[4];
-        for (int64_t m = 0; m < rows.count; m += 4) {
-            const int live = int(std::min<int64_t>(4, rows.count - m));
-            const Code* codes = rows.codes + m * stride;
-            switch (live) {
-                case 1: multiply_few<1>(codes, stride, row, w.k, acc, sums); break;
-                case 2: multiply_few<2>(codes, stride, row, w.k, acc, sums); break;
-                case 3: multiply_few<3>(codes, stride, row, w.k, acc, sums); break;
-                default: multiply_few<4>(codes, stride, row, w.k, acc, sums);
-            }
-            for (int r = 0; r < live; r++)
-                finish(acc + 4 * r, sums, shift, rows.scale[m + r], out, first, columns, y + (m + r) * w.n + first);
+        int32_t acc[FEW_ROWS][COLUMNS], sums[COLUMNS];
+        for (int column = 0; column < count; column += 4) {
+            const int8_t* row[4];
+            for (int j = 0; j < 4; j++)
+                row[j] = column + j < count ? integer_row(w, first + column + j, integers + j * width) : row[0];
+            if (rows.count == 1) multiply_few<1>(rows.codes, stride, row, w.k, (int32_t(*)[COLUMNS])(acc[0] + column), sums + column);
+            else multiply_few<2>(rows.codes, stride, row, w.k, (int32_t(*)[COLUMNS])(acc[0] + column), sums + column);
         }
+        const Finish by(out, sums, shift, first, count);
+        for (int64_t m = 0; m < rows.count; m++) finish(by, acc[m], rows.scale[m], y + m * w.n + first, count);
     });
 }
 #endif

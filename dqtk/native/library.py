@@ -45,7 +45,7 @@ class Level:
 
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
-_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mprefer-vector-width=512")
 LEVELS = (  # best first
     Level("avx512-vnni", frozenset("avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512_vnni".split()), _AVX512),
     Level("avx2", frozenset("avx2 fma f16c".split()), _AVX2),
