@@ -92,7 +92,7 @@ def conv_int8(
 
 @conv_int8.register_kernel("cpu")
 def _(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, kernel, stride, padding, dilation):
-    library = native.load()
+    library = native.load(products=True)
     if library is not None:
         sizes = output_size(x.shape[2:], kernel, stride, padding, dilation)
         scales = (scale, group_scale, bias, input_scale, input_zero, bits)

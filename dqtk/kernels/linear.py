@@ -53,7 +53,7 @@ def linear_int8(
 
 @linear_int8.register_kernel("cpu")
 def _(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits):
-    library = native.load()
+    library = native.load(products=True)
     if library is None:
         return _linear_int8(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, matmul_int_mm)
     rows = x.reshape(-1, x.shape[-1])

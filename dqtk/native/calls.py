@@ -1,4 +1,4 @@
-"""Tensors in, tensors out: the native functions with the arguments of the dqtk:: ops. The structures mirror those of int8.cpp."""
+"""Tensors in, tensors out: the native functions with the arguments of the dqtk:: ops. Structures mirror those of the sources."""
 
 import ctypes
 import math
@@ -46,6 +46,23 @@ class _Output(ctypes.Structure):
     _fields_ = (("y", _Pointer), ("scale", _Pointer), ("scale_step", _Wide), ("bias", _Pointer))
 
 
+class _Decoding(ctypes.Structure):
+    """Steps and zeros of group g of row n stand at ``n * row_step + g * group_step``."""
+
+    _fields_ = (
+        ("weight", _Weight),
+        ("steps", _Pointer),
+        ("zeros", _Pointer),
+        ("row_step", _Wide),
+        ("group_step", _Wide),
+        ("levels", _Pointer),
+        ("selector", _Pointer),
+        ("selector_stride", _Wide),
+        ("selector_bits", _Int),
+        ("threads", _Int),
+    )
+
+
 class _Window(ctypes.Structure):
     """Sizes of a convolution, leading dimensions of size 1 in front."""
 
@@ -84,9 +101,7 @@ class _Arguments:
             None if input_scale is None else _address(self.zero),
         )
         n = qweight.shape[0]
-        self.weight = _Weight(
-            _address(qweight), qweight.stride(0), n, k, 0 if plain else bits, 1, _address(group_scale), size
-        )
+        self.weight = _Weight(_address(qweight), qweight.stride(0), n, k, 0 if plain else bits, 1, _address(group_scale), size)
         self.output = _Output(_address(y), _address(scale), int(scale.numel() > 1), _address(bias))
 
 
@@ -139,3 +154,42 @@ def conv_int8(
 
 def _three(values: Sequence[int], fill: int) -> ctypes.Array:
     return (_Wide * 3)(*[fill] * (3 - len(values)), *values)
+
+
+class Decoder:
+    """A stored weight, ready to be decoded in parts. Arguments as the dqtk::decode_weight op has them."""
+
+    def __init__(self, library: ctypes.CDLL, qweight, steps, zero, group_scale, selector, levels, bits: int, signed: bool, k: int):
+        n = qweight.shape[0]
+        self.library, self.n, self.k = library, n, k
+        qweight, steps, zero, group_scale, selector, levels = self.kept = (
+            qweight.contiguous(),
+            _dense(steps),
+            _dense(zero, torch.uint8),
+            _dense(group_scale, torch.uint8),
+            _dense(selector, torch.uint8),
+            _dense(levels),
+        )
+        groups = (steps if group_scale is None else group_scale).shape[1]
+        selector_bits = 0 if levels is None else (levels.shape[0] - 1).bit_length()
+        raw = qweight.dtype != torch.uint8
+        self.decoding = _Decoding(
+            _Weight(
+                _address(qweight), qweight.stride(0), n, k, 0 if raw else bits, int(signed), _address(group_scale), k // groups
+            ),
+            _address(steps),
+            _address(zero),
+            steps.shape[1] if steps.shape[0] > 1 else 0,
+            int(steps.shape[1] > 1),
+            _address(levels),
+            _address(selector),
+            0 if selector is None else selector.stride(0),
+            selector_bits,
+            torch.get_num_threads(),
+        )
+
+    def rows(self, first: int, out: Tensor) -> Tensor:
+        """``out`` [R, K], float32, bfloat16 or float16 and contiguous, filled with the rows from ``first`` on."""
+        count, kind = _Wide(out.shape[0]), _Int(TYPES[out.dtype])
+        self.library.dqtk_decode(ctypes.byref(self.decoding), _Wide(first), count, kind, _Pointer(_address(out)))
+        return out

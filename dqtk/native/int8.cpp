@@ -531,6 +531,16 @@ void conv(const Input& in, const Weight& w, const Output& out, const Window& o) 
 
 }  // namespace dqtk
 
+EXPORT const char* dqtk_level() {
+#if defined(__AVX512VNNI__)
+    return "avx512-vnni";
+#elif defined(__AVX2__)
+    return "avx2";
+#else
+    return "generic";
+#endif
+}
+
 EXPORT void dqtk_use_threads_of(void* gomp_parallel) { dqtk::parallel = reinterpret_cast<dqtk::Parallel>(gomp_parallel); }
 
 EXPORT void dqtk_linear_int8(const dqtk::Input* in, const dqtk::Weight* w, const dqtk::Output* out, int64_t rows) {

@@ -29,10 +29,11 @@ from pathlib import Path
 
 import torch
 
-SOURCES = ("base.h", "weights.h", "int8.cpp")
+SOURCES = ("base.h", "weights.h", "int8.cpp", "decode.cpp")
 COMPILERS = ("c++", "g++", "clang++")
-# No fused multiply-add: products must round as torch's do. No errno, no traps: they keep rounding out of vector code.
-FLAGS = "-O3 -std=c++17 -shared -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math -w".split()
+# No fused multiply-add: products must round as torch's do. No errno, no traps: they would keep rounding out of vector code.
+EXACT = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-w", *EXACT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,27 +45,36 @@ class Level:
     options: tuple[str, ...]
 
 
+_NEEDS = frozenset({"avx2", "fma", "f16c"})
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mprefer-vector-width=512")
 LEVELS = (  # best first
-    Level("avx512-vnni", frozenset("avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512_vnni".split()), _AVX512),
-    Level("avx2", frozenset("avx2 fma f16c".split()), _AVX2),
-    Level("generic", frozenset(), ()),  # plain C++; slower than torch's own kernels, so only where it is asked for
+    Level("avx512-vnni", _NEEDS | {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}, _AVX512),
+    Level("avx2", _NEEDS, _AVX2),
+    Level("generic", frozenset(), ()),  # plain C++; only where it is asked for: nobody has measured that it pays
 )
+
+
+_AMX = "this CPU has AMX, which torch's integer matmul uses and they do not"
 
 
 class Unavailable(Exception):
     """Why there is no native library: one phrase."""
 
 
-def describe() -> tuple[bool, str]:
-    """Whether native kernels serve the CPU, and which (or why none). Compiles nothing: before first use this is what will be tried."""
+def describe(products: bool = False) -> tuple[bool, str]:
+    """Whether native kernels serve the CPU, and which (or why none). Compiles nothing: before first use this is what will be tried.
+
+    ``products``: asked for integer products rather than for decoding.
+    """
     try:
         if _failure is not None:
             raise Unavailable(_failure)
-        level = _level()
+        if products and _leave_products():
+            raise Unavailable(_AMX)
         if _library is not None:
-            return True, f"native ({level.name})"
+            return True, f"native ({_library.dqtk_level().decode()})"
+        level = _level()
         _torch_threads()
         _compiler()
     except Unavailable as reason:
@@ -77,9 +87,11 @@ _library: ctypes.CDLL | None = None
 _failure: str | None = None
 
 
-def load() -> ctypes.CDLL | None:
-    """The library, compiled if need be; None where there can be none, and ``describe`` says why. The answer stays for the process."""
+def load(products: bool = False) -> ctypes.CDLL | None:
+    """The library, compiled if need be; None where there can be none, and ``describe`` says why. The answer stays."""
     global _library, _failure
+    if products and _leave_products():
+        return None
     if _library is None and _failure is None:
         with _lock:
             if _library is None and _failure is None:
@@ -92,6 +104,12 @@ def load() -> ctypes.CDLL | None:
     return _library
 
 
+def _leave_products() -> bool:
+    """Whether torch's integer matmul is the faster one here (not measured: by its instructions, sixteen times VNNI's). A level that
+    is asked for is used."""
+    return "amx_int8" in _cpu_flags() and not os.environ.get("DQTK_NATIVE")
+
+
 def forget() -> None:
     """Decide again at the next call, as after a change of the environment."""
     global _library, _failure
@@ -100,18 +118,24 @@ def forget() -> None:
 
 
 def _load() -> ctypes.CDLL:
-    level, threads, compiler = _level(), _torch_threads(), _compiler()
-    command = [*compiler, *FLAGS, *level.options]
-    folder = cache_folder()
-    path = folder / f"dqtk-{level.name}-{_digest(command)}.so"
+    command, path = _wanted()
+    threads = _torch_threads()
     library = _open(path) if path.is_file() else None
     if library is None:  # not there, or not whole
         _build(command, path)
         library = _open(path)
     if library is None:
         raise Unavailable(f"{path} was compiled but does not load. Remove it, or set DQTK_NATIVE=off")
+    library.dqtk_level.restype = ctypes.c_char_p
     library.dqtk_use_threads_of(ctypes.cast(threads, ctypes.c_void_p))
     return library
+
+
+def _wanted() -> tuple[list[str], Path]:
+    """The compiler's command without files, and the library that it makes."""
+    level = _level()
+    command = [*_compiler(), *FLAGS, *level.options]
+    return command, cache_folder() / f"dqtk-{level.name}-{_digest(command)}.so"
 
 
 def _open(path: Path) -> ctypes.CDLL | None:

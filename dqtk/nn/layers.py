@@ -20,9 +20,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dqtk.kernels import conv_int8, from_matrix, linear_fp8, linear_int8, op_of, report_of
+from dqtk.kernels import (
+    Decoding,
+    conv_int8,
+    decode_weight,
+    from_matrix,
+    linear_decoded,
+    linear_fp8,
+    linear_int8,
+    op_of,
+    report_of,
+)
 from dqtk.numerics.inputs import round_input
-from dqtk.numerics.packing import Packed, dequantize, empty
+from dqtk.numerics.packing import Packed, empty
 from dqtk.numerics.storage import BUFFERS, layer_layout
 from dqtk.spec import LayerSpec, describe
 
@@ -96,10 +106,15 @@ class Quantized:
         module: Any = self
         return (module.n, module.k)
 
-    def stored_matrix(self) -> Tensor:
-        """The stored weight as float32 [N, K], in the basis of the transformed input and without the branch."""
+    def decoding(self) -> Decoding:
+        """How the stored codes become numbers, as the ops take it."""
         module: Any = self
-        return dequantize(Packed(**{name: getattr(module, name) for name in WEIGHT}), self.spec.weight, module.k)
+        return Decoding.of(Packed(**{name: getattr(module, name) for name in WEIGHT}), self.spec.weight)
+
+    def stored_matrix(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The stored weight [N, K] in ``dtype``, in the basis of the transformed input and without the branch."""
+        module: Any = self
+        return decode_weight(module.qweight, *self.decoding().arguments(), module.k, dtype)
 
     def dequantize_matrix(self) -> Tensor:
         """The weight that this layer stands for, float32 [N, K]: stored codes and branch, in the basis of the layer's own input."""
@@ -200,11 +215,11 @@ class QuantLinear(Quantized, nn.Linear):
             return linear_int8(z, module.qweight, *scales, self.stored_width)
         if op == "linear_fp8":
             return linear_fp8(z, module.qweight, module.scale, bias, module.input_scale)
-        # Rounded numbers and their products are float32, as in kernels; weights alone run in the compute dtype.
-        dtype = z.dtype if op == "weight_only" else torch.float32
-        if self.spec.input is not None:
-            z = round_input(z.float(), self.spec.input, module.input_scale, module.input_zero, z.ndim - 1)
-        return F.linear(z.to(dtype), self.stored_matrix().to(dtype), None if bias is None else bias.to(dtype))
+        if op == "weight_only":
+            return linear_decoded(z, module.qweight, bias, *self.decoding().arguments())
+        assert self.spec.input is not None  # rounded numbers and their products are float32, as in kernels
+        z = round_input(z.float(), self.spec.input, module.input_scale, module.input_zero, z.ndim - 1)
+        return F.linear(z, self.stored_matrix(), None if bias is None else bias.float())
 
 
 class _QuantConv(Quantized):
@@ -269,7 +284,7 @@ class _QuantConv(Quantized):
         rounded = x
         if self.spec.input is not None:  # a sample is a token: convolution inputs have no others
             rounded = round_input(x.movedim(1, -1).float(), self.spec.input, module.input_scale, module.input_zero).movedim(-1, 1)
-        weight = from_matrix(self.stored_matrix().to(dtype), module.kernel_size)
+        weight = from_matrix(self.stored_matrix(dtype), module.kernel_size)
         bias = None if module.bias is None else module.bias.to(dtype)
         conv = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
         return conv(rounded.to(dtype), weight, bias, module.stride, module.padding, module.dilation).to(x.dtype)
