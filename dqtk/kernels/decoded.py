@@ -18,7 +18,7 @@ from dqtk.spec import Codebook, Float, Int, TensorSpec, TwoLevel
 
 from .straight_through import sum_to_bias
 
-CHUNK_BYTES = 1 << 20  # decoded at a time: about what the second cache of a core holds
+CHUNK_BYTES = 4 << 20  # decoded at a time: in the last cache of most CPUs, and few parallel regions where cores are busy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,6 +12,8 @@ from dqtk.numerics.packing import integer_weight
 from .int8 import epilogue, matmul_int_mm, matmul_padded, matmul_reference, quantize_rows
 from .straight_through import input_gradient, sum_to_bias
 
+_OUTPUTS_AT_ONCE = 1 << 20  # measured on Zen 4: 4096 tokens of 1152 by 1152 take half the time of one pass over all
+
 
 def _linear_int8(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, matmul) -> Tensor:
     k, n = x.shape[-1], qweight.shape[0]
@@ -51,11 +53,23 @@ def linear_int8(
     return _linear_int8(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, matmul_reference)
 
 
+def linear_int8_through_torch(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits) -> Tensor:
+    """The op on a CPU without native kernels, some rows at a time: their float32 results stay in memory that is warm."""
+    k, n = x.shape[-1], qweight.shape[0]
+    weight, rows = integer_weight(qweight, group_scale, bits, k), x.reshape(-1, k)
+    y = x.new_empty((rows.shape[0], n))
+    length = max(64, _OUTPUTS_AT_ONCE // max(n, 1) // 64 * 64)
+    for first in range(0, rows.shape[0], length):
+        codes, x_scale = quantize_rows(rows[first : first + length], input_scale, input_zero)
+        y[first : first + length] = epilogue(matmul_int_mm(codes, weight), x_scale, input_zero, weight, scale, bias)
+    return y.view(*x.shape[:-1], n)
+
+
 @linear_int8.register_kernel("cpu")
 def _(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits):
     library = native.load(products=True)
     if library is None:
-        return _linear_int8(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, matmul_int_mm)
+        return linear_int8_through_torch(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits)
     rows = x.reshape(-1, x.shape[-1])
     y = native.linear_int8(library, rows, qweight, scale, group_scale, bias, input_scale, input_zero, bits)
     return y.view(*x.shape[:-1], qweight.shape[0])
