@@ -171,13 +171,22 @@ def test_a_compiler_that_is_not_there(environment):
     assert library.describe() == (False, "native kernels: the C++ compiler that CXX names was not found: /no/such/compiler")
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="reads loaded libraries from /proc")
-def test_there_is_one_openmp_runtime(native_level):
-    """A second one would bring a second pool of threads."""
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads in /proc")
+def test_there_is_one_pool_of_threads(native_level):
+    """Native kernels run in the threads that torch's operators have started, and bring no OpenMP runtime of their own."""
     native_level("generic")
-    assert runs_right()
-    needed = subprocess.run(["ldd", library.load()._name], capture_output=True, text=True, check=True).stdout
-    assert not [line for line in needed.splitlines() if "omp" in line]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        a = torch.ones(512, 512)
+        torch.mm(a, a).exp_()
+        started = len(list(Path("/proc/self/task").iterdir()))
+        for _ in range(3):
+            linear_int8(torch.ones(300, 64), torch.ones(300, 64, dtype=torch.int8), torch.ones(1, 1), None, None, None, None, 8)
+            torch.mm(a, a).exp_()
+        assert len(list(Path("/proc/self/task").iterdir())) == started
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_wheels_hold_the_sources():
