@@ -36,8 +36,9 @@ def linear_int8(
     input_scale: Tensor | None,
     input_zero: Tensor | None,
     bits: int,
+    smooth: Tensor | None = None,
 ) -> Tensor:
-    """y = dequantize(round(x) @ W^T) + bias with int8 inputs and an exact integer matmul.
+    """y = dequantize(round(x * smooth) @ W^T) + bias with int8 inputs and an exact integer matmul.
 
     Args:
         x: float [..., K]. Each row is rounded with its own scale when ``input_scale`` is None (dynamic per token).
@@ -47,10 +48,17 @@ def linear_int8(
         bias: float [N] or None.
         input_scale, input_zero: float32 [1] and int32 [1] or None; static per-tensor rounding, x ~ scale * (code - zero).
         bits: width of the stored codes.
+        smooth: float [K] or None; multiplied with the input in float32, which is then rounded to its own dtype again.
     Returns:
         [..., N] in the dtype of ``x``.
     """
+    x = smoothed(x, smooth)
     return _linear_int8(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, matmul_reference)
+
+
+def smoothed(x: Tensor, smooth: Tensor | None) -> Tensor:
+    """``x`` with its channels multiplied, in its dtype."""
+    return x if smooth is None else (x.float() * smooth.float()).to(x.dtype)
 
 
 def linear_int8_through_torch(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits) -> Tensor:
@@ -66,48 +74,48 @@ def linear_int8_through_torch(x, qweight, scale, group_scale, bias, input_scale,
 
 
 @linear_int8.register_kernel("cpu")
-def _(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits):
+def _(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, smooth=None):
     library = native.load(products=True)
     if library is None:
-        return linear_int8_through_torch(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits)
+        return linear_int8_through_torch(smoothed(x, smooth), qweight, scale, group_scale, bias, input_scale, input_zero, bits)
     rows = x.reshape(-1, x.shape[-1])
-    y = native.linear_int8(library, rows, qweight, scale, group_scale, bias, input_scale, input_zero, bits)
+    y = native.linear_int8(library, rows, qweight, scale, group_scale, bias, input_scale, input_zero, bits, smooth)
     return y.view(*x.shape[:-1], qweight.shape[0])
 
 
 @linear_int8.register_kernel("cuda")
-def _(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits):
-    return _linear_int8(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, matmul_padded)
+def _(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, smooth=None):
+    return _linear_int8(smoothed(x, smooth), qweight, scale, group_scale, bias, input_scale, input_zero, bits, matmul_padded)
 
 
 @linear_int8.register_fake
-def _(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits):
+def _(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, smooth=None):
     return x.new_empty((*x.shape[:-1], qweight.shape[0]))
 
 
 def _save_linear_int8(ctx, inputs, output) -> None:
-    x, qweight, scale, group_scale, bias, _, _, bits = inputs
-    ctx.save_for_backward(qweight, scale, group_scale)
+    x, qweight, scale, group_scale, bias, _, _, bits, smooth = inputs
+    ctx.save_for_backward(qweight, scale, group_scale, smooth)
     ctx.bits, ctx.k, ctx.dtype, ctx.bias_dtype = bits, x.shape[-1], x.dtype, None if bias is None else bias.dtype
 
 
 def _backward_linear_int8(ctx, grad):
-    qweight, scale, group_scale = ctx.saved_tensors
+    qweight, scale, group_scale, smooth = ctx.saved_tensors
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         weight = integer_weight(qweight, group_scale, ctx.bits, ctx.k)
-        grad_x = input_gradient(grad, weight, scale).to(ctx.dtype)
+        grad_x = smoothed(input_gradient(grad, weight, scale), smooth).to(ctx.dtype)
     if ctx.needs_input_grad[4]:
         grad_bias = sum_to_bias(grad, -1).to(ctx.bias_dtype)
-    return grad_x, None, None, None, grad_bias, None, None, None
+    return grad_x, None, None, None, grad_bias, None, None, None, None
 
 
 linear_int8.register_autograd(_backward_linear_int8, setup_context=_save_linear_int8)
 
 
-def linear_int8_reference(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits) -> Tensor:
+def linear_int8_reference(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, smooth=None) -> Tensor:
     """The op's meaning on any device, for tests and for the ``emulated`` choice."""
-    return _linear_int8(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, matmul_reference)
+    return _linear_int8(smoothed(x, smooth), qweight, scale, group_scale, bias, input_scale, input_zero, bits, matmul_reference)
 
 
 @torch.library.custom_op("dqtk::linear_fp8", mutates_args=())

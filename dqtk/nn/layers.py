@@ -200,19 +200,21 @@ class QuantLinear(Quantized, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002, torch's name
         module: Any = self
+        if self.op == "linear_int8" and module.signs is None and module.down is None:
+            return self._product(input, module.smooth)  # smoothed as it is rounded
         z = module.basis.apply(input, module.smooth, module.signs)
         y = self._product(z).to(input.dtype)
         if module.down is None:
             return y
         return y + F.linear(F.linear(z, module.down.to(z.dtype)), module.up.to(z.dtype))
 
-    def _product(self, z: Tensor) -> Tensor:
-        """Q(z) Q(W)^T + bias by the layer's op."""
+    def _product(self, z: Tensor, smooth: Tensor | None = None) -> Tensor:
+        """Q(z) Q(W)^T + bias by the layer's op; ``smooth`` is left to integer kernels."""
         module: Any = self
         bias, op = module.bias, self.op
         if op == "linear_int8":
             scales = (module.scale, module.group_scale, bias, module.input_scale, module.input_zero)
-            return linear_int8(z, module.qweight, *scales, self.stored_width)
+            return linear_int8(z, module.qweight, *scales, self.stored_width, smooth)
         if op == "linear_fp8":
             return linear_fp8(z, module.qweight, module.scale, bias, module.input_scale)
         if op == "weight_only":

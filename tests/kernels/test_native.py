@@ -18,7 +18,6 @@ from dqtk.kernels import (
 )
 from dqtk.methods.rtn import rtn
 from dqtk.native import library
-from dqtk.native.calls import linear_int8 as native_linear_int8
 from dqtk.numerics.packing import dequantize
 from dqtk.spec import Int, PerChannel, TensorSpec, TwoLevel
 
@@ -113,13 +112,14 @@ def test_other_dtypes_are_computed_in_float32(level, native_level):
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_smoothing_in_the_same_pass(level, dtype, native_level):
-    """Equals multiplying first and rounding to the dtype, as ``nn.basis`` does."""
+    """Equals multiplying first and rounding to the dtype, as ``nn.basis`` does; in any dtype of the vector."""
     native_level(level)
     smooth, x = seeded(130).exp(), seeded(9, 130).to(dtype)
     packed = rtn(seeded(67, 130, seed=1), TensorSpec(format=Int(bits=8), granularity=PerChannel()))
     weight = packed.qweight, packed.scale, None, None, None, None, 8
-    y = native_linear_int8(library.load(), x, *weight, smooth=smooth)
-    assert same(y, linear_int8_reference((x.float() * smooth).to(dtype), *weight))
+    for stored in (smooth, smooth.bfloat16()):
+        expected = linear_int8_reference((x.float() * stored.float()).to(dtype), *weight)
+        assert same(linear_int8(x, *weight, stored), expected)
 
 
 @pytest.mark.parametrize("level", LEVELS)
