@@ -6,6 +6,7 @@ linear_fp8    E4M3 inputs per token and E4M3 weights per channel
 emulated      everything else: inputs are rounded, weights decoded, and the product is that of float32 numbers
 """
 
+from dqtk import native
 from dqtk.spec import Dynamic, Float, Int, LayerSpec, PerChannel, PerTensor, PerToken, TensorSpec, TwoLevel
 
 E4M3 = Float(exponent=4, mantissa=3)
@@ -41,8 +42,12 @@ def _takes_fp8(weight: TensorSpec, given: TensorSpec) -> bool:
 
 def report_of(op: str, device: str) -> str:
     """What runs for an op on a device type such as "cpu", in words."""
+    served, by = native.describe(products=op != "weight_only") if device == "cpu" else (False, "")
+    why = f" ({by})" if by and not served else ""
     if op == "weight_only":
-        return "weights decoded to the compute dtype, then torch's own matmul"
+        if served:
+            return f"weights decoded to the compute dtype, {by}, then torch's own matmul"
+        return f"weights decoded to the compute dtype, then torch's own matmul{why}"
     if op in ("linear_int8", "conv_int8") and device in ("cpu", "cuda"):
-        return "integer matmul through torch._int_mm"
+        return f"integer matmul, {by}" if served else f"integer matmul through torch._int_mm{why}"
     return "emulated in floating point"

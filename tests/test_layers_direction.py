@@ -31,6 +31,7 @@ nn
 kernels
 explain
 ops
+native
 plan
 calls
 resolve

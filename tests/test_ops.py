@@ -2,6 +2,7 @@
 
 import pytest
 
+from dqtk import ops
 from dqtk.kernels import op_of, report_of
 from dqtk.numerics.codebook import bitmod, log_grid, nf4
 from dqtk.spec import (
@@ -103,10 +104,24 @@ def test_without_rounded_inputs_weights_are_decoded(stored):
 
 
 def test_reports_name_what_runs():
-    for device in ("cpu", "cuda"):
-        assert report_of("linear_int8", device) == "integer matmul through torch._int_mm"
-        assert report_of("conv_int8", device) == "integer matmul through torch._int_mm"
+    assert report_of("linear_int8", "cuda") == "integer matmul through torch._int_mm"
+    assert report_of("conv_int8", "cuda") == "integer matmul through torch._int_mm"
     assert report_of("linear_int8", "mps") == "emulated in floating point"
     assert report_of("linear_fp8", "cpu") == "emulated in floating point"
     assert report_of("emulated", "cuda") == "emulated in floating point"
-    assert report_of("weight_only", "cpu") == "weights decoded to the compute dtype, then torch's own matmul"
+    assert report_of("weight_only", "cuda") == "weights decoded to the compute dtype, then torch's own matmul"
+
+
+@pytest.mark.parametrize("op", ["linear_int8", "conv_int8", "weight_only"])
+def test_reports_on_the_cpu_name_the_native_kernels_or_why_there_are_none(op, monkeypatch):
+    integers = op != "weight_only"
+    monkeypatch.setattr(ops.native, "describe", lambda products: (True, f"native (some level) {products}"))
+    served = report_of(op, "cpu")
+    monkeypatch.setattr(ops.native, "describe", lambda products: (False, f"native kernels: no compiler {products}"))
+    missing = report_of(op, "cpu")
+    if integers:
+        assert served == "integer matmul, native (some level) True"
+        assert missing == "integer matmul through torch._int_mm (native kernels: no compiler True)"
+    else:
+        assert served == "weights decoded to the compute dtype, native (some level) False, then torch's own matmul"
+        assert missing == "weights decoded to the compute dtype, then torch's own matmul (native kernels: no compiler False)"

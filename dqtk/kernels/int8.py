@@ -10,15 +10,17 @@ from torch import Tensor
 
 def quantize_rows(x_TK: Tensor, input_scale: Tensor | None, input_zero: Tensor | None) -> tuple[Tensor, Tensor]:
     """int8 codes [T, K] and scales [T, 1]; x ~ scale * (code - zero). A row with NaN or infinity gets such a scale."""
-    x = x_TK.float()
+    top = x_TK.abs().amax(dim=1, keepdim=True).float()
+    own = x_TK.dtype != torch.float32
+    x = x_TK.float()  # in place from here on: fresh pages cost as much as the arithmetic
     if input_scale is None:
-        scale = x.abs().amax(dim=1, keepdim=True) / 127
+        scale = top / 127
         scale = torch.where(scale <= 1e-30, torch.ones_like(scale), scale)
-        return (x / scale).round().clamp(-127, 127).to(torch.int8), scale
-    codes = (x / input_scale).round()
-    codes = codes if input_zero is None else codes + input_zero
-    total = x.sum(dim=1, keepdim=True)
-    return codes.clamp(-128, 127).to(torch.int8), torch.where(total.isfinite(), input_scale.view(1, 1), total)
+        codes = x.div_(scale) if own else x / scale
+        return codes.round_().clamp_(-127, 127).to(torch.int8), scale
+    codes = (x.div_(input_scale) if own else x / input_scale).round_()
+    codes = codes if input_zero is None else codes.add_(input_zero)
+    return codes.clamp_(-128, 127).to(torch.int8), torch.where(top.isfinite(), input_scale.view(1, 1), top)
 
 
 def matmul_reference(a_TK: Tensor, b_NK: Tensor) -> Tensor:

@@ -20,9 +20,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dqtk.kernels import conv_int8, from_matrix, linear_fp8, linear_int8, op_of, report_of
+from dqtk.kernels import (
+    Decoding,
+    conv_int8,
+    decode_weight,
+    from_matrix,
+    linear_decoded,
+    linear_fp8,
+    linear_int8,
+    op_of,
+    report_of,
+)
 from dqtk.numerics.inputs import round_input
-from dqtk.numerics.packing import Packed, dequantize, empty
+from dqtk.numerics.packing import Packed, empty
 from dqtk.numerics.storage import BUFFERS, layer_layout
 from dqtk.spec import LayerSpec, describe
 
@@ -96,10 +106,15 @@ class Quantized:
         module: Any = self
         return (module.n, module.k)
 
-    def stored_matrix(self) -> Tensor:
-        """The stored weight as float32 [N, K], in the basis of the transformed input and without the branch."""
+    def decoding(self) -> Decoding:
+        """How the stored codes become numbers, as the ops take it."""
         module: Any = self
-        return dequantize(Packed(**{name: getattr(module, name) for name in WEIGHT}), self.spec.weight, module.k)
+        return Decoding.of(Packed(**{name: getattr(module, name) for name in WEIGHT}), self.spec.weight)
+
+    def stored_matrix(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The stored weight [N, K] in ``dtype``, in the basis of the transformed input and without the branch."""
+        module: Any = self
+        return decode_weight(module.qweight, *self.decoding().arguments(), module.k, dtype)
 
     def dequantize_matrix(self) -> Tensor:
         """The weight that this layer stands for, float32 [N, K]: stored codes and branch, in the basis of the layer's own input."""
@@ -185,23 +200,25 @@ class QuantLinear(Quantized, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002, torch's name
         module: Any = self
+        if self.op == "linear_int8" and module.signs is None and module.down is None:
+            return self._product(input, module.smooth)  # smoothed as it is rounded
         z = module.basis.apply(input, module.smooth, module.signs)
         y = self._product(z).to(input.dtype)
         if module.down is None:
             return y
         return y + F.linear(F.linear(z, module.down.to(z.dtype)), module.up.to(z.dtype))
 
-    def _product(self, z: Tensor) -> Tensor:
-        """Q(z) Q(W)^T + bias by the layer's op."""
+    def _product(self, z: Tensor, smooth: Tensor | None = None) -> Tensor:
+        """Q(z) Q(W)^T + bias by the layer's op; ``smooth`` is left to integer kernels."""
         module: Any = self
         bias, op = module.bias, self.op
         if op == "linear_int8":
             scales = (module.scale, module.group_scale, bias, module.input_scale, module.input_zero)
-            return linear_int8(z, module.qweight, *scales, self.stored_width)
+            return linear_int8(z, module.qweight, *scales, self.stored_width, smooth)
         if op == "linear_fp8":
             return linear_fp8(z, module.qweight, module.scale, bias, module.input_scale)
         if op == "weight_only":
-            return F.linear(z, self.stored_matrix().to(z.dtype), None if bias is None else bias.to(z.dtype))
+            return linear_decoded(z, module.qweight, bias, *self.decoding().arguments())
         # Rounded numbers and their products are float32, as in kernels, autocast or not.
         assert self.spec.input is not None
         z = round_input(z.float(), self.spec.input, module.input_scale, module.input_zero, z.ndim - 1)
@@ -269,7 +286,7 @@ class _QuantConv(Quantized):
             )
         conv, where = (F.conv1d, F.conv2d, F.conv3d)[dims - 1], (module.stride, module.padding, module.dilation)
         dtype = x.dtype if self.spec.input is None else torch.float32
-        weight = from_matrix(self.stored_matrix().to(dtype), module.kernel_size)
+        weight = from_matrix(self.stored_matrix(dtype), module.kernel_size)
         bias = None if module.bias is None else module.bias.to(dtype)
         if self.spec.input is None:
             return conv(x, weight, bias, *where)

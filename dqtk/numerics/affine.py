@@ -3,7 +3,7 @@
 Int, symmetric:     level = code, -(2^(b-1)-1) .. 2^(b-1)-1, no zero
 Int, asymmetric:    level = code, 0 .. 2^b - 1; zero is one of them (so the number 0 is representable)
 Float, signed:      level = the value of a bit pattern, see ``floats``; no zero
-Float, unsigned:    the same from 0 up; zero is one of the levels, so that a range may begin below 0 and 0 is representable
+Float, unsigned:    the same from 0 up; zero is any number, so that a range may begin below 0 (0 is then a level only by chance)
 Codebook:           level = an entry of a table, see ``codebook``; no zero. ``which`` of its tables is an argument
 
 Scales are float32; all arithmetic is float32, whatever the input. A row of zeros gets scale 1, so nothing divides by zero.
@@ -79,7 +79,7 @@ def scale_of_range(low: Tensor, high: Tensor, form: Format, which: int = 0) -> t
         return scale, (-low / scale).round().clamp(least, most)
     if isinstance(form, Float) and not form.signed:
         scale = _nonzero((high - low) / largest(form))
-        return scale, round_to(-low / scale, form)
+        return scale, -low / scale
     return _nonzero(torch.maximum(-low, high) / top_level(form, which)), None
 
 

@@ -73,6 +73,8 @@ def tan_grid(bits: int, alpha: float = 1.2) -> Codebook:
 
 def table(form: Codebook, which: int = 0, device: torch.device | str = "cpu") -> Tensor:
     """float32 [2^bits] of one table, ascending."""
+    if torch.compiler.is_compiling():  # a constant of the graph
+        return torch.tensor(form.tables[which], dtype=torch.float32, device=device)
     return _table(form.tables[which], torch.device(device))
 
 

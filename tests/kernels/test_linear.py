@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dqtk.kernels import linear_fp8, linear_int8, linear_int8_reference
+from dqtk.kernels import linear, linear_fp8, linear_int8, linear_int8_reference
 from dqtk.kernels.int8 import matmul_padded, matmul_reference
 from dqtk.methods.rtn import rtn
 from dqtk.numerics.packing import dequantize
@@ -207,3 +207,21 @@ def test_padded_matmul_of_cuda_is_exact(t, k, n):
     a = torch.randint(-128, 128, (t, k), dtype=torch.int8, generator=generator)
     b = torch.randint(-127, 128, (n, k), dtype=torch.int8, generator=generator)
     assert torch.equal(matmul_padded(a, b), matmul_reference(a, b))
+
+
+def test_rows_in_blocks_without_native_kernels(monkeypatch):
+    monkeypatch.setattr(linear, "_OUTPUTS_AT_ONCE", 64 * 7)
+    _, packed, bias = stored(7, 24, 4)
+    for mode in INPUTS:
+        call = arguments(seeded(3, 50, 24), packed, 4, bias, mode)
+        assert torch.equal(linear.linear_int8_through_torch(*call), linear_int8_reference(*call))
+
+
+@pytest.mark.parametrize("mode", INPUTS)
+def test_inputs_are_left_alone(mode):
+    _, packed, bias = stored(7, 24, 8)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = seeded(5, 24).to(dtype)
+        copy = x.clone()
+        linear.linear_int8_through_torch(*arguments(x, packed, 8, bias, mode))
+        assert torch.equal(x, copy)

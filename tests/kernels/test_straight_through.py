@@ -86,3 +86,10 @@ def test_bias_alone_can_learn():
     bias = seeded(7).requires_grad_()
     linear_int8(seeded(3, 24), packed.qweight, packed.scale, None, bias, None, None, 8).sum().backward()
     assert torch.equal(bias.grad, torch.full((7,), 3.0))
+
+
+def test_smoothed_inputs():
+    packed, smooth = rtn(seeded(7, 24, seed=1), W8), seeded(24, seed=3).exp()
+    weight = dequantize(packed, W8, 24) * smooth
+    (grad,) = gradients(lambda x: linear_int8(x, packed.qweight, packed.scale, None, None, None, None, 8, smooth), seeded(3, 24))
+    torch.testing.assert_close(grad, seeded(3, 7, seed=9) @ weight, rtol=1e-5, atol=1e-5)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from dqtk.kernels import report_of
 from dqtk.nn import BUFFERS, QuantConv1d, QuantConv2d, QuantConv3d, Quantized, QuantLinear, runtime_class
 from dqtk.spec import Dynamic, Float, Int, LayerSpec, PerChannel, PerGroup, PerToken, TensorSpec
 
@@ -217,13 +218,13 @@ def test_runtime_classes():
 
 def test_layers_say_what_runs(quantized):
     expected = {
-        "w4": "weight_only: weights decoded to the compute dtype, then torch's own matmul",
-        "w8a8": "linear_int8: integer matmul through torch._int_mm",
+        "w4": f"weight_only: {report_of('weight_only', 'cpu')}",
+        "w8a8": f"linear_int8: {report_of('linear_int8', 'cpu')}",
         "fp8": "linear_fp8: emulated in floating point",
     }
     for spec, text in expected.items():
         assert make(quantized, "linear", spec)[1].kernel() == text
-    assert make(quantized, "conv2d", "w4a8-rtn")[1].kernel() == "conv_int8: integer matmul through torch._int_mm"
+    assert make(quantized, "conv2d", "w4a8-rtn")[1].kernel() == f"conv_int8: {report_of('conv_int8', 'cpu')}"
     assert "W4 group 8 two-level, A8 per token" in repr(make(quantized, "linear", "w4a8-rtn")[1])
 
 

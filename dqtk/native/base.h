@@ -1,0 +1,178 @@
+// What every kernel here uses: number conversions that equal torch's bit for bit, reused memory, and torch's own threads.
+//
+// One library is built per level of the CPU: AVX512-VNNI, AVX2, or plain C++ ("generic"). Loops are written so that the compiler
+// turns them into vectors; intrinsics stand where it would not. Float arithmetic must not be contracted into fused operations.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace dqtk {
+
+// --- numbers ------------------------------------------------------------------------------------------------------------
+
+enum Type : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+struct bfloat16 {
+    uint16_t bits;
+};
+struct float16 {
+    uint16_t bits;
+};
+
+inline uint32_t bits_of(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+}
+
+inline float float_of(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+inline float widened(float value) { return value; }
+
+inline float widened(bfloat16 value) { return float_of(uint32_t(value.bits) << 16); }
+
+inline float widened(float16 value) {
+    const uint32_t sign = uint32_t(value.bits & 0x8000) << 16, exponent = (value.bits >> 10) & 31, mantissa = value.bits & 1023;
+    if (exponent == 0) return float_of(bits_of(float(mantissa) * 0x1p-24f) | sign);
+    return float_of(sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | mantissa << 13);
+}
+
+inline void narrow(float value, float& out) { out = value; }
+
+inline void narrow(float value, bfloat16& out) {  // to nearest, ties to even
+    const uint32_t bits = bits_of(value);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
+    out.bits = uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+inline void narrow(float value, float16& out) {
+    const uint32_t bits = bits_of(value), magnitude = bits & 0x7fffffffu, sign = (bits >> 16) & 0x8000u;
+    uint32_t half;
+    if (magnitude > 0x7f800000u) half = 0x7e00u;
+    else if (magnitude >= 0x477ff000u) half = 0x7c00u;  // from 65520 on: infinity
+    else if (magnitude < 0x38800000u) half = uint32_t(std::rint(float_of(magnitude) * 0x1p24f));  // below 2^-14: multiples of 2^-24
+    else half = (magnitude + 0xfffu + ((magnitude >> 13) & 1) - 0x38000000u) >> 13;
+    out.bits = uint16_t(sign | half);
+}
+
+template <class T>
+inline void widen(const T* in, float* out, int64_t count) {
+    for (int64_t i = 0; i < count; i++) out[i] = widened(in[i]);
+}
+
+template <class T>
+inline void narrow(const float* in, T* out, int64_t count) {
+    for (int64_t i = 0; i < count; i++) narrow(in[i], out[i]);
+}
+
+#if defined(__F16C__) && defined(__AVX2__)
+template <>
+inline void widen(const float16* in, float* out, int64_t count) {
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(in + i))));
+    for (; i < count; i++) out[i] = widened(in[i]);
+}
+
+template <>
+inline void narrow(const float* in, float16* out, int64_t count) {
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8)
+        _mm_storeu_si128((__m128i*)(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT));
+    for (; i < count; i++) narrow(in[i], out[i]);
+}
+#endif
+
+// The largest magnitude as bits of a float. Bits of non-negative floats are ordered as the floats are, NaN above infinity.
+template <class T>
+inline uint32_t largest_bits(const T* in, int64_t count) {
+    int32_t top = 0;
+    for (int64_t i = 0; i < count; i++) top = std::max(top, int32_t(bits_of(widened(in[i])) & 0x7fffffffu));
+    return uint32_t(top);
+}
+
+template <>
+inline uint32_t largest_bits(const float16* in, int64_t count) {
+    int32_t top = 0;
+    for (int64_t i = 0; i < count; i++) top = std::max(top, int32_t(in[i].bits & 0x7fff));
+    return bits_of(widened(float16{uint16_t(top)}));
+}
+
+// Calls ``body`` with a value of the element type that ``type`` names.
+template <class F>
+inline void with_type(int32_t type, F&& body) {
+    if (type == FLOAT32) body(float());
+    else if (type == BFLOAT16) body(bfloat16());
+    else body(float16());
+}
+
+// --- memory -------------------------------------------------------------------------------------------------------------
+
+// Memory of a thread that its next call finds again: fresh pages can cost more than the work done in them.
+class Scratch {
+  public:
+    template <class T>
+    T* get(int64_t count) {
+        const int64_t bytes = (count * int64_t(sizeof(T)) + 64 + 4095) / 4096 * 4096;  // and room for a vector past the end
+        if (bytes > size_) {
+            std::free(memory_);
+            memory_ = std::aligned_alloc(4096, size_t(bytes));
+            size_ = memory_ ? bytes : 0;
+            if (!memory_) std::abort();
+        }
+        return static_cast<T*>(memory_);
+    }
+    void keep_at_most(int64_t bytes) {
+        if (size_ <= bytes) return;
+        std::free(memory_);
+        memory_ = nullptr;
+        size_ = 0;
+    }
+    ~Scratch() { std::free(memory_); }
+
+  private:
+    void* memory_ = nullptr;
+    int64_t size_ = 0;
+};
+
+constexpr int64_t KEPT_BYTES = 32 << 20;
+
+// --- threads ------------------------------------------------------------------------------------------------------------
+
+// The OpenMP runtime that torch has loaded, so that there is one pool of threads. Null: everything runs in the calling thread.
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+extern Parallel parallel;
+
+// Runs ``body(i)`` for i < count in up to ``threads`` threads, which take the next ``grain`` of them when they are free.
+template <class F>
+inline void for_each(int threads, int64_t count, int64_t grain, F&& body) {
+    struct Shared {
+        F& body;
+        int64_t count, grain;
+        std::atomic<int64_t> next{0};
+    } shared{body, count, grain};
+    auto work = [](void* data) {
+        Shared& s = *static_cast<Shared*>(data);
+        for (int64_t first; (first = s.next.fetch_add(s.grain)) < s.count;)
+            for (int64_t i = first; i < std::min(first + s.grain, s.count); i++) s.body(i);
+    };
+    threads = int(std::min<int64_t>(threads, (count + grain - 1) / grain));
+    if (threads <= 1 || !parallel) work(&shared);
+    else parallel(work, &shared, unsigned(threads), 0);
+}
+
+}  // namespace dqtk

@@ -1,0 +1,195 @@
+"""Tensors in, tensors out: the native functions with the arguments of the dqtk:: ops. Structures mirror those of the sources."""
+
+import ctypes
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_Int, _Wide, _Pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+
+
+class _Input(ctypes.Structure):
+    """``stride``: elements from row to row, or sample to sample. ``smooth`` [K], ``scale`` and ``zero`` [1], or null."""
+
+    _fields_ = (
+        ("x", _Pointer),
+        ("stride", _Wide),
+        ("type", _Int),
+        ("threads", _Int),
+        ("smooth", _Pointer),
+        ("scale", _Pointer),
+        ("zero", _Pointer),
+    )
+
+
+class _Weight(ctypes.Structure):
+    """``stride``: bytes per row. ``bits`` 0: int8 as it is."""
+
+    _fields_ = (
+        ("codes", _Pointer),
+        ("stride", _Wide),
+        ("n", _Wide),
+        ("k", _Wide),
+        ("bits", _Int),
+        ("is_signed", _Int),
+        ("group_scale", _Pointer),
+        ("group_size", _Wide),
+    )
+
+
+class _Output(ctypes.Structure):
+    """``scale_step``: 1 for a scale per output, 0 for one scale."""
+
+    _fields_ = (("y", _Pointer), ("scale", _Pointer), ("scale_step", _Wide), ("bias", _Pointer))
+
+
+class _Decoding(ctypes.Structure):
+    """Steps and zeros of group g of row n stand at ``n * row_step + g * group_step``."""
+
+    _fields_ = (
+        ("weight", _Weight),
+        ("steps", _Pointer),
+        ("zeros", _Pointer),
+        ("row_step", _Wide),
+        ("group_step", _Wide),
+        ("levels", _Pointer),
+        ("selector", _Pointer),
+        ("selector_stride", _Wide),
+        ("selector_bits", _Int),
+        ("threads", _Int),
+    )
+
+
+class _Window(ctypes.Structure):
+    """Sizes of a convolution, leading dimensions of size 1 in front."""
+
+    _fields_ = (
+        ("batch", _Wide),
+        ("channels", _Wide),
+        *((name, _Wide * 3) for name in ("size", "kernel", "stride", "padding", "dilation", "out")),
+        ("channels_last", _Int),
+    )
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _dense(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype).contiguous()
+
+
+class _Arguments:
+    """What linear and convolution share. Keeps converted tensors alive during the call."""
+
+    def __init__(self, x, stride, qweight, k, bits, group_scale, scale, bias, input_scale, input_zero, smooth, y):
+        self.kept = x, qweight, y, group_scale = x, qweight.contiguous(), y, _dense(group_scale, torch.uint8)
+        scale, bias, smooth, input_scale = self.floats = [_dense(v) for v in (scale, bias, smooth, input_scale)]
+        self.zero = _dense(input_zero, torch.int32)
+        plain = qweight.dtype == torch.int8
+        size = 0 if group_scale is None else k // group_scale.shape[1]
+        self.input = _Input(
+            _address(x),
+            stride,
+            TYPES[x.dtype],
+            torch.get_num_threads(),
+            _address(smooth),
+            _address(input_scale),
+            None if input_scale is None else _address(self.zero),
+        )
+        n = qweight.shape[0]
+        self.weight = _Weight(_address(qweight), qweight.stride(0), n, k, 0 if plain else bits, 1, _address(group_scale), size)
+        self.output = _Output(_address(y), _address(scale), int(scale.numel() > 1), _address(bias))
+
+
+def linear_int8(
+    library: ctypes.CDLL, x_TK, qweight, scale, group_scale, bias, input_scale, input_zero, bits: int, smooth: Tensor | None = None
+) -> Tensor:
+    """[T, N] in the dtype of ``x_TK`` [T, K]. ``smooth``: float32 [K], multiplied with the input, which is rounded to its dtype."""
+    (t, k), n, dtype = x_TK.shape, qweight.shape[0], x_TK.dtype
+    if dtype not in TYPES:  # all arithmetic is float32
+        smoothed = x_TK if smooth is None else (x_TK.float() * smooth).to(dtype)
+        return linear_int8(library, smoothed.float(), qweight, scale, group_scale, bias, input_scale, input_zero, bits).to(dtype)
+    x = x_TK if x_TK.stride(1) == 1 else x_TK.contiguous()
+    y = torch.empty((t, n), dtype=dtype)
+    a = _Arguments(x, x.stride(0), qweight, k, bits, group_scale, scale, bias, input_scale, input_zero, smooth, y)
+    library.dqtk_linear_int8(ctypes.byref(a.input), ctypes.byref(a.weight), ctypes.byref(a.output), _Wide(t))
+    return y
+
+
+def conv_int8(
+    library: ctypes.CDLL,
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    group_scale: Tensor | None,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    input_zero: Tensor | None,
+    bits: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    out: Sequence[int],
+) -> Tensor:
+    """[B * prod(out), N] in the dtype of ``x`` [B, C, *S]: a row per output position."""
+    if x.dtype not in TYPES:
+        scales = (scale, group_scale, bias, input_scale, input_zero, bits)
+        return conv_int8(library, x.float(), qweight, *scales, kernel, stride, padding, dilation, out).to(x.dtype)
+    batch, channels = x.shape[:2]
+    channels_last = x.movedim(1, -1).is_contiguous()
+    x = x if channels_last else x.contiguous()
+    y = torch.empty((batch * math.prod(out), qweight.shape[0]), dtype=x.dtype)
+    k, elements = channels * math.prod(kernel), math.prod(x.shape[1:])
+    a = _Arguments(x, elements, qweight, k, bits, group_scale, scale, bias, input_scale, input_zero, None, y)
+    sizes = [_three(x.shape[2:], 1), _three(kernel, 1), _three(stride, 1), _three(padding, 0), _three(dilation, 1), _three(out, 1)]
+    window = _Window(batch, channels, *sizes, int(channels_last))
+    library.dqtk_conv_int8(ctypes.byref(a.input), ctypes.byref(a.weight), ctypes.byref(a.output), ctypes.byref(window))
+    return y
+
+
+def _three(values: Sequence[int], fill: int) -> ctypes.Array:
+    return (_Wide * 3)(*[fill] * (3 - len(values)), *values)
+
+
+class Decoder:
+    """A stored weight, ready to be decoded in parts. Arguments as the dqtk::decode_weight op has them."""
+
+    def __init__(self, library: ctypes.CDLL, qweight, steps, zero, group_scale, selector, levels, bits: int, signed: bool, k: int):
+        n = qweight.shape[0]
+        self.library, self.n, self.k = library, n, k
+        qweight, steps, zero, group_scale, selector, levels = self.kept = (
+            qweight.contiguous(),
+            _dense(steps),
+            _dense(zero, torch.uint8),
+            _dense(group_scale, torch.uint8),
+            _dense(selector, torch.uint8),
+            _dense(levels),
+        )
+        groups = (steps if group_scale is None else group_scale).shape[1]
+        selector_bits = 0 if levels is None else (levels.shape[0] - 1).bit_length()
+        raw = qweight.dtype != torch.uint8
+        self.decoding = _Decoding(
+            _Weight(
+                _address(qweight), qweight.stride(0), n, k, 0 if raw else bits, int(signed), _address(group_scale), k // groups
+            ),
+            _address(steps),
+            _address(zero),
+            steps.shape[1] if steps.shape[0] > 1 else 0,
+            int(steps.shape[1] > 1),
+            _address(levels),
+            _address(selector),
+            0 if selector is None else selector.stride(0),
+            selector_bits,
+            torch.get_num_threads(),
+        )
+
+    def rows(self, first: int, out: Tensor) -> Tensor:
+        """``out`` [R, K], float32, bfloat16 or float16 and contiguous, filled with the rows from ``first`` on."""
+        count, kind = _Wide(out.shape[0]), _Int(TYPES[out.dtype])
+        self.library.dqtk_decode(ctypes.byref(self.decoding), _Wide(first), count, kind, _Pointer(_address(out)))
+        return out

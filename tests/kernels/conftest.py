@@ -1,0 +1,64 @@
+"""Native kernels of a level that is asked for, and none at all."""
+
+import os
+
+import pytest
+
+from dqtk.native import library
+
+
+@pytest.fixture
+def native_level(monkeypatch):
+    """Function (level) -> native kernels of that level from now on, or a skipped test where this machine has none."""
+
+    def use(level):
+        monkeypatch.setenv("DQTK_NATIVE", level)
+        library.forget()
+        if library.load() is None:
+            pytest.skip(library.describe()[1])
+
+    yield use
+    monkeypatch.undo()
+    library.forget()
+
+
+@pytest.fixture
+def environment(monkeypatch, tmp_path):
+    """Function (**variables) -> decide about native kernels again in that environment, with an empty cache folder."""
+
+    def change(**variables):
+        for name in ("DQTK_NATIVE", "CXX", "XDG_CACHE_HOME"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in ({"DQTK_CACHE_DIR": str(tmp_path / "cache")} | variables).items():
+            monkeypatch.setenv(name, value)
+        library.forget()
+        library._version.cache_clear()
+
+    yield change
+    monkeypatch.undo()
+    library.forget()
+
+
+@pytest.fixture
+def compiler(tmp_path):
+    """Function (what it does) -> path of a stand-in for a compiler, whose ``$out`` is the file to make."""
+
+    def make(body):
+        path = tmp_path / "compiler"
+        path.write_text(
+            '#!/bin/sh\ncase "$*" in *--version) echo stand-in 1.0; exit 0;; esac\n'
+            f'echo call >> {tmp_path}/calls\nwhile [ "$1" != -o ]; do shift; done\nout=$2\n{body}\n'
+        )
+        path.chmod(0o755)
+        return str(path)
+
+    return make
+
+
+@pytest.fixture
+def built():
+    """Path of a library that works here; skips where none can be made."""
+    library.forget()
+    if library.load() is None:
+        pytest.skip(library.describe()[1])
+    return os.fspath(library.load()._name)
