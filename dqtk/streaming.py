@@ -68,20 +68,11 @@ def quantize_folder(
     """
     final = check_output(output, "quantize")
     folder, target, dtype = _opened(os.fspath(model), dtype)
-    if not isinstance(plan, Plan):
-        plan = make_plan(target, plan, text_encoders=text_encoders, overrides=overrides)
-    elif text_encoders is not None or overrides:
-        raise ValueError("quantize: plan must stand alone, got text_encoders or overrides too. A plan has decided already.")
-    if plan.needs_stats:
-        raise ValueError(
-            f"quantize: a streamed plan must need no statistics of inputs, got recipe {plan.recipe!r}, which does. "
-            "Choose another recipe (w8a8, w4a8-rtn, ...), or quantize in memory."
-        )
-    check_fit(plan, components_of(target))
+    plan = _planned(target, plan, text_encoders, overrides)
     me = processes()
     work = final.with_name(f".{final.name}.streaming")
     parts = [
-        _Part(name, module, folder, work / "whole", plan.of(name), dtype)
+        _Part(name, module, folder / _subfolder(name), work / "whole" / _subfolder(name), plan.of(name), dtype)
         for name, module in components_of(target).items()
         if any(choice.spec is not None for choice in plan.of(name).choices)
     ]
@@ -122,6 +113,31 @@ def _opened(model: str, dtype: torch.dtype | None) -> tuple[Path, Any, torch.dty
         torch.set_default_dtype(default)
 
 
+def _subfolder(component: str) -> str:
+    """Where a component lies in its pipeline's folder; a component by itself is the folder."""
+    return "" if component == "model" else component
+
+
+def _planned(
+    target: Any,
+    plan: Plan | Recipe | str,
+    text_encoders: str | Recipe | None,
+    overrides: Mapping[str, LayerSpec | str | None] | None,
+) -> Plan:
+    """The plan to carry out. Raises ``ValueError`` for one that needs statistics or does not fit."""
+    if not isinstance(plan, Plan):
+        plan = make_plan(target, plan, text_encoders=text_encoders, overrides=overrides)
+    elif text_encoders is not None or overrides:
+        raise ValueError("quantize: plan must stand alone, got text_encoders or overrides too. A plan has decided already.")
+    if plan.needs_stats:
+        raise ValueError(
+            f"quantize: a streamed plan must need no statistics of inputs, got recipe {plan.recipe!r}, which does. "
+            "Choose another recipe (w8a8, w4a8-rtn, ...), or quantize in memory."
+        )
+    check_fit(plan, components_of(target))
+    return plan
+
+
 def _prepare(work: Path, task: Mapping[str, Any], parts: list["_Part"], folder: Path) -> None:
     """Claim the work folder, lay out what is not laid out yet, and copy what stays."""
     if claim(work, task) and done(work):
@@ -134,7 +150,7 @@ def _prepare(work: Path, task: Mapping[str, Any], parts: list["_Part"], folder: 
     else:
         for part in parts:
             part.out.reserve()
-    _copy_rest(folder, work / "whole", {part.path for part in parts})
+    _copy_rest(folder, work / "whole", {_subfolder(part.name) for part in parts})
 
 
 def _solve_all(parts: list["_Part"], work: Path, me: Processes, device: torch.device, progress: bool) -> None:
@@ -159,25 +175,23 @@ class _Part:
 
     def __init__(self, name: str, module: nn.Module, folder: Path, output: Path, plan: Plan, dtype: torch.dtype):
         self.name, self.module, self.dtype = name, module, dtype
-        self.path = "" if name == "model" else name  # a bare component is the folder itself
         self.backend: Any = cast(Any, backend_of(module))
         self.choices = {choice.site.path: choice for choice in plan.choices if choice.spec is not None}
-        _check_plain(folder / self.path, name)
-        self.stored = StoredTensors(folder / self.path, self.backend.WEIGHTS)
+        _check_plain(folder, name)
+        self.stored = StoredTensors(folder, self.backend.WEIGHTS)
         self.sources = self._sources()
         self.dtypes = self.backend.loaded_dtypes(module, dtype)
         install(module, {path: choice.spec for path, choice in self.choices.items() if choice.spec}, "quantize")
         state = module.state_dict(keep_vars=True)
         self.written: dict[str, str] = self.backend.written_names(module, state)
         twins = self._twins(state)
-        tensors = {self.written[n]: (tuple(t.shape), self._dtype(n, t)) for n, t in state.items() if n not in twins}
-        order = [file_name for n, file_name in self.written.items() if n not in twins]
+        mine = [n for n in self.written if n not in twins]  # in the order of the files
+        tensors = {self.written[n]: (tuple(state[n].shape), self._dtype(n, state[n])) for n in mine}
         aliases = {self.written[n]: self.written[owner] for n, owner in twins.items()}
-        self.out = LaidOutTensors(output / self.path, self.backend.WEIGHTS, {n: tensors[n] for n in order}, aliases)
+        self.out = LaidOutTensors(output, self.backend.WEIGHTS, tensors, aliases)
         self.units: dict[str, list[str]] = {}
-        for n in state:
-            if n not in twins:
-                self.units.setdefault(n.rpartition(".")[0], []).append(n)
+        for n in mine:
+            self.units.setdefault(n.rpartition(".")[0], []).append(n)
 
     def id_of(self, path: str) -> str:
         return f"{self.name}:{path}"
