@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
 from .calibrate import Stats
@@ -30,7 +31,8 @@ from .quantize import quantize, save
 from .recipes import RECIPES
 from .report.rounding import ROUNDINGS, check_rounding
 from .resolve import oracle_for
-from .sources import find_device, load_pipeline, local_folder, meta_pipeline, read_json, readable
+from .sources import find_device, load_pipeline, local_folder, meta_pipeline, meta_target, read_json, readable
+from .streaming import quantize_folder
 
 FLOORS = ("bfloat16", *ROUNDINGS)
 
@@ -58,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     quant.add_argument("--stats", type=Path, help="statistics written by calibrate, in place of prompts")
     quant.add_argument("--sequential", action="store_true", help="solvers see inputs of the model as it is quantized so far")
     quant.add_argument("--max-memory", type=float, default=2, metavar="GIB", help="of input statistics (%(default)s)")
+    quant.add_argument("--stream", action="store_true", help="a layer at a time, for models larger than memory; resumes")
     quant.add_argument("--output", type=Path, required=True, help="folder for the quantized pipeline; new or empty")
 
     generate = verbs.add_parser("generate", help="write one PNG per prompt")
@@ -164,12 +167,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, SafetensorError) as error:
         print(f"dqtk {options.verb}: error: {error}", file=sys.stderr)
         return 2
-    except _Terminated:
-        print(f"dqtk {options.verb}: terminated; nothing half-written was left", file=sys.stderr)
-        return 143
-    except KeyboardInterrupt:
-        print(f"dqtk {options.verb}: interrupted; nothing half-written was left", file=sys.stderr)
-        return 130
+    except (_Terminated, KeyboardInterrupt) as stop:
+        said, status = ("terminated", 143) if isinstance(stop, _Terminated) else ("interrupted", 130)
+        left = "run the same command again to go on" if getattr(options, "stream", False) else "nothing half-written was left"
+        print(f"dqtk {options.verb}: {said}; {left}", file=sys.stderr)
+        return status
     return status or 0
 
 
@@ -246,12 +248,27 @@ def _calibrate(options: argparse.Namespace, command: str) -> None:
 def _quantize(options: argparse.Namespace, command: str) -> None:
     check_output(options.output, "quantize")
     _check_writable(options.output, "quantize")
+    if options.stream and (options.prompts or options.stats or options.sequential):
+        raise ValueError("--stream must stand without --prompts, --stats and --sequential, got one of them. It learns nothing.")
     if options.plan is None:
-        plan = _plan_for(options, meta_pipeline(options.model))  # wrong names and patterns fail before any weight is read
+        meta = meta_target(options.model) if options.stream else meta_pipeline(options.model)
+        plan = _plan_for(options, meta)  # wrong names and patterns fail before any weight is read
     elif options.recipe or options.text_encoders or options.keep or options.set:
         raise ValueError("--plan must stand alone, got --recipe, --text-encoders, --keep or --set too. A plan has decided already.")
     else:
         plan = Plan.from_json(read_json(options.plan, "--plan"), str(options.plan))
+    if options.stream:
+        dtype = None if options.dtype == "stored" else getattr(torch, options.dtype)
+        device = find_device(options.device) if options.device else None
+        quantize_folder(options.model, options.output, plan, dtype=dtype, device=device)
+    else:
+        _quantize_in_memory(options, plan)
+    if os.environ.get("RANK", "0") == "0":  # of several processes the first speaks
+        print(totals(plan))
+        print(f"{options.output}: recipe {plan.recipe}, plan {plan.hash}")
+
+
+def _quantize_in_memory(options: argparse.Namespace, plan: Plan) -> None:
     prompts = read_prompts(options.prompts, options.num_prompts) if options.prompts else None
     stats = _read_stats(options.stats) if options.stats else None
     if plan.needs_stats and stats is None and prompts is None:
@@ -264,8 +281,6 @@ def _quantize(options: argparse.Namespace, command: str) -> None:
         stats = run_calibrate(pipe, prompts, plan, seed=options.seed, batch_size=options.batch_size, call_kwargs=kwargs)
     quantize(pipe, plan, stats, sequential=options.sequential, max_memory=int(options.max_memory * 2**30))
     save(pipe, options.output)
-    print(totals(plan))
-    print(f"{options.output}: recipe {plan.recipe}, plan {plan.hash}")
 
 
 def _read_stats(path: Path) -> Stats:

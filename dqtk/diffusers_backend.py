@@ -7,8 +7,12 @@ tensors are cast to the load dtype before the quantizer sees them, so scales are
 """
 
 import enum
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
@@ -142,6 +146,36 @@ def attach(model: Any, recipe: str) -> None:
     model.hf_quantizer = DqtkQuantizer(config, pre_quantized=True)
     model.is_quantized = True
     model.quantization_method = Method.DQTK
+
+
+# --- what loading and saving do to names and dtypes, for files that are written without a model in memory -----------------------
+
+WEIGHTS = "diffusion_pytorch_model"
+"""How files of weights are called."""
+
+
+def source_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
+    """Name of a tensor in the model -> its name in the files that ``from_pretrained`` reads."""
+    names = OrderedDict((name, name) for name in stored)
+    model._fix_state_dict_keys_on_load(names)  # moves what it finds under an old name; never looks at the values
+    return dict(names)
+
+
+def written_names(model: Any, state: Mapping[str, Any]) -> dict[str, str]:
+    """Name of a tensor in the model -> its name in the files that ``save_pretrained`` writes: the same."""
+    return {name: name for name in state}
+
+
+def loaded_dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """dtype of every tensor, if it is a floating one, after ``from_pretrained(dtype=dtype)``."""
+    kept = model._keep_in_fp32_modules or []
+    kept = {kept} if isinstance(kept, str) else set(kept)
+    return {name: torch.float32 if kept & set(name.split(".")) else dtype for name in model.state_dict()}
+
+
+def save_config(model: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Write ``config.json`` as ``save_pretrained`` does."""
+    model.save_config(folder)
 
 
 register()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from .calibrate import Stats, calibrate
@@ -130,7 +130,7 @@ def quantize(
     made = plan if isinstance(plan, Plan) else _make_plan(target, plan)
     parts = components_of(target)
     work = [choice for choice in made.choices if choice.spec is not None]
-    _check_fit(made, parts)
+    check_fit(made, parts)
     if made.needs_stats and stats is None:
         if prompts is None:
             raise ValueError(
@@ -155,7 +155,8 @@ def quantize(
     return target
 
 
-def _check_fit(plan: Plan, parts: Mapping[str, nn.Module]) -> None:
+def check_fit(plan: Plan, parts: Mapping[str, nn.Module]) -> None:
+    """Raises ``ValueError`` that names the first component or site of a plan that is not in the model."""
     for component in plan.components:
         if component.name not in parts:
             raise ValueError(
@@ -209,12 +210,22 @@ def _check_layer(layer: Any, choice: Choice, stats: Stats | None) -> None:
     if choice.spec is not None:
         kind: Any = runtime_class(layer)
         kind.like(layer, choice.spec, device="meta")  # raises for a group size that does not fit
-    if layer.bias is not None and not bool(torch.isfinite(layer.bias).all()):
+    check_numbers(site, weight, layer.bias)
+
+
+def check_float(site: str, dtype: torch.dtype) -> None:
+    """Raises ``ValueError`` for a weight that is no ordinary float: integers, or floats of 8 bits."""
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        raise ValueError(f"quantize: {site} must be float32, bfloat16 or float16, got {dtype}. Load the unquantized model.")
+
+
+def check_numbers(site: str, weight: Tensor, bias: Tensor | None) -> None:
+    """Raises ``ValueError`` that names the site of a weight or bias that cannot be quantized: no float, NaN, infinity."""
+    if bias is not None and not bool(torch.isfinite(bias).all()):
         raise ValueError(
             f"quantize: {site} must have a finite bias, got NaN or infinity. The checkpoint is damaged; load it again."
         )
-    if not weight.dtype.is_floating_point or weight.element_size() < 2:
-        raise ValueError(f"quantize: {site} must be float32, bfloat16 or float16, got {weight.dtype}. Load the unquantized model.")
+    check_float(site, weight.dtype)
     if weight.numel() and not all(math.isfinite(bound) for bound in weight.detach().aminmax()):  # NaN propagates; no temporaries
         raise ValueError(
             f"quantize: {site} must have finite weights, got NaN or infinity. "

@@ -156,17 +156,35 @@ def meta_pipeline(model: str) -> MetaPipeline:
     for name, entry in read_json(folder / "model_index.json", f"model: {model}").items():
         if isinstance(entry, list) and entry[0] and (DENOISERS.fullmatch(name) or TEXT_ENCODERS.fullmatch(name)):
             with readable(f"model: {name} of {model}"):
-                parts[name] = _meta_model(folder / name, *entry)
+                parts[name] = _meta_model(folder / name, _class_of(*entry))
     return MetaPipeline(parts)
 
 
-def _meta_model(folder: Path, library: str, class_name: str) -> torch.nn.Module:
+def model_folder(model: str) -> Path:
+    """The folder of a MODEL with its weights. MODEL may also be the folder of one component: ``config.json`` and weights."""
+    folder = Path(model)
+    return folder if _is_component(folder) else local_folder(model)
+
+
+def _is_component(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and not (folder / "model_index.json").is_file()
+
+
+def meta_target(model: str) -> MetaPipeline | torch.nn.Module:
+    """``meta_pipeline``, or the module on the meta device of the folder of one component."""
+    folder = Path(model)
+    if not _is_component(folder):
+        return meta_pipeline(model)
+    with readable(f"model: {model}"):
+        return _meta_model(folder, model_class(folder))
+
+
+def _meta_model(folder: Path, kind: Any) -> torch.nn.Module:
     config = read_json(folder / "config.json", "config")
     stored = config.pop("quantization_config", None)
     method = stored.get("quant_method") if isinstance(stored, dict) else stored
     if method not in (None, METHOD):
         raise ValueError(f"{folder.name}: quant_method must be {METHOD} or none, got {method!r}. Plan the original.")
-    kind = _class_of(library, class_name)
     made = meta(kind.from_config, config) if hasattr(kind, "load_config") else meta(kind, kind.config_class.from_dict(config))
     if stored is not None:
         install(made, read_config(stored, folder.name), folder.name)

@@ -1,9 +1,19 @@
 """transformers integration (text encoders), through its official registration. Counterpart of ``diffusers_backend``."""
 
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    build_glob_alternation,
+    rename_source_key,
+    revert_weight_conversion,
+)
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -88,6 +98,63 @@ def attach(model: Any, recipe: str) -> None:
     model.hf_quantizer = DqtkTextQuantizer(config, pre_quantized=True)
     model.is_quantized = True
     model.quantization_method = METHOD
+
+
+# --- what loading and saving do to names and dtypes, for files that are written without a model in memory -----------------------
+
+WEIGHTS = "model"
+"""How files of weights are called."""
+
+
+def source_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
+    """Name of a tensor in the model -> its name in the files that ``from_pretrained`` reads.
+
+    The model remembers, as it does when it is loaded, which older names it met: ``written_names`` gives them back.
+
+    Raises:
+        ValueError: tensors that transformers merges or splits while loading.
+    """
+    conversions, state = get_model_conversion_mapping(model), model.state_dict()
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    names = {}
+    for name in stored:
+        mine, merged = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if mine not in state and name in state:
+            mine, merged = name, None
+        if merged is not None:
+            raise ValueError(
+                f"quantize: tensors of {type(model).__name__} must be stored as it holds them, got {name}, which transformers "
+                "converts while loading. Quantize this model in memory."
+            )
+        names[mine] = name
+    model._weight_conversions = [entry for entry in conversions if entry.was_used()]
+    return names
+
+
+def written_names(model: Any, state: Mapping[str, Any]) -> dict[str, str]:
+    """Name of a tensor in the model -> its name in the files that ``save_pretrained`` writes."""
+    marks = {name: torch.empty(0, device="meta") for name in state}  # tied tensors are one object under two names
+    mine = {id(mark): name for name, mark in marks.items()}
+    reverted = revert_weight_conversion(model, marks)
+    return {mine[id(mark)]: name for name, mark in reverted.items()}
+
+
+def loaded_dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """dtype of every tensor, if it is a floating one, after ``from_pretrained(dtype=dtype)``. ``model`` was built in that dtype."""
+    kept = model._get_dtype_plan(dtype)
+    pattern = build_glob_alternation(list(kept))[0] if kept else None
+    return {
+        name: torch.float32 if pattern is not None and pattern.search(name) else tensor.dtype
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def save_config(model: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Write ``config.json`` as ``save_pretrained`` does."""
+    model.config.dtype = str(dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
 
 
 register()

@@ -25,7 +25,9 @@ SAMPLING = ["--batch-size", "--device", "--dtype", "--guidance", "--num-prompts"
 GOLDEN_FLAGS = {
     "explain": sorted(["MODEL", *PLANNING, "--roles", "--output"]),
     "calibrate": sorted(["MODEL", *PLANNING, *SAMPLING, "--output"]),
-    "quantize": sorted(["MODEL", *PLANNING, *SAMPLING, "--plan", "--stats", "--sequential", "--max-memory", "--output"]),
+    "quantize": sorted(
+        ["MODEL", *PLANNING, *SAMPLING, "--plan", "--stats", "--sequential", "--max-memory", "--stream", "--output"]
+    ),
     "generate": sorted(["MODEL", *SAMPLING, "--output"]),
     "compare": sorted(["REFERENCE", "CANDIDATE", *SAMPLING, "--output", "--floor", "--lpips-weights"]),
     "evaluate": sorted(["A", "B", "--metrics", "--extractors", "--unpaired", "--output", "--fail-if"]),

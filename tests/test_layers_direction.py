@@ -18,8 +18,9 @@ __main__
 cli
 jobs
 report | diffusers_backend | transformers_backend
+streaming
 quantize
-stages
+stages | processes | shards | journal
 installed | sources | prompt_sets
 recipes
 allocate | correct | refine

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dqtk.processes import Processes
 from dqtk.report.records import Record
 
 from .asked import ORACLE, Measures, Shown, measures, with_oracle
@@ -16,7 +17,6 @@ from .files import key_of
 from .folders import chunks, folder_pictures
 from .gates import Gate, check_gates
 from .measure import observe, reduce
-from .processes import Processes
 from .results import write_results
 from .run import claim
 

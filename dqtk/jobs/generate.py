@@ -22,6 +22,7 @@ from dqtk.calibrate import calibrate
 from dqtk.calls import call_arguments, denoisers
 from dqtk.installed import summary
 from dqtk.plan import Plan
+from dqtk.processes import Processes
 from dqtk.quantize import plan as make_plan
 from dqtk.quantize import quantize, save
 from dqtk.report import environment
@@ -34,7 +35,6 @@ from dqtk.sources import load_pipeline, local_folder, meta_pipeline, stored_dtyp
 from .files import read_json, sha256, write_bytes, write_json
 from .identity import deciding_versions, model_identity, painted_by, texts_identity
 from .layout import Layout, Variant
-from .processes import Processes
 from .spec import Job
 
 _located = cache(local_folder)  # asking the hub where a model lies is a request

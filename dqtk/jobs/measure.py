@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from dqtk.processes import Processes
 from dqtk.report import environment
 from dqtk.report.records import Record
 from dqtk.report.scores import one_per_picture
@@ -29,7 +30,6 @@ from .features import (
     score_pairs,
     text_chunks,
 )
-from .processes import Processes
 from .reduce import Context, Values, change_records, class_records, pair_records, set_records
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dqtk.processes import processes
 from dqtk.report.records import Record
 
 from .asked import Shown, measures, with_oracle
@@ -18,7 +19,6 @@ from .gates import Gate, check_gates
 from .generate import check_floors, check_models, failure_of, is_done, maker_of, paint, plans_of, quantize_missing
 from .layout import Layout, Variant, batches, prompts_of, variants
 from .measure import observe, reduce
-from .processes import processes
 from .results import write_results
 from .spec import DECIDING, Job, to_json
 

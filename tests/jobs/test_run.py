@@ -18,9 +18,9 @@ from dqtk.metrics.bootstrap import paired_bootstrap
 
 from dqtk.cli import main
 from dqtk.jobs import asked, generate
-from dqtk.jobs.processes import Processes, processes
 from dqtk.jobs.run import read_results, run
 from dqtk.jobs.spec import read_job, to_json
+from dqtk.processes import Processes, processes
 from dqtk.report.generate import image_seed
 
 

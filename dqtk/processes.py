@@ -1,4 +1,4 @@
-"""The processes of one job: who takes which piece of work, and where they wait for each other."""
+"""The processes that share one command: who takes which piece of work, and where they wait for each other."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dqtk.sources import find_device
+from .sources import find_device
 
 PATIENCE = timedelta(days=30)
 
