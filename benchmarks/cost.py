@@ -18,12 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
-from transformers import T5Config, T5EncoderModel
-
 from dqtk.report.environment import hardware, now, versions
-from dqtk.sources import load_pipeline
 
 RESULTS = Path(__file__).parent / "results.jsonl"
 CALIBRATION = Path(__file__).parent.parent / "pipelines" / "tiny" / "calibration.txt"
@@ -47,6 +42,12 @@ def build(folder: Path) -> None:
     """Write the pipeline with seeded random weights, if it is not there."""
     if (folder / "model_index.json").exists():
         return
+    import torch  # only where the pipeline is built: the measuring process stays small
+    from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
+    from transformers import T5Config, T5EncoderModel
+
+    from dqtk.sources import load_pipeline
+
     torch.manual_seed(0)
     tiny = load_pipeline("tiny-pixart")
     vae = AutoencoderKL(
@@ -76,10 +77,15 @@ def main() -> None:
     parser.add_argument("--num-prompts", type=int, default=2)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--folder", type=Path, default=Path("out/pixart-xl-random"))
+    parser.add_argument("--build-only", action="store_true", help="write the pipeline and stop")
     parser.add_argument("more", nargs="*", help="further arguments of dqtk quantize, behind --")
     options = parser.parse_args()
     options.folder.parent.mkdir(parents=True, exist_ok=True)
-    build(options.folder)
+    if options.build_only:
+        build(options.folder)
+        return
+    # In a process of its own: Linux counts the peak of a parent into that of its children.
+    subprocess.run([sys.executable, __file__, "--build-only", "--folder", str(options.folder)], check=True)
     output = options.folder.with_name(f"{options.folder.name}-{options.recipe}")
     shutil.rmtree(output, ignore_errors=True)
     command = [sys.executable, "-m", "dqtk", "quantize", str(options.folder), "--recipe", options.recipe]
