@@ -117,7 +117,7 @@ class Plan:
 
     @property
     def needs_stats(self) -> bool:
-        """Whether some input range must be calibrated."""
+        """Whether calibration must see something first: ranges, or inputs to learn from."""
         return any(c.spec is not None and c.spec.needs_stats for c in self.choices)
 
     def of(self, component: str) -> "Plan":

@@ -289,8 +289,8 @@ DAMAGES = {
     ),
     "mixed files": (mix, r"must belong to the same model as the files before it, got another's\. Files of"),
     "newer format": (
-        edit_config(lambda c: c["quantization_config"].update(format_version=2)),
-        r"quantization_config: format_version must be 1, got 2\. .*pip install -U dqtk",
+        edit_config(lambda c: c["quantization_config"].update(format_version=3)),
+        r"quantization_config: format_version must be 2, got 3\. .*pip install -U dqtk",
     ),
     "edited modules": (
         edit_config(lambda c: c["quantization_config"]["modules"].popitem()),

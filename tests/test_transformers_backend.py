@@ -177,7 +177,7 @@ def edit_config(folder, change):
 
 
 def newer(config):
-    config["quantization_config"]["format_version"] = 2
+    config["quantization_config"]["format_version"] = 3
 
 
 WO = "encoder.block.1.layer.1.DenseReluDense.wo"
@@ -189,7 +189,7 @@ WO = "encoder.block.1.layer.1.DenseReluDense.wo"
         (lambda f: rewrite(f, lambda s: s.pop(f"{WO}.scale")), rf"files must hold all \d+ tensors, got \d+: missing {WO}\.scale"),
         (lambda f: rewrite(f, lambda s: s[f"{WO}.scale"].mul_(2)), rf"must hold {WO}\.scale with digest \w{{16}}, got another"),
         (lambda f: rewrite(f, lambda s: s.update(more=torch.ones(1))), r"must hold only tensors of this checkpoint, got more\."),
-        (lambda f: edit_config(f, newer), r"quantization_config: format_version must be 1, got 2\."),
+        (lambda f: edit_config(f, newer), r"quantization_config: format_version must be 2, got 3\."),
         (
             lambda f: edit_config(f, lambda c: c.update(num_layers=3)),
             r"must hold every tensor of T5EncoderModel, got none for \S+2\.",
