@@ -209,14 +209,20 @@ PEERS = {
         "torchao mxfp4": partial(torchao, config="MXDynamicActivationMXWeightConfig"),
     },
 }
+# What peers raise for a missing package or name, device, type or shape.
 PEER_ERRORS = (ImportError, AttributeError, NotImplementedError, AssertionError, RuntimeError, TypeError, ValueError)
 NO_PEER = {"W4A4 INT": "torchao has no 4-bit inputs on the CPU, optimum-quanto's inputs are 8 bits, sdnq's matmul is in 8 bits"}
 
 
-def quantize_peer(pipe, plan: dqtk.Plan, function) -> None:
+def refusal(pipe, plan: dqtk.Plan, function, prompt: list[str], kwargs: dict) -> str | None:
+    """Quantize by a peer and paint one step; what it said where it cannot do that here, None where it can."""
     (component,) = plan.components
-    paths = {c.site.path for c in plan.choices if c.spec is not None}
-    function(pipe.components[component.name], paths)
+    try:
+        function(pipe.components[component.name], {c.site.path for c in plan.choices if c.spec is not None})
+        pipe(prompt, **(kwargs | {"num_inference_steps": 1}))
+    except PEER_ERRORS as error:
+        return f"{type(error).__name__}: {str(error)[:200]}"
+    return None
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
@@ -267,29 +273,23 @@ def run(model: str, options) -> None:
     kwargs = call_kwargs_for(reference) | steps
     watched = plan_for(reference, WATCHED)
     stats = dqtk.calibrate(reference, everything[CALIBRATION], watched, batch_size=8, call_kwargs=steps, progress=False)
-    stats.run.pop("model")  # statistics of other plans than the one that is quantized, of the same weights
     for setting in options.only:
         for name, what in variants_of(setting, options.methods, options.without, not options.no_peers).items():
-            pipe, quantized = load(model), False
-            shown = f"{model:22} {setting:9} {name:42}"
-            try:
-                if isinstance(what, LayerSpec):
-                    plan = plan_for(pipe, what)
-                    dqtk.quantize(pipe, plan, stats, progress=False)
-                else:
-                    plan = watched
-                    quantize_peer(pipe, plan, what)
-                    quantized = True
-                measured = measure(reference, pipe, prompts, kwargs) | {"bits_per_weight": bits_of(pipe, plan)}
-                print(f"{shown} PSNR {measured['psnr']} SQNR {measured['sqnr_same']} {measured['bits_per_weight']} bit", flush=True)
-            except PEER_ERRORS as error:
-                if isinstance(what, LayerSpec) or quantized:
-                    raise
-                measured = {"not_measured": f"{type(error).__name__}: {str(error)[:200]}"}
-                print(f"{shown} not measured: {measured['not_measured'][:120]}", flush=True)
-            row = {"benchmark": "methods", "model": model, "setting": setting, "method": name} | measured
+            pipe, plan = load(model), watched
+            row = {"benchmark": "methods", "model": model, "setting": setting, "method": name}
             row |= {"num_prompts": len(prompts), "steps": options.steps, "created": now()}
             row |= {"versions": versions() | peer_versions(), "hardware": hardware()}
+            if isinstance(what, LayerSpec):
+                plan, refused = plan_for(pipe, what), None
+                dqtk.quantize(pipe, plan, stats, progress=False)
+            else:
+                refused = refusal(pipe, plan, what, prompts[:1], kwargs)
+            if refused is None:
+                row |= measure(reference, pipe, prompts, kwargs) | {"bits_per_weight": bits_of(pipe, plan)}
+                said = f"PSNR {row['psnr']} SQNR {row['sqnr_same']} {row['bits_per_weight']} bit"
+            else:
+                row["not_measured"], said = refused, f"not measured: {refused[:120]}"
+            print(f"{model:22} {setting:9} {name:42} {said}", flush=True)
             with RESULTS.open("a") as file:
                 print(json.dumps(row), file=file)
 

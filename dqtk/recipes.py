@@ -87,7 +87,7 @@ def w4a8_rtn() -> Recipe:
 def w4a8() -> Recipe:
     """``w4a8-rtn`` with smoothing searched and codes chosen by GPTQ and coordinate descent, on prompts: same storage, same kernel.
 
-    The composition that measured best at these bytes on the embedded pipelines and their stressed twins (docs/methods/README.md).
+    Of the compositions measured at these bytes on the stressed tiny-pixart the best (docs/methods/README.md).
     """
     return _uniform("w4a8", LayerSpec(weight=_W4_INTEGER, input=_A8, solver=GPTQ(), transforms=(Smooth(),)))
 
