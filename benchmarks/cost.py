@@ -9,7 +9,6 @@ line to benchmarks/results.jsonl.
 """
 
 import argparse
-import json
 import os
 import resource
 import shutil
@@ -18,9 +17,8 @@ import sys
 import time
 from pathlib import Path
 
-from dqtk.report.environment import hardware, now, versions
+from rows import append
 
-RESULTS = Path(__file__).parent / "results.jsonl"
 CALIBRATION = Path(__file__).parent.parent / "pipelines" / "tiny" / "calibration.txt"
 XL = {
     "num_attention_heads": 16,
@@ -107,12 +105,8 @@ def main() -> None:
         "stored_bytes": stored,
         "num_prompts": options.num_prompts,
         "steps": options.steps,
-        "created": now(),
-        "versions": versions(),
-        "hardware": hardware(),
     }
-    with RESULTS.open("a") as file:
-        print(json.dumps(row), file=file)
+    append(row)
     print(f"{row['model']}, {options.recipe}: {seconds / 60:.1f} min, peak {peak / 1e9:.2f} GB, denoiser {stored / 1e6:.0f} MB")
 
 

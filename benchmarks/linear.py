@@ -9,24 +9,21 @@ Inputs and outputs are bfloat16, except for float32's own. Appends one JSON line
 
 import argparse
 import importlib.metadata
-import json
 import random
 import statistics
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from rows import append
 from torch import nn
 
 from dqtk import native
 from dqtk.kernels.linear import linear_int8_through_torch
 from dqtk.methods.rtn import rtn
 from dqtk.nn import QuantLinear
-from dqtk.report.environment import hardware, now, versions
 from dqtk.spec import AbsMax, Dynamic, Int, LayerSpec, PerChannel, PerGroup, PerTensor, PerToken, TensorSpec, TwoLevel
 
-RESULTS = Path(__file__).parent / "results.jsonl"
 SHAPES = [  # tokens, inputs, outputs
     (1024, 1536, 1536),
     (1024, 1152, 4608),
@@ -157,10 +154,8 @@ def main() -> None:
         torch._dynamo.reset()
         with torch.inference_mode():
             row = bench(shape, options.repeats, not options.no_compile)
-        row |= {"kernels": native.describe(products=True)[1], "created": now(), "versions": versions() | packages}
-        row |= {"hardware": hardware()}
-        with RESULTS.open("a") as file:
-            print(json.dumps(row), file=file)
+        row |= {"kernels": native.describe(products=True)[1]}
+        append(row, packages)
         print(f"\n{shape}: milliseconds, times faster than bfloat16 / float32")
         for name, value in row["milliseconds"].items():
             fast = row["times_faster_than_bfloat16"][name], row["times_faster_than_float32"][name]

@@ -11,7 +11,6 @@ out and said so. Appends one JSON line per variant to benchmarks/results.jsonl; 
 
 import argparse
 import importlib
-import json
 import sys
 import warnings
 from functools import partial
@@ -21,13 +20,13 @@ from pathlib import Path
 
 import torch
 from dqtk.pipelines.tiny.stress import stress
+from rows import append, stored
 
 import dqtk
 from dqtk.numerics.codebook import bitmod, nf4
 from dqtk.prompt_sets import read_prompts
 from dqtk.recipes import recipe_named
 from dqtk.report.compare import compare
-from dqtk.report.environment import hardware, now, versions
 from dqtk.report.sizes import bytes_at_16_bit
 from dqtk.resolve import call_kwargs_for, oracle_for
 from dqtk.sources import load_pipeline
@@ -53,7 +52,6 @@ from dqtk.spec import (
     TwoLevel,
 )
 
-RESULTS = Path(__file__).parent / "results.jsonl"
 PROMPTS = Path(__file__).parent.parent / "pipelines" / "tiny" / "prompts.txt"
 CALIBRATION = slice(150, 166)  # captions that no measurement uses
 STRESSED = "-stressed"
@@ -277,8 +275,7 @@ def run(model: str, options) -> None:
         for name, what in variants_of(setting, options.methods, options.without, not options.no_peers).items():
             pipe, plan = load(model), watched
             row = {"benchmark": "methods", "model": model, "setting": setting, "method": name}
-            row |= {"num_prompts": len(prompts), "steps": options.steps, "created": now()}
-            row |= {"versions": versions() | peer_versions(), "hardware": hardware()}
+            row |= {"num_prompts": len(prompts), "steps": options.steps}
             if isinstance(what, LayerSpec):
                 plan, refused = plan_for(pipe, what), None
                 dqtk.quantize(pipe, plan, stats, progress=False)
@@ -290,8 +287,7 @@ def run(model: str, options) -> None:
             else:
                 row["not_measured"], said = refused, f"not measured: {refused[:120]}"
             print(f"{model:22} {setting:9} {name:42} {said}", flush=True)
-            with RESULTS.open("a") as file:
-                print(json.dumps(row), file=file)
+            append(row, peer_versions())
 
 
 def peer_versions() -> dict[str, str]:
@@ -302,8 +298,7 @@ def peer_versions() -> dict[str, str]:
 
 def markdown(models: list[str]) -> str:
     """The newest row of every setting, method and model, as one table per setting."""
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    newest = {(r["setting"], r["method"], r["model"]): r for r in rows if r.get("benchmark") == "methods"}
+    newest = {(r["setting"], r["method"], r["model"]): r for r in stored() if r.get("benchmark") == "methods"}
     lines = []
     for setting in SETTINGS:
         lines += ["", f"### {setting}", "", "| method | bits | " + " | ".join(models) + " |", "|---" * (2 + len(models)) + "|"]

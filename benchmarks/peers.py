@@ -8,21 +8,20 @@ the median seconds per image, interleaved with the unquantized pipeline's.
 """
 
 import argparse
-import json
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from rows import append
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
 import dqtk
 from dqtk.prompt_sets import read_prompts
 from dqtk.report.compare import compare
-from dqtk.report.environment import hardware, now, versions
 from dqtk.resolve import call_kwargs_for
 from dqtk.sites import DENOISERS
 from dqtk.sources import load_pipeline
 
-RESULTS = Path(__file__).parent / "results.jsonl"
 PROMPTS = Path(__file__).parent.parent / "pipelines" / "tiny" / "prompts.txt"
 
 
@@ -70,12 +69,8 @@ def main() -> None:
                 "num_prompts": len(prompts),
                 "steps": options.steps,
                 "threads": torch.get_num_threads(),
-                "created": now(),
-                "versions": versions(),
-                "hardware": hardware(),
             }
-            with RESULTS.open("a") as file:
-                print(json.dumps(row), file=file)
+            append(row, {"torchao": version("torchao")})
             print(f"{model:12} {name:22} PSNR {row['psnr']:6.2f} dB {row['psnr_interval']}, {row['seconds_per_image']:.3f} s")
 
 

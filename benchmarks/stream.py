@@ -21,7 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results.jsonl"
+from rows import append
+
 FLUX = {
     "patch_size": 1,
     "in_channels": 64,
@@ -125,11 +126,8 @@ def main() -> None:
     if not options.keep:
         shutil.rmtree(options.folder)
 
-    from dqtk.report.environment import hardware, now, versions
-
     for row in rows:
-        with RESULTS.open("a") as file:
-            print(json.dumps({**row, "created": now(), "versions": versions(), "hardware": hardware()}), file=file)
+        append(row)
         peak, before, after = (row[key] / 1e9 for key in ("peak_bytes", "source_bytes", "stored_bytes"))
         print(f"{row['model']}, {row['recipe']}: {row['seconds'] / 60:.1f} min, peak {peak:.2f} GB, {before:.1f} -> {after:.1f} GB")
 

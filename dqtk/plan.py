@@ -24,7 +24,6 @@ from .spec import (
     LayerSpec,
     PerChannel,
     PerToken,
-    Smooth,
     TensorSpec,
     canonical,
     describe,
@@ -289,9 +288,8 @@ def fit(spec: LayerSpec, site: Site) -> tuple[LayerSpec, str]:
     if site.channels % 4 and any(isinstance(transform, Hadamard) for transform in spec.transforms):
         spec = replace(spec, transforms=tuple(t for t in spec.transforms if not isinstance(t, Hadamard)))
         notes.append(f"not rotated: {site.channels} channels are no multiple of 4")
-    if spec.needs_inputs and site.k > MAX_LEARNED_INPUTS:
-        kept = tuple(transform for transform in spec.transforms if not isinstance(transform, Smooth))
-        spec = replace(spec, solver=RTN(), low_rank=None, correct_bias=False, transforms=kept)
+    if spec.needs_moments and site.k > MAX_LEARNED_INPUTS:
+        spec = replace(spec, solver=RTN(), low_rank=None)
         notes.append(f"rounded to nearest: second moments of {site.k} inputs would take {8 * site.k**2 / 2**30:.1f} GiB")
     if spec.correct_bias and not site.bias:
         spec = replace(spec, correct_bias=False)

@@ -62,6 +62,10 @@ def _learns(group: Sequence[Choice]) -> bool:
     return group[0].spec is not None and group[0].spec.needs_inputs
 
 
+def _needs_moments(group: Sequence[Choice]) -> bool:
+    return group[0].spec is not None and group[0].spec.needs_moments
+
+
 def _groups(module: nn.Module, component: str, work: list[Choice], stats: Stats | None) -> list[list[Choice]]:
     """Choices that share an input and a spec, in the order in which the model reaches them where that is known."""
     if any(_learns([choice]) for choice in work):
@@ -81,7 +85,7 @@ def _stages(groups: Sequence[list[Choice]], max_memory: int, *, by_block: bool) 
     stage: list[list[Choice]] = []
     taken, block = 0, None
     for group in groups:
-        mine = gram_bytes(group[0].site) if _learns(group) else 0
+        mine = gram_bytes(group[0].site) if _needs_moments(group) else 0
         here = _block(group[0].site.path) if by_block else None
         if stage and (taken + mine > max_memory or here != block):
             yield stage
@@ -104,7 +108,11 @@ def _solved(
 ) -> Iterator[Solved]:
     sites = [choice.site for group in stage if _learns(group) for choice in group]
     assert stats is not None or not sites
-    inputs: Mapping[str, Inputs] = gather(module, stats.calls, sites) if stats is not None and sites else {}
+    asked = {input_name(group[0].site) for group in stage if _needs_moments(group)}
+    inputs: Mapping[str, Inputs] = {}
+    if stats is not None and sites:
+        without = {input_name(site) for site in sites} - asked
+        inputs = gather(module, stats.calls, sites, without_moments=without)
     for group in stage:
         found = _solve_group(module, group, inputs, stats)
         solved(len(found))

@@ -317,3 +317,13 @@ def test_channels_that_cannot_be_rotated_are_not():
     assert odd.spec == replace(spec, transforms=(Smooth(alpha=0.5),))
     assert odd.why == "all; not rotated: 6 channels are no multiple of 4"
     assert even.spec == spec
+
+
+def test_layers_too_wide_to_learn_are_rounded_and_say_so():
+    """Their second moments would not fit; smoothing needs a sample only and stays."""
+    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict({"wide": nn.Linear(16448, 64), "usual": nn.Linear(64, 64)})])})
+    plan = dqtk.plan(model.to("meta"), "w4a8")
+    wide, usual = (next(c for c in plan.choices if c.site.path.endswith(name)) for name in ("wide", "usual"))
+    assert "rounded to nearest: second moments of 16448 inputs would take 2.0 GiB" in wide.why
+    assert (type(wide.spec.solver).__name__, type(usual.spec.solver).__name__) == ("RTN", "GPTQ")
+    assert wide.spec.transforms == usual.spec.transforms

@@ -6,7 +6,7 @@ of guidance count alike. They are drawn at random, seeded: every fixed stride di
 tokens in every call.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from .replay import Call, replay
 
 MAX_ROWS = 4096  # of one call
 SAMPLE_ROWS = 1024  # kept in all
+LARGEST = 1e17  # of an input: the squares of a call of 4096 rows stay far below the end of float32
 PEAKS = 8  # of one call: rows with the largest numbers
 
 
@@ -28,9 +29,9 @@ PEAKS = 8  # of one call: rows with the largest numbers
 class Inputs:
     """What was seen of one input with K numbers per row.
 
-    gram: float64 [K, K], mean of x x^T. mean: float32 [K]. sample: float32 [R, K], R at most ``SAMPLE_ROWS``, drawn evenly from
-    all calls. low, high: float32 [K], least and largest number of every channel. peaks: float32 [P, K], the rows with the largest
-    numbers of every call. count: rows in the mean.
+    gram: float64 [K, K], mean of x x^T; [0, 0] where nobody asked for it. mean: float32 [K]. sample: float32 [R, K], R at most
+    ``SAMPLE_ROWS``, drawn evenly from all calls. low, high: float32 [K], least and largest number of every channel. peaks: float32
+    [P, K], the rows with the largest numbers of every call. count: rows in the mean.
     """
 
     gram: Tensor
@@ -61,7 +62,7 @@ class Inputs:
 
         Exact but for ``low`` and ``high``, which become those of the sample and of the rows with the largest numbers.
         """
-        gram = function(function(self.gram).T).T
+        gram = function(function(self.gram).T).T if self.gram.numel() else self.gram
         sample, peaks = function(self.sample), function(self.peaks)
         seen = torch.cat([sample, peaks])
         low, high = seen.amin(dim=0).clamp(max=0), seen.amax(dim=0).clamp(min=0)
@@ -85,17 +86,23 @@ class _Sum:
     calls: int = 0
 
     @staticmethod
-    def empty(k: int, device: torch.device) -> "_Sum":
-        gram, total = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in ((k, k), (k,)))
+    def empty(k: int, moments: bool, device: torch.device) -> "_Sum":
+        shapes = ((k, k) if moments else (0, 0), (k,))
+        gram, total = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes)
         return _Sum(gram, total, torch.zeros(k, device=device), torch.zeros(k, device=device), [], [])
 
-    def reach(self, low: Tensor, high: Tensor) -> None:
-        """Least and largest numbers of another call."""
-        self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
 
-
-def gather(module: nn.Module, calls: Sequence[Call], sites: Sequence[Site], *, max_rows: int = MAX_ROWS) -> dict[str, Inputs]:
+def gather(
+    module: nn.Module,
+    calls: Sequence[Call],
+    sites: Sequence[Site],
+    *,
+    without_moments: Collection[str] = (),
+    max_rows: int = MAX_ROWS,
+) -> dict[str, Inputs]:
     """Inputs of these sites by ``input_name``, over all calls of their component.
+
+    ``without_moments``: names of inputs whose second moments nobody needs.
 
     Raises:
         ValueError: no calls, a site that no call reaches, or NaN and infinities (names the site and the noise level).
@@ -112,10 +119,10 @@ def gather(module: nn.Module, calls: Sequence[Call], sites: Sequence[Site], *, m
             if x.numel():
                 name = input_name(site)
                 if name not in sums:
-                    sums[name] = _Sum.empty(site.k, x.device)
+                    sums[name] = _Sum.empty(site.k, name not in without_moments, x.device)
                 draw = torch.Generator().manual_seed(sums[name].calls)
-                _add(sums[name], site, rows_of(layer, x, max_rows, draw), per_call, call, draw)
-                sums[name].reach(*_ends(layer, x))
+                _check_finite(site, ends := _ends(layer, x), call)
+                _add(sums[name], rows_of(layer, x, max_rows, draw), ends, per_call, draw)
 
         return see
 
@@ -165,15 +172,20 @@ def _some(rows: Tensor, num: int, draw: torch.Generator) -> Tensor:
     return rows[torch.randperm(rows.shape[0], generator=draw)[:num].sort().values.to(rows.device)]
 
 
-def _add(found: _Sum, site: Site, rows: Tensor, per_call: int, call: Call, draw: torch.Generator) -> None:
-    square = rows.T @ rows
-    if not bool(torch.isfinite(square.diagonal()).all()):  # as good as looking at every number; squares may overflow too
+def _check_finite(site: Site, ends: tuple[Tensor, Tensor], call: Call) -> None:
+    """Raises ``ValueError`` for NaN, infinity, and numbers whose squares are no float32."""
+    if not bool((torch.stack(ends).abs() < LARGEST).all()):
         raise ValueError(
-            f"calibrate: inputs of {site.id} must be finite, got NaN, infinity or more than 1e19{at_level(call.level)}. "
+            f"calibrate: inputs of {site.id} must be finite, got NaN, infinity or more than 1e17{at_level(call.level)}. "
             "Calibrate in bfloat16 or float32, or keep the site at 16 bits."
         )
-    found.gram += square
+
+
+def _add(found: _Sum, rows: Tensor, ends: tuple[Tensor, Tensor], per_call: int, draw: torch.Generator) -> None:
+    if found.gram.numel():
+        found.gram += rows.T @ rows
     found.total += rows.sum(dim=0)
+    found.low, found.high = torch.minimum(found.low, ends[0]), torch.maximum(found.high, ends[1])
     found.count, found.calls = found.count + rows.shape[0], found.calls + 1
     found.sample.append(_some(rows, per_call, draw).cpu().clone())
     largest = rows.abs().amax(dim=1).topk(min(PEAKS, rows.shape[0])).indices

@@ -60,7 +60,7 @@ def solve(
     """
     assert inputs is not None or not spec.needs_inputs
     channels = weights[0].shape[1] if channels is None else channels
-    device = weights[0].device  # statistics are kept on the CPU
+    device = weights[0].device
     inputs = None if inputs is None else inputs.to(device)
     input_range = None if input_range is None else (input_range[0].to(device), input_range[1].to(device))
     work = [weight.float() for weight in weights] if spec.needs_inputs or spec.transforms else list(weights)

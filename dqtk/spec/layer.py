@@ -211,10 +211,15 @@ class LayerSpec:
 
     @property
     def needs_inputs(self) -> bool:
-        """Whether calibration must keep what this layer's solver learns from: second moments and a sample of its inputs."""
+        """Whether calibration must keep what this layer learns from: a sample of its inputs, and perhaps their second moments."""
         smooth = any(isinstance(transform, Smooth) for transform in self.transforms)
         moved = self.needs_ranges and bool(self.transforms)  # the range of a transformed input is not that of the input
-        return self.solver != RTN() or smooth or moved or self.low_rank is not None or self.correct_bias or self.searches_input
+        return self.needs_moments or smooth or moved or self.correct_bias or self.searches_input
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether solver or branch learn from the second moments of the input."""
+        return self.solver != RTN() or self.low_rank is not None
 
     @property
     def needs_stats(self) -> bool:
