@@ -36,7 +36,8 @@ format: install
 	$(BIN)/ruff check --fix .
 
 bench: install
-	$(BIN)/python benchmarks/peers.py
+	$(BIN)/python benchmarks/peers.py quality
+	$(BIN)/python benchmarks/peers.py speed
 
 notebooks: install
 	$(BIN)/jupyter execute --inplace notebooks/*.ipynb

@@ -20,20 +20,6 @@ from pathlib import Path
 from rows import append
 
 CALIBRATION = Path(__file__).parent.parent / "pipelines" / "tiny" / "calibration.txt"
-XL = {
-    "num_attention_heads": 16,
-    "attention_head_dim": 72,
-    "in_channels": 4,
-    "out_channels": 8,
-    "num_layers": 28,
-    "cross_attention_dim": 1152,
-    "caption_channels": 4096,
-    "sample_size": 64,
-    "patch_size": 2,
-    "norm_type": "ada_norm_single",
-    "norm_elementwise_affine": False,
-    "use_additional_conditions": False,
-}
 
 
 def build(folder: Path) -> None:
@@ -42,6 +28,7 @@ def build(folder: Path) -> None:
         return
     import torch  # only where the pipeline is built: the measuring process stays small
     from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
+    from models import PIXART_XL
     from transformers import T5Config, T5EncoderModel
 
     from dqtk.sources import load_pipeline
@@ -60,7 +47,7 @@ def build(folder: Path) -> None:
         tokenizer=tiny.tokenizer,
         text_encoder=text.bfloat16(),
         vae=vae.bfloat16(),
-        transformer=PixArtTransformer2DModel(**XL).bfloat16(),
+        transformer=PixArtTransformer2DModel(**PIXART_XL).bfloat16(),
         scheduler=DPMSolverMultistepScheduler.from_config(tiny.scheduler.config),
     )
     unfinished = folder.with_name(folder.name + ".unfinished")

@@ -1,11 +1,10 @@
-"""The command line: ``dqtk explain | calibrate | quantize | generate | compare | evaluate | run``.
+"""The command line: ``dqtk explain | calibrate | quantize | generate | compare | bench | evaluate | run``.
 
 MODEL is an embedded pipeline's name (tiny-pixart, tiny-sdxl), a local diffusers folder, or a hub id. Errors that a person can mend
 are one line on stderr and exit status 2; Ctrl-C exits with 130 and leaves no half-written output.
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
 import shlex
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from .arguments import parser
 from .calibrate import Stats
 from .calibrate import calibrate as run_calibrate
 from .calls import call_arguments
@@ -28,112 +28,11 @@ from .plan import Plan
 from .prompt_sets import read_prompts
 from .quantize import plan as make_plan
 from .quantize import quantize, save
-from .recipes import RECIPES
-from .report.rounding import ROUNDINGS, check_rounding
+from .recipes import RECIPES, recipe_named
+from .report.rounding import check_rounding
 from .resolve import oracle_for
 from .sources import find_device, load_pipeline, local_folder, meta_pipeline, meta_target, read_json, readable
 from .streaming import quantize_folder
-
-FLOORS = ("bfloat16", *ROUNDINGS)
-
-
-def parser() -> argparse.ArgumentParser:
-    """All verbs and flags; ``tests/test_cli.py`` freezes them."""
-    top = argparse.ArgumentParser(prog="dqtk", description="Post-training quantization for diffusers pipelines.")
-    top.add_argument("--version", action="version", version=f"dqtk {importlib.metadata.version('dqtk')}")
-    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
-
-    explain = verbs.add_parser("explain", help="show what a recipe would do, or what was done to MODEL; reads no weights")
-    _model_and_plan(explain)
-    explain.add_argument("--roles", action="store_true", help="one row per role instead of per site")
-    explain.add_argument("--output", type=Path, help="also write the plan as JSON")
-
-    calibrate = verbs.add_parser("calibrate", help="watch the inputs of the layers that need it; resumes an existing file")
-    _model_and_plan(calibrate)
-    _sampling(calibrate)
-    calibrate.add_argument("--output", type=Path, required=True, help="statistics file (.safetensors)")
-
-    quant = verbs.add_parser("quantize", help="quantize and save a pipeline")
-    _model_and_plan(quant)
-    _sampling(quant, prompts_required=False, dtype="stored")
-    quant.add_argument("--plan", type=Path, help="a plan written by explain --output, in place of a recipe")
-    quant.add_argument("--stats", type=Path, help="statistics written by calibrate, in place of prompts")
-    quant.add_argument("--sequential", action="store_true", help="solvers see inputs of the model as it is quantized so far")
-    quant.add_argument("--max-memory", type=float, default=2, metavar="GIB", help="of input statistics (%(default)s)")
-    quant.add_argument("--stream", action="store_true", help="a layer at a time, for models larger than memory; resumes")
-    quant.add_argument("--output", type=Path, required=True, help="folder for the quantized pipeline; new or empty")
-
-    generate = verbs.add_parser("generate", help="write one PNG per prompt")
-    generate.add_argument("model", metavar="MODEL")
-    _sampling(generate)
-    generate.add_argument("--output", type=Path, required=True, help="folder for the pictures; new or empty")
-
-    compare = verbs.add_parser("compare", help="same prompts and seeds through two pipelines: scores, sizes, times, a page")
-    compare.add_argument("reference", metavar="REFERENCE")
-    compare.add_argument("candidate", metavar="CANDIDATE")
-    _sampling(compare)
-    compare.add_argument("--output", type=Path, required=True, help="the page (NAME.html); records and pictures go to NAME-records")
-    compare.add_argument(
-        "--floor",
-        choices=(*FLOORS, "none"),
-        help="the noise floor: the reference in bf16, with other kernels or threads (default: bfloat16 for --dtype float32)",
-    )
-    compare.add_argument("--lpips-weights", type=Path, help="backbone weights for LPIPS (a torchvision AlexNet .pth)")
-
-    evaluate = verbs.add_parser("evaluate", help="two folders of pictures, without any model: pairs by name, or sets")
-    evaluate.add_argument("reference", metavar="A")
-    evaluate.add_argument("candidate", metavar="B")
-    evaluate.add_argument("--metrics", nargs="+", metavar="NAME", default=["psnr", "ssim", "ms_ssim"], help="(%(default)s)")
-    evaluate.add_argument(
-        "--extractors", nargs="+", metavar="NAME", default=[], help="tiny-clip, inception2015, open_clip:WHERE, ..."
-    )
-    evaluate.add_argument("--unpaired", action="store_true", help="compare the sets only; names need not match")
-    evaluate.add_argument("--output", type=Path, required=True, help="folder for results; an earlier one's features are used again")
-    _gates(evaluate)
-
-    job = verbs.add_parser(
-        "run", help="a batch job from a YAML file; resumes; accelerate launch -m dqtk run JOB uses many processes"
-    )
-    job.add_argument("job", metavar="JOB", type=Path)
-    _gates(job)
-    return top
-
-
-def _gates(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
-        "--fail-if", metavar="CONDITION", action="append", default=[], help="exit with 3 if so, e.g. 'psnr < 30'; repeatable"
-    )
-
-
-def _model_and_plan(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("model", metavar="MODEL", help="embedded name, local folder or hub id")
-    verb.add_argument("--recipe", metavar="NAME", help=f"for the denoisers: {', '.join(RECIPES)}")
-    verb.add_argument("--text-encoders", metavar="NAME", help="recipe for the text encoders (default: leave them)")
-    verb.add_argument("--keep", metavar="PATTERN", action="append", default=[], help="keep matching sites at 16 bits; repeatable")
-    verb.add_argument(
-        "--set", metavar="PATTERN=RECIPE", action="append", default=[], help="another recipe for matching sites; repeatable"
-    )
-
-
-def _sampling(verb: argparse.ArgumentParser, prompts_required: bool = True, dtype: str = "float32") -> None:
-    verb.add_argument(
-        "--prompts", nargs="+", metavar="FILE|TEXT", required=prompts_required, help="a text file, one per line, or prompts"
-    )
-    verb.add_argument("--num-prompts", type=_positive, metavar="N", help="use the first N")
-    verb.add_argument("--steps", type=_positive, help="num_inference_steps (default: the pipeline's or its family file's)")
-    verb.add_argument("--guidance", type=float, help="guidance_scale (default: the pipeline's)")
-    verb.add_argument("--seed", type=int, default=0)
-    verb.add_argument("--batch-size", type=_positive, default=8)
-    verb.add_argument(
-        "--dtype", choices=("stored", "float32", "bfloat16", "float16"), default=dtype, help="compute dtype (%(default)s)"
-    )
-    verb.add_argument("--device", help="such as cpu or cuda:1 (default: the CUDA device if there is one)")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"value must be a positive integer, got {text!r}.")
-    return int(text)
 
 
 class _Terminated(BaseException):
@@ -154,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "quantize": _quantize,
         "generate": _generate,
         "compare": _compare,
+        "bench": _bench,
         "evaluate": _evaluate,
         "run": _run,
     }
@@ -220,13 +120,18 @@ def _explain(options: argparse.Namespace, command: str) -> None:
         raise ValueError(f"--keep, --set and --text-encoders must come with --recipe, got none. {options.model} is quantized.")
     print(plan.explain(sites=not options.roles))
     if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        partial = options.output.with_name(f".{options.output.name}.partial")
-        try:
-            partial.write_text(json.dumps(plan.to_json(), indent=1))
-            os.replace(partial, options.output)
-        finally:
-            partial.unlink(missing_ok=True)
+        _write_json(options.output, plan.to_json())
+
+
+def _write_json(path: Path, data: Any) -> None:
+    """The file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(json.dumps(data, indent=1))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _calibrate(options: argparse.Namespace, command: str) -> None:
@@ -356,6 +261,31 @@ def _floor(options: argparse.Namespace, device: Any) -> tuple[Any, str]:
     if options.floor in (None, "bfloat16"):
         return load_pipeline(options.reference, "bfloat16", device), "bf16 against fp32"
     return options.floor, f"other {options.floor}"
+
+
+def _bench(options: argparse.Namespace, command: str) -> None:
+    from .bench import bench_step, record_step
+    from .bench.timing import threads
+
+    if options.size and (options.height or options.width):
+        raise ValueError("--size must stand without --height and --width, got both. It is both sides of a square.")
+    if options.output is not None:
+        _check_new_file(options.output, "bench")
+        _check_writable(options.output, "bench")
+    device = find_device(options.device)
+    for name in options.recipes:
+        recipe_named(name)  # a wrong name fails before any weight is read
+    sides = {"height": options.height or options.size, "width": options.width or options.size}
+    with threads(options.threads):
+        # The pipeline is gone once its step is recorded: text encoders can be larger than the denoiser.
+        step = record_step(
+            load_pipeline(options.model, options.dtype, device), **sides, num_frames=options.num_frames, batch=options.batch
+        )
+        found = bench_step(step, options.recipes, repeats=options.repeats, layers=options.layers, model=options.model)
+    print(found.table())
+    if options.output is not None:
+        _write_json(options.output, found.to_json() | {"command": command})
+        print(f"{options.output}: the same as JSON")
 
 
 def _evaluate(options: argparse.Namespace, command: str) -> int:

@@ -10,6 +10,8 @@ from dqtk import native
 from dqtk.spec import Dynamic, Float, Int, LayerSpec, PerChannel, PerTensor, PerToken, TensorSpec, TwoLevel
 
 E4M3 = Float(exponent=4, mantissa=3)
+EMULATED = "emulated in floating point"
+"""What ``report_of`` says where nothing serves an op: its pictures are real, its speed is not."""
 
 
 def op_of(spec: LayerSpec, kind: str) -> str:
@@ -50,4 +52,4 @@ def report_of(op: str, device: str) -> str:
         return f"weights decoded to the compute dtype, then torch's own matmul{why}"
     if op in ("linear_int8", "conv_int8") and device in ("cpu", "cuda"):
         return f"integer matmul, {by}" if served else f"integer matmul through torch._int_mm{why}"
-    return "emulated in floating point"
+    return EMULATED

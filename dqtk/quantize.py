@@ -171,10 +171,14 @@ def check_fit(plan: Plan, parts: Mapping[str, nn.Module]) -> None:
                 )
 
 
-@torch.no_grad()
 def _install(module: nn.Module, site: Site, solution: Solution) -> None:
     """Put the runtime layer of a solution where the layer was."""
-    layer: Any = module.get_submodule(site.path)
+    replace_layer(module, site.path, runtime_layer(module.get_submodule(site.path), solution))
+
+
+@torch.no_grad()
+def runtime_layer(layer: Any, solution: Solution) -> nn.Module:
+    """The layer that takes the place of a linear or convolution, on its device and in its compute dtype."""
     kind: Any = runtime_class(layer)
     new = kind.like(layer, solution.spec, device="meta")
     device, bias = layer.weight.device, layer.bias
@@ -183,7 +187,7 @@ def _install(module: nn.Module, site: Site, solution: Solution) -> None:
     new.fill({name: tensor.to(device) for name, tensor in solution.tensors.items()}, bias)
     if bias is None:
         new.anchor = nn.Parameter(torch.empty(0, dtype=layer.weight.dtype, device=device), requires_grad=False)
-    replace_layer(module, site.path, new)
+    return new
 
 
 _HOST_HOOKS = ("_hf_hook", "_diffusers_hook")

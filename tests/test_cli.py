@@ -18,10 +18,12 @@ import dqtk
 from dqtk.calibrate import Stats
 from dqtk.checkpoint import quantized_layers
 from dqtk.cli import main, parser
+from dqtk.costs import CostTable
 from dqtk.plan import Plan
 
 PLANNING = ["--keep", "--recipe", "--set", "--text-encoders"]
 SAMPLING = ["--batch-size", "--device", "--dtype", "--guidance", "--num-prompts", "--prompts", "--seed", "--steps"]
+BENCH = ["--batch", "--height", "--num-frames", "--repeats", "--size", "--threads", "--width"]
 GOLDEN_FLAGS = {
     "explain": sorted(["MODEL", *PLANNING, "--roles", "--output"]),
     "calibrate": sorted(["MODEL", *PLANNING, *SAMPLING, "--output"]),
@@ -30,6 +32,7 @@ GOLDEN_FLAGS = {
     ),
     "generate": sorted(["MODEL", *SAMPLING, "--output"]),
     "compare": sorted(["REFERENCE", "CANDIDATE", *SAMPLING, "--output", "--floor", "--lpips-weights"]),
+    "bench": sorted(["MODEL", "--recipes", *BENCH, "--dtype", "--device", "--layers", "--output"]),
     "evaluate": sorted(["A", "B", "--metrics", "--extractors", "--unpaired", "--output", "--fail-if"]),
     "run": sorted(["JOB", "--fail-if"]),
 }
@@ -51,10 +54,12 @@ def test_flags_are_frozen():
 def test_defaults_are_frozen():
     for name, verb in verbs().items():
         defaults = {action.dest: action.default for action in verb._actions}
-        others = {"explain": "", "evaluate": "", "run": "", "quantize": "stored"}
+        others = {"explain": "", "evaluate": "", "run": "", "quantize": "stored", "bench": "bfloat16"}
         assert defaults.get("dtype", "") == others.get(name, "float32")
         if name in ("evaluate", "run"):
             assert defaults["fail_if"] == []
+        elif name == "bench":
+            assert (defaults["recipes"], defaults["batch"], defaults["repeats"], defaults["threads"]) == ([], 1, 7, None)
         elif name != "explain":
             assert (defaults["seed"], defaults["batch_size"], defaults["steps"], defaults["guidance"]) == (0, 8, None, None)
         for action in verb._actions:
@@ -237,11 +242,61 @@ def test_the_version(capsys):
     assert capsys.readouterr().out == f"dqtk {importlib.metadata.version('dqtk')}\n"
 
 
-@pytest.mark.parametrize("verb", ["explain", "calibrate", "quantize", "generate", "compare"])
+@pytest.mark.parametrize("verb", ["explain", "calibrate", "quantize", "generate", "compare", "bench"])
 def test_an_output_that_cannot_be_written_is_said_at_once(verb, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     output = str(tmp_path / "file" / "out.html")
     models = ["nowhere", "nowhere"] if verb == "compare" else ["nowhere"]
-    more = [] if verb in ("explain", "quantize") else ["--prompts", "a cat"]
+    more = [] if verb in ("explain", "quantize", "bench") else ["--prompts", "a cat"]
     assert main([verb, *models, *more, "--output", output]) == 2
     assert f"{verb}: output must be where one can write, got {output}" in capsys.readouterr().err
+
+
+def test_bench_prints_a_table_and_writes_it(folder, say, tmp_path):
+    words = ["bench", folder, "--recipes", "w8a8", "fp8", "--size", 32, "--repeats", 1, "--threads", 1, "--layers"]
+    text = say(*words, "--output", tmp_path / "deep" / "bench.json")
+    assert "PixArtTransformer2DModel" in text
+    assert "height 32, width 32, bfloat16" in text
+    assert "linear_int8: integer matmul" in text
+    assert "fp8: not timed:" in text
+    data = json.loads((tmp_path / "deep" / "bench.json").read_text())
+    assert [row["name"] for row in data["rows"]] == ["bfloat16", "float32", "w8a8", "fp8"]
+    assert data["rows"][2]["over_16_bit"]["median"] > 0
+    assert data["rows"][3]["over_16_bit"] is None
+    assert data["hardware"]["threads"] == "1"
+    assert data["command"].startswith("dqtk bench ")
+    costs = CostTable.load(tmp_path / "deep" / "bench.json")
+    assert len({cost.shape for cost in costs.costs}) > 3
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["bench.json"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--recipes", "w8a9"], "recipe: name must be one of"),
+        (["--recipes", "w8a8", "--size", "32", "--width", "64"], "--size must stand without --height and --width"),
+        (["--recipes", "w8a8", "--num-frames", "4"], "num_frames must be left out for PixArtSigmaPipeline"),
+        (["--recipes", "w8a8", "--device", "warp:9"], "--device must be one of this machine"),
+        ([], "recipes must name at least one for an unquantized model"),
+    ],
+)
+def test_bench_errors_are_one_line(folder, capsys, words, said):
+    assert main(["bench", folder, *words]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("dqtk bench: error: ")
+    assert said in error
+
+
+def test_bench_interrupted(folder, tmp_path, monkeypatch, capsys):
+    from dqtk.bench import run
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "interleaved", interrupt)
+    output = tmp_path / "bench.json"
+    before = torch.get_num_threads()
+    assert main(["bench", folder, "--recipes", "w8a8", "--threads", str(before + 1), "--output", str(output)]) == 130
+    assert "dqtk bench: interrupted" in capsys.readouterr().err
+    assert torch.get_num_threads() == before
+    assert not output.exists()

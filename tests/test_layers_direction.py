@@ -16,7 +16,8 @@ ENGINE, PIPELINES, METRICS = ROOT / "dqtk", ROOT / "pipelines", ROOT / "metrics"
 ORDER = """
 __main__
 cli
-jobs
+arguments
+jobs | bench
 report | diffusers_backend | transformers_backend
 streaming
 quantize
@@ -33,6 +34,7 @@ kernels
 explain
 ops
 native
+costs
 plan
 calls
 resolve

@@ -38,7 +38,7 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch, capsys):
     assert "PSNR (dB)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/recipes.md", "docs/streaming.md", "benchmarks/demo.sh"])
+@pytest.mark.parametrize("page", ["README.md", "docs/recipes.md", "docs/streaming.md", "docs/bench.md", "benchmarks/demo.sh"])
 def test_commands_parse(page):
     lines = [line.strip().removeprefix("run ") for line in (ROOT / page).read_text(encoding="utf-8").splitlines()]
     commands = [shlex.split(line) for line in lines if line.startswith("dqtk ") and "|" not in line]

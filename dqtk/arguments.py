@@ -1,0 +1,130 @@
+"""The words of the command line: all verbs and flags. ``tests/test_cli.py`` freezes them; ``cli.py`` does what they say."""
+
+import argparse
+import importlib.metadata
+from pathlib import Path
+
+from .recipes import RECIPES
+from .report.rounding import ROUNDINGS
+
+FLOORS = ("bfloat16", *ROUNDINGS)
+
+
+def parser() -> argparse.ArgumentParser:
+    """All verbs and flags."""
+    top = argparse.ArgumentParser(prog="dqtk", description="Post-training quantization for diffusers pipelines.")
+    top.add_argument("--version", action="version", version=f"dqtk {importlib.metadata.version('dqtk')}")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    explain = verbs.add_parser("explain", help="show what a recipe would do, or what was done to MODEL; reads no weights")
+    _model_and_plan(explain)
+    explain.add_argument("--roles", action="store_true", help="one row per role instead of per site")
+    explain.add_argument("--output", type=Path, help="also write the plan as JSON")
+
+    calibrate = verbs.add_parser("calibrate", help="watch the inputs of the layers that need it; resumes an existing file")
+    _model_and_plan(calibrate)
+    _sampling(calibrate)
+    calibrate.add_argument("--output", type=Path, required=True, help="statistics file (.safetensors)")
+
+    quant = verbs.add_parser("quantize", help="quantize and save a pipeline")
+    _model_and_plan(quant)
+    _sampling(quant, prompts_required=False, dtype="stored")
+    quant.add_argument("--plan", type=Path, help="a plan written by explain --output, in place of a recipe")
+    quant.add_argument("--stats", type=Path, help="statistics written by calibrate, in place of prompts")
+    quant.add_argument("--sequential", action="store_true", help="solvers see inputs of the model as it is quantized so far")
+    quant.add_argument("--max-memory", type=float, default=2, metavar="GIB", help="of input statistics (%(default)s)")
+    quant.add_argument("--stream", action="store_true", help="a layer at a time, for models larger than memory; resumes")
+    quant.add_argument("--output", type=Path, required=True, help="folder for the quantized pipeline; new or empty")
+
+    generate = verbs.add_parser("generate", help="write one PNG per prompt")
+    generate.add_argument("model", metavar="MODEL")
+    _sampling(generate)
+    generate.add_argument("--output", type=Path, required=True, help="folder for the pictures; new or empty")
+
+    compare = verbs.add_parser("compare", help="same prompts and seeds through two pipelines: scores, sizes, times, a page")
+    compare.add_argument("reference", metavar="REFERENCE")
+    compare.add_argument("candidate", metavar="CANDIDATE")
+    _sampling(compare)
+    compare.add_argument("--output", type=Path, required=True, help="the page (NAME.html); records and pictures go to NAME-records")
+    compare.add_argument(
+        "--floor",
+        choices=(*FLOORS, "none"),
+        help="the noise floor: the reference in bf16, with other kernels or threads (default: bfloat16 for --dtype float32)",
+    )
+    compare.add_argument("--lpips-weights", type=Path, help="backbone weights for LPIPS (a torchvision AlexNet .pth)")
+
+    bench = verbs.add_parser("bench", help="time, memory and disk of one step with each recipe, beside 16 bits and float32")
+    _speed(bench)
+
+    evaluate = verbs.add_parser("evaluate", help="two folders of pictures, without any model: pairs by name, or sets")
+    evaluate.add_argument("reference", metavar="A")
+    evaluate.add_argument("candidate", metavar="B")
+    evaluate.add_argument("--metrics", nargs="+", metavar="NAME", default=["psnr", "ssim", "ms_ssim"], help="(%(default)s)")
+    evaluate.add_argument(
+        "--extractors", nargs="+", metavar="NAME", default=[], help="tiny-clip, inception2015, open_clip:WHERE, ..."
+    )
+    evaluate.add_argument("--unpaired", action="store_true", help="compare the sets only; names need not match")
+    evaluate.add_argument("--output", type=Path, required=True, help="folder for results; an earlier one's features are used again")
+    _gates(evaluate)
+
+    job = verbs.add_parser(
+        "run", help="a batch job from a YAML file; resumes; accelerate launch -m dqtk run JOB uses many processes"
+    )
+    job.add_argument("job", metavar="JOB", type=Path)
+    _gates(job)
+    return top
+
+
+def _gates(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--fail-if", metavar="CONDITION", action="append", default=[], help="exit with 3 if so, e.g. 'psnr < 30'; repeatable"
+    )
+
+
+def _model_and_plan(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("model", metavar="MODEL", help="embedded name, local folder or hub id")
+    verb.add_argument("--recipe", metavar="NAME", help=f"for the denoisers: {', '.join(RECIPES)}")
+    verb.add_argument("--text-encoders", metavar="NAME", help="recipe for the text encoders (default: leave them)")
+    verb.add_argument("--keep", metavar="PATTERN", action="append", default=[], help="keep matching sites at 16 bits; repeatable")
+    verb.add_argument(
+        "--set", metavar="PATTERN=RECIPE", action="append", default=[], help="another recipe for matching sites; repeatable"
+    )
+
+
+def _sampling(verb: argparse.ArgumentParser, prompts_required: bool = True, dtype: str = "float32") -> None:
+    verb.add_argument(
+        "--prompts", nargs="+", metavar="FILE|TEXT", required=prompts_required, help="a text file, one per line, or prompts"
+    )
+    verb.add_argument("--num-prompts", type=_positive, metavar="N", help="use the first N")
+    verb.add_argument("--steps", type=_positive, help="num_inference_steps (default: the pipeline's or its family file's)")
+    verb.add_argument("--guidance", type=float, help="guidance_scale (default: the pipeline's)")
+    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--batch-size", type=_positive, default=8)
+    verb.add_argument(
+        "--dtype", choices=("stored", "float32", "bfloat16", "float16"), default=dtype, help="compute dtype (%(default)s)"
+    )
+    verb.add_argument("--device", help="such as cpu or cuda:1 (default: the CUDA device if there is one)")
+
+
+def _speed(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("model", metavar="MODEL", help="embedded name, local folder or hub id")
+    verb.add_argument(
+        "--recipes", nargs="+", metavar="NAME", default=[], help="for the denoiser; none for a MODEL that is quantized already"
+    )
+    verb.add_argument("--size", type=_positive, metavar="PIXELS", help="height and width (default: the pipeline's own)")
+    verb.add_argument("--height", type=_positive, metavar="PIXELS", help="in place of --size")
+    verb.add_argument("--width", type=_positive, metavar="PIXELS", help="in place of --size")
+    verb.add_argument("--num-frames", type=_positive, metavar="N", help="of a video pipeline (default: its own)")
+    verb.add_argument("--batch", type=_positive, default=1, help="pictures or clips at once; guidance doubles it (%(default)s)")
+    verb.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="compute dtype (%(default)s)")
+    verb.add_argument("--repeats", type=_positive, metavar="N", default=7, help="rounds (%(default)s)")
+    verb.add_argument("--threads", type=_positive, metavar="N", help="torch's threads (default: torch's own choice)")
+    verb.add_argument("--device", help="such as cpu or cuda:1 (default: the CUDA device if there is one)")
+    verb.add_argument("--layers", action="store_true", help="also every distinct layer by itself: the cost table")
+    verb.add_argument("--output", type=Path, help="also write all of it as JSON; a new file")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"value must be a positive integer, got {text!r}.")
+    return int(text)

@@ -1,0 +1,101 @@
+"""Variants of a denoiser side by side: in another dtype, and quantized without any calibration.
+
+Speed does not depend on the values of codes. So layers are rounded to nearest whatever the recipe would learn, smoothing multiplies
+by one, and low-rank branches hold small random numbers: shapes, dtypes, transforms and kernels are those of the recipe, and nobody
+has to calibrate in order to know how fast a model would be. Variants share every tensor that they leave alone.
+"""
+
+import copy
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dqtk.checkpoint import quantized_layers, replace_layer
+from dqtk.costs import timed_as
+from dqtk.kernels import to_matrix
+from dqtk.methods.format_search import concrete
+from dqtk.methods.rtn import rtn
+from dqtk.methods.solve import Solution
+from dqtk.numerics.storage import layer_layout
+from dqtk.plan import Choice
+from dqtk.quantize import runtime_layer
+from dqtk.spec import LayerSpec
+
+INPUT_SCALE = 8 / 255  # of static inputs: 8 standard deviations of a normal distribution in 8 bits
+
+
+def shared_copy(module: nn.Module) -> nn.Module:
+    """The same tree of modules over the same tensors: layers of the copy can be replaced, weights take no memory again."""
+    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(module, tensors)  # type: ignore[arg-type]
+
+
+def quantized(module: nn.Module, choices: Iterable[Choice]) -> nn.Module:
+    """A copy with the chosen layers of this component quantized without data; everything else is shared."""
+    made = shared_copy(module)
+    for choice in choices:
+        if choice.spec is not None:
+            layer = module.get_submodule(choice.site.path)
+            replace_layer(made, choice.site.path, data_free(layer, choice.spec))
+    return made
+
+
+def unpacked(module: nn.Module) -> nn.Module:
+    """A copy whose quantized layers are ordinary ones again, with decoded weights."""
+    made = shared_copy(module)
+    for path, layer in quantized_layers(made).items():
+        replace_layer(made, path, layer.plain())
+    return made
+
+
+def in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy whose floating tensors are of this dtype, converted one by one; those that are already are shared."""
+    made = shared_copy(module)
+    known: dict[int, Any] = {}  # tied weights stay tied
+    for part in made.modules():
+        for place in (part._parameters, part._buffers):
+            for name, tensor in place.items():
+                if tensor is not None and tensor.is_floating_point() and tensor.dtype != dtype:
+                    if id(tensor) not in known:
+                        moved = tensor.detach().to(dtype)
+                        known[id(tensor)] = (
+                            nn.Parameter(moved, requires_grad=False) if place is part._parameters else moved,
+                            tensor,
+                        )
+                    place[name] = known[id(tensor)][0]
+    return made
+
+
+@torch.no_grad()
+def data_free(layer: Any, spec: LayerSpec) -> nn.Module:
+    """The runtime layer of a spec for a linear or convolution, with stand-ins for what calibration would find.
+
+    Its kernel, shapes and bytes are those of the real one; its outputs are those of rounding to nearest.
+    """
+    plain = timed_as(spec)
+    assert plain is not None
+    matrix = layer.weight.detach() if layer.weight.ndim == 2 else to_matrix(layer.weight.detach())
+    plain = replace(plain, weight=concrete(matrix, plain.weight))
+    tensors = rtn(matrix, plain.weight).tensors()
+    (n, k), channels = matrix.shape, layer.weight.shape[1]
+    for name, (shape, dtype) in layer_layout(plain, n, k, channels).items():
+        if name not in tensors:
+            tensors[name] = _stand_in(name, shape, dtype).to(matrix.device)
+    return runtime_layer(layer, Solution(spec=plain, tensors=tensors))
+
+
+def _stand_in(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    if name == "input_scale":
+        return torch.full(shape, INPUT_SCALE, dtype=dtype)
+    if name == "input_zero":
+        return torch.zeros(shape, dtype=dtype)
+    if name == "smooth":
+        return torch.ones(shape, dtype=dtype)
+    seeded = torch.Generator().manual_seed(0)
+    if name == "signs":
+        return torch.randint(0, 256, shape, dtype=dtype, generator=seeded)
+    assert name in ("down", "up"), name
+    return (torch.randn(shape, generator=seeded) * 0.01).to(dtype)
