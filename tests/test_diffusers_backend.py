@@ -8,12 +8,14 @@ import sys
 import diffusers
 import pytest
 import torch
+from diffusers.models.activations import GEGLU, GELU
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import dqtk
 from dqtk.checkpoint import _hash, digest, quantized_layers
-from dqtk.nn import Quantized
+from dqtk.diffusers_backend import FusedGEGLU, FusedGELU
+from dqtk.nn import Quantized, QuantLinear
 from dqtk.plan import Recipe, Rule
 from dqtk.recipes import RECIPES, recipe_named
 from dqtk.resolve import call_kwargs_for
@@ -195,6 +197,50 @@ def test_dequantize_gives_an_ordinary_model(load_tiny, draw, tmp_path, saved, fr
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
     plain = auto(tmp_path / "plain", dtype=pipe.transformer.dtype)
     assert digests(plain) == digests(pipe.transformer)
+
+
+# --- activations in the kernel of the layer before them ---------------------------------------------------------------
+
+
+def feed_forwards(module):
+    return [part for part in module.modules() if isinstance(part, GELU | GEGLU)]
+
+
+@pytest.mark.parametrize("name", ["pixart", "sdxl"])
+def test_activations_are_fused_where_nobody_looks_in_between(load_tiny, draw, tmp_path, name, monkeypatch):
+    """In memory and loaded; hooks on the projection see what they always saw; dequantizing gives diffusers' own classes back."""
+    pipe = quantized(load_tiny(name), "w8a8")
+    module = getattr(pipe, "transformer", None) or pipe.unet
+    fused = feed_forwards(module)
+    assert fused
+    assert {type(part) for part in fused} <= {FusedGELU, FusedGEGLU}
+    asked = []
+    forward = QuantLinear.forward
+
+    def watched(self, x, activation="none", active_from=0):
+        asked.append(activation)
+        return forward(self, x, activation, active_from)
+
+    monkeypatch.setattr(QuantLinear, "forward", watched)
+    picture = draw(pipe)
+    assert len([name for name in asked if name != "none"]) >= len(fused)
+    seen, asked[:] = [], []
+    hooks = [
+        part.proj.register_forward_hook(lambda layer, args, y: seen.append(y.shape[-1] == layer.out_features)) for part in fused
+    ]
+    hooked = draw(pipe)
+    assert set(asked) == {"none"}
+    assert all(seen)
+    assert (picture - hooked).abs().max() < 0.02
+    for hook in hooks:
+        hook.remove()
+    dqtk.save(pipe, tmp_path / "out")
+    loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out")
+    again = getattr(loaded, "transformer", None) or loaded.unet
+    assert [type(part) for part in feed_forwards(again)] == [type(part) for part in fused]
+    again.dequantize()
+    assert {type(part) for part in feed_forwards(again)} <= {GELU, GEGLU}
+    assert torch.isfinite(draw(loaded)).all()
 
 
 def test_interrupted_quantize_is_still_true(load_tiny, draw, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ tokens in every call.
 """
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -31,7 +31,9 @@ class Inputs:
 
     gram: float64 [K, K], mean of x x^T; [0, 0] where nobody asked for it. mean: float32 [K]. sample: float32 [R, K], R at most
     ``SAMPLE_ROWS``, drawn evenly from all calls. low, high: float32 [K], least and largest number of every channel. peaks: float32
-    [P, K], the rows with the largest numbers of every call. count: rows in the mean.
+    [P, K], the rows with the largest numbers of every call. count: rows in the mean. ends: of a convolution, whose inputs are
+    rounded a sample at a time, float32 [R, 2 C]: least and largest number of every channel in the sample that a row was cut from;
+    None for linears, and in a basis where nobody looked.
     """
 
     gram: Tensor
@@ -41,6 +43,7 @@ class Inputs:
     high: Tensor
     peaks: Tensor
     count: int
+    ends: Tensor | None = None
 
     @property
     def absmax(self) -> Tensor:
@@ -49,13 +52,14 @@ class Inputs:
 
     def to(self, device: torch.device) -> "Inputs":
         """The same on another device."""
-        names = ("gram", "mean", "sample", "low", "high", "peaks")
+        names = [field.name for field in fields(self) if isinstance(getattr(self, field.name), Tensor)]
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def scaled(self, factor: Tensor) -> "Inputs":
         """The statistics of x * factor, for positive float32 [K]; exact."""
         found = self.mapped(lambda x: x * factor.to(x.dtype))
-        return replace(found, low=self.low * factor, high=self.high * factor)
+        ends = None if self.ends is None else self.ends * factor[: self.ends.shape[1] // 2].repeat(2)
+        return replace(found, low=self.low * factor, high=self.high * factor, ends=ends)
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "Inputs":
         """The statistics of f(x) for a linear f on the last dimension.
@@ -66,7 +70,7 @@ class Inputs:
         sample, peaks = function(self.sample), function(self.peaks)
         seen = torch.cat([sample, peaks])
         low, high = seen.amin(dim=0).clamp(max=0), seen.amax(dim=0).clamp(min=0)
-        return replace(self, gram=gram, mean=function(self.mean), sample=sample, low=low, high=high, peaks=peaks)
+        return replace(self, gram=gram, mean=function(self.mean), sample=sample, low=low, high=high, peaks=peaks, ends=None)
 
 
 def input_name(site: Site) -> str:
@@ -122,7 +126,8 @@ def gather(
                     sums[name] = _Sum.empty(site.k, name not in without_moments, x.device)
                 draw = torch.Generator().manual_seed(sums[name].calls)
                 _check_finite(site, ends := _ends(layer, x), call)
-                _add(sums[name], rows_of(layer, x, max_rows, draw), ends, per_call, draw)
+                rows = rows_of(layer, x, max_rows, draw)
+                _add(sums[name], rows, ends, _sample_ends(layer, x, len(rows)), per_call, draw)
 
         return see
 
@@ -165,6 +170,14 @@ def _ends(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return low.repeat(taps), high.repeat(taps)
 
 
+def _sample_ends(layer: Any, x: Tensor, num: int) -> Tensor:
+    """``Inputs.ends`` of the ``num`` rows taken from this input, as many of every sample; [num, 0] of a linear."""
+    if isinstance(layer, nn.Linear):
+        return x.new_empty((num, 0), dtype=torch.float32)
+    low, high = x.flatten(2).float().aminmax(dim=2)
+    return torch.cat([low, high], dim=1).repeat_interleave(num // len(x), dim=0)
+
+
 def _some(rows: Tensor, num: int, draw: torch.Generator) -> Tensor:
     """At most ``num`` of the rows, in their order."""
     if rows.shape[0] <= num:
@@ -181,28 +194,30 @@ def _check_finite(site: Site, ends: tuple[Tensor, Tensor], call: Call) -> None:
         )
 
 
-def _add(found: _Sum, rows: Tensor, ends: tuple[Tensor, Tensor], per_call: int, draw: torch.Generator) -> None:
+def _add(found: _Sum, rows: Tensor, ends: tuple[Tensor, Tensor], sample_ends: Tensor, per_call: int, draw: torch.Generator) -> None:
     if found.gram.numel():
         found.gram += rows.T @ rows
     found.total += rows.sum(dim=0)
     found.low, found.high = torch.minimum(found.low, ends[0]), torch.maximum(found.high, ends[1])
     found.count, found.calls = found.count + rows.shape[0], found.calls + 1
-    found.sample.append(_some(rows, per_call, draw).cpu().clone())
+    found.sample.append(_some(torch.cat([rows, sample_ends], dim=1), per_call, draw).cpu().clone())
     largest = rows.abs().amax(dim=1).topk(min(PEAKS, rows.shape[0])).indices
     found.peaks.append(rows[largest].cpu())
 
 
 def _finish(found: _Sum) -> Inputs:
-    sample, peaks = torch.cat(found.sample), torch.cat(found.peaks)
+    k, peaks = len(found.total), torch.cat(found.peaks)
+    sample = _some(torch.cat(found.sample), SAMPLE_ROWS, torch.Generator().manual_seed(0))
     largest = peaks.abs().amax(dim=1).topk(min(SAMPLE_ROWS // 4, len(peaks))).indices
     return Inputs(
         gram=found.gram.div_(found.count),
         mean=(found.total / found.count).float(),
-        sample=_some(sample, SAMPLE_ROWS, torch.Generator().manual_seed(0)),
+        sample=sample[:, :k].contiguous(),
         low=found.low,
         high=found.high,
         peaks=peaks[largest],
         count=found.count,
+        ends=sample[:, k:].contiguous() if sample.shape[1] > k else None,
     )
 
 

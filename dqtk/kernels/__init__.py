@@ -2,12 +2,16 @@
 
 from dqtk.ops import op_of, report_of
 
+from .attention import attention
 from .conv import conv_int8, conv_int8_reference, from_matrix, to_matrix
 from .decoded import Decoding, decode_reference, decode_weight, linear_decoded
-from .linear import linear_fp8, linear_int8, linear_int8_reference
+from .linear import ACTIVATIONS, activated, linear_fp8, linear_int8, linear_int8_reference
 
 __all__ = [
+    "ACTIVATIONS",
     "Decoding",
+    "activated",
+    "attention",
     "conv_int8",
     "conv_int8_reference",
     "decode_reference",

@@ -138,7 +138,7 @@ def _(x, qweight, bias, steps, zero, group_scale, selector, levels, bits, signed
         weight = decode_reference(qweight, steps, zero, group_scale, selector, levels, bits, signed, k, x.dtype)
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype)).contiguous()
     decoder = native.Decoder(library, qweight, steps, zero, group_scale, selector, levels, bits, signed, k)
-    y = _linear_in_chunks(decoder, rows, bias)
+    y = decoder.linear_few(rows, bias) if rows.shape[0] <= native.FEW_ROWS else _linear_in_chunks(decoder, rows, bias)
     return y.view(*x.shape[:-1], n)
 
 

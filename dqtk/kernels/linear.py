@@ -4,6 +4,7 @@
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dqtk import native
@@ -37,6 +38,8 @@ def linear_int8(
     input_zero: Tensor | None,
     bits: int,
     smooth: Tensor | None = None,
+    activation: str = "none",
+    active_from: int = 0,
 ) -> Tensor:
     """y = dequantize(round(x * smooth) @ W^T) + bias with int8 inputs and an exact integer matmul.
 
@@ -49,16 +52,31 @@ def linear_int8(
         input_scale, input_zero: float32 [1] and int32 [1] or None; static per-tensor rounding, x ~ scale * (code - zero).
         bits: width of the stored codes.
         smooth: float [K] or None; multiplied with the input in float32, which is then rounded to its own dtype again.
+        activation: one of ``ACTIVATIONS``, of the outputs from ``active_from`` on, after they were rounded to their dtype.
     Returns:
         [..., N] in the dtype of ``x``.
     """
     x = smoothed(x, smooth)
-    return _linear_int8(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, matmul_reference)
+    y = _linear_int8(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, matmul_reference)
+    return activated(y, activation, active_from)
 
 
 def smoothed(x: Tensor, smooth: Tensor | None) -> Tensor:
     """``x`` with its channels multiplied, in its dtype."""
     return x if smooth is None else (x.float() * smooth.float()).to(x.dtype)
+
+
+ACTIVATIONS = ("none", "gelu", "gelu_tanh")
+
+
+def activated(y: Tensor, activation: str, active_from: int = 0) -> Tensor:
+    """``y`` [..., N] with the activation applied to its outputs from ``active_from`` on."""
+    if activation == "none":
+        return y
+    approximate = {"gelu": "none", "gelu_tanh": "tanh"}[activation]
+    if active_from == 0:
+        return F.gelu(y, approximate=approximate)
+    return torch.cat([y[..., :active_from], F.gelu(y[..., active_from:], approximate=approximate)], dim=-1)
 
 
 def linear_int8_through_torch(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits) -> Tensor:
@@ -74,27 +92,30 @@ def linear_int8_through_torch(x, qweight, scale, group_scale, bias, input_scale,
 
 
 @linear_int8.register_kernel("cpu")
-def _(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, smooth=None):
+def _(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, smooth=None, activation="none", active_from=0):
     library = native.load(products=True)
-    if library is None:
-        return linear_int8_through_torch(smoothed(x, smooth), qweight, scale, group_scale, bias, input_scale, input_zero, bits)
+    arguments = (qweight, scale, group_scale, bias, input_scale, input_zero, bits)
+    if library is None or x.dtype not in native.TYPES:
+        return activated(linear_int8_through_torch(smoothed(x, smooth), *arguments), activation, active_from)
     rows = x.reshape(-1, x.shape[-1])
-    y = native.linear_int8(library, rows, qweight, scale, group_scale, bias, input_scale, input_zero, bits, smooth)
+    y = native.linear_int8(library, rows, *arguments, smooth, activation, active_from)
     return y.view(*x.shape[:-1], qweight.shape[0])
 
 
 @linear_int8.register_kernel("cuda")
-def _(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, smooth=None):
-    return _linear_int8(smoothed(x, smooth), qweight, scale, group_scale, bias, input_scale, input_zero, bits, matmul_padded)
+def _(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, smooth=None, activation="none", active_from=0):
+    arguments = (qweight, scale, group_scale, bias, input_scale, input_zero, bits)
+    return activated(_linear_int8(smoothed(x, smooth), *arguments, matmul_padded), activation, active_from)
 
 
 @linear_int8.register_fake
-def _(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, smooth=None):
+def _(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, smooth=None, activation="none", active_from=0):
     return x.new_empty((*x.shape[:-1], qweight.shape[0]))
 
 
 def _save_linear_int8(ctx, inputs, output) -> None:
-    x, qweight, scale, group_scale, bias, _, _, bits, smooth = inputs
+    x, qweight, scale, group_scale, bias, _, _, bits, smooth, activation, _ = inputs
+    assert activation == "none", "a fused activation has no gradient: QuantLinear applies it by itself where something trains"
     ctx.save_for_backward(qweight, scale, group_scale, smooth)
     ctx.bits, ctx.k, ctx.dtype, ctx.bias_dtype = bits, x.shape[-1], x.dtype, None if bias is None else bias.dtype
 
@@ -107,15 +128,19 @@ def _backward_linear_int8(ctx, grad):
         grad_x = smoothed(input_gradient(grad, weight, scale), smooth).to(ctx.dtype)
     if ctx.needs_input_grad[4]:
         grad_bias = sum_to_bias(grad, -1).to(ctx.bias_dtype)
-    return grad_x, None, None, None, grad_bias, None, None, None, None
+    return grad_x, None, None, None, grad_bias, *[None] * 6
 
 
 linear_int8.register_autograd(_backward_linear_int8, setup_context=_save_linear_int8)
 
 
-def linear_int8_reference(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, smooth=None) -> Tensor:
-    """The op's meaning on any device, for tests and for the ``emulated`` choice."""
-    return _linear_int8(smoothed(x, smooth), qweight, scale, group_scale, bias, input_scale, input_zero, bits, matmul_reference)
+def linear_int8_reference(
+    x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, smooth=None, activation="none", active_from=0
+) -> Tensor:
+    """The op's meaning on any device, for tests."""
+    x = smoothed(x, smooth)
+    y = _linear_int8(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, matmul_reference)
+    return activated(y, activation, active_from)
 
 
 @torch.library.custom_op("dqtk::linear_fp8", mutates_args=())

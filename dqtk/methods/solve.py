@@ -18,7 +18,7 @@ from dqtk.numerics.hadamard import pack_signs, random_signs, rotate
 from dqtk.numerics.inputs import round_input
 from dqtk.numerics.packing import Packed, dequantize
 from dqtk.numerics.weight_grid import fit_grid
-from dqtk.spec import GPTQ, RTN, AdaRound, Float, Hadamard, Int, LayerSpec, PerTensor, Smooth, TensorSpec, Transform
+from dqtk.spec import GPTQ, RTN, AdaRound, Float, Hadamard, Int, LayerSpec, PerTensor, PerToken, Smooth, TensorSpec, Transform
 
 from .adaround import adaround
 from .format_search import concrete, concrete_input
@@ -145,11 +145,12 @@ def _smooth_error(weights: list[Tensor], inputs: Inputs, rest: LayerSpec, multip
     """Output error on the sample with this smoothing: weights and inputs rounded to nearest, later rotations included."""
     taps = multiplier.repeat(weights[0].shape[1] // channels)
     x, scaled = inputs.sample * taps, [weight / taps for weight in weights]
+    ends = None if inputs.ends is None else inputs.ends * multiplier.repeat(2)
     for transform in rest.transforms:
         if isinstance(transform, Hadamard):
             turned = _rotation(transform, channels)
-            x, scaled = turned(x), [turned(weight) for weight in scaled]
-    q = x if rest.input is None else _round_sample(x, rest.input)
+            x, scaled, ends = turned(x), [turned(weight) for weight in scaled], None
+    q = x if rest.input is None else _round_sample(x, ends, rest.input)
     total = 0.0
     for weight, moved in zip(weights, scaled, strict=True):
         form = concrete(moved, rest.weight)
@@ -157,12 +158,18 @@ def _smooth_error(weights: list[Tensor], inputs: Inputs, rest: LayerSpec, multip
     return total
 
 
-def _round_sample(x: Tensor, spec: TensorSpec) -> Tensor:
+def _round_sample(x: Tensor, ends: Tensor | None, spec: TensorSpec) -> Tensor:
     if not isinstance(spec.granularity, PerTensor):
-        return round_input(x, spec)
+        return _round_rows(x, ends, spec, {})
     found, scale, zero = concrete_input(x, spec)
-    given = _stored_input(found, scale, zero)
-    return round_input(x, found, given["input_scale"], given.get("input_zero"))
+    return _round_rows(x, ends, found, _stored_input(found, scale, zero))
+
+
+def _round_rows(x: Tensor, ends: Tensor | None, spec: TensorSpec, stored: dict[str, Tensor]) -> Tensor:
+    """Rows as the layer rounds them. A window of a convolution gets the scale of its whole sample, which ``Inputs.ends`` fix."""
+    whole = ends is not None and isinstance(spec.granularity, PerToken)
+    given = torch.cat([x, ends], dim=1) if whole and ends is not None else x
+    return round_input(given, spec, stored.get("input_scale"), stored.get("input_zero"))[:, : x.shape[1]]
 
 
 # --- static inputs ---------------------------------------------------------------------------------------------------
@@ -200,7 +207,7 @@ def _stored_input(spec: TensorSpec, scale: Tensor, zero: Tensor | None) -> dict[
 def _rounded_sample(inputs: Inputs, spec: LayerSpec, shared: dict[str, Tensor]) -> Tensor:
     if spec.input is None:
         return inputs.sample
-    return round_input(inputs.sample, spec.input, shared.get("input_scale"), shared.get("input_zero"))
+    return _round_rows(inputs.sample, inputs.ends, spec.input, shared)
 
 
 def _input_noise(inputs: Inputs, spec: LayerSpec, shared: dict[str, Tensor]) -> Tensor | None:

@@ -1,6 +1,6 @@
 // What every kernel here uses: number conversions that equal torch's bit for bit, reused memory, and torch's own threads.
 //
-// One library is built per level of the CPU: AVX512-VNNI, AVX2, or plain C++ ("generic"). Loops are written so that the compiler
+// One library is built per level of the CPU: AVX512-VNNI (with BF16 or without), AVX2, or plain C++ ("generic"). Loops are written so that the compiler
 // turns them into vectors; intrinsics stand where it would not. Float arithmetic must not be contracted into fused operations.
 #pragma once
 
@@ -118,6 +118,48 @@ inline void with_type(int32_t type, F&& body) {
     if (type == FLOAT32) body(float());
     else if (type == BFLOAT16) body(bfloat16());
     else body(float16());
+}
+
+// --- activations --------------------------------------------------------------------------------------------------------
+
+enum Activation : int32_t { NONE = 0, GELU = 1, GELU_TANH = 2 };
+
+// e^x to about one unit in the last place, as straight code that a compiler turns into vectors (Cephes' expf polynomial).
+inline float exponential(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 88.0f ? 88.0f : x;
+    const float n = std::rint(x * 1.44269504088896341f);
+    const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return p * float_of(uint32_t(int32_t(n) + 127) << 23);
+}
+
+// x Phi(x), Phi through the complementary error function of |x| / sqrt(2) (Abramowitz and Stegun 7.1.26): exact tails on both sides.
+inline float gelu(float x) {
+    const float z = std::fabs(x) * 0.70710678118654752f, t = 1.0f / (1.0f + 0.3275911f * z);
+    float p = 1.061405429f;
+    p = p * t - 1.453152027f;
+    p = p * t + 1.421413741f;
+    p = p * t - 0.284496736f;
+    p = p * t + 0.254829592f;
+    const float tail = 0.5f * p * t * exponential(-z * z);
+    return x * (x < 0 ? tail : 1.0f - tail);
+}
+
+// The tanh form: x / (1 + e^(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3).
+inline float gelu_tanh(float x) { return x / (1.0f + exponential(-1.5957691216057308f * (x + 0.044715f * x * x * x))); }
+
+inline void activate(int32_t activation, float* values, int64_t count) {
+    if (activation == GELU)
+        for (int64_t i = 0; i < count; i++) values[i] = gelu(values[i]);
+    else if (activation == GELU_TANH)
+        for (int64_t i = 0; i < count; i++) values[i] = gelu_tanh(values[i]);
 }
 
 // --- memory -------------------------------------------------------------------------------------------------------------

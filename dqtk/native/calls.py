@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+FEW_ROWS = 8  # of inputs, which are multiplied with every row of weights as soon as it is decoded
+ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2}
 _Int, _Wide, _Pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 
 
@@ -41,9 +43,16 @@ class _Weight(ctypes.Structure):
 
 
 class _Output(ctypes.Structure):
-    """``scale_step``: 1 for a scale per output, 0 for one scale."""
+    """``scale_step``: 1 for a scale per output, 0 for one scale. ``activation`` of the outputs from ``active_from`` on."""
 
-    _fields_ = (("y", _Pointer), ("scale", _Pointer), ("scale_step", _Wide), ("bias", _Pointer))
+    _fields_ = (
+        ("y", _Pointer),
+        ("scale", _Pointer),
+        ("scale_step", _Wide),
+        ("bias", _Pointer),
+        ("active_from", _Wide),
+        ("activation", _Int),
+    )
 
 
 class _Decoding(ctypes.Structure):
@@ -74,6 +83,26 @@ class _Window(ctypes.Structure):
     )
 
 
+class _Tensor4(ctypes.Structure):
+    """Strides of batch, head and row, in elements."""
+
+    _fields_ = (("data", _Pointer), ("batch", _Wide), ("head", _Wide), ("row", _Wide))
+
+
+class _Attention(ctypes.Structure):
+    """``mask``: float32, added to the scaled scores, or null; its strides may be 0."""
+
+    _fields_ = (
+        *((name, _Tensor4) for name in ("q", "k", "v", "out")),
+        ("mask", _Pointer),
+        *((f"mask_{name}", _Wide) for name in ("batch", "head", "row", "key")),
+        *((name, _Wide) for name in ("batch", "heads", "key_heads", "queries", "keys", "channels", "value_channels")),
+        ("scale", ctypes.c_float),
+        ("type", _Int),
+        ("threads", _Int),
+    )
+
+
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -85,7 +114,23 @@ def _dense(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor 
 class _Arguments:
     """What linear and convolution share. Keeps converted tensors alive during the call."""
 
-    def __init__(self, x, stride, qweight, k, bits, group_scale, scale, bias, input_scale, input_zero, smooth, y):
+    def __init__(
+        self,
+        x,
+        stride,
+        qweight,
+        k,
+        bits,
+        group_scale,
+        scale,
+        bias,
+        input_scale,
+        input_zero,
+        y,
+        smooth=None,
+        activation="none",
+        active_from=0,
+    ):
         self.kept = x, qweight, y, group_scale = x, qweight.contiguous(), y, _dense(group_scale, torch.uint8)
         scale, bias, smooth, input_scale = self.floats = [_dense(v) for v in (scale, bias, smooth, input_scale)]
         self.zero = _dense(input_zero, torch.int32)
@@ -102,20 +147,34 @@ class _Arguments:
         )
         n = qweight.shape[0]
         self.weight = _Weight(_address(qweight), qweight.stride(0), n, k, 0 if plain else bits, 1, _address(group_scale), size)
-        self.output = _Output(_address(y), _address(scale), int(scale.numel() > 1), _address(bias))
+        step = int(scale.numel() > 1)
+        self.output = _Output(_address(y), _address(scale), step, _address(bias), active_from, ACTIVATIONS[activation])
 
 
 def linear_int8(
-    library: ctypes.CDLL, x_TK, qweight, scale, group_scale, bias, input_scale, input_zero, bits: int, smooth: Tensor | None = None
+    library: ctypes.CDLL,
+    x_TK: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    group_scale: Tensor | None,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    input_zero: Tensor | None,
+    bits: int,
+    smooth: Tensor | None = None,
+    activation: str = "none",
+    active_from: int = 0,
 ) -> Tensor:
-    """[T, N] in the dtype of ``x_TK`` [T, K]. ``smooth``: float32 [K], multiplied with the input, which is rounded to its dtype."""
-    (t, k), n, dtype = x_TK.shape, qweight.shape[0], x_TK.dtype
-    if dtype not in TYPES:  # all arithmetic is float32
-        smoothed = x_TK if smooth is None else (x_TK.float() * smooth).to(dtype)
-        return linear_int8(library, smoothed.float(), qweight, scale, group_scale, bias, input_scale, input_zero, bits).to(dtype)
+    """[T, N] in the dtype of ``x_TK`` [T, K], which is one of ``TYPES``.
+
+    ``smooth``: [K], multiplied with the input, which is rounded to its dtype. ``activation``: one of ``ACTIVATIONS``, of outputs
+    from ``active_from`` on.
+    """
+    (t, k), n = x_TK.shape, qweight.shape[0]
     x = x_TK if x_TK.stride(1) == 1 else x_TK.contiguous()
-    y = torch.empty((t, n), dtype=dtype)
-    a = _Arguments(x, x.stride(0), qweight, k, bits, group_scale, scale, bias, input_scale, input_zero, smooth, y)
+    y = torch.empty((t, n), dtype=x.dtype)
+    scales = (group_scale, scale, bias, input_scale, input_zero)
+    a = _Arguments(x, x.stride(0), qweight, k, bits, *scales, y, smooth, activation, active_from)
     library.dqtk_linear_int8(ctypes.byref(a.input), ctypes.byref(a.weight), ctypes.byref(a.output), _Wide(t))
     return y
 
@@ -145,7 +204,7 @@ def conv_int8(
     x = x if channels_last else x.contiguous()
     y = torch.empty((batch * math.prod(out), qweight.shape[0]), dtype=x.dtype)
     k, elements = channels * math.prod(kernel), math.prod(x.shape[1:])
-    a = _Arguments(x, elements, qweight, k, bits, group_scale, scale, bias, input_scale, input_zero, None, y)
+    a = _Arguments(x, elements, qweight, k, bits, group_scale, scale, bias, input_scale, input_zero, y)
     sizes = [_three(x.shape[2:], 1), _three(kernel, 1), _three(stride, 1), _three(padding, 0), _three(dilation, 1), _three(out, 1)]
     window = _Window(batch, channels, *sizes, int(channels_last))
     library.dqtk_conv_int8(ctypes.byref(a.input), ctypes.byref(a.weight), ctypes.byref(a.output), ctypes.byref(window))
@@ -154,6 +213,22 @@ def conv_int8(
 
 def _three(values: Sequence[int], fill: int) -> ctypes.Array:
     return (_Wide * 3)(*[fill] * (3 - len(values)), *values)
+
+
+def attention(library: ctypes.CDLL, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """[B, H, Q, D'] = softmax(q k^T * scale + mask) v, whose rows lie as [B, Q, H, D'], ready to be merged.
+
+    q [B, H, Q, D], k [B, G, K, D], v [B, G, K, D'] of one of ``TYPES``, H a multiple of G; mask float32 [B, H, Q, K], or expanded
+    to it.
+    """
+    q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
+    out = torch.empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]), dtype=q.dtype).transpose(1, 2)
+    sizes = (*q.shape[:2], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
+    strides = (0, 0, 0, 0) if mask is None else mask.stride()
+    tensors = [_Tensor4(_address(t), *t.stride()[:3]) for t in (q, k, v, out)]
+    call = _Attention(*tensors, _address(mask), *strides, *sizes, scale, TYPES[q.dtype], torch.get_num_threads())
+    library.dqtk_attention(ctypes.byref(call))
+    return out
 
 
 class Decoder:
@@ -193,3 +268,11 @@ class Decoder:
         count, kind = _Wide(out.shape[0]), _Int(TYPES[out.dtype])
         self.library.dqtk_decode(ctypes.byref(self.decoding), _Wide(first), count, kind, _Pointer(_address(out)))
         return out
+
+    def linear_few(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """[T, N] = x W^T + bias for ``x`` [T, K] of at most ``FEW_ROWS`` rows, float32, bfloat16 or float16; sums in float32."""
+        x, bias = x.contiguous(), _dense(bias)
+        y, kind = torch.empty((x.shape[0], self.n), dtype=x.dtype), _Int(TYPES[x.dtype])
+        pointers = _Pointer(_address(x)), _Wide(x.shape[0]), _Pointer(_address(bias)), kind, _Pointer(_address(y))
+        self.library.dqtk_linear_few(ctypes.byref(self.decoding), *pointers)
+        return y

@@ -7,7 +7,7 @@ A library is named by a hash of the sources, the flags and the compiler; the fla
 temporary name and renamed, so that processes may build at once and an interrupted build leaves nothing that loads.
 
 Environment:
-    DQTK_NATIVE      "off", or a level to use in place of the best: avx512-vnni, avx2, generic
+    DQTK_NATIVE      "off", or a level to use in place of the best: avx512-bf16, avx512-vnni, avx2, generic
     DQTK_CACHE_DIR   where libraries are kept; else XDG_CACHE_HOME/dqtk, else ~/.cache/dqtk
     CXX              the compiler; else the first found of c++, g++, clang++
 """
@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-SOURCES = ("base.h", "weights.h", "int8.cpp", "decode.cpp")
+SOURCES = ("base.h", "weights.h", "int8.cpp", "decode.cpp", "attention.cpp")
 COMPILERS = ("c++", "g++", "clang++")
 # No fused multiply-add: products must round as torch's do. No errno, no traps: they would keep rounding out of vector code.
 EXACT = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
@@ -48,8 +48,10 @@ class Level:
 _NEEDS = frozenset({"avx2", "fma", "f16c"})
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mprefer-vector-width=512")
+_VNNI = _NEEDS | {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}
 LEVELS = (  # best first
-    Level("avx512-vnni", _NEEDS | {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}, _AVX512),
+    Level("avx512-bf16", _VNNI | {"avx512_bf16"}, (*_AVX512, "-mavx512bf16")),
+    Level("avx512-vnni", _VNNI, _AVX512),
     Level("avx2", _NEEDS, _AVX2),
     Level("generic", frozenset(), ()),  # plain C++; only where it is asked for: nobody has measured that it pays
 )

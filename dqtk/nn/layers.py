@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from dqtk.kernels import (
     Decoding,
+    activated,
     conv_int8,
     decode_weight,
     from_matrix,
@@ -198,23 +199,29 @@ class QuantLinear(Quantized, nn.Linear):
         )
         return new.train(layer.training)
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002, torch's name
+    def forward(self, input: Tensor, activation: str = "none", active_from: int = 0) -> Tensor:  # noqa: A002, torch's name
+        """[..., N]. ``activation``, one of ``kernels.ACTIVATIONS``, is applied to the outputs from ``active_from`` on."""
         module: Any = self
-        if self.op == "linear_int8" and module.signs is None and module.down is None:
-            return self._product(input, module.smooth)  # smoothed as it is rounded
+        trains = torch.is_grad_enabled() and (input.requires_grad or (module.bias is not None and module.bias.requires_grad))
+        if self.op == "linear_int8" and module.signs is None and module.down is None and not trains:
+            return self._product(input, module.smooth, activation, active_from)  # all in one pass
+        return activated(self._linear(input), activation, active_from)
+
+    def _linear(self, input: Tensor) -> Tensor:  # noqa: A002
+        module: Any = self
         z = module.basis.apply(input, module.smooth, module.signs)
         y = self._product(z).to(input.dtype)
         if module.down is None:
             return y
         return y + F.linear(F.linear(z, module.down.to(z.dtype)), module.up.to(z.dtype))
 
-    def _product(self, z: Tensor, smooth: Tensor | None = None) -> Tensor:
-        """Q(z) Q(W)^T + bias by the layer's op; ``smooth`` is left to integer kernels."""
+    def _product(self, z: Tensor, smooth: Tensor | None = None, activation: str = "none", active_from: int = 0) -> Tensor:
+        """Q(z) Q(W)^T + bias by the layer's op; what else may be asked for is left to integer kernels."""
         module: Any = self
         bias, op = module.bias, self.op
         if op == "linear_int8":
             scales = (module.scale, module.group_scale, bias, module.input_scale, module.input_zero)
-            return linear_int8(z, module.qweight, *scales, self.stored_width, smooth)
+            return linear_int8(z, module.qweight, *scales, self.stored_width, smooth, activation, active_from)
         if op == "linear_fp8":
             return linear_fp8(z, module.qweight, module.scale, bias, module.input_scale)
         if op == "weight_only":

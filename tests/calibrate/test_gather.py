@@ -84,6 +84,10 @@ def test_second_moments_of_a_convolution(options):
     torch.testing.assert_close(found.mean.double(), rows.mean(0), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.sample.double(), rows)
     assert found.count == len(rows)
+    ends = torch.cat([x.amin((2, 3)), x.amax((2, 3))], dim=1)
+    assert torch.equal(found.ends, ends.repeat_interleave(len(rows) // 3, dim=0))
+    assert torch.equal(found.scaled(torch.full((rows.shape[1],), 2.0)).ends, 2 * found.ends)
+    assert found.mapped(lambda rows: rows).ends is None
     matrix = conv.weight.detach().movedim(1, -1).flatten(1)
     expected = conv(x).detach().movedim(1, -1).flatten(0, -2) - conv.bias
     torch.testing.assert_close(found.sample @ matrix.T, expected, rtol=1e-4, atol=1e-4)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_conv import CASES
 from test_conv import arguments as conv_arguments
 from test_conv import stored as stored_conv
@@ -13,6 +14,7 @@ from dqtk.kernels import (
     conv_int8_reference,
     decode_reference,
     decode_weight,
+    linear_decoded,
     linear_int8,
     linear_int8_reference,
 )
@@ -122,6 +124,46 @@ def test_smoothing_in_the_same_pass(level, dtype, native_level):
         assert same(linear_int8(x, *weight, stored), expected)
 
 
+UNIT = {torch.float32: 6e-7, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+@pytest.mark.parametrize("level", [*LEVELS, "off"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activations_in_the_same_pass(level, dtype, native_level, monkeypatch):
+    """Of the outputs as they were rounded, against float64; those before ``active_from`` are bit for bit what they were."""
+    if level == "off":
+        monkeypatch.setenv("DQTK_NATIVE", "off")
+        library.forget()
+    else:
+        native_level(level)
+    packed = rtn(seeded(134, 40, seed=1), TensorSpec(format=Int(bits=8), granularity=PerChannel()))
+    for rows in (1, 9):
+        x = 0.7 * seeded(rows, 40).to(dtype)
+        call = x, packed.qweight, packed.scale, None, seeded(134, seed=2), None, None, 8
+        plain = linear_int8_reference(*call)
+        for name, approximate in (("gelu", "none"), ("gelu_tanh", "tanh")):
+            exact = F.gelu(plain.double(), approximate=approximate)
+            for first in (0, 1, 64, 67, 133):
+                y = linear_int8(*call, None, name, first)
+                assert y.dtype == dtype
+                assert torch.equal(y[:, :first], plain[:, :first])
+                error = (y.double() - exact)[:, first:].abs()
+                assert (error <= UNIT[dtype] * (exact[:, first:].abs() + 0.5 * plain[:, first:].abs().double()) + 1e-7).all()
+                torch.testing.assert_close(y, linear_int8_reference(*call, None, name, first), rtol=2 * UNIT[dtype], atol=1e-6)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_activations_of_all_numbers(level, activation, native_level):
+    """Far tails, zeros, infinities and NaN, as torch has them."""
+    native_level(level)
+    bias = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([0.0, -0.0, 1e30, -1e30, torch.inf, torch.nan, 1e-30, -1e-30])])
+    weight = torch.zeros(len(bias), 8, dtype=torch.int8)
+    y = linear_int8(torch.ones(1, 8), weight, torch.ones(len(bias), 1), None, bias, None, None, 8, None, activation)[0]
+    expected = F.gelu(bias.double(), approximate="tanh" if activation == "gelu_tanh" else "none")
+    torch.testing.assert_close(y.double(), expected, rtol=2e-6, atol=3e-7, equal_nan=True)
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_many_rows_in_chunks(level, native_level, monkeypatch):
     """More rows than codes are kept at a time (8 MiB); and few outputs, where threads share a panel's rows."""
@@ -186,3 +228,25 @@ def test_decoding(level, spec, native_level):
             y = decode_weight(packed.qweight, *decoding.arguments(), k, dtype)
             assert same(y, decode_reference(packed.qweight, *decoding.arguments(), k, dtype))
             assert same(y, dequantize(packed, spec, k).to(dtype))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_rows_times_decoded_weights(level, dtype, native_level, threads):
+    """Up to ``FEW_ROWS`` rows are multiplied as the weight is decoded; sums in float32."""
+    native_level(level)
+    for i, spec in enumerate(SPECS[::7]):
+        threads(1 + i % 2)
+        packed = rtn(seeded(37, 96, seed=1), spec)
+        how, weight = Decoding.of(packed, spec).arguments(), dequantize(packed, spec, 96).to(dtype).double()
+        for rows in (1, 2, 5, 8, 9):
+            x, bias = seeded(rows, 96).to(dtype), seeded(37).to(dtype) if i % 2 else None
+            exact = x.double() @ weight.T + (0 if bias is None else bias.double())
+            y = linear_decoded(x, packed.qweight, bias, *how)
+            torch.testing.assert_close(y.double(), exact, rtol=2 * UNIT[dtype], atol=2e-5 if dtype == torch.float32 else 2e-2)
+    for k in (1, 31, 33, 1030):
+        spec = TensorSpec(format=Int(bits=4, symmetric=False), granularity=PerChannel())
+        packed = rtn(seeded(5, k, seed=1), spec)
+        x, weight = seeded(3, k).to(dtype), dequantize(packed, spec, k).to(dtype).double()
+        y = linear_decoded(x, packed.qweight, None, *Decoding.of(packed, spec).arguments())
+        torch.testing.assert_close(y.double(), x.double() @ weight.T, rtol=2 * UNIT[dtype], atol=3e-2)

@@ -142,7 +142,9 @@ def test_switched_off(environment, capfd):
 
 def test_unknown_levels_are_errors(environment):
     environment(DQTK_NATIVE="sse9")
-    with pytest.raises(ValueError, match=r"DQTK_NATIVE must be off, avx512-vnni, avx2, generic or unset, got 'sse9'\. Unset it"):
+    with pytest.raises(
+        ValueError, match=r"DQTK_NATIVE must be off, avx512-bf16, avx512-vnni, avx2, generic or unset, got 'sse9'\. Unset it"
+    ):
         linear_int8(*layer())
 
 

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dqtk.calibrate.gather import gather
+from dqtk.calibrate.replay import Call
 from dqtk.kernels import to_matrix
 from dqtk.methods.adaround import adaround
 from dqtk.methods.format_search import concrete_input
@@ -18,6 +20,7 @@ from dqtk.nn import runtime_class
 from dqtk.nn.basis import Basis, block_of
 from dqtk.numerics.hadamard import pack_signs, random_signs, rotate
 from dqtk.numerics.storage import layer_layout
+from dqtk.sites import Site
 from dqtk.spec import (
     GPTQ,
     MSE,
@@ -271,6 +274,28 @@ def test_a_corrected_bias_makes_the_mean_error_zero(given, more, seeded, stats_o
         means.append((layer_of(plain, found)(x).double() - plain(x).double()).mean(0).abs().max())
     assert means[1] < 1e-4 * x.abs().max()
     assert means[1] < 0.05 * means[0]
+
+
+@pytest.mark.parametrize("chain", ["none", "smooth"])
+def test_a_convolution_rounds_its_samples_whole(chain, seeded):
+    """Each with its own scale, however small the window; the correction is of what the layer then does."""
+    plain, t = nn.Conv2d(8, 5, 3, padding=1).requires_grad_(False), torch.tensor(1.0)
+    x = (seeded(4, 8, 6, 7) + 0.5) * torch.tensor([1.0, 9.0, 0.2, 3.0]).view(4, 1, 1, 1)
+    x[:, 3, 2, 2] *= 20  # one number sets the scale of a sample; most windows do not hold it
+    module = nn.ModuleDict({"conv": plain})
+    module.forward = lambda x, t: plain(x)
+    site = Site(id="unet:conv", kind="conv", role="other", shape=tuple(plain.weight.shape), bias=True)
+    (inputs,) = gather(module, [Call("unet", (), {"x": x, "t": t}, 0.5)], [site]).values()
+    means = []
+    for correct in (False, True):
+        spec = LayerSpec(weight=W8, input=A4, correct_bias=correct, transforms=() if chain == "none" else CHAINS[chain])
+        (found,) = solve([to_matrix(plain.weight)], spec, inputs, channels=8)
+        means.append((layer_of(plain, found)(x).double() - plain(x).double()).mean((0, 2, 3)).abs().max())
+    assert means[1] < 0.02 * means[0]
+    by_windows = dataclasses.replace(inputs, ends=None)
+    (found,) = solve([to_matrix(plain.weight)], spec, by_windows, channels=8)
+    off = (layer_of(plain, found)(x).double() - plain(x).double()).mean((0, 2, 3)).abs().max()
+    assert off > 10 * means[1]
 
 
 # --- formats and inputs that are searched ----------------------------------------------------------------------------
