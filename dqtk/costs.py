@@ -200,7 +200,10 @@ class CostTable:
         if version != FORMAT_VERSION:
             raise ValueError(f"{where}: format_version must be {FORMAT_VERSION}, got {version!r}. {_AGAIN}")
         try:
-            shapes = [LayerShape(**{k: v if k == "bias" else tuple(v) for k, v in row.items()}) for row in data["shapes"]]
+            fields: list[dict[str, Any]] = [
+                {name: value if name == "bias" else tuple(value) for name, value in row.items()} for row in data["shapes"]
+            ]
+            shapes = [LayerShape(**row) for row in fields]
             specs = {name: from_json(spec, f"{where}: specs.{name}") for name, spec in data["specs"].items()}
             costs = tuple(_cost(row, shapes, specs) for row in data["costs"])
             calls = {site: tuple(shapes[i] for i in some) for site, some in data["calls"].items()}

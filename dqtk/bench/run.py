@@ -263,8 +263,8 @@ class _Work:
                 self.working[name], self.notes[name] = None, f"memory not measured: {reason}"
             layers = quantized_layers(module)
             self.kernels[name] = dict(Counter(layer.kernel() for layer in layers.values()).most_common())
-            paths = layers or {choice.site.path: None for plan in self.plans.values() for choice in plan.choices if choice.spec}
-            how = (module, runs[name], list(paths), self.step.device)
+            planned = dict.fromkeys(c.site.path for plan in self.plans.values() for c in plan.choices if c.spec)
+            how = (module, runs[name], list(layers or planned), self.step.device)
             self.profiles[name] = [profile(*how) for _ in range(min(_PROFILES, self.repeats))]
 
     def _dtype(self, name: str) -> torch.dtype:

@@ -8,6 +8,7 @@ import torch
 import dqtk
 from dqtk.bench import bench_model, bench_step, record_step, run
 from dqtk.bench.memory import NotMeasured
+from dqtk.bench.variants import in_dtype
 from dqtk.costs import CostTable
 from dqtk.report.sizes import bytes_in_memory
 
@@ -48,7 +49,7 @@ def test_ratios_sizes_and_kernels(step, fixed_times):
     parameters = sum(p.numel() for p in step.module.parameters())
     assert rows["w8a8"].disk_bytes == plan.sizes("model")["bytes_after"]
     assert (rows["bfloat16"].disk_bytes, rows["float32"].disk_bytes) == (2 * parameters, 4 * parameters)
-    assert rows["bfloat16"].weight_bytes == bytes_in_memory(step.module)
+    assert rows["bfloat16"].weight_bytes == bytes_in_memory(in_dtype(step.module, torch.bfloat16))
     assert rows["w4a8"].weight_bytes < rows["w8a8"].weight_bytes < rows["bfloat16"].weight_bytes < rows["float32"].weight_bytes
     assert rows["w8a8"].memory_bytes == rows["w8a8"].weight_bytes + 1000
     assert sum(rows["w8a8"].kernels.values()) == sum(choice.spec is not None for choice in plan.choices)

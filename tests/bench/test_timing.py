@@ -53,7 +53,7 @@ def test_waiting_is_inside_the_time():
 def test_ratios_survive_a_machine_that_slows_down():
     clock = Clock(drift=0.02)
     times = interleaved({"slow": lambda: clock.work(0.3), "fast": lambda: clock.work(0.1)}, 30, clock=clock)
-    assert times["slow"][-1] > 1.3 * times["slow"][0]
+    assert times["slow"][-1] > 1.2 * times["slow"][0]
     found = times_faster(times["slow"], times["fast"])
     assert found.median == pytest.approx(3, rel=0.02)
     assert found.low <= found.median <= found.high
@@ -61,7 +61,7 @@ def test_ratios_survive_a_machine_that_slows_down():
 
 def test_ratios_are_within_a_round():
     assert times_faster([2.0, 8.0, 4.0], [1.0, 4.0, 2.0]) == Spread(median=2.0, low=2.0, high=2.0)
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="longer"):
         times_faster([1.0], [1.0, 2.0])
 
 
