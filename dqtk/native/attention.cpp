@@ -16,103 +16,59 @@ namespace dqtk {
 
 #if defined(__AVX512VNNI__)
 constexpr int LANES = 16;
-using Vector = __m512;
-inline Vector zeros() { return _mm512_setzero_ps(); }
-inline Vector load(const float* in) { return _mm512_loadu_ps(in); }
-inline void store(float* out, Vector v) { _mm512_storeu_ps(out, v); }
-inline Vector all(float x) { return _mm512_set1_ps(x); }
-inline Vector mul(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
-inline Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
-inline Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
-inline Vector larger(Vector a, Vector b) { return _mm512_max_ps(a, b); }  // b where either is NaN
-inline float sum(Vector v) { return _mm512_reduce_add_ps(v); }
-inline float largest(Vector v) { return _mm512_reduce_max_ps(v); }
-// 2^x for x <= 0; 0 below the least normal number.
+#else
+constexpr int LANES = 8;
+#endif
+typedef float Vector __attribute__((vector_size(4 * LANES)));
+typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+
+inline Vector all(float x) { return Vector{} + x; }
+inline Vector load(const float* in) {
+    Vector v;
+    std::memcpy(&v, in, sizeof v);
+    return v;
+}
+inline void store(float* out, Vector v) { std::memcpy(out, &v, sizeof v); }
+inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }  // b where either is NaN
+inline Vector fma(Vector a, Vector b, Vector c) {
+#if defined(__AVX512VNNI__)
+    return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+    return _mm256_fmadd_ps(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+inline float sum(Vector v) {
+    float total = 0;
+    for (int i = 0; i < LANES; i++) total += v[i];
+    return total;
+}
+inline float largest(Vector v) {
+    float top = v[0];
+    for (int i = 1; i < LANES; i++) top = v[i] > top ? v[i] : top;
+    return top;
+}
+// 2^x for x <= 0, or NaN; 0 below the least normal number.
 inline Vector power(Vector x) {
-    const __mmask16 tiny = _mm512_cmp_ps_mask(x, all(-126.0f), _CMP_LT_OQ);
-    const Vector n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = _mm512_sub_ps(x, n);
+    constexpr float SHIFT = 0x1.8p23f;  // added and taken away again, it rounds to whole numbers
+    const Vector n = (x + SHIFT) - SHIFT, f = x - n;
     Vector p = all(1.33335581e-3f);
     p = fma(p, f, all(9.61812911e-3f));
     p = fma(p, f, all(5.55041087e-2f));
     p = fma(p, f, all(2.40226507e-1f));
     p = fma(p, f, all(6.93147182e-1f));
     p = fma(p, f, all(1.0f));
-    return _mm512_mask_blend_ps(tiny, _mm512_scalef_ps(p, n), zeros());
+    const Integers exponent = (__builtin_convertvector(n, Integers) + 127) << 23;
+    Vector scale;
+    std::memcpy(&scale, &exponent, sizeof scale);
+    return x < -126.0f ? Vector{} : p * scale;
 }
-#elif defined(__AVX2__)
-constexpr int LANES = 8;
-using Vector = __m256;
-inline Vector zeros() { return _mm256_setzero_ps(); }
-inline Vector load(const float* in) { return _mm256_loadu_ps(in); }
-inline void store(float* out, Vector v) { _mm256_storeu_ps(out, v); }
-inline Vector all(float x) { return _mm256_set1_ps(x); }
-inline Vector mul(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
-inline Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
-inline Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
-inline Vector larger(Vector a, Vector b) { return _mm256_max_ps(a, b); }
-#else
-constexpr int LANES = 8;
-struct Vector {
-    float lane[LANES];
-};
-template <class F>
-inline Vector lanes(F&& f) {
-    Vector v;
-    for (int i = 0; i < LANES; i++) v.lane[i] = f(i);
-    return v;
-}
-inline Vector all(float x) { return lanes([&](int) { return x; }); }
-inline Vector zeros() { return all(0); }
-inline Vector load(const float* in) { return lanes([&](int i) { return in[i]; }); }
-inline void store(float* out, Vector v) { std::memcpy(out, v.lane, sizeof v.lane); }
-inline Vector mul(Vector a, Vector b) { return lanes([&](int i) { return a.lane[i] * b.lane[i]; }); }
-inline Vector add(Vector a, Vector b) { return lanes([&](int i) { return a.lane[i] + b.lane[i]; }); }
-inline Vector fma(Vector a, Vector b, Vector c) { return lanes([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; }); }
-inline Vector larger(Vector a, Vector b) { return lanes([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; }); }
-#endif
-
-#if !defined(__AVX512VNNI__)
-inline float sum(Vector v) {
-    float x[LANES], total = 0;
-    store(x, v);
-    for (int i = 0; i < LANES; i++) total += x[i];
-    return total;
-}
-inline float largest(Vector v) {
-    float x[LANES];
-    store(x, v);
-    float top = x[0];
-    for (int i = 1; i < LANES; i++) top = x[i] > top ? x[i] : top;
-    return top;
-}
-inline Vector power(Vector v) {
-    float x[LANES];
-    store(x, v);
-    for (int i = 0; i < LANES; i++) {
-        const float n = std::rint(x[i]), f = x[i] - n;
-        float p = 1.33335581e-3f;
-        p = p * f + 9.61812911e-3f;
-        p = p * f + 5.55041087e-2f;
-        p = p * f + 2.40226507e-1f;
-        p = p * f + 6.93147182e-1f;
-        p = p * f + 1.0f;
-        const float bounded = n < -126.0f ? -126.0f : n;
-        p *= float_of(uint32_t(int32_t(bounded) + 127) << 23);
-        x[i] = x[i] < -126.0f ? 0.0f : p;
-    }
-    return load(x);
-}
-#endif
 
 // What is multiplied: float, or pairs of bfloat16 where one instruction takes them.
 #if defined(__AVX512BF16__)
 template <class T>
 using Element = std::conditional_t<std::is_same_v<T, bfloat16>, bfloat16, float>;
-inline Vector multiply(const bfloat16* a, const bfloat16* b, Vector acc) {
-    int32_t pair;
-    std::memcpy(&pair, a, 4);
-    return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)_mm512_loadu_si512(b));
-}
 inline Vector multiply(const bfloat16* a, __m512bh b, Vector acc) {
     int32_t pair;
     std::memcpy(&pair, a, 4);
@@ -136,7 +92,7 @@ void tile(const E* a, int64_t stride, const E* panel, int64_t groups, float* out
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-        for (int c = 0; c < C; c++) acc[r][c] = ADD ? load(out + r * out_stride + c * LANES) : zeros();
+        for (int c = 0; c < C; c++) acc[r][c] = ADD ? load(out + r * out_stride + c * LANES) : Vector{};
     for (int64_t g = 0; g < groups; g++, panel += C * LANES * GROUP) {
         decltype(load_panel(panel)) b[C];
 #pragma GCC unroll 8
@@ -263,7 +219,7 @@ inline float scale_scores(float* scores, const float* mask, int64_t mask_step, i
     const Vector factor = all(scale * LOG2E), log2e = all(LOG2E);
     Vector most = all(-INFINITY);
     for (int64_t j = 0; j < full; j += LANES) {
-        Vector x = mul(load(scores + j), factor);
+        Vector x = load(scores + j) * factor;
         if (mask) x = fma(load(mask + j), log2e, x);
         store(scores + j, x);
         most = larger(most, x);
@@ -280,10 +236,10 @@ float soften(float* scores, const float* mask, int64_t mask_step, int64_t live, 
     const float before = top, now = std::max(before, scale_scores(scores, mask, mask_step, live, scale));
     top = now;
     const Vector minus = all(now == -INFINITY ? 0.0f : -now);
-    Vector sums = zeros();
+    Vector sums = Vector{};
     for (int64_t j = 0; j < KEYS; j += LANES) {
-        const Vector p = power(add(load(scores + j), minus));
-        sums = add(sums, p);
+        const Vector p = power(load(scores + j) + minus);
+        sums += p;
         store(scores + j, p);
     }
     round_probabilities(scores, out);
@@ -323,7 +279,7 @@ void attend(const Attention& a, const Shape<E>& s, const E* packed, int64_t b, i
             const float shrink =
                 soften(scores + r * KEYS, mask, a.mask_key, live, a.scale, top[r], total[r], probabilities + r * KEYS);
             if (shrink != 1.0f)
-                for (int64_t c = 0; c < s.width; c += LANES) store(out + r * s.width + c, mul(load(out + r * s.width + c), all(shrink)));
+                for (int64_t c = 0; c < s.width; c += LANES) store(out + r * s.width + c, load(out + r * s.width + c) * shrink);
         }
         const int64_t groups = (live + GROUP - 1) / GROUP;
         for (int64_t panel = 0; panel < s.panels; panel++)
@@ -335,7 +291,7 @@ void attend(const Attention& a, const Shape<E>& s, const E* packed, int64_t b, i
         const float factor = total[r] == 0 ? 0.0f : 1 / total[r];  // a query that sees no key: 0, as torch has it
         T* y = const_cast<T*>(at<T>(a.out, b, h, first + r));
         float* line = out + r * s.width;
-        for (int64_t c = 0; c < s.width; c += LANES) store(line + c, mul(load(line + c), all(factor)));
+        for (int64_t c = 0; c < s.width; c += LANES) store(line + c, load(line + c) * factor);
         narrow(line, y, a.value_channels);
     }
 }
