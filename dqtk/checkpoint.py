@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .nn import Quantized, runtime_class
+from .nn.activated import fit
 from .spec import LayerSpec, canonical, from_json, to_json
 
 FORMAT_VERSION = 2
@@ -115,7 +116,9 @@ def install(module: nn.Module, layers: Mapping[str, LayerSpec], where: str) -> N
 def replace_layer(module: nn.Module, path: str, layer: nn.Module) -> None:
     """Put ``layer`` where ``path`` was."""
     parent, _, name = path.rpartition(".")
-    setattr(module.get_submodule(parent) if parent else module, name, layer)
+    holder = module.get_submodule(parent)
+    setattr(holder, name, layer)
+    fit(holder, layer)
 
 
 # --- digests ---------------------------------------------------------------------------------------------------------

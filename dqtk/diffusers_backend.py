@@ -21,7 +21,8 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
 from .checkpoint import METHOD, config_of, file_metadata, install, quantized_layers, read_config, replace_layer, verify_files
-from .nn import BUFFERS, Quantized, QuantLinear
+from .nn import BUFFERS, Quantized
+from .nn.activated import FUSED, fuses
 
 
 class Method(enum.StrEnum):
@@ -71,7 +72,6 @@ class DqtkQuantizer(DiffusersQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> None:
         install(model, read_config(self.quantization_config.fields), "from_pretrained")
-        fuse_activations(model)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> nn.Module:
         return model
@@ -130,7 +130,6 @@ class DqtkQuantizer(DiffusersQuantizer):
     def _dequantize(self, model: Any) -> nn.Module:
         for path, layer in quantized_layers(model).items():
             replace_layer(model, path, layer.plain())
-        part_activations(model)
         # diffusers leaves the entry in the config, and a plain model saved with it cannot be loaded.
         model._internal_dict = FrozenDict({key: value for key, value in model.config.items() if key != "quantization_config"})
         return model
@@ -149,7 +148,6 @@ def attach(model: Any, recipe: str) -> None:
     model.hf_quantizer = DqtkQuantizer(config, pre_quantized=True)
     model.is_quantized = True
     model.quantization_method = Method.DQTK
-    fuse_activations(model)
 
 
 # --- activations behind a linear layer, computed in its kernel -------------------------------------------------------------------
@@ -159,7 +157,7 @@ class FusedGELU(GELU):
     """diffusers' GELU (projection, then activation) whose projection is quantized; same modules, same names."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if not _fuses(self.proj):
+        if not fuses(self.proj):
             return super().forward(hidden_states)
         return self.proj(hidden_states, "gelu_tanh" if self.approximate == "tanh" else "gelu")
 
@@ -168,33 +166,13 @@ class FusedGEGLU(GEGLU):
     """diffusers' GEGLU whose projection is quantized: the second half of its outputs is the gate."""
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        if args or kwargs or not _fuses(self.proj):
+        if args or kwargs or not fuses(self.proj):
             return super().forward(hidden_states, *args, **kwargs)
         hidden_states, gate = self.proj(hidden_states, "gelu", self.proj.out_features // 2).chunk(2, dim=-1)
         return hidden_states * gate
 
 
-FUSED: dict[type[nn.Module], type[nn.Module]] = {GELU: FusedGELU, GEGLU: FusedGEGLU}
-
-
-def _fuses(layer: nn.Module) -> bool:
-    """Whether nobody looks in between: adapters wrap the layer, hooks read its output."""
-    return isinstance(layer, QuantLinear) and not layer._forward_hooks and "forward" not in vars(layer)
-
-
-def fuse_activations(model: nn.Module) -> None:
-    """Let quantized projections compute the activation behind them. Only classes change, which no checkpoint names."""
-    for module in model.modules():
-        kind = FUSED.get(type(module))
-        if kind is not None and isinstance(module.proj, QuantLinear):
-            module.__class__ = kind
-
-
-def part_activations(model: nn.Module) -> None:
-    """Undo ``fuse_activations``."""
-    plain = {fused: base for base, fused in FUSED.items()}
-    for module in model.modules():
-        module.__class__ = plain.get(type(module), type(module))
+FUSED.update({GELU: FusedGELU, GEGLU: FusedGEGLU})
 
 
 # --- what loading and saving do to names and dtypes, for files that are written without a model in memory -----------------------

@@ -243,7 +243,12 @@ class _Work:
         return sum(choice.bytes_after for choice in self.plans[name].choices if choice.spec is not None)
 
     def num_runs(self, groups: Sequence[Sequence[str]]) -> int:
-        return sum(len(group) * (1 + self.repeats) for group in groups)
+        rounds = sum(len(group) * (1 + self.repeats) for group in groups)
+        return rounds + len(self.builders) * (1 + self._num_profiles)
+
+    @property
+    def _num_profiles(self) -> int:
+        return min(_PROFILES, self.repeats)
 
     # --- measuring ---------------------------------------------------------------------------------------------------
 
@@ -261,11 +266,15 @@ class _Work:
                 self.working[name] = rise(runs[name], self.step.device)
             except NotMeasured as reason:
                 self.working[name], self.notes[name] = None, f"memory not measured: {reason}"
+            done()
             layers = quantized_layers(module)
             self.kernels[name] = dict(Counter(layer.kernel() for layer in layers.values()).most_common())
             planned = dict.fromkeys(c.site.path for plan in self.plans.values() for c in plan.choices if c.spec)
             how = (module, runs[name], list(layers or planned), self.step.device)
-            self.profiles[name] = [profile(*how) for _ in range(min(_PROFILES, self.repeats))]
+            self.profiles[name] = []
+            for _ in range(self._num_profiles):
+                self.profiles[name].append(profile(*how))
+                done()
 
     def _dtype(self, name: str) -> torch.dtype:
         return {self.half: half_of(self.step.dtype), _FLOAT32: torch.float32}.get(name, self.step.dtype)

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from diffusers.models.activations import GELU
 from torch import nn
 
 import dqtk
 from dqtk.bench.layers import is_emulated
 from dqtk.bench.variants import data_free, in_dtype, quantized, shared_copy, unpacked
 from dqtk.checkpoint import quantized_layers
+from dqtk.diffusers_backend import FusedGELU
 from dqtk.plan import Recipe, Rule
 from dqtk.recipes import RECIPES, recipe_named
 from dqtk.report.sizes import bytes_in_memory
@@ -89,3 +91,17 @@ def test_a_quantized_model_unpacked_is_its_decoded_self(bare):
     assert len(quantized_layers(bare)) == 3
     x = torch.randn(4, 64)
     torch.testing.assert_close(plain(x), bare(x), rtol=1e-4, atol=1e-4)
+
+
+def test_activations_run_where_a_quantized_pipeline_has_them(load_tiny):
+    """Variants go through the same swap as ``quantize``; the original keeps its classes, and a decoded variant has them again."""
+    module = load_tiny("pixart").transformer
+    made = quantized(module, dqtk.plan(module, "w8a8").choices)
+
+    def kinds(model):
+        return {type(part) for part in model.modules() if isinstance(part, GELU)}
+
+    assert FusedGELU in kinds(made)
+    assert FusedGELU not in kinds(module)
+    assert FusedGELU not in kinds(unpacked(made))
+    assert FusedGELU in kinds(made)
