@@ -93,10 +93,10 @@ def conv_int8(
 @conv_int8.register_kernel("cpu")
 def _(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, kernel, stride, padding, dilation):
     library = native.load(products=True)
-    if library is not None:
+    if library is not None and x.dtype in native.TYPES:
         sizes = output_size(x.shape[2:], kernel, stride, padding, dilation)
-        scales = (scale, group_scale, bias, input_scale, input_zero, bits)
-        y = native.conv_int8(library, x, qweight, *scales, kernel, stride, padding, dilation, sizes)
+        layer = native.IntegerLayer(qweight, scale, group_scale, bias, input_scale, input_zero, bits)
+        y = native.conv_int8(library, x, layer, kernel, stride, padding, dilation, sizes)
         return y.view(x.shape[0], *sizes, qweight.shape[0]).movedim(-1, 1)
     return _conv_int8(
         x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, kernel, stride, padding, dilation, matmul_int_mm

@@ -94,11 +94,11 @@ def linear_int8_through_torch(x, qweight, scale, group_scale, bias, input_scale,
 @linear_int8.register_kernel("cpu")
 def _(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, smooth=None, activation="none", active_from=0):
     library = native.load(products=True)
-    arguments = (qweight, scale, group_scale, bias, input_scale, input_zero, bits)
+    layer = native.IntegerLayer(qweight, scale, group_scale, bias, input_scale, input_zero, bits)
     if library is None or x.dtype not in native.TYPES:
-        return activated(linear_int8_through_torch(smoothed(x, smooth), *arguments), activation, active_from)
+        return activated(linear_int8_through_torch(smoothed(x, smooth), *layer), activation, active_from)
     rows = x.reshape(-1, x.shape[-1])
-    y = native.linear_int8(library, rows, *arguments, smooth, activation, active_from)
+    y = native.linear_int8(library, rows, layer, smooth, activation, active_from)
     return y.view(*x.shape[:-1], qweight.shape[0])
 
 

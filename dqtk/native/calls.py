@@ -3,6 +3,7 @@
 import ctypes
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -111,30 +112,29 @@ def _dense(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor 
     return None if tensor is None else tensor.to(dtype).contiguous()
 
 
+class IntegerLayer(NamedTuple):
+    """What the dqtk:: ops of integer layers have in common, in their order; they say what each is."""
+
+    qweight: Tensor
+    scale: Tensor
+    group_scale: Tensor | None
+    bias: Tensor | None
+    input_scale: Tensor | None
+    input_zero: Tensor | None
+    bits: int
+
+
 class _Arguments:
     """What linear and convolution share. Keeps converted tensors alive during the call."""
 
     def __init__(
-        self,
-        x,
-        stride,
-        qweight,
-        k,
-        bits,
-        group_scale,
-        scale,
-        bias,
-        input_scale,
-        input_zero,
-        y,
-        smooth=None,
-        activation="none",
-        active_from=0,
+        self, x: Tensor, stride: int, layer: IntegerLayer, k: int, y: Tensor, smooth=None, activation="none", active_from=0
     ):
-        self.kept = x, qweight, y, group_scale = x, qweight.contiguous(), y, _dense(group_scale, torch.uint8)
-        scale, bias, smooth, input_scale = self.floats = [_dense(v) for v in (scale, bias, smooth, input_scale)]
-        self.zero = _dense(input_zero, torch.int32)
-        plain = qweight.dtype == torch.int8
+        qweight, group_scale = layer.qweight.contiguous(), _dense(layer.group_scale, torch.uint8)
+        self.kept = x, qweight, y, group_scale
+        floats = (layer.scale, layer.bias, smooth, layer.input_scale)
+        scale, bias, smooth, input_scale = self.floats = [_dense(values) for values in floats]
+        self.zero = _dense(layer.input_zero, torch.int32)
         size = 0 if group_scale is None else k // group_scale.shape[1]
         self.input = _Input(
             _address(x),
@@ -145,22 +145,16 @@ class _Arguments:
             _address(input_scale),
             None if input_scale is None else _address(self.zero),
         )
-        n = qweight.shape[0]
-        self.weight = _Weight(_address(qweight), qweight.stride(0), n, k, 0 if plain else bits, 1, _address(group_scale), size)
-        step = int(scale.numel() > 1)
+        bits = 0 if qweight.dtype == torch.int8 else layer.bits
+        self.weight = _Weight(_address(qweight), qweight.stride(0), qweight.shape[0], k, bits, 1, _address(group_scale), size)
+        step = int(layer.scale.numel() > 1)
         self.output = _Output(_address(y), _address(scale), step, _address(bias), active_from, ACTIVATIONS[activation])
 
 
 def linear_int8(
     library: ctypes.CDLL,
     x_TK: Tensor,
-    qweight: Tensor,
-    scale: Tensor,
-    group_scale: Tensor | None,
-    bias: Tensor | None,
-    input_scale: Tensor | None,
-    input_zero: Tensor | None,
-    bits: int,
+    layer: IntegerLayer,
     smooth: Tensor | None = None,
     activation: str = "none",
     active_from: int = 0,
@@ -170,11 +164,10 @@ def linear_int8(
     ``smooth``: [K], multiplied with the input, which is rounded to its dtype. ``activation``: one of ``ACTIVATIONS``, of outputs
     from ``active_from`` on.
     """
-    (t, k), n = x_TK.shape, qweight.shape[0]
+    t, k = x_TK.shape
     x = x_TK if x_TK.stride(1) == 1 else x_TK.contiguous()
-    y = torch.empty((t, n), dtype=x.dtype)
-    scales = (group_scale, scale, bias, input_scale, input_zero)
-    a = _Arguments(x, x.stride(0), qweight, k, bits, *scales, y, smooth, activation, active_from)
+    y = torch.empty((t, layer.qweight.shape[0]), dtype=x.dtype)
+    a = _Arguments(x, x.stride(0), layer, k, y, smooth, activation, active_from)
     library.dqtk_linear_int8(ctypes.byref(a.input), ctypes.byref(a.weight), ctypes.byref(a.output), _Wide(t))
     return y
 
@@ -182,29 +175,19 @@ def linear_int8(
 def conv_int8(
     library: ctypes.CDLL,
     x: Tensor,
-    qweight: Tensor,
-    scale: Tensor,
-    group_scale: Tensor | None,
-    bias: Tensor | None,
-    input_scale: Tensor | None,
-    input_zero: Tensor | None,
-    bits: int,
+    layer: IntegerLayer,
     kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     out: Sequence[int],
 ) -> Tensor:
-    """[B * prod(out), N] in the dtype of ``x`` [B, C, *S]: a row per output position."""
-    if x.dtype not in TYPES:
-        scales = (scale, group_scale, bias, input_scale, input_zero, bits)
-        return conv_int8(library, x.float(), qweight, *scales, kernel, stride, padding, dilation, out).to(x.dtype)
+    """[B * prod(out), N] in the dtype of ``x`` [B, C, *S], which is one of ``TYPES``: a row per output position."""
     batch, channels = x.shape[:2]
     channels_last = x.movedim(1, -1).is_contiguous()
     x = x if channels_last else x.contiguous()
-    y = torch.empty((batch * math.prod(out), qweight.shape[0]), dtype=x.dtype)
-    k, elements = channels * math.prod(kernel), math.prod(x.shape[1:])
-    a = _Arguments(x, elements, qweight, k, bits, group_scale, scale, bias, input_scale, input_zero, y)
+    y = torch.empty((batch * math.prod(out), layer.qweight.shape[0]), dtype=x.dtype)
+    a = _Arguments(x, math.prod(x.shape[1:]), layer, channels * math.prod(kernel), y)
     sizes = [_three(x.shape[2:], 1), _three(kernel, 1), _three(stride, 1), _three(padding, 0), _three(dilation, 1), _three(out, 1)]
     window = _Window(batch, channels, *sizes, int(channels_last))
     library.dqtk_conv_int8(ctypes.byref(a.input), ctypes.byref(a.weight), ctypes.byref(a.output), ctypes.byref(window))
