@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-FEW_ROWS = 8  # of inputs, which are multiplied with every row of weights as soon as it is decoded
+FEW_ROWS = 2  # of inputs, which are multiplied with every row of weights as soon as it is decoded
 ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2}
 _Int, _Wide, _Pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 

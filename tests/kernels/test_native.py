@@ -239,7 +239,7 @@ def test_few_rows_times_decoded_weights(level, dtype, native_level, threads):
         threads(1 + i % 2)
         packed = rtn(seeded(37, 96, seed=1), spec)
         how, weight = Decoding.of(packed, spec).arguments(), dequantize(packed, spec, 96).to(dtype).double()
-        for rows in (1, 2, 5, 8, 9):
+        for rows in (1, 2, 3, 9):
             x, bias = seeded(rows, 96).to(dtype), seeded(37).to(dtype) if i % 2 else None
             exact = x.double() @ weight.T + (0 if bias is None else bias.double())
             y = linear_decoded(x, packed.qweight, bias, *how)
@@ -247,6 +247,6 @@ def test_few_rows_times_decoded_weights(level, dtype, native_level, threads):
     for k in (1, 31, 33, 1030):
         spec = TensorSpec(format=Int(bits=4, symmetric=False), granularity=PerChannel())
         packed = rtn(seeded(5, k, seed=1), spec)
-        x, weight = seeded(3, k).to(dtype), dequantize(packed, spec, k).to(dtype).double()
+        x, weight = seeded(2, k).to(dtype), dequantize(packed, spec, k).to(dtype).double()
         y = linear_decoded(x, packed.qweight, None, *Decoding.of(packed, spec).arguments())
         torch.testing.assert_close(y.double(), x.double() @ weight.T, rtol=2 * UNIT[dtype], atol=3e-2)
