@@ -114,11 +114,13 @@ def install(module: nn.Module, layers: Mapping[str, LayerSpec], where: str) -> N
 
 
 def replace_layer(module: nn.Module, path: str, layer: nn.Module) -> None:
-    """Put ``layer`` where ``path`` was."""
+    """Put ``layer`` where ``path`` was in a component."""
     parent, _, name = path.rpartition(".")
     holder = module.get_submodule(parent)
     setattr(holder, name, layer)
     fit(holder, layer)
+    if isinstance(layer, Quantized):
+        layer.follow(module)
 
 
 # --- digests ---------------------------------------------------------------------------------------------------------

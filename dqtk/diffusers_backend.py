@@ -23,6 +23,7 @@ from torch import nn
 from .checkpoint import METHOD, config_of, file_metadata, install, quantized_layers, read_config, replace_layer, verify_files
 from .nn import BUFFERS, Quantized
 from .nn.activated import FUSED, fuses
+from .nn.noise import forget
 
 
 class Method(enum.StrEnum):
@@ -130,6 +131,7 @@ class DqtkQuantizer(DiffusersQuantizer):
     def _dequantize(self, model: Any) -> nn.Module:
         for path, layer in quantized_layers(model).items():
             replace_layer(model, path, layer.plain())
+        forget(model)
         # diffusers leaves the entry in the config, and a plain model saved with it cannot be loaded.
         model._internal_dict = FrozenDict({key: value for key, value in model.config.items() if key != "quantization_config"})
         return model

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .numerics.storage import layer_bytes
-from .sites import ROLES, Adapter, Site, components_of, find_sites
+from .sites import ROLES, TEXT_ENCODERS, Adapter, Site, components_of, find_sites
 from .spec import (
     GROUPS,
     RTN,
@@ -23,6 +23,8 @@ from .spec import (
     Int,
     LayerSpec,
     PerChannel,
+    PerLevel,
+    PerTensor,
     PerToken,
     TensorSpec,
     canonical,
@@ -282,6 +284,9 @@ def fit(spec: LayerSpec, site: Site) -> tuple[LayerSpec, str]:
     if spec.input is not None and isinstance(spec.input.granularity, GROUPS):
         given = _fit_group(spec.input, site, "8 bit per token", notes)
         spec = replace(spec, input=given)
+    if spec.input is not None and isinstance(spec.input.granularity, PerLevel) and TEXT_ENCODERS.fullmatch(site.component):
+        spec = replace(spec, input=replace(spec.input, granularity=PerTensor()))
+        notes.append("one range: runs once, before there is noise")
     if site.kind == "conv" and spec.low_rank is not None:
         spec = replace(spec, low_rank=None)
         notes.append("no low-rank branch: convolution")

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from .calibrate import Stats, calibrate
 from .calibrate.gather import calls_of
+from .calibrate.intervals import settled
 from .calibrate.run import check_model
 from .checkpoint import replace_layer, save_module, written_whole
 from .hosts import backend_of
@@ -140,6 +141,7 @@ def quantize(
         stats = calibrate(target, prompts, made, call_kwargs=call_kwargs, progress=progress)
     if made.needs_stats and stats is not None:
         check_model(stats, target, made)
+        work = settled(work, stats)
     for choice in work:
         _check_layer(parts[choice.site.component].get_submodule(choice.site.path), choice, stats)
     touched = dict.fromkeys(choice.site.component for choice in work)

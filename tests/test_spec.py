@@ -26,6 +26,7 @@ from dqtk.spec import (
     LowRank,
     PerChannel,
     PerGroup,
+    PerLevel,
     PerTensor,
     PerToken,
     Smooth,
@@ -73,6 +74,8 @@ EVERY_TYPE = [
     E8M0Group(size=64, saturate=False),
     E4M3Group(size=8),
     PerTensor(),
+    PerLevel(),
+    PerLevel(most=3, edges=(1.5, 20.0)),
     PerChannel(),
     PerToken(),
     PerGroup(size=32),
@@ -230,7 +233,7 @@ def layer_with(**changes):
         ({"type": "LayerSpec", "wieght": {}}, r"spec: LayerSpec: field must be one of .*Did you mean 'weight'\?"),
         (weight_with(granularity={"type": "PerChanel"}), r"spec\.weight\.granularity: type .*Did you mean 'PerChannel'\?"),
         (weight_with(granularity={"type": "PerGroup", "size": 7}), r"spec\.weight\.granularity: PerGroup: size must be a positive"),
-        (weight_with(granularity={"type": "MSE"}), r"spec\.weight\.granularity: value must be PerTensor or PerChannel or .*, got"),
+        (weight_with(granularity={"type": "MSE"}), r"spec\.weight\.granularity: value must be PerTensor or PerLevel or .*, got"),
         (weight_with(format=None), r"spec\.weight\.format: value must be Int or Float or BestFloat or Codebook, got None\."),
         (weight_with(range={"type": "Dynamic"}), r"spec: LayerSpec: weight must be static"),
         ({"type": "LayerSpec", "weight": None}, r"spec\.weight: value must be TensorSpec, got None\."),
@@ -369,7 +372,7 @@ def test_mse_refuses(arguments):
         (
             W8,
             TensorSpec(format=Int(bits=8), granularity=PerToken()),
-            "input must be PerTensor with a calibrated range, or PerToken or in groups",
+            "input must be PerTensor or PerLevel with a calibrated range, PerToken or in groups",
         ),
         (
             W8,
@@ -380,17 +383,17 @@ def test_mse_refuses(arguments):
         (
             W8,
             TensorSpec(format=Int(bits=8), granularity=PerTensor(), range=Dynamic()),
-            "input must be PerTensor with a calibrated range",
+            "input must be PerTensor or PerLevel with a calibrated range",
         ),
         (
             W8,
             TensorSpec(format=Int(bits=8), granularity=PerChannel()),
-            "input granularity must be PerToken, PerTensor or a group of inputs",
+            "input granularity must be PerToken, PerTensor, PerLevel or a group of inputs",
         ),
         (
             W8,
             TensorSpec(format=Int(bits=4), granularity=TwoLevel(), range=Dynamic()),
-            "input granularity must be PerToken, PerTensor or",
+            "input granularity must be PerToken, PerTensor, PerLevel or",
         ),
         (
             W8,

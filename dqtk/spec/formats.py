@@ -109,6 +109,30 @@ class PerTensor:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PerLevel:
+    """Calibrated inputs only: one scale per interval of the noise level, for the whole tensor. Scale shape [number of intervals].
+
+    edges: between the intervals, ascending, in the denoiser's own time; none: at most ``most`` intervals are found when the model
+    is quantized, cut where the ranges of its inputs drift, and a layer whose range hardly drifts becomes ``PerTensor``. (Scales per
+    step: EfficientDM, He et al. 2023, arXiv 2310.03270, section 3.3; a finite set of steps: TFMQ-DM, arXiv 2311.16503.)
+    """
+
+    most: int = 8
+    edges: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.most, int) and 2 <= self.most <= 64):
+            raise ValueError(f"PerLevel: most must be an integer from 2 to 64, got {self.most!r}. Use PerTensor() for one scale.")
+        if not all(map(math.isfinite, self.edges)) or any(a >= b for a, b in pairwise(self.edges)):
+            raise ValueError(f"PerLevel: edges must be finite and ascending, got {list(self.edges)}. Leave them out to find them.")
+
+    @property
+    def count(self) -> int:
+        """Number of intervals; the most there may be while they are not found."""
+        return len(self.edges) + 1 if self.edges else self.most
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PerChannel:
     """One scale per output channel of a weight [N, K]. Scale shape [N, 1]."""
 
@@ -212,8 +236,9 @@ class Dynamic:
 
 
 Format = Int | Float | BestFloat | Codebook
-Granularity = PerTensor | PerChannel | PerToken | PerGroup | TwoLevel | E8M0Group | E4M3Group
+Granularity = PerTensor | PerLevel | PerChannel | PerToken | PerGroup | TwoLevel | E8M0Group | E4M3Group
 Range = AbsMax | MSE | Dynamic
+STATIC = (PerTensor, PerLevel)  # granularities of an input whose range is calibrated
 GROUPS = (PerGroup, TwoLevel, E8M0Group, E4M3Group)  # granularities with a ``size``
 
 

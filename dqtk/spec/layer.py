@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from .formats import (
     GROUPS,
     MSE,
+    STATIC,
     BestFloat,
     Codebook,
     Dynamic,
@@ -17,6 +18,7 @@ from .formats import (
     Int,
     PerChannel,
     PerGroup,
+    PerLevel,
     PerTensor,
     PerToken,
     TensorSpec,
@@ -162,7 +164,7 @@ class LayerSpec:
 
     def _check_weight(self) -> None:
         form, granularity = self.weight.format, self.weight.granularity
-        if isinstance(granularity, PerToken) or isinstance(self.weight.range, Dynamic):
+        if isinstance(granularity, PerToken | PerLevel) or isinstance(self.weight.range, Dynamic):
             raise ValueError(
                 "LayerSpec: weight must be static with PerTensor, PerChannel or a group granularity, "
                 f"got {granularity} with {self.weight.range}. Weights have no tokens."
@@ -180,13 +182,13 @@ class LayerSpec:
     def _check_input(self, spec: TensorSpec) -> None:
         if isinstance(spec.granularity, PerChannel | TwoLevel):
             raise ValueError(
-                f"LayerSpec: input granularity must be PerToken, PerTensor or a group of inputs, got {spec.granularity}. "
+                f"LayerSpec: input granularity must be PerToken, PerTensor, PerLevel or a group of inputs, got {spec.granularity}. "
                 "Matmuls need scales that do not depend on the channel."
             )
-        if isinstance(spec.range, Dynamic) == isinstance(spec.granularity, PerTensor):
+        if isinstance(spec.range, Dynamic) == isinstance(spec.granularity, STATIC):
             raise ValueError(
-                f"LayerSpec: input must be PerTensor with a calibrated range, or PerToken or in groups with Dynamic range, "
-                f"got {spec.granularity} with {spec.range}. A token's range is known only when it arrives."
+                "LayerSpec: input must be PerTensor or PerLevel with a calibrated range, PerToken or in groups with Dynamic "
+                f"range, got {spec.granularity} with {spec.range}. A token's range is known only when it arrives."
             )
         if isinstance(spec.format, BestFloat) and isinstance(spec.range, Dynamic):
             raise ValueError(
@@ -277,7 +279,12 @@ def _name(transform: Transform) -> str:
 
 def _short(tensor: TensorSpec) -> str:
     form = tensor.format
-    words: dict[type, str] = {PerTensor: "per tensor", PerChannel: "per channel", PerToken: "per token"}
+    words: dict[type, str] = {
+        PerTensor: "per tensor",
+        PerLevel: "per noise level",
+        PerChannel: "per channel",
+        PerToken: "per token",
+    }
     kinds: dict[type, str] = {PerGroup: "", TwoLevel: " two-level", E8M0Group: " E8M0", E4M3Group: " E4M3"}
     granularity = tensor.granularity
     where = f"group {granularity.size}{kinds[type(granularity)]}" if isinstance(granularity, GROUPS) else words[type(granularity)]
