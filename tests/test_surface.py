@@ -17,7 +17,7 @@ GOLDEN = {
     "Rule": "(*, spec, why, pattern, roles)",
     "Site": "(*, id, kind, role, shape, bias, shared_input, unsupported)",
     "Stats": "(num_buckets, num_prompts, inputs, run, calls, times)",
-    "calibrate": "(pipe, prompts, plan, *, seed, batch_size, call_kwargs, steps_per_run, output, progress)",
+    "calibrate": "(pipe, prompts, plan, *, seed, batch_size, call_kwargs, steps_per_run, placement, output, progress)",
     "compare": "(reference, candidate, prompts, *, seed, seeds_per_prompt, batch_size, call_kwargs, scores, lpips_net, "
     "lpips_weights, num_trajectory, oracle, floor, reference_name, candidate_name, floor_name, reference_folder, candidate_folder, "
     "plan_summary, progress)",

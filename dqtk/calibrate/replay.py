@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from dqtk.calls import given_arguments, time_of
 
-_GOLDEN = 0.6180339887498949  # its multiples modulo 1 lie evenly however many there are
+from .placement import Placement
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +67,8 @@ def capturing(parts: Mapping[str, nn.Module], level_of: Callable[[str, nn.Module
         yield calls
 
 
-def evenly(calls: Sequence[Call], num_steps: int, run: int) -> list[Call]:
-    """Of the calls of one pipeline run: all of text encoders, and those of ``num_steps`` steps of the denoisers, evenly over it.
+def kept(calls: Sequence[Call], num_steps: int, run: int, placement: Placement) -> list[Call]:
+    """Of the calls of one pipeline run: all of text encoders, and those of ``num_steps`` steps of the denoisers.
 
     Calls that follow each other at one time (separate calls for both halves of guidance) are one step. ``run`` numbers the runs, so
     that the next one takes other steps.
@@ -81,9 +81,8 @@ def evenly(calls: Sequence[Call], num_steps: int, run: int) -> list[Call]:
             steps[-1].append(call)
         else:
             steps.append([call])
-    num = min(num_steps, len(steps))
-    shift = (run * _GOLDEN) % 1
-    chosen = sorted({int((i + shift) / num * len(steps)) for i in range(num)}) if num else []
+    levels = [step[0].level or 0.0 for step in steps]
+    chosen = placement.choose(levels, min(num_steps, len(steps)), run) if steps else []
     return [call for call in calls if call.level is None] + [call for index in chosen for call in steps[index]]
 
 
