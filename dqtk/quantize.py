@@ -22,6 +22,7 @@ from .calibrate.gather import calls_of
 from .calibrate.intervals import settled
 from .calibrate.run import check_model
 from .checkpoint import replace_layer, save_module, written_whole
+from .correct.output import correct_output, exact_outputs
 from .hosts import backend_of
 from .methods.solve import Solution
 from .nn import Quantized, runtime_class
@@ -108,6 +109,7 @@ def quantize(
     call_kwargs: Mapping[str, Any] | None = None,
     sequential: bool = False,
     max_memory: int = MAX_MEMORY,
+    correct: bool = False,
     progress: bool = True,
 ) -> Any:
     """Replace planned layers by packed ones, in place, layer by layer.
@@ -121,6 +123,8 @@ def quantize(
         sequential: solvers that learn from inputs see those of the model as it is quantized so far, not of the original. Inputs
             that are NaN are then found when their block's turn comes; the blocks before it stay quantized.
         max_memory: bytes that the second moments of inputs may take at a time; more means fewer replays of the kept calls.
+        correct: correct the denoisers' outputs by a gain and a shift per noise level and channel, where calls that they were not
+            fitted on confirm them (``correct/output.py``).
         progress: show a bar.
     Returns:
         ``target``.
@@ -132,25 +136,30 @@ def quantize(
     parts = components_of(target)
     work = [choice for choice in made.choices if choice.spec is not None]
     check_fit(made, parts)
-    if made.needs_stats and stats is None:
+    if (made.needs_stats or correct) and stats is None:
         if prompts is None:
             raise ValueError(
                 f"quantize: recipe {made.recipe!r} must have statistics of its inputs, got none. "
                 "Pass prompts=[...], or stats=dqtk.calibrate(pipe, prompts, plan)."
             )
-        stats = calibrate(target, prompts, made, call_kwargs=call_kwargs, progress=progress)
+        stats = calibrate(target, prompts, made, call_kwargs=call_kwargs, keep_calls=correct, progress=progress)
     if made.needs_stats and stats is not None:
         check_model(stats, target, made)
         work = settled(work, stats)
     for choice in work:
         _check_layer(parts[choice.site.component].get_submodule(choice.site.path), choice, stats)
     touched = dict.fromkeys(choice.site.component for choice in work)
+    corrected = {name: parts[name] for name in touched if correct and DENOISERS.fullmatch(name)}
+    exact = exact_outputs(corrected, stats) if corrected and stats is not None else {}
     try:
         with tqdm(total=len(work), desc="quantize", unit="layer", disable=not progress) as bar:
             how: dict[str, Any] = {"sequential": sequential, "max_memory": max_memory, "solved": bar.update}
             for solved in solutions(parts, work, stats, **how):
                 for choice, solution in solved:
                     _install(parts[choice.site.component], choice.site, solution)
+        for name, part in corrected.items():
+            assert stats is not None
+            correct_output(part, stats, name, exact[name])
     finally:
         for name in touched:
             _make_saveable(parts[name], made.recipe)

@@ -28,7 +28,7 @@ GOLDEN_FLAGS = {
     "explain": sorted(["MODEL", *PLANNING, "--roles", "--output"]),
     "calibrate": sorted(["MODEL", *PLANNING, *SAMPLING, "--output"]),
     "quantize": sorted(
-        ["MODEL", *PLANNING, *SAMPLING, "--plan", "--stats", "--sequential", "--max-memory", "--stream", "--output"]
+        ["MODEL", *PLANNING, *SAMPLING, "--plan", "--stats", "--sequential", "--correct", "--max-memory", "--stream", "--output"]
     ),
     "generate": sorted(["MODEL", *SAMPLING, "--output"]),
     "compare": sorted(["REFERENCE", "CANDIDATE", *SAMPLING, "--output", "--floor", "--lpips-weights"]),

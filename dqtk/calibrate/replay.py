@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,12 +24,13 @@ from .placement import Placement
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call of a component: ``level`` is its noise level in [0, 1], None for text encoders."""
+    """One call of a component in a run of the pipeline; ``level`` is its noise level in [0, 1], None for text encoders."""
 
     component: str
     args: tuple
     kwargs: dict[str, Any]
     level: float | None
+    run: int = 0
 
     @property
     def time(self) -> float | None:
@@ -83,7 +84,16 @@ def kept(calls: Sequence[Call], num_steps: int, run: int, placement: Placement) 
             steps.append([call])
     levels = [step[0].level or 0.0 for step in steps]
     chosen = placement.choose(levels, min(num_steps, len(steps)), run) if steps else []
-    return [call for call in calls if call.level is None] + [call for index in chosen for call in steps[index]]
+    mine = [call for call in calls if call.level is None] + [call for index in chosen for call in steps[index]]
+    return [replace(call, run=run) for call in mine]
+
+
+@torch.no_grad()
+def made(module: nn.Module, calls: Sequence[Call]) -> Iterator[Any]:
+    """Make calls again, to their end; what each returns."""
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    for call in calls:
+        yield module(*call.args, **_on(call.kwargs, device))
 
 
 class _Enough(Exception):
@@ -188,7 +198,7 @@ def to_tensors(calls: Sequence[Call]) -> tuple[dict[str, Tensor], str]:
             "Calibrate without an output file."
         )
 
-    rows = [[call.component, plain(call.kwargs, call.component), call.level] for call in calls]
+    rows = [[call.component, plain(call.kwargs, call.component), call.level, call.run] for call in calls]
     return tensors, json.dumps(rows)
 
 
@@ -209,4 +219,4 @@ def from_tensors(tensors: Callable[[str], Tensor], text: str) -> list[Call]:
             return parts if kind == "list" else tuple(parts)
         return content
 
-    return [Call(component, (), value_of(kwargs), level) for component, kwargs, level in json.loads(text)]
+    return [Call(component, (), value_of(kwargs), level, *run) for component, kwargs, level, *run in json.loads(text)]

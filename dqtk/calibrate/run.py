@@ -33,6 +33,7 @@ def calibrate(
     call_kwargs: Mapping[str, Any] | None = None,
     steps_per_run: int = 10,
     placement: Placement = Evenly(),  # noqa: B008, frozen
+    keep_calls: bool = False,
     output: str | Path | None = None,
     progress: bool = True,
 ) -> Stats:
@@ -47,6 +48,7 @@ def calibrate(
         call_kwargs: passed to the pipeline, for example ``{"num_inference_steps": 20}``, over what its family needs.
         steps_per_run: steps of every pipeline run whose calls are kept for solvers that learn from inputs (GPTQ, smoothing, ...).
         placement: which steps these are; see ``calibrate.placement``.
+        keep_calls: keep calls of all denoisers too, whether or not a layer learns from them: output correction does.
         output: file that is written after every batch and continued from if it exists. It knows its prompts, seed, arguments and
             sites; prompts may be added at the end.
         progress: show a bar.
@@ -58,15 +60,18 @@ def calibrate(
     for name, value in (("batch_size", batch_size), ("steps_per_run", steps_per_run)):
         if not (isinstance(value, int) and value >= 1):
             raise ValueError(f"calibrate: {name} must be a positive integer, got {value!r}. The defaults are 4 and 10.")
-    if not plan.needs_stats:
+    if not (plan.needs_stats or keep_calls):
         return Stats()
     _check_call(pipe, prompts)
     sites = [c.site for c in plan.choices if c.spec is not None and c.spec.needs_ranges]
     learning = {c.site.component for c in plan.choices if c.spec is not None and c.spec.needs_inputs}
+    if keep_calls:
+        learning |= {c.name for c in plan.components if DENOISERS.fullmatch(c.name)}
     replayed = {name: part for name, part in components_of(pipe).items() if name in learning}
     stats = Stats.load(output) if output is not None and Path(output).exists() else Stats()
     kwargs = call_arguments(pipe, call_kwargs)
-    run = _identity(pipe, plan, prompts, {"seed": seed, "batch_size": batch_size}, kwargs, _steps(steps_per_run, placement))
+    numbers = {"seed": seed, "batch_size": batch_size} | ({"keep_calls": 1} if keep_calls else {})
+    run = _identity(pipe, plan, prompts, numbers, kwargs, _steps(steps_per_run, placement))
     if stats.num_prompts:
         _check_same_run(stats, run, output)
     starts = range(stats.num_prompts, len(prompts), batch_size)
