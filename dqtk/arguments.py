@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
 
     calibrate = verbs.add_parser("calibrate", help="watch the inputs of the layers that need it; resumes an existing file")
     _model_and_plan(calibrate)
-    _sampling(calibrate)
+    _sampling(calibrate, dtype="stored")
     calibrate.add_argument("--output", type=Path, required=True, help="statistics file (.safetensors)")
 
     quant = verbs.add_parser("quantize", help="quantize and save a pipeline")

@@ -147,7 +147,8 @@ def _calibrate(options: argparse.Namespace, command: str) -> None:
     stats = run_calibrate(
         pipe, prompts, plan, seed=options.seed, batch_size=options.batch_size, call_kwargs=kwargs, output=options.output
     )
-    print(f"{options.output}: {stats.num_prompts} prompts, {len(stats.inputs)} entries")
+    sites = len({key.site for key in stats.inputs})
+    print(f"{options.output}: {stats.num_prompts} prompts, ranges of {sites} inputs, {len(stats.calls)} calls to learn from")
 
 
 def _quantize(options: argparse.Namespace, command: str) -> None:

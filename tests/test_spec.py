@@ -509,3 +509,43 @@ def test_short_names(spec, text):
 def test_suggestions():
     assert did_you_mean("w8a9", ["w8a8", "fp8"]) == " Did you mean 'w8a8'?"
     assert did_you_mean("zzz", ["w8a8", "fp8"]) == ""
+
+
+GOOD = {"weight": TensorSpec(format=Int(bits=8), granularity=PerChannel())}
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (
+            lambda: LayerSpec(**GOOD, solver=GPTQ),
+            r"LayerSpec: solver must be RTN or GPTQ or AdaRound, got .*\. Write GPTQ\(\.\.\.\)\.",
+        ),
+        (lambda: LayerSpec(**GOOD, solver="gptq"), "LayerSpec: solver must be RTN or GPTQ or AdaRound, got 'gptq'"),
+        (lambda: LayerSpec(weight="int4"), "LayerSpec: weight must be TensorSpec, got 'int4'"),
+        (lambda: LayerSpec(weight=Int(bits=4)), r"LayerSpec: weight must be TensorSpec, got Int\(bits=4"),
+        (lambda: LayerSpec(**GOOD, input=Int(bits=8)), "LayerSpec: input must be TensorSpec or None, got Int"),
+        (lambda: LayerSpec(**GOOD, low_rank=16), "LayerSpec: low_rank must be LowRank or None, got 16"),
+        (
+            lambda: LayerSpec(**GOOD, transforms=(Smooth,)),
+            r"LayerSpec: transforms must be Smooth or Hadamard, got .* Write Smooth\(",
+        ),
+        (lambda: LayerSpec(**GOOD, correct_bias="yes"), "LayerSpec: correct_bias must be bool, got 'yes'"),
+        (lambda: TensorSpec(format=Int, granularity=PerChannel()), r"TensorSpec: format must be Int or .* Write Int\("),
+        (lambda: TensorSpec(format=Int(bits=4), granularity=PerGroup), r"TensorSpec: granularity must be .* Write PerGroup\("),
+        (lambda: TensorSpec(format=Int(bits=4), granularity=PerGroup(), range=MSE), r"TensorSpec: range must be .* Write MSE\("),
+        (lambda: GPTQ(damping="a"), "GPTQ: damping must be float or int, got 'a'"),
+        (lambda: GPTQ(act_order="no"), "GPTQ: act_order must be bool, got 'no'"),
+        (lambda: Smooth(alpha="auto"), "Smooth: alpha must be float or None or int, got 'auto'"),
+        (lambda: MSE(least="a"), "MSE: least must be float or int, got 'a'"),
+        (lambda: Hadamard(seed="x"), "Hadamard: seed must be int, got 'x'"),
+        (lambda: AdaRound(iterations=True), "AdaRound: iterations must be int, got True"),
+        (lambda: Codebook(tables=(("a", "b", "c", "d"),)), "Codebook: tables must be float or int, got 'a'"),
+        (lambda: PerLevel(edges=[1.0]), r"PerLevel: edges must be a tuple, got \[1\.0\]"),
+        (lambda: PerLevel(most=1), "PerLevel: most must be an integer from 2 to 64, got 1"),
+        (lambda: PerLevel(edges=(2.0, 1.0)), "PerLevel: edges must be finite and ascending"),
+    ],
+)
+def test_fields_of_a_wrong_type_are_refused_where_they_are_written(make, text):
+    with pytest.raises(ValueError, match=text):
+        make()

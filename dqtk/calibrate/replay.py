@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from dqtk.calls import given_arguments, time_of
 
@@ -91,9 +91,8 @@ def kept(calls: Sequence[Call], num_steps: int, run: int, placement: Placement) 
 @torch.no_grad()
 def made(module: nn.Module, calls: Sequence[Call]) -> Iterator[Any]:
     """Make calls again, to their end; what each returns."""
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
     for call in calls:
-        yield module(*call.args, **_on(call.kwargs, device))
+        yield module(**_arguments(module, call))
 
 
 class _Enough(Exception):
@@ -108,8 +107,7 @@ def replay(module: nn.Module, calls: Sequence[Call], watched: Mapping[str, Calla
     """
     if not calls or not watched:
         return
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    usual = _count(module, calls[0], set(watched), device)
+    usual = _count(module, calls[0], set(watched))
     total = {path: usual.get(path, math.inf) for path in watched}  # a layer that the first call misses: others run to their end
     left: dict[str, float] = {}
     current: list[Call] = []
@@ -135,7 +133,7 @@ def replay(module: nn.Module, calls: Sequence[Call], watched: Mapping[str, Calla
             left.update(total)
             current[:] = [call]
             with suppress(_Enough):
-                module(*call.args, **_on(call.kwargs, device))
+                module(**_arguments(module, call))
     missing = sorted(set(watched) - seen)
     if missing:
         raise ValueError(
@@ -146,11 +144,10 @@ def replay(module: nn.Module, calls: Sequence[Call], watched: Mapping[str, Calla
 
 def order_of(module: nn.Module, call: Call, paths: Sequence[str]) -> list[str]:
     """The paths in the order in which a call reaches them."""
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    return list(_count(module, call, set(paths), device))
+    return list(_count(module, call, set(paths)))
 
 
-def _count(module: nn.Module, call: Call, paths: set[str], device: torch.device) -> dict[str, int]:
+def _count(module: nn.Module, call: Call, paths: set[str]) -> dict[str, int]:
     """How often one call reaches each path, in order of first arrival."""
     seen: dict[str, int] = {}
 
@@ -163,12 +160,29 @@ def _count(module: nn.Module, call: Call, paths: set[str], device: torch.device)
     with ExitStack() as hooks, torch.no_grad():
         for path in paths:
             hooks.callback(module.get_submodule(path).register_forward_pre_hook(hook(path), with_kwargs=True).remove)
-        module(*call.args, **_on(call.kwargs, device))
+        module(**_arguments(module, call))
     return seen
 
 
-def _on(kwargs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, dict(kwargs))
+def _arguments(module: nn.Module, call: Call) -> dict[str, Any]:
+    """A call's arguments where the module is, and in its dtype where the call was made in another one.
+
+    What tells is the first floating tensor of more than one dimension: latents. Tensors of its dtype follow; what the pipeline gave
+    in another precision keeps it.
+    """
+    weight = next((p for p in module.parameters() if p.is_floating_point()), None)
+    device = torch.device("cpu") if weight is None else weight.device
+    given = [value for value in tree_leaves(call.kwargs) if isinstance(value, Tensor)]
+    theirs = next((value.dtype for value in given if value.is_floating_point() and value.ndim > 1), None)
+    mine = theirs if weight is None else weight.dtype
+
+    def moved(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        follows = theirs is not None and value.dtype == theirs != mine and value.ndim > 1
+        return value.to(device, mine if follows else None)
+
+    return tree_map(moved, dict(call.kwargs))
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

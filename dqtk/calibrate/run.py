@@ -13,13 +13,14 @@ from tqdm import tqdm
 
 from dqtk.calls import call_arguments, prompt_argument
 from dqtk.checkpoint import digest
-from dqtk.plan import Plan
+from dqtk.plan import Plan, check_fit
 from dqtk.sites import DENOISERS, components_of, find_sites
 from dqtk.spec import LayerSpec
 
+from .levels import at_level
 from .placement import Evenly, Placement
 from .record import level_of, recording
-from .replay import capturing, kept
+from .replay import Call, capturing, kept
 from .stats import Stats
 
 
@@ -60,6 +61,9 @@ def calibrate(
     for name, value in (("batch_size", batch_size), ("steps_per_run", steps_per_run)):
         if not (isinstance(value, int) and value >= 1):
             raise ValueError(f"calibrate: {name} must be a positive integer, got {value!r}. The defaults are 4 and 10.")
+    if not isinstance(plan, Plan):
+        raise ValueError(f"calibrate: plan must be a Plan, got {plan!r}. Make one: dqtk.plan(pipe, 'w4a8').")
+    check_fit(plan, components_of(pipe), "calibrate")
     if not (plan.needs_stats or keep_calls):
         return Stats()
     _check_call(pipe, prompts)
@@ -81,12 +85,24 @@ def calibrate(
         level = partial(_level, pipe)
         with recording(pipe, sites, stats, len(batch)), capturing(replayed, level) as calls, torch.no_grad():
             pipe(**prompt_argument(pipe, batch, "prompts"), generator=generators, **(kwargs | {"output_type": "latent"}))
+        _check_calls(calls)
         stats.calls += kept(calls, steps_per_run, start // batch_size, placement)
         stats.num_prompts += len(batch)
         stats.run = run(stats.num_prompts)
         if output is not None:
             stats.save(output)
     return stats
+
+
+def _check_calls(calls: Sequence[Call]) -> None:
+    """Raises ``ValueError`` that names the argument and the noise level of a call with NaN (masks may hold infinities)."""
+    for call in calls:
+        for name, value in call.kwargs.items():
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and bool(value.isnan().any()):
+                raise ValueError(
+                    f"calibrate: {name} of {call.component} must be numbers, got NaN{at_level(call.level)}. "
+                    "The weights of what computes it may be damaged, or overflow in this dtype."
+                )
 
 
 def _level(pipe: Any, name: str, module: nn.Module, given: Mapping[str, Any]) -> float | None:

@@ -1,9 +1,10 @@
 """Correct a quantized denoiser's output by a gain and a shift per noise-level interval and channel (PTQD, He et al. 2023, arXiv
 2305.10657, section 3.2).
 
-PTQD splits the error into a part that is correlated with the exact output and a rest with a mean, and undoes both. Here the exact
-output is regressed on the quantized one, which removes the same two parts and is the best affine answer in mean square; per
-channel, not for all channels at once. Calls are those that calibration kept. An interval is corrected only if a correction fitted
+The quantized output is regressed on the exact one, and what that finds is undone: the part of the error that is correlated with the
+exact output, and the mean of the rest; per channel, where PTQD takes one slope. The other regression, of the exact output on the
+quantized one, has less error in a single step but shrinks every step's output, and that adds up (tried: worse pictures at 8 steps,
+notebooks/LOG.md). Calls are those that calibration kept. An interval is corrected only if a correction fitted
 on half of the calibration runs helps on the other half, both ways: on prompts that it has not seen. PTQD's third part, less noise
 for samplers that add some, is not built.
 """
@@ -87,12 +88,12 @@ def rows(output: Tensor, dim: int) -> Tensor:
 
 
 def fit(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Least squares of exact on quantized outputs, (quantized, exact) [R, C] each: gain and shift float32 [C]."""
+    """Undo the least squares of quantized on exact outputs, (quantized, exact) [R, C] each: gain and shift float32 [C]."""
     got, exact = (torch.cat(part) for part in zip(*pairs, strict=True))
     mean_got, mean_exact = got.mean(0), exact.mean(0)
-    variance = (got - mean_got).square().mean(0)
+    variance = (exact - mean_exact).square().mean(0)
     together = ((got - mean_got) * (exact - mean_exact)).mean(0)
-    gain = torch.where(variance > 0, together / variance.clamp(min=torch.finfo(torch.float64).tiny), torch.ones_like(variance))
+    gain = torch.where(together > 0, variance / together.clamp(min=torch.finfo(torch.float64).tiny), torch.ones_like(variance))
     return gain.float(), (mean_exact - gain * mean_got).float()
 
 

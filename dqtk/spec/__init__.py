@@ -31,6 +31,7 @@ from .formats import (
     TensorSpec,
     TwoLevel,
 )
+from .frozen import frozen
 from .layer import GPTQ, RTN, AdaRound, Hadamard, LayerSpec, LowRank, Smooth, Solver, Transform, describe
 from .text import canonical, did_you_mean, from_json, to_json
 
@@ -69,5 +70,6 @@ __all__ = [
     "describe",
     "did_you_mean",
     "from_json",
+    "frozen",
     "to_json",
 ]

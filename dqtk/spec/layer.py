@@ -3,8 +3,6 @@
 The order is fixed: transforms in the order given, then the low-rank branch, then the solver on what is left, then the bias.
 """
 
-from dataclasses import dataclass
-
 from .formats import (
     GROUPS,
     MSE,
@@ -24,16 +22,17 @@ from .formats import (
     TensorSpec,
     TwoLevel,
 )
+from .frozen import frozen
 
 # --- solvers: how codes are chosen. The code is in dqtk/methods, one file each ---------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@frozen
 class RTN:
     """Round to nearest, after the range has been found."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@frozen
 class GPTQ:
     """Round column by column and let the columns that follow make up for it (Frantar et al. 2022, arXiv 2210.17323).
 
@@ -52,7 +51,7 @@ class GPTQ:
             raise ValueError(f"GPTQ: sweeps must be 0 or a positive integer, got {self.sweeps!r}. The usual number is 2.")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@frozen
 class AdaRound:
     """Learn for every weight whether it is rounded up or down (Nagel et al. 2020, arXiv 2004.10568), on any grid.
 
@@ -75,7 +74,7 @@ Solver = RTN | GPTQ | AdaRound
 # --- transforms: changes of basis of the input that keep the function -------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@frozen
 class Smooth:
     """Divide input channel j by s_j and multiply its weights: s_j = max|X_j|^alpha / max|W_j|^(1 - alpha).
 
@@ -92,7 +91,7 @@ class Smooth:
             raise ValueError(f"Smooth: alpha must be from 0 to 1 or None, got {self.alpha!r}. None searches it.")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@frozen
 class Hadamard:
     """Rotate the input by random signs and a Hadamard matrix, in blocks; the weight by the same.
 
@@ -112,7 +111,7 @@ class Hadamard:
 Transform = Smooth | Hadamard
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@frozen
 class LowRank:
     """A branch of ``rank`` in 16 bits beside the quantized weight: W ~ up @ down + Q(W - up @ down) (SVDQuant, arXiv 2411.05007).
 
@@ -134,7 +133,7 @@ class LowRank:
 # --- the layer -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@frozen
 class LayerSpec:
     """What happens to one linear or convolution. ``input`` None: kept in the compute dtype.
 

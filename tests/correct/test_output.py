@@ -79,15 +79,15 @@ def test_what_unseen_calls_do_not_confirm_is_left_out():
     assert correction_of(module) is None
 
 
-def test_a_fit_is_the_least_squares_solution():
+def test_a_fit_undoes_the_least_squares_solution():
     draw = torch.Generator().manual_seed(1)
     got = torch.randn(50, 3, generator=draw, dtype=torch.float64)
-    exact = got * torch.tensor([0.5, 2, -1]) + 0.1 * torch.randn(50, 3, generator=draw, dtype=torch.float64) + 3
+    exact = got * torch.tensor([0.5, 2, 1]) + 0.1 * torch.randn(50, 3, generator=draw, dtype=torch.float64) + 3
     gain, shift = fit([(got[:20], exact[:20]), (got[20:], exact[20:])])
     for channel in range(3):
-        design = torch.stack([got[:, channel], torch.ones(50, dtype=torch.float64)], dim=1)
-        expected = torch.linalg.lstsq(design, exact[:, channel]).solution
-        assert [float(gain[channel]), float(shift[channel])] == pytest.approx(expected.tolist(), rel=1e-5)
+        design = torch.stack([exact[:, channel], torch.ones(50, dtype=torch.float64)], dim=1)
+        slope, rest = torch.linalg.lstsq(design, got[:, channel]).solution.tolist()
+        assert [float(gain[channel]), float(shift[channel])] == pytest.approx([1 / slope, -rest / slope], rel=1e-5)
     constant = fit([(torch.zeros(4, 1).double(), torch.full((4, 1), 2.0).double())])
     assert [part.tolist() for part in constant] == [[1], [2]]
 
