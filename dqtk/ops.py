@@ -6,7 +6,7 @@ linear_fp8    E4M3 inputs per token and E4M3 weights per channel
 emulated      everything else: inputs are rounded, weights decoded, and the product is that of float32 numbers
 """
 
-from dqtk import native
+from dqtk import gpu, native
 from dqtk.spec import Dynamic, Float, Int, LayerSpec, PerChannel, PerTensor, PerToken, TensorSpec, TwoLevel
 
 E4M3 = Float(exponent=4, mantissa=3)
@@ -44,7 +44,7 @@ def _takes_fp8(weight: TensorSpec, given: TensorSpec) -> bool:
 
 def report_of(op: str, device: str) -> str:
     """What runs for an op on a device type such as "cpu", in words."""
-    served, by = native.describe(products=op != "weight_only") if device == "cpu" else (False, "")
+    served, by = _kernels(op, device)
     why = f" ({by})" if by and not served else ""
     if op == "weight_only":
         if served:
@@ -53,3 +53,10 @@ def report_of(op: str, device: str) -> str:
     if op in ("linear_int8", "conv_int8") and device in ("cpu", "cuda"):
         return f"integer matmul, {by}" if served else f"integer matmul through torch._int_mm{why}"
     return EMULATED
+
+
+def _kernels(op: str, device: str) -> tuple[bool, str]:
+    """Whether kernels of dqtk's own serve an op there, and which (or why none)."""
+    if device == "cpu":
+        return native.describe(products=op != "weight_only")
+    return gpu.describe() if (op, device) == ("linear_int8", "cuda") else (False, "")

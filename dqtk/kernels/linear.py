@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dqtk import native
+from dqtk import gpu, native
 from dqtk.numerics.packing import integer_weight
 
 from .int8 import epilogue, matmul_int_mm, matmul_padded, matmul_reference, quantize_rows
@@ -103,9 +103,15 @@ def _(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, smoot
 
 
 @linear_int8.register_kernel("cuda")
-def _(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, smooth=None, activation="none", active_from=0):
-    arguments = (qweight, scale, group_scale, bias, input_scale, input_zero, bits)
-    return activated(_linear_int8(smoothed(x, smooth), *arguments, matmul_padded), activation, active_from)
+def linear_int8_on_cuda(
+    x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, smooth=None, activation="none", active_from=0
+) -> Tensor:
+    """The op on a CUDA device: Triton kernels, else torch's; ``gpu.describe`` says which and why."""
+    layer = qweight, scale, group_scale, bias, input_scale, input_zero, bits
+    if x.dtype not in gpu.TYPES or not gpu.serves(x.device):
+        return activated(_linear_int8(smoothed(x, smooth), *layer, matmul_padded), activation, active_from)
+    y = gpu.linear_int8(x.reshape(-1, x.shape[-1]), *layer, smooth, activation, active_from)
+    return y.view(*x.shape[:-1], qweight.shape[0])
 
 
 @linear_int8.register_fake

@@ -1,0 +1,20 @@
+"""Kernels of CUDA devices in Triton: ``serves`` says whether they run on a device, ``describe`` which they are, or why none.
+
+Triton is imported by the first call of a kernel, not before.
+"""
+
+import torch
+from torch import Tensor
+
+from .support import describe, forget, scaled_matmul, serves
+
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+__all__ = ["TYPES", "describe", "forget", "linear_int8", "scaled_matmul", "serves"]
+
+
+def linear_int8(x_TK: Tensor, *layer, **how) -> Tensor:
+    """``integer.linear_int8``."""
+    from .integer import linear_int8
+
+    return linear_int8(x_TK, *layer, **how)

@@ -1,0 +1,36 @@
+"""How large the tiles of a product are: a few sizes to choose from, and which one serves a shape.
+
+Without a table the choice is by the number of rows alone, and nobody has measured it.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Rows and outputs of a tile, bytes of weights that a step of its sum takes per output; Triton's warps and stages."""
+
+    rows: int
+    outputs: int
+    width: int
+    warps: int
+    stages: int
+
+
+INT8 = (
+    Tile(16, 32, 128, 4, 4),
+    Tile(16, 64, 256, 4, 3),
+    Tile(64, 64, 128, 4, 4),
+    Tile(64, 128, 128, 4, 3),
+    Tile(128, 128, 64, 8, 4),
+    Tile(128, 128, 128, 8, 3),
+    Tile(128, 256, 64, 8, 3),
+)
+"""Of integer products. None takes more than 96 KiB of shared memory; the smallest of these devices have 99."""
+
+
+def by_rows(rows: int) -> Tile:
+    """The tile of an integer product where no table says better."""
+    if rows <= 16:
+        return INT8[0]
+    return INT8[2] if rows <= 256 else INT8[5]

@@ -1,0 +1,108 @@
+"""The Triton kernels under Triton's interpreter, in a process of its own; and who decides whether they run."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from triton_cases import CASES, layer, moved, seeded
+
+from dqtk import gpu
+from dqtk.gpu import support
+from dqtk.kernels import linear, linear_int8_reference, report_of
+
+HERE = Path(__file__).parent
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    """Case -> what went wrong under the interpreter, or nothing."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "DQTK_TRITON": ""}
+    command = [sys.executable, "-W", "error", str(HERE / "triton_cases.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.stdout, done.stderr
+    return json.loads(done.stdout)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", CASES)
+def test_under_the_interpreter(name, interpreted):
+    assert not interpreted[name], interpreted[name]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", CASES)
+def test_on_the_device(name):
+    CASES[name]("cuda")
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Function (capability or None, hip, **environment) -> decide again on such a machine."""
+
+    def change(capability=None, hip=None, **environment):
+        for name in ("DQTK_TRITON", "TRITON_INTERPRET"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(torch.version, "hip", hip)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+        support.forget()
+
+    yield change
+    monkeypatch.undo()
+    support.forget()
+
+
+CUDA = torch.device("cuda", 0)
+
+
+def test_machines_without_triton_kernels_say_why(machine, monkeypatch):
+    for how, reason in (
+        ({}, "no CUDA device here"),
+        ({"capability": (7, 5)}, "this device has compute capability 7.5, below 8.0"),
+        ({"capability": (9, 0), "hip": "6.4"}, "nobody has tried them on ROCm"),
+        ({"capability": (9, 0), "DQTK_TRITON": "off"}, "switched off by DQTK_TRITON"),
+    ):
+        machine(**how)
+        assert not gpu.serves(CUDA)
+        assert gpu.describe() == (False, f"Triton kernels: {reason}")
+        assert report_of("linear_int8", "cuda") == f"integer matmul through torch._int_mm (Triton kernels: {reason})"
+    machine(capability=(9, 0))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    support.forget()
+    assert gpu.describe() == (False, "Triton kernels: triton is not installed")
+
+
+def test_machines_with_triton_kernels(machine):
+    machine(capability=(8, 0))
+    assert gpu.serves(CUDA)
+    assert not gpu.serves(torch.device("cpu"))
+    assert report_of("linear_int8", "cuda") == "integer matmul, Triton kernels"
+
+
+def test_wrong_switch_is_an_error(machine):
+    machine(capability=(9, 0), DQTK_TRITON="on")
+    with pytest.raises(ValueError, match="DQTK_TRITON must be off or unset, got 'on'"):
+        gpu.serves(CUDA)
+
+
+def test_without_triton_torch_serves_the_op(machine, monkeypatch):
+    """The path of a CUDA device that Triton does not serve, and of dtypes that its kernels do not take."""
+    monkeypatch.setattr(gpu, "linear_int8", None)  # an error if it is called
+    machine(capability=(7, 5))
+    for dtype in gpu.TYPES:
+        x, arguments = seeded(3, 24).to(dtype), (*layer(7, 24, bits=4, size=8), None, "gelu", 3)
+        assert torch.equal(linear.linear_int8_on_cuda(x, *arguments), linear_int8_reference(x, *arguments))
+    machine(TRITON_INTERPRET="1")
+    assert gpu.serves(torch.device("cpu"))
+    x, arguments = seeded(3, 24).double(), moved(layer(7, 24), "cpu")
+    assert torch.equal(linear.linear_int8_on_cuda(x, *arguments), linear_int8_reference(x, *arguments))

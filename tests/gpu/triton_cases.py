@@ -1,0 +1,167 @@
+"""What the Triton kernels must do, as plain functions of a device. Run as a script: what failed, as JSON.
+
+    TRITON_INTERPRET=1 python tests/gpu/triton_cases.py     on any machine
+    python tests/gpu/triton_cases.py cuda
+
+Kept apart from pytest because Triton decides at import whether it interprets, and because machines with a GPU may have neither
+pytest nor diffusers: only the kernel rooms are needed.
+"""
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from dqtk import gpu
+from dqtk.kernels.linear import linear_int8_on_cuda, linear_int8_reference
+from dqtk.numerics.packing import pack
+
+CASES: dict[str, Callable[[str], None]] = {}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPES = (((5, 24), 7), ((1, 8), 1), ((2, 3, 40), 16), ((1, 1, 17), 3), ((24,), 5), ((33, 129), 65), ((70, 1100), 40))
+EMPTY = (((0, 24), 7), ((2, 0, 24), 7), ((3, 24), 0))
+INPUTS = ("dynamic", "static", "static-asymmetric")
+
+
+def case(run: Callable[[str], None]) -> Callable[[str], None]:
+    CASES[run.__name__] = run
+    return run
+
+
+def seeded(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def integers(low: int, high: int, *shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def layer(n: int, k: int, bits: int = 8, size: int | None = None, inputs: str = "dynamic", bias: bool = True) -> tuple:
+    """Arguments of dqtk::linear_int8 behind the input; ``size``: of groups."""
+    half = 2 ** (bits - 1)
+    codes = integers(1 - half, half, n, k)
+    qweight = codes.to(torch.int8) if bits == 8 else pack(codes + half, bits)
+    group_scale = None if size is None else integers(1, 127 // half + 1, n, k // size, seed=2).to(torch.uint8)
+    given = None, None
+    if inputs != "dynamic":
+        given = torch.tensor([0.021]), torch.tensor([-37 if inputs == "static-asymmetric" else 0], dtype=torch.int32)
+    scale = seeded(n, 1, seed=3).abs() * 0.01
+    return qweight, scale, group_scale, seeded(n, seed=4) if bias else None, *given, bits
+
+
+def moved(values: tuple, device: str) -> list:
+    return [value.to(device) if isinstance(value, torch.Tensor) else value for value in values]
+
+
+def same_integers(x: torch.Tensor, arguments: tuple, device: str, how: str) -> None:
+    """Bit for bit, in the dtype and shape of the reference."""
+    y, expected = linear_int8_on_cuda(*moved((x, *arguments), device)), linear_int8_reference(x, *arguments)
+    assert (y.dtype, y.shape, y.is_contiguous()) == (expected.dtype, expected.shape, True), how
+    assert torch.equal(y.cpu(), expected), f"{how}: off by {(y.cpu().double() - expected.double()).abs().max()}"
+
+
+@case
+def int8_equals_reference(device: str) -> None:
+    for shape, n in (*SHAPES, *EMPTY):
+        for inputs in INPUTS:
+            for dtype in DTYPES:
+                x, arguments = seeded(*shape).to(dtype), layer(n, shape[-1], inputs=inputs)
+                same_integers(x, arguments, device, f"{shape} {n} {inputs} {dtype}")
+
+
+@case
+def int8_without_bias_and_with_one_scale(device: str) -> None:
+    qweight, _, *rest = layer(7, 24, bias=False)
+    same_integers(seeded(5, 24), (qweight, torch.tensor([[0.02]]), *rest), device, "one scale")
+
+
+@case
+def int8_of_strided_inputs(device: str) -> None:
+    for x in (
+        seeded(24, 10).T,
+        seeded(3, 24, 5).transpose(1, 2),
+        seeded(6, 48)[:, ::2],
+        seeded(6, 48)[:, 3:27],
+        seeded(1, 24).expand(4, 24),
+    ):
+        same_integers(x, layer(7, 24), device, f"strides {x.stride()}")
+
+
+@case
+def int8_smooths(device: str) -> None:
+    for dtype in DTYPES:
+        smooth = (seeded(129, seed=5).abs() + 0.1).to(dtype)
+        same_integers(seeded(9, 129).to(dtype), (*layer(65, 129), smooth), device, str(dtype))
+
+
+@case
+def int8_ends_with_the_activation(device: str) -> None:
+    """erf and exp differ from the CPU's in the last places, which rounding to the dtype can make one unit of it."""
+    tolerance = {torch.float32: (1e-5, 1e-6), torch.bfloat16: (8e-3, 1e-5), torch.float16: (1e-3, 3e-5)}
+    for dtype in DTYPES:
+        for activation in ("gelu", "gelu_tanh"):
+            for active_from in (0, 20, 40):
+                x, arguments = 0.2 * seeded(9, 24).to(dtype), (*layer(40, 24), None, activation, active_from)
+                y, expected = linear_int8_on_cuda(*moved((x, *arguments), device)).cpu(), linear_int8_reference(x, *arguments)
+                assert torch.equal(y[:, :active_from], expected[:, :active_from])
+                rtol, atol = tolerance[dtype]
+                torch.testing.assert_close(y, expected, rtol=rtol, atol=atol)
+
+
+@case
+def int8_saturates(device: str) -> None:
+    """Of a static range; huge numbers and halves between two codes round as the reference's."""
+    x = torch.tensor([[1e30, -1e30, 0.0, 0.021 * 127] * 6, [0.021 * (i - 11.5) for i in range(24)]])
+    for inputs in INPUTS:
+        same_integers(x, layer(7, 24, inputs=inputs), device, inputs)
+
+
+@case
+def int8_of_zeros_and_tiny_rows(device: str) -> None:
+    for value in (0.0, 1e-30, 1e-38):
+        for inputs in INPUTS:
+            same_integers(torch.full((3, 24), value), layer(7, 24, inputs=inputs), device, f"{value} {inputs}")
+
+
+@case
+def int8_does_not_hide_nan(device: str) -> None:
+    np.seterr(invalid="ignore")  # the interpreter computes with numpy, whose opinion of inf / inf is known
+    for wrong in (float("nan"), float("inf"), float("-inf")):
+        for inputs in INPUTS:
+            x = seeded(3, 24)
+            x[1, 4] = wrong
+            y = linear_int8_on_cuda(*moved((x, *layer(7, 24, inputs=inputs)), device)).cpu()
+            assert not torch.isfinite(y[1]).any(), (wrong, inputs)
+            assert torch.isfinite(y[[0, 2]]).all(), (wrong, inputs)
+
+
+@case
+def int8_in_every_tile(device: str) -> None:
+    """More than one tile each way, and not a whole number of them."""
+    from dqtk.gpu.tiles import INT8
+
+    for tile in INT8:
+        x, arguments = seeded(tile.rows + 3, tile.width + 5), layer(tile.outputs + 9, tile.width + 5, inputs="static-asymmetric")
+        y = gpu.linear_int8(*moved((x, *arguments), device), tile=tile)
+        assert torch.equal(y.cpu(), linear_int8_reference(x, *arguments)), tile
+
+
+def failures(device: str) -> dict[str, str]:
+    """Name -> traceback, or nothing where it went well."""
+    found = {}
+    for name, run in CASES.items():
+        try:
+            run(device)
+            found[name] = ""
+        except Exception:  # noqa: BLE001, whatever it is goes into the report
+            found[name] = traceback.format_exc()
+    return found
+
+
+if __name__ == "__main__":
+    found = failures(sys.argv[1] if len(sys.argv) > 1 else "cpu")
+    print(json.dumps(found))
+    sys.exit(any(found.values()))
