@@ -2,6 +2,14 @@
 
 Codes and sums are exact, and every float operation is the reference's, in its order and rounded as there (division to nearest, no
 fused multiply-add): without an activation, results equal the reference bit for bit. GELU's erf and exp are the device's.
+
+4-bit weights stay packed until a tile of them is in registers. Byte j of a row holds the codes of two inputs
+(``numerics.packing``):
+
+    low half:  input 8 (j / 4) + j % 4          high half:  the same + 4
+
+The order of a sum does not matter, so the rounding kernel writes the inputs of all low halves first and those of all high halves
+behind them, and a tile of bytes makes two products without a shuffle. Codes of other widths are expanded to int8 by torch first.
 """
 
 import torch
@@ -11,8 +19,8 @@ from torch import Tensor
 
 from dqtk.numerics.packing import integer_weight
 
-from .device import rounded_to, tile_of
-from .tiles import Tile, by_rows
+from .device import rounded_to, sizes_of, tile_of
+from .tiles import INT4, INT8, Tile, by_rows
 
 ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2}
 EXACT = {"enable_fp_fusion": False}  # products round before they are added to, as torch's do
@@ -78,8 +86,10 @@ def _round_rows(
 @triton.jit
 def _gelu(y, TANH: tl.constexpr):
     if TANH:
-        return y / (1.0 + tl.exp(tl.minimum(-1.5957691216057308 * (y + 0.044715 * y * y * y), 80.0)))
-    return 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
+        active = y / (1.0 + tl.exp(tl.minimum(-1.5957691216057308 * (y + 0.044715 * y * y * y), 80.0)))
+    else:
+        active = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
+    return active
 
 
 @triton.jit
@@ -122,6 +132,51 @@ def _multiply(
     _finish(acc, y, t, n, T, N, x_scale, w_scale, scale_step, bias, active_from, BIAS, ACTIVATION)
 
 
+@triton.jit
+def _in_groups(w, group_scale, start, TILE_K: tl.constexpr, TILE_N: tl.constexpr, GROUP: tl.constexpr, n, N, groups):
+    """4-bit codes [TILE_K, TILE_N] times the scales of their groups of ``GROUP`` bytes (0: there are none)."""
+    if GROUP > 0:
+        at = group_scale + n.to(tl.int64) * groups + start // GROUP
+        if GROUP >= TILE_K:
+            w *= tl.load(at, mask=n < N, other=0).to(tl.int8)[None, :]
+        else:
+            g = tl.arange(0, TILE_K // GROUP)
+            inside = (start // GROUP + g < groups)[:, None] & (n < N)[None, :]
+            steps = tl.load(at[None, :] + g[:, None], mask=inside, other=0).to(tl.int8)
+            w *= tl.broadcast_to(steps[:, None, :], (TILE_K // GROUP, GROUP, TILE_N)).reshape(TILE_K, TILE_N)
+    return w
+
+
+@triton.jit
+def _multiply_4bit(
+    codes, weight, group_scale, groups, y, x_scale, w_scale, scale_step, bias, input_zero, active_from, T, N, K, width,
+    BIAS: tl.constexpr, ZERO: tl.constexpr, ACTIVATION: tl.constexpr, GROUP: tl.constexpr,
+    TILE_T: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, BAND: tl.constexpr,
+):  # fmt: skip
+    """y [T, N] of codes int8 [T, 2 width], low halves first, and weight uint8 [N, width]; tiles are counted in bytes."""
+    down, across = tile_of(T, N, TILE_T, TILE_N, BAND)
+    t, n, j = down * TILE_T + tl.arange(0, TILE_T), across * TILE_N + tl.arange(0, TILE_N), tl.arange(0, TILE_K)
+    a = codes + t.to(tl.int64)[:, None] * (2 * width) + j[None, :]
+    b = weight + n.to(tl.int64)[None, :] * width + j[:, None]
+    acc = tl.zeros((TILE_T, TILE_N), dtype=tl.int32)
+    sums = tl.zeros((TILE_N,), dtype=tl.int32)
+    for start in range(0, width, TILE_K):
+        rest = j < width - start
+        rows = (t < T)[:, None] & rest[None, :]
+        pairs = tl.load(b + start, mask=rest[:, None] & (n < N)[None, :], other=0)
+        low = _in_groups((pairs & 15).to(tl.int8) - 8, group_scale, start, TILE_K, TILE_N, GROUP, n, N, groups)
+        high = _in_groups((pairs >> 4).to(tl.int8) - 8, group_scale, start, TILE_K, TILE_N, GROUP, n, N, groups)
+        acc = tl.dot(tl.load(a + start, mask=rows, other=0), low, acc, out_dtype=tl.int32)
+        acc = tl.dot(tl.load(a + start + width, mask=rows, other=0), high, acc, out_dtype=tl.int32)
+        if ZERO:
+            k = (start + j) // 4 * 8 + (start + j) % 4
+            sums += tl.sum(tl.where((k < K)[:, None], low.to(tl.int32), 0), axis=0)
+            sums += tl.sum(tl.where((k + 4 < K)[:, None], high.to(tl.int32), 0), axis=0)
+    if ZERO:
+        acc -= (tl.load(input_zero) * sums)[None, :]
+    _finish(acc, y, t, n, T, N, x_scale, w_scale, scale_step, bias, active_from, BIAS, ACTIVATION)
+
+
 def linear_int8(
     x_TK: Tensor,
     qweight: Tensor,
@@ -144,32 +199,35 @@ def linear_int8(
     y = x_TK.new_empty((t, n))
     if 0 in (t, n):
         return y
-    tile = tile or by_rows(t)
-    weight = integer_weight(qweight, group_scale, bits, k).contiguous()
+    halves = stays_packed(qweight, group_scale, bits, k)
+    tile = tile or by_rows(t, INT4 if halves else INT8)
     with torch.cuda.device_of(x_TK):
-        codes, x_scale = round_rows(x_TK, input_scale, input_zero, smooth, halves=False)
-        ends = (x_scale, scale, int(scale.numel() > 1), bias, input_zero, active_from)
-        grid = (triton.cdiv(t, tile.rows) * triton.cdiv(n, tile.outputs),)
-        _multiply[grid](
-            codes,
-            weight,
-            y,
-            *ends,
-            t,
-            n,
-            k,
-            BIAS=bias is not None,
-            ZERO=input_zero is not None,
-            ACTIVATION=ACTIVATIONS[activation],
-            TILE_T=tile.rows,
-            TILE_N=tile.outputs,
-            TILE_K=tile.width,
-            BAND=8,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+        codes, x_scale = round_rows(x_TK, input_scale, input_zero, smooth, halves)
+        ends = (y, x_scale, scale, int(scale.numel() > 1), bias, input_zero, active_from, t, n, k)
+        constants = {
+            "BIAS": bias is not None,
+            "ZERO": input_zero is not None,
+            "ACTIVATION": ACTIVATIONS[activation],
+            **sizes_of(tile),
             **EXACT,
-        )
+        }
+        grid = (triton.cdiv(t, tile.rows) * triton.cdiv(n, tile.outputs),)
+        if halves:
+            groups = 1 if group_scale is None else group_scale.shape[1]
+            group = 0 if group_scale is None else k // groups // 2
+            packed = qweight.contiguous()
+            _multiply_4bit[grid](codes, packed, group_scale, groups, *ends, packed.shape[1], GROUP=group, **constants)
+        else:
+            _multiply[grid](codes, integer_weight(qweight, group_scale, bits, k).contiguous(), *ends, **constants)
     return y
+
+
+def stays_packed(qweight: Tensor, group_scale: Tensor | None, bits: int, k: int) -> bool:
+    """Whether the kernels read a weight as it is stored in 4 bits: without groups, or in groups of a power of two from 8 on."""
+    if qweight.dtype != torch.uint8 or bits != 4:
+        return False
+    size = 8 if group_scale is None else k // group_scale.shape[1]
+    return size >= 8 and size & (size - 1) == 0
 
 
 def round_rows(

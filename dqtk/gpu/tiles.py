@@ -24,13 +24,22 @@ INT8 = (
     Tile(64, 128, 128, 4, 3),
     Tile(128, 128, 64, 8, 4),
     Tile(128, 128, 128, 8, 3),
-    Tile(128, 256, 64, 8, 3),
 )
-"""Of integer products. None takes more than 96 KiB of shared memory; the smallest of these devices have 99."""
+"""Of integer products. None takes more than 96 KiB of shared memory; the smallest of these devices have 99. None spills
+registers on 8.0 and 9.0 (128 by 256 does)."""
 
 
-def by_rows(rows: int) -> Tile:
-    """The tile of an integer product where no table says better."""
-    if rows <= 16:
-        return INT8[0]
-    return INT8[2] if rows <= 256 else INT8[5]
+INT4 = (
+    Tile(16, 32, 64, 4, 4),
+    Tile(16, 64, 128, 4, 3),
+    Tile(64, 64, 64, 4, 4),
+    Tile(64, 128, 64, 4, 3),
+    Tile(128, 128, 32, 8, 4),
+)
+"""Of products with 4-bit weights: a byte is two inputs."""
+
+
+def by_rows(rows: int, tiles: tuple[Tile, ...]) -> Tile:
+    """The tile of a product where no table says better."""
+    enough = [tile for tile in tiles if tile.rows >= rows]
+    return enough[0] if enough else tiles[-1]

@@ -48,11 +48,23 @@ def test_rounding(capability, dtype):
 @pytest.mark.parametrize("capability", TENSOR_CORES)
 @pytest.mark.parametrize("tile", tiles.INT8, ids=str)
 def test_integer_product(capability, tile):
-    constants = {"BIAS": True, "ZERO": False, "ACTIVATION": 0, "TILE_T": tile.rows, "TILE_N": tile.outputs, "TILE_K": tile.width}
+    constants = {"BIAS": True, "ZERO": False, "ACTIVATION": 0, "BAND": 8}
+    constants |= {"TILE_T": tile.rows, "TILE_N": tile.outputs, "TILE_K": tile.width}
     types = "*i8 *i8 *bf16 *fp32 *fp32 i32 *bf16 *i32 i32 i32 i32 i32"
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    made = compiled(integer._multiply, capability, types, constants | {"BAND": 8}, **options)
+    made = compiled(integer._multiply, capability, types, constants, num_warps=tile.warps, num_stages=tile.stages)
     assert (TENSOR_CORES[capability] if tile.rows >= 64 else "mma.sync") in made.asm["ptx"]
     assert "cp.async" in made.asm["ptx"]
     assert made.metadata.shared <= SMALLEST
     assert is_exact(made)
+
+
+@pytest.mark.parametrize("capability", TENSOR_CORES)
+@pytest.mark.parametrize(("tile", "group"), [(tile, group) for tile in tiles.INT4 for group in (0, 16, 64)][::2], ids=str)
+def test_product_of_4_bits(capability, tile, group):
+    constants = {"BIAS": True, "ZERO": False, "ACTIVATION": 2, "GROUP": group, "BAND": 8}
+    constants |= {"TILE_T": tile.rows, "TILE_N": tile.outputs, "TILE_K": tile.width}
+    types = "*i8 *u8 *u8 i32 *bf16 *fp32 *fp32 i32 *bf16 *i32 i32 i32 i32 i32 i32"
+    made = compiled(integer._multiply_4bit, capability, types, constants, num_warps=tile.warps, num_stages=tile.stages)
+    assert (TENSOR_CORES[capability] if tile.rows >= 64 else "mma.sync") in made.asm["ptx"]
+    assert "cp.async" in made.asm["ptx"]
+    assert made.metadata.shared <= SMALLEST

@@ -149,6 +149,61 @@ def int8_in_every_tile(device: str) -> None:
         assert torch.equal(y.cpu(), linear_int8_reference(x, *arguments)), tile
 
 
+@case
+def int4_equals_reference(device: str) -> None:
+    for shape, n in (*SHAPES, *EMPTY):
+        for inputs in INPUTS:
+            for dtype in DTYPES:
+                x, arguments = seeded(*shape).to(dtype), layer(n, shape[-1], 4, inputs=inputs)
+                same_integers(x, arguments, device, f"{shape} {n} {inputs} {dtype}")
+
+
+@case
+def int4_in_groups(device: str) -> None:
+    """Of a part of a tile, of whole ones, and of sizes that torch expands."""
+    for k, size in ((40, 8), (96, 16), (96, 32), (320, 64), (768, 256), (1024, 1024), (96, 48), (24, 4), (24, 2)):
+        for inputs in INPUTS:
+            same_integers(seeded(5, k), layer(37, k, 4, size, inputs), device, f"{k} in groups of {size} {inputs}")
+
+
+@case
+def int4_in_every_tile(device: str) -> None:
+    from dqtk.gpu.tiles import INT4
+
+    for tile in INT4:
+        k = 2 * tile.width + 16
+        x, arguments = seeded(tile.rows + 3, k), layer(tile.outputs + 9, k, 4, 16, "static-asymmetric")
+        y = gpu.linear_int8(*moved((x, *arguments), device), tile=tile)
+        assert torch.equal(y.cpu(), linear_int8_reference(x, *arguments)), tile
+
+
+@case
+def int4_smooths_and_activates(device: str) -> None:
+    x, smooth = seeded(9, 128).bfloat16(), seeded(128, seed=5).abs() + 0.1
+    same_integers(x, (*layer(65, 128, 4, 64), smooth), device, "smooth")
+    for active_from in (0, 30):
+        arguments = (*layer(65, 128, 4, 64), smooth, "gelu", active_from)
+        y, expected = linear_int8_on_cuda(*moved((x, *arguments), device)).cpu(), linear_int8_reference(x, *arguments)
+        torch.testing.assert_close(y, expected, rtol=8e-3, atol=1e-5)
+
+
+@case
+def int4_stays_packed(device: str) -> None:
+    from dqtk.gpu.integer import stays_packed
+
+    for k, size, packed in ((64, None, True), (64, 8, True), (64, 64, True), (96, 48, False), (64, 4, False)):
+        qweight, _, group_scale, *_ = layer(5, k, 4, size)
+        assert stays_packed(qweight, group_scale, 4, k) == packed, size
+    assert not stays_packed(layer(5, 64, 8)[0], None, 8, 64)
+
+
+@case
+def other_widths_equal_reference(device: str) -> None:
+    for bits in (2, 3, 5, 6, 7):
+        same_integers(seeded(5, 24), layer(7, 24, bits), device, f"{bits} bits")
+        same_integers(seeded(5, 64), layer(7, 64, bits, 32 if bits < 7 else None, "static"), device, f"{bits} bits in groups")
+
+
 def failures(device: str) -> dict[str, str]:
     """Name -> traceback, or nothing where it went well."""
     found = {}
