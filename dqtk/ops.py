@@ -47,6 +47,8 @@ def report_of(op: str, device: str) -> str:
     served, by = _kernels(op, device)
     why = f" ({by})" if by and not served else ""
     if op == "weight_only":
+        if served and device == "cuda":
+            return f"weights decoded inside {by} (linear, 4 and 8 bits) or to the compute dtype, then torch's own matmul"
         if served:
             return f"weights decoded to the compute dtype, {by}, then torch's own matmul"
         return f"weights decoded to the compute dtype, then torch's own matmul{why}"
@@ -59,4 +61,4 @@ def _kernels(op: str, device: str) -> tuple[bool, str]:
     """Whether kernels of dqtk's own serve an op there, and which (or why none)."""
     if device == "cpu":
         return native.describe(products=op != "weight_only")
-    return gpu.describe() if (op, device) == ("linear_int8", "cuda") else (False, "")
+    return gpu.describe() if device == "cuda" and op in ("linear_int8", "weight_only") else (False, "")

@@ -10,7 +10,7 @@ from .support import describe, forget, scaled_matmul, serves
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-__all__ = ["TYPES", "describe", "forget", "linear_int8", "scaled_matmul", "serves"]
+__all__ = ["TYPES", "describe", "forget", "linear_decoded", "linear_int8", "scaled_matmul", "serves"]
 
 
 def linear_int8(x_TK: Tensor, *layer, **how) -> Tensor:
@@ -18,3 +18,11 @@ def linear_int8(x_TK: Tensor, *layer, **how) -> Tensor:
     from .integer import linear_int8
 
     return linear_int8(x_TK, *layer, **how)
+
+
+def linear_decoded(x_TK: Tensor, bias: Tensor | None, *stored) -> Tensor | None:
+    """``decoded.linear_decoded``; None where it does not take such an input or such a weight."""
+    from .decoded import Stored, linear_decoded, takes
+
+    weight = Stored(*stored)
+    return linear_decoded(x_TK, bias, weight) if takes(x_TK, weight) else None

@@ -19,11 +19,10 @@ from torch import Tensor
 
 from dqtk.numerics.packing import integer_weight
 
-from .device import rounded_to, sizes_of, tile_of
+from .device import EXACT, per_group, rounded_to, sizes_of, tile_of
 from .tiles import INT4, INT8, Tile, by_rows
 
 ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2}
-EXACT = {"enable_fp_fusion": False}  # products round before they are added to, as torch's do
 _ROUNDED_AT_ONCE = 1024
 
 
@@ -136,14 +135,7 @@ def _multiply(
 def _in_groups(w, group_scale, start, TILE_K: tl.constexpr, TILE_N: tl.constexpr, GROUP: tl.constexpr, n, N, groups):
     """4-bit codes [TILE_K, TILE_N] times the scales of their groups of ``GROUP`` bytes (0: there are none)."""
     if GROUP > 0:
-        at = group_scale + n.to(tl.int64) * groups + start // GROUP
-        if GROUP >= TILE_K:
-            w *= tl.load(at, mask=n < N, other=0).to(tl.int8)[None, :]
-        else:
-            g = tl.arange(0, TILE_K // GROUP)
-            inside = (start // GROUP + g < groups)[:, None] & (n < N)[None, :]
-            steps = tl.load(at[None, :] + g[:, None], mask=inside, other=0).to(tl.int8)
-            w *= tl.broadcast_to(steps[:, None, :], (TILE_K // GROUP, GROUP, TILE_N)).reshape(TILE_K, TILE_N)
+        w *= per_group(group_scale, start, n, N, groups, groups, GROUP, TILE_K, TILE_N).to(tl.int8)
     return w
 
 

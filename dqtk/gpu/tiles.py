@@ -38,6 +38,15 @@ INT4 = (
 )
 """Of products with 4-bit weights: a byte is two inputs."""
 
+DECODED = (
+    Tile(16, 32, 64, 4, 4),
+    Tile(16, 64, 64, 4, 4),
+    Tile(64, 64, 32, 4, 4),
+    Tile(64, 128, 32, 4, 3),
+    Tile(128, 128, 32, 8, 3),
+)
+"""Of 16-bit inputs and weights that are decoded."""
+
 
 def by_rows(rows: int, tiles: tuple[Tile, ...]) -> Tile:
     """The tile of a product where no table says better."""

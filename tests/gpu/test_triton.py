@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from triton_cases import CASES, layer, moved, seeded
+from triton_cases import CASES, KINDS, layer, moved, near, seeded, weight_only
 
 from dqtk import gpu
 from dqtk.gpu import support
@@ -98,11 +98,21 @@ def test_wrong_switch_is_an_error(machine):
 def test_without_triton_torch_serves_the_op(machine, monkeypatch):
     """The path of a CUDA device that Triton does not serve, and of dtypes that its kernels do not take."""
     monkeypatch.setattr(gpu, "linear_int8", None)  # an error if it is called
+    monkeypatch.setattr(gpu, "linear_decoded", None)
     machine(capability=(7, 5))
     for dtype in gpu.TYPES:
         x, arguments = seeded(3, 24).to(dtype), (*layer(7, 24, bits=4, size=8), None, "gelu", 3)
         assert torch.equal(linear.linear_int8_on_cuda(x, *arguments), linear_int8_reference(x, *arguments))
+        for kind in KINDS:
+            near(x, weight_only(7, 24, kind), "cpu", kind)
     machine(TRITON_INTERPRET="1")
     assert gpu.serves(torch.device("cpu"))
     x, arguments = seeded(3, 24).double(), moved(layer(7, 24), "cpu")
     assert torch.equal(linear.linear_int8_on_cuda(x, *arguments), linear_int8_reference(x, *arguments))
+
+
+def test_weights_that_the_kernel_does_not_take_are_decoded_by_torch(machine, monkeypatch):
+    machine(TRITON_INTERPRET="1")
+    for x, stored in ((seeded(3, 24), weight_only(7, 24, "int4")), (seeded(3, 24).bfloat16(), weight_only(7, 24, "int3"))):
+        assert gpu.linear_decoded(x, None, *stored) is None
+        near(x, stored, "cpu", str(x.dtype))

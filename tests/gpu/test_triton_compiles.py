@@ -11,10 +11,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dqtk.gpu import integer, tiles
+from dqtk.gpu import decoded, device, integer, tiles
 
 SMALLEST = 99 << 10  # bytes of shared memory of a thread block, capabilities 8.6 and 8.9
-TENSOR_CORES = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma"}
+TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma"}
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def compiled(kernel, capability, types, constants, **options):
     signature = dict(zip(names, types.split(), strict=True)) | dict.fromkeys(constants, "constexpr")
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options | integer.EXACT)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options | device.EXACT)
 
 
 def is_exact(made):
@@ -45,26 +45,47 @@ def test_rounding(capability, dtype):
     assert "div.rn.f32" in made.asm["ptx"]
 
 
-@pytest.mark.parametrize("capability", TENSOR_CORES)
-@pytest.mark.parametrize("tile", tiles.INT8, ids=str)
-def test_integer_product(capability, tile):
-    constants = {"BIAS": True, "ZERO": False, "ACTIVATION": 0, "BAND": 8}
-    constants |= {"TILE_T": tile.rows, "TILE_N": tile.outputs, "TILE_K": tile.width}
-    types = "*i8 *i8 *bf16 *fp32 *fp32 i32 *bf16 *i32 i32 i32 i32 i32"
-    made = compiled(integer._multiply, capability, types, constants, num_warps=tile.warps, num_stages=tile.stages)
+def product(kernel, capability, tile, types, constants):
+    """A product's kernel, which must use tensor cores, load ahead and fit into shared memory."""
+    constants = constants | {"TILE_T": tile.rows, "TILE_N": tile.outputs, "TILE_K": tile.width, "BAND": 8}
+    made = compiled(kernel, capability, types, constants, num_warps=tile.warps, num_stages=tile.stages)
     assert (TENSOR_CORES[capability] if tile.rows >= 64 else "mma.sync") in made.asm["ptx"]
     assert "cp.async" in made.asm["ptx"]
     assert made.metadata.shared <= SMALLEST
-    assert is_exact(made)
+    return made
+
+
+@pytest.mark.parametrize("capability", TENSOR_CORES)
+@pytest.mark.parametrize("tile", tiles.INT8, ids=str)
+def test_integer_product(capability, tile):
+    constants = {"BIAS": True, "ZERO": False, "ACTIVATION": 0, "input_zero": None}
+    types = "*i8 *i8 *bf16 *fp32 *fp32 i32 *bf16 i32 i32 i32 i32"
+    assert is_exact(product(integer._multiply, capability, tile, types, constants))
 
 
 @pytest.mark.parametrize("capability", TENSOR_CORES)
 @pytest.mark.parametrize(("tile", "group"), [(tile, group) for tile in tiles.INT4 for group in (0, 16, 64)][::2], ids=str)
 def test_product_of_4_bits(capability, tile, group):
-    constants = {"BIAS": True, "ZERO": False, "ACTIVATION": 2, "GROUP": group, "BAND": 8}
-    constants |= {"TILE_T": tile.rows, "TILE_N": tile.outputs, "TILE_K": tile.width}
-    types = "*i8 *u8 *u8 i32 *bf16 *fp32 *fp32 i32 *bf16 *i32 i32 i32 i32 i32 i32"
-    made = compiled(integer._multiply_4bit, capability, types, constants, num_warps=tile.warps, num_stages=tile.stages)
-    assert (TENSOR_CORES[capability] if tile.rows >= 64 else "mma.sync") in made.asm["ptx"]
-    assert "cp.async" in made.asm["ptx"]
-    assert made.metadata.shared <= SMALLEST
+    constants = {"BIAS": False, "ZERO": True, "ACTIVATION": 2, "GROUP": group, "bias": None}
+    types = "*i8 *u8 *u8 i32 *bf16 *fp32 *fp32 i32 *i32 i32 i32 i32 i32 i32"
+    product(integer._multiply_4bit, capability, tile, types, constants)
+
+
+KINDS = {
+    "int8": {"HALVES": False, "levels": None, "zeros": None, "group_scale": None, "GROUP": 0, "STEP_GROUP": 0},
+    "uint4": {"HALVES": True, "levels": None, "group_scale": None, "GROUP": 32, "STEP_GROUP": 32},
+    "table4": {"HALVES": True, "zeros": None, "group_scale": None, "GROUP": 16, "STEP_GROUP": 16},
+    "two-level4": {"HALVES": True, "levels": None, "zeros": None, "GROUP": 32, "STEP_GROUP": 0},
+}
+
+
+@pytest.mark.parametrize("capability", TENSOR_CORES)
+@pytest.mark.parametrize("tile", tiles.DECODED[::2], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoded_product(kind, tile, capability):
+    given = {"x": "*bf16", "weight": "*i8" if kind == "int8" else "*u8", "levels": "*fp32", "steps": "*fp32"}
+    given |= {"zeros": "*u8", "group_scale": "*u8", "bias": "*bf16", "y": "*bf16"}
+    types = " ".join(dtype for name, dtype in given.items() if name not in KINDS[kind]) + " i32" * 7
+    constants = {"BIAS": True, "SIGNED": kind == "two-level4", "LEVELS": kind == "table4", "ZERO": kind == "uint4"}
+    constants |= {"SCALED": kind == "two-level4"} | KINDS[kind]
+    product(decoded._multiply_decoded, capability, tile, types, constants)

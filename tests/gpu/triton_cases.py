@@ -1,7 +1,7 @@
 """What the Triton kernels must do, as plain functions of a device. Run as a script: what failed, as JSON.
 
     TRITON_INTERPRET=1 python tests/gpu/triton_cases.py     on any machine
-    python tests/gpu/triton_cases.py cuda
+    python tests/gpu/triton_cases.py cuda [beginning of names]
 
 Kept apart from pytest because Triton decides at import whether it interprets, and because machines with a GPU may have neither
 pytest nor diffusers: only the kernel rooms are needed.
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from dqtk import gpu
+from dqtk.kernels.decoded import decode_reference, linear_decoded_on_cuda
 from dqtk.kernels.linear import linear_int8_on_cuda, linear_int8_reference
 from dqtk.numerics.packing import pack
 
@@ -204,10 +205,106 @@ def other_widths_equal_reference(device: str) -> None:
         same_integers(seeded(5, 64), layer(7, 64, bits, 32 if bits < 7 else None, "static"), device, f"{bits} bits in groups")
 
 
-def failures(device: str) -> dict[str, str]:
-    """Name -> traceback, or nothing where it went well."""
+def weight_only(n: int, k: int, kind: str, groups: int = 1) -> tuple:
+    """Codes, steps, zero, group_scale, selector, levels, bits, signed; ``kind``: int4, uint4, table4, two-level4 and so on."""
+    bits = int(kind[-1])
+    raw = integers(0, 2**bits, n, k).to(torch.uint8)
+    qweight = raw.view(torch.int8) if kind == "int8" else raw if bits == 8 else pack(raw, bits)
+    groups_of_steps = 1 if kind.startswith("two-level") else groups
+    steps = seeded(n, groups_of_steps, seed=6).abs() * 0.1
+    zero = integers(0, 2**bits, n, groups_of_steps, seed=7).to(torch.uint8) if kind.startswith("uint") else None
+    group_scale = integers(1, 16, n, groups, seed=8).to(torch.uint8) if kind.startswith("two-level") else None
+    levels = seeded(1, 2**bits, seed=9) if kind.startswith("table") else None
+    return qweight, steps, zero, group_scale, None, levels, bits, kind.startswith(("int", "two-level"))
+
+
+KINDS = ("int4", "uint4", "table4", "two-level4", "int8", "uint8", "table8")
+
+
+def near(x: torch.Tensor, stored: tuple, device: str, how: str, bias: torch.Tensor | None = None) -> None:
+    """To float64 of the decoded weight, within the dtype's rounding and that of float32 sums."""
+    qweight, *rest = stored
+    y = linear_decoded_on_cuda(*moved((x, qweight, bias, *rest), device))
+    expected = x.double() @ decode_reference(*stored, x.shape[-1], x.dtype).double().T
+    expected = expected if bias is None else expected + bias.to(x.dtype).double()
+    assert (y.dtype, y.shape, y.is_contiguous()) == (x.dtype, expected.shape, True), how
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 6e-4}[x.dtype]  # half a unit in the last place, and sums
+    scale = expected.abs().amax().item() if expected.numel() else 1.0
+    torch.testing.assert_close(y.cpu().double(), expected, rtol=tolerance, atol=1e-5 * scale, msg=lambda text: f"{how}: {text}")
+
+
+@case
+def decoded_is_near_float64(device: str) -> None:
+    for kind in KINDS:
+        for shape, n in (*SHAPES, *EMPTY):
+            for dtype in DTYPES:
+                x = seeded(*shape).to(dtype)
+                near(x, weight_only(n, shape[-1], kind), device, f"{kind} {shape} {n} {dtype}", seeded(n, seed=4))
+
+
+@case
+def decoded_in_groups(device: str) -> None:
+    for kind in KINDS:
+        for k, size in ((64, 8), (96, 32), (320, 64), (768, 256), (96, 48)):
+            near(seeded(5, k).bfloat16(), weight_only(37, k, kind, k // size), device, f"{kind}, {k} in groups of {size}")
+
+
+@case
+def decoded_numbers_are_exact(device: str) -> None:
+    """Inputs that pick one weight each: no sums."""
+    for kind in KINDS:
+        for dtype in (torch.bfloat16, torch.float16):
+            stored = weight_only(37, 64, kind, 2)
+            y = linear_decoded_on_cuda(*moved((torch.eye(64).to(dtype), stored[0], None, *stored[1:]), device))
+            assert torch.equal(y.cpu(), decode_reference(*stored, 64, dtype).T), kind
+
+
+@case
+def decoded_with_one_step(device: str) -> None:
+    for kind in KINDS:
+        qweight, _, zero, *rest = weight_only(37, 64, kind)
+        stored = qweight, torch.tensor([[0.05]]), None if zero is None else zero[:1], *rest
+        near(seeded(5, 64).bfloat16(), stored, device, kind)
+
+
+@case
+def decoded_of_strided_inputs(device: str) -> None:
+    for kind in ("uint4", "int8"):
+        for x in (seeded(24, 10).T, seeded(3, 24, 5).transpose(1, 2), seeded(6, 48)[:, ::2], seeded(1, 24).expand(4, 24)):
+            near(x.bfloat16(), weight_only(7, 24, kind), device, f"{kind} strides {x.stride()}")
+
+
+@case
+def decoded_in_every_tile(device: str) -> None:
+    from dqtk.gpu.decoded import Stored, linear_decoded
+    from dqtk.gpu.tiles import DECODED
+
+    for kind in ("uint4", "int8"):
+        for tile in DECODED:
+            k = 2 * tile.width + 16
+            x, stored = seeded(tile.rows + 3, k).bfloat16(), weight_only(tile.outputs + 9, k, kind, k // 16)
+            y = linear_decoded(*moved((x, None), device), Stored(*moved(stored, device)), tile)
+            expected = x.double() @ decode_reference(*stored, k, x.dtype).double().T
+            torch.testing.assert_close(y.cpu().double(), expected, rtol=4e-3, atol=1e-5 * expected.abs().max().item())
+
+
+@case
+def decoded_says_what_it_takes(device: str) -> None:
+    from dqtk.gpu.decoded import Stored, takes
+
+    x = seeded(5, 96).bfloat16()
+    three_groups = ((kind, 3, True) for kind in KINDS)
+    for kind, groups, taken in (*three_groups, ("int4", 2, False), ("uint4", 1, True), ("int3", 1, False)):
+        assert takes(x, Stored(*weight_only(7, 96, kind, groups))) == taken, (kind, groups)
+    assert not takes(x.float(), Stored(*weight_only(7, 96, "int4")))
+
+
+def failures(device: str, beginning: str = "") -> dict[str, str]:
+    """Name -> traceback, or nothing where it went well; of cases whose names begin so."""
     found = {}
     for name, run in CASES.items():
+        if not name.startswith(beginning):
+            continue
         try:
             run(device)
             found[name] = ""
@@ -217,6 +314,6 @@ def failures(device: str) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    found = failures(sys.argv[1] if len(sys.argv) > 1 else "cpu")
+    found = failures(*(sys.argv[1:] or ["cpu"]))
     print(json.dumps(found))
     sys.exit(any(found.values()))
