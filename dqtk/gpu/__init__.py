@@ -6,11 +6,11 @@ Triton is imported by the first call of a kernel, not before.
 import torch
 from torch import Tensor
 
-from .support import describe, forget, scaled_matmul, serves
+from .support import describe, forget, no_scaled_matmul, serves
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-__all__ = ["TYPES", "describe", "forget", "linear_decoded", "linear_int8", "scaled_matmul", "serves"]
+__all__ = ["TYPES", "describe", "forget", "linear_decoded", "linear_int8", "no_scaled_matmul", "serves"]
 
 
 def linear_int8(x_TK: Tensor, *layer, **how) -> Tensor:

@@ -31,15 +31,15 @@ def describe() -> tuple[bool, str]:
     return (True, "Triton kernels") if reason is None else (False, f"Triton kernels: {reason}")
 
 
-def scaled_matmul() -> str | None:
+def no_scaled_matmul() -> str | None:
     """Why ``torch._scaled_mm`` does not multiply E4M3 numbers on the current CUDA device; None where it does."""
-    return _no_scaled_matmul(torch.cuda.current_device() if torch.cuda.is_available() else None)
+    return _why_no_scaled_matmul(torch.cuda.current_device() if torch.cuda.is_available() else None)
 
 
 def forget() -> None:
     """Decide again at the next call, as after a change of the environment."""
     _reason.cache_clear()
-    _no_scaled_matmul.cache_clear()
+    _why_no_scaled_matmul.cache_clear()
 
 
 @cache
@@ -77,7 +77,7 @@ def _require_capability(index: int | None, least: tuple[int, int]) -> None:
 
 
 @cache
-def _no_scaled_matmul(index: int | None) -> str | None:
+def _why_no_scaled_matmul(index: int | None) -> str | None:
     try:
         _require_capability(index, _FP8)
     except Unavailable as reason:

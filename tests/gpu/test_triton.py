@@ -14,6 +14,7 @@ from triton_cases import CASES, KINDS, layer, moved, near, seeded, weight_only
 from dqtk import gpu
 from dqtk.gpu import support
 from dqtk.kernels import linear, linear_int8_reference, report_of
+from dqtk.ops import EMULATED
 
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -87,6 +88,18 @@ def test_machines_with_triton_kernels(machine):
     assert gpu.serves(CUDA)
     assert not gpu.serves(torch.device("cpu"))
     assert report_of("linear_int8", "cuda") == "integer matmul, Triton kernels"
+
+
+def test_fp8_where_torch_multiplies_it(machine):
+    for how, report in (
+        ({"capability": (8, 9)}, "FP8 matmul through torch._scaled_mm"),
+        ({"capability": (9, 0), "DQTK_TRITON": "off"}, "FP8 matmul through torch._scaled_mm"),
+        ({"capability": (8, 6)}, EMULATED),
+        ({"capability": (9, 4), "hip": "6.4"}, EMULATED),
+        ({}, EMULATED),
+    ):
+        machine(**how)
+        assert report_of("linear_fp8", "cuda") == report
 
 
 def test_wrong_switch_is_an_error(machine):
