@@ -33,7 +33,8 @@ nn
 kernels
 explain
 ops
-native | gpu
+gpu
+native
 costs
 plan
 calls

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import EXACT, per_group, rounded_to, sizes_of, sum_of_products, tile_of
-from .tiles import DECODED, Tile, by_rows
+from .tiles import Tile
 
 
 class Stored(NamedTuple):
@@ -104,16 +104,16 @@ def takes(x: Tensor, stored: Stored) -> bool:
     return groups == 1 or (size >= 8 and size & (size - 1) == 0)
 
 
-def linear_decoded(x_TK: Tensor, bias: Tensor | None, stored: Stored, tile: Tile | None = None) -> Tensor:
+def linear_decoded(x_TK: Tensor, bias: Tensor | None, stored: Stored, tile: Tile) -> Tensor:
     """[T, N] in the dtype of ``x_TK`` [T, K], for what ``takes`` says; ``bias`` [N] or None, rounded to that dtype first.
 
-    ``tile``: the size of tiles; by default what ``tiles.by_rows`` says.
+    ``tile``: one of ``tiles.DECODED``.
     """
     (t, k), n = x_TK.shape, stored.qweight.shape[0]
     y = x_TK.new_empty((t, n))
     if 0 in (t, n):
         return y
-    tile, x = tile or by_rows(t, DECODED), x_TK if x_TK.stride(1) == 1 else x_TK.contiguous()
+    x = x_TK if x_TK.stride(1) == 1 else x_TK.contiguous()
     raw = stored.qweight if stored.levels is None else stored.qweight.view(torch.uint8)
     weight, halves = raw.contiguous(), stored.bits == 4
     steps, groups = stored.steps.contiguous(), (stored.steps if stored.group_scale is None else stored.group_scale).shape[1]

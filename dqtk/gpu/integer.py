@@ -20,7 +20,7 @@ from torch import Tensor
 from dqtk.numerics.packing import integer_weight
 
 from .device import EXACT, per_group, rounded_to, sizes_of, tile_of
-from .tiles import INT4, INT8, Tile, by_rows
+from .tiles import Tile
 
 ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2}
 _ROUNDED_AT_ONCE = 1024
@@ -181,18 +181,18 @@ def linear_int8(
     smooth: Tensor | None = None,
     activation: str = "none",
     active_from: int = 0,
-    tile: Tile | None = None,
+    *,
+    tile: Tile,
 ) -> Tensor:
     """[T, N] in the dtype of ``x_TK`` [T, K]: float32, bfloat16 or float16. Other arguments as dqtk::linear_int8 has them.
 
-    ``tile``: the size of tiles; by default what ``tiles.by_rows`` says.
+    ``tile``: one of ``tiles.INT4`` where the weight ``stays_packed``, else of ``tiles.INT8``.
     """
     (t, k), n = x_TK.shape, qweight.shape[0]
     y = x_TK.new_empty((t, n))
     if 0 in (t, n):
         return y
     halves = stays_packed(qweight, group_scale, bits, k)
-    tile = tile or by_rows(t, INT4 if halves else INT8)
     with torch.cuda.device_of(x_TK):
         codes, x_scale = round_rows(x_TK, input_scale, input_zero, smooth, halves)
         ends = (y, x_scale, scale, int(scale.numel() > 1), bias, input_zero, active_from, t, n, k)

@@ -11,6 +11,8 @@ from functools import cache
 
 import torch
 
+from . import table
+
 LEAST = (8, 0)
 """The least compute capability: the first whose integer and bfloat16 tensor cores Triton supports."""
 _FP8 = (8, 9)
@@ -28,7 +30,10 @@ def serves(device: torch.device) -> bool:
 def describe() -> tuple[bool, str]:
     """Whether Triton kernels serve the current CUDA device, and by what (or why none)."""
     reason = _reason("cuda", None)
-    return (True, "Triton kernels") if reason is None else (False, f"Triton kernels: {reason}")
+    if reason is not None:
+        return False, f"Triton kernels: {reason}"
+    path = table.current()
+    return True, "Triton kernels" + (f" (or torch's, where {path.name} has them faster)" if path else "")
 
 
 def no_scaled_matmul() -> str | None:

@@ -1,6 +1,6 @@
 """How large the tiles of a product are: a few sizes to choose from, and which one serves a shape.
 
-Without a table the choice is by the number of rows alone, and nobody has measured it.
+Without a measured table (``table.py``) the choice is by the number of rows alone, and nobody has timed it.
 """
 
 from dataclasses import dataclass
@@ -46,6 +46,9 @@ DECODED = (
     Tile(128, 128, 32, 8, 3),
 )
 """Of 16-bit inputs and weights that are decoded."""
+
+TILES = {"int8": INT8, "int4": INT4, "decoded8": DECODED, "decoded4": DECODED}
+"""By what is multiplied: 8-bit inputs with 8- or 4-bit weights, 16-bit inputs with weights that are decoded."""
 
 
 def by_rows(rows: int, tiles: tuple[Tile, ...]) -> Tile:

@@ -108,10 +108,11 @@ def linear_int8_on_cuda(
 ) -> Tensor:
     """The op on a CUDA device: Triton kernels, else torch's; ``gpu.describe`` says which and why."""
     layer = qweight, scale, group_scale, bias, input_scale, input_zero, bits
-    if x.dtype not in gpu.TYPES or not gpu.serves(x.device):
-        return activated(_linear_int8(smoothed(x, smooth), *layer, matmul_padded), activation, active_from)
-    y = gpu.linear_int8(x.reshape(-1, x.shape[-1]), *layer, smooth, activation, active_from)
-    return y.view(*x.shape[:-1], qweight.shape[0])
+    if x.dtype in gpu.TYPES and gpu.serves(x.device):
+        y = gpu.linear_int8(x.reshape(-1, x.shape[-1]), *layer, smooth, activation, active_from)
+        if y is not None:
+            return y.view(*x.shape[:-1], qweight.shape[0])
+    return activated(_linear_int8(smoothed(x, smooth), *layer, matmul_padded), activation, active_from)
 
 
 @linear_int8.register_fake

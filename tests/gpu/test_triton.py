@@ -12,7 +12,8 @@ import torch
 from triton_cases import CASES, KINDS, layer, moved, near, seeded, weight_only
 
 from dqtk import gpu
-from dqtk.gpu import support
+from dqtk.gpu import table
+from dqtk.gpu.tiles import INT8, by_rows
 from dqtk.kernels import linear, linear_int8_reference, report_of
 from dqtk.ops import EMULATED
 
@@ -43,7 +44,7 @@ def test_on_the_device(name):
 
 
 @pytest.fixture
-def machine(monkeypatch):
+def machine(monkeypatch, tmp_path):
     """Function (capability or None, hip, **environment) -> decide again on such a machine."""
 
     def change(capability=None, hip=None, **environment):
@@ -54,13 +55,15 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.version, "hip", hip)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: "NVIDIA Some (Card)")
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-        support.forget()
+        gpu.forget()
 
+    monkeypatch.setenv("DQTK_CACHE_DIR", str(tmp_path))
     yield change
     monkeypatch.undo()
-    support.forget()
+    gpu.forget()
 
 
 CUDA = torch.device("cuda", 0)
@@ -79,7 +82,7 @@ def test_machines_without_triton_kernels_say_why(machine, monkeypatch):
         assert report_of("linear_int8", "cuda") == f"integer matmul through torch._int_mm (Triton kernels: {reason})"
     machine(capability=(9, 0))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    support.forget()
+    gpu.forget()
     assert gpu.describe() == (False, "Triton kernels: triton is not installed")
 
 
@@ -129,3 +132,42 @@ def test_weights_that_the_kernel_does_not_take_are_decoded_by_torch(machine, mon
     for x, stored in ((seeded(3, 24), weight_only(7, 24, "int4")), (seeded(3, 24).bfloat16(), weight_only(7, 24, "int3"))):
         assert gpu.linear_decoded(x, None, *stored) is None
         near(x, stored, "cpu", str(x.dtype))
+
+
+def test_tables_choose_the_nearest_rows(machine, tmp_path):
+    machine(capability=(9, 0))
+    assert table.chosen("int8", 300, 64, 32, CUDA) == by_rows(300, INT8)
+    rows = [table.Row("int8", 16, 64, 32, INT8[1]), table.Row("int8", 256, 64, 32, None), table.Row("int4", 16, 64, 32, None)]
+    table.save(table.path_of("NVIDIA Some (Card)"), rows)
+    assert [path.name for path in tmp_path.iterdir()] == ["gpu-nvidia-some-card.json"]
+    assert table.load(tmp_path / "gpu-nvidia-some-card.json") == rows
+    assert [table.chosen("int8", t, 64, 32, CUDA) for t in (1, 60, 70, 9999)] == [INT8[1], INT8[1], None, None]
+    assert table.chosen("int8", 16, 32, 64, CUDA) == by_rows(16, INT8)
+    assert table.chosen("int8", 16, 64, 32, torch.device("cpu")) == by_rows(16, INT8)
+    by = "Triton kernels (or torch's, where gpu-nvidia-some-card.json has them faster)"
+    assert report_of("linear_int8", "cuda") == f"integer matmul, {by}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{}",
+        '{"version": 2, "rows": []}',
+        '{"version": 1, "rows": [{"kind": "int8", "t": 1, "n": 1, "k": 1, "tile": [3, 3, 3, 3, 3]}]}',
+    ],
+)
+def test_files_that_are_no_tables(text, tmp_path):
+    path = tmp_path / "gpu-x.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"gpu-x.json: it must be a table of version 1, got another file. Remove it"):
+        table.load(path)
+
+
+def test_a_table_may_say_that_torch_is_faster(machine, monkeypatch):
+    machine(TRITON_INTERPRET="1")
+    monkeypatch.setattr(gpu, "chosen", lambda *shape: None)
+    x, arguments = seeded(3, 24), layer(7, 24)
+    assert gpu.linear_int8(x, *arguments, None, "none", 0) is None
+    assert torch.equal(linear.linear_int8_on_cuda(x, *arguments), linear_int8_reference(x, *arguments))
+    assert gpu.linear_decoded(x.bfloat16(), None, *weight_only(7, 24, "int4")) is None

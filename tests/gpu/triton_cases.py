@@ -15,7 +15,6 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from dqtk import gpu
 from dqtk.kernels.decoded import decode_reference, linear_decoded_on_cuda
 from dqtk.kernels.linear import linear_int8_on_cuda, linear_int8_reference
 from dqtk.numerics.packing import pack
@@ -142,11 +141,12 @@ def int8_does_not_hide_nan(device: str) -> None:
 @case
 def int8_in_every_tile(device: str) -> None:
     """More than one tile each way, and not a whole number of them."""
+    from dqtk.gpu.integer import linear_int8
     from dqtk.gpu.tiles import INT8
 
     for tile in INT8:
         x, arguments = seeded(tile.rows + 3, tile.width + 5), layer(tile.outputs + 9, tile.width + 5, inputs="static-asymmetric")
-        y = gpu.linear_int8(*moved((x, *arguments), device), tile=tile)
+        y = linear_int8(*moved((x, *arguments), device), tile=tile)
         assert torch.equal(y.cpu(), linear_int8_reference(x, *arguments)), tile
 
 
@@ -169,12 +169,13 @@ def int4_in_groups(device: str) -> None:
 
 @case
 def int4_in_every_tile(device: str) -> None:
+    from dqtk.gpu.integer import linear_int8
     from dqtk.gpu.tiles import INT4
 
     for tile in INT4:
         k = 2 * tile.width + 16
         x, arguments = seeded(tile.rows + 3, k), layer(tile.outputs + 9, k, 4, 16, "static-asymmetric")
-        y = gpu.linear_int8(*moved((x, *arguments), device), tile=tile)
+        y = linear_int8(*moved((x, *arguments), device), tile=tile)
         assert torch.equal(y.cpu(), linear_int8_reference(x, *arguments)), tile
 
 
@@ -196,6 +197,23 @@ def int4_stays_packed(device: str) -> None:
         qweight, _, group_scale, *_ = layer(5, k, 4, size)
         assert stays_packed(qweight, group_scale, 4, k) == packed, size
     assert not stays_packed(layer(5, 64, 8)[0], None, 8, 64)
+
+
+@case
+def ops_of_the_device(device: str) -> None:
+    """Through the dispatcher, with whatever kernels it finds."""
+    for bits, size in ((8, None), (4, 32)):
+        x, arguments = seeded(2, 5, 64).bfloat16(), layer(37, 64, bits, size)
+        y = torch.ops.dqtk.linear_int8(*moved((x, *arguments), device))
+        assert torch.equal(y.cpu(), linear_int8_reference(x, *arguments)), bits
+    for kind in KINDS:
+        qweight, *rest = stored = weight_only(37, 64, kind, 2)
+        y = torch.ops.dqtk.linear_decoded(*moved((x, qweight, None, *rest), device)).cpu().double()
+        expected = x.double() @ decode_reference(*stored, 64, x.dtype).double().T
+        torch.testing.assert_close(y, expected, rtol=4e-3, atol=1e-5 * expected.abs().max().item())
+    codes, scale, x = seeded(40, 64).to(torch.float8_e4m3fn), seeded(40, 1, seed=3).abs(), seeded(2, 5, 64)
+    y, expected = (torch.ops.dqtk.linear_fp8(*moved((x, codes, scale, None, None), where)).cpu() for where in (device, "cpu"))
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
 
 @case
