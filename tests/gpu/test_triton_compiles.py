@@ -36,13 +36,41 @@ def is_exact(made):
     return "fma.rn.f32" not in made.asm["ptx"] and "div.full" not in made.asm["ptx"]
 
 
+ROUNDED = {"SMOOTH": False, "STATIC": False, "ZERO": False, "HALVES": False, "BLOCK": 1024}
+NOTHING = {"smooth": None, "input_scale": None, "input_zero": None}
+
+
 @pytest.mark.parametrize("capability", TENSOR_CORES)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_rounding(capability, dtype):
-    constants = {"SMOOTH": True, "STATIC": False, "ZERO": False, "HALVES": False, "BLOCK": 1024}
-    made = compiled(integer._round_rows, capability, f"*{dtype} *fp32 *fp32 *i32 *i8 *fp32 i32 i32 i32", constants, num_warps=4)
-    assert is_exact(made)
-    assert "div.rn.f32" in made.asm["ptx"]
+    smooth = ROUNDED | {"SMOOTH": True, "HALVES": True, "input_scale": None, "input_zero": None}
+    static = ROUNDED | {"STATIC": True, "ZERO": True, "smooth": None}
+    for types, constants in (
+        (f"*{dtype} *i8 *fp32 i32 i32 i32", ROUNDED | NOTHING),
+        (f"*{dtype} *fp32 *i8 *fp32 i32 i32 i32", smooth),
+        (f"*{dtype} *fp32 *i32 *i8 *fp32 i32 i32 i32", static),
+    ):
+        made = compiled(integer._round_rows, capability, types, constants, num_warps=4)
+        assert is_exact(made)
+        assert "div.rn.f32" in made.asm["ptx"]
+
+
+@pytest.mark.parametrize("sizes", [("T",), ("N",), ("K",), ("T", "N", "K")], ids=str)
+def test_sizes_of_one(sizes):
+    """Triton compiles a number that is 1 as a constant."""
+    one = dict.fromkeys(sizes, 1)
+    numbers = " i32" * (3 - len(one))
+    tile = {"TILE_T": 16, "TILE_N": 32, "TILE_K": 64, "BAND": 8, "ACTIVATION": 1}
+    ends = {"bias": None, "input_zero": None, "BIAS": False, "ZERO": False, "scale_step": 1, "active_from": 1}
+    compiled(integer._multiply, 90, f"*i8 *i8 *bf16 *fp32 *fp32{numbers}", tile | ends | one)
+    halves = tile | ends | one | {"group_scale": None, "GROUP": 0, "groups": 1}
+    compiled(integer._multiply_4bit, 90, f"*i8 *u8 *bf16 *fp32 *fp32{numbers} i32", halves)
+    del tile["ACTIVATION"]
+    switches = {"BIAS": False, "SIGNED": True, "LEVELS": False, "ZERO": False, "SCALED": False, "bias": None, "stride": 1}
+    constants = KINDS["int8"] | tile | switches | one | {"row_step": 1, "groups": 1}
+    compiled(decoded._multiply_decoded, 90, f"*bf16 *i8 *fp32 *bf16{numbers} i32", constants)
+    if "K" in one:
+        compiled(integer._round_rows, 90, "*bf16 *i8 *fp32 i32 i32", ROUNDED | NOTHING | {"K": 1})
 
 
 def product(kernel, capability, tile, types, constants):
@@ -67,7 +95,8 @@ def test_integer_product(capability, tile):
 @pytest.mark.parametrize(("tile", "group"), [(tile, group) for tile in tiles.INT4 for group in (0, 16, 64)][::2], ids=str)
 def test_product_of_4_bits(capability, tile, group):
     constants = {"BIAS": False, "ZERO": True, "ACTIVATION": 2, "GROUP": group, "bias": None}
-    types = "*i8 *u8 *u8 i32 *bf16 *fp32 *fp32 i32 *i32 i32 i32 i32 i32 i32"
+    constants |= {} if group else {"group_scale": None}
+    types = f"*i8 *u8 {'*u8' if group else ''} i32 *bf16 *fp32 *fp32 i32 *i32 i32 i32 i32 i32 i32"
     product(integer._multiply_4bit, capability, tile, types, constants)
 
 
