@@ -174,10 +174,14 @@ def check() -> None:
     """Refuse to go on where a kernel is wrong."""
     import triton_cases
 
+    begun = time.monotonic()
     wrong = {name: text for name, text in triton_cases.failures("cuda").items() if text}
     for name, text in wrong.items():
         print(f"--- {name}\n{text}", flush=True)
-    print(f"{len(triton_cases.CASES) - len(wrong)} of {len(triton_cases.CASES)} cases passed", flush=True)
+    print(
+        f"{len(triton_cases.CASES) - len(wrong)} of {len(triton_cases.CASES)} cases passed in {time.monotonic() - begun:.0f} s",
+        flush=True,
+    )
     if wrong:
         refuse(f"these kernels must be right before they are timed: {', '.join(wrong)}")
 

@@ -52,7 +52,7 @@ def _decoded(
     return rounded_to(value, TYPE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _multiply_decoded(
     x, weight, levels, steps, zeros, group_scale, bias, y, T, N, K, width, stride, row_step, groups,
     BIAS: tl.constexpr, SIGNED: tl.constexpr, LEVELS: tl.constexpr, ZERO: tl.constexpr, SCALED: tl.constexpr,

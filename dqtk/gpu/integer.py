@@ -106,7 +106,7 @@ def _finish(acc, y, t, n, T, N, x_scale, w_scale, scale_step, bias, active_from,
     tl.store(y + to, v, mask=(t < T)[:, None] & (n < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale_step", "active_from", "T"])
 def _multiply(
     codes, weight, y, x_scale, w_scale, scale_step, bias, input_zero, active_from, T, N, K,
     BIAS: tl.constexpr, ZERO: tl.constexpr, ACTIVATION: tl.constexpr,
@@ -139,7 +139,7 @@ def _in_groups(w, group_scale, start, TILE_K: tl.constexpr, TILE_N: tl.constexpr
     return w
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale_step", "active_from", "T"])
 def _multiply_4bit(
     codes, weight, group_scale, groups, y, x_scale, w_scale, scale_step, bias, input_zero, active_from, T, N, K, width,
     BIAS: tl.constexpr, ZERO: tl.constexpr, ACTIVATION: tl.constexpr, GROUP: tl.constexpr,
