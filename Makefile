@@ -1,10 +1,10 @@
-# make demo | make test | make check | make bench | make notebooks
+# make demo | make test | make check | make bench | make notebooks | make gpu-check
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check bench install browser format notebooks
+.PHONY: demo test check bench install browser format notebooks gpu-check
 
 install: $(INSTALLED)
 
@@ -41,3 +41,7 @@ bench: install
 
 notebooks: install
 	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
+
+# Where a GPU is there may be no network: this installs nothing, and needs only torch.
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py

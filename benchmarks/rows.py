@@ -7,11 +7,11 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results.jsonl"
 
 
-def append(row: dict[str, Any], packages: dict[str, str] | None = None) -> None:
-    """Add a row; ``packages``: versions of more of them."""
+def append(row: dict[str, Any], packages: dict[str, str] | None = None, device: str = "cpu") -> None:
+    """Add a row, measured on a device; ``packages``: versions of more of them."""
     from dqtk.report.environment import hardware, now, versions  # not before: what measures memory stays small until then
 
-    full = row | {"created": now(), "versions": versions() | (packages or {}), "hardware": hardware()}
+    full = row | {"created": now(), "versions": versions() | (packages or {}), "hardware": hardware(device)}
     with RESULTS.open("a") as file:
         print(json.dumps(full), file=file)
 

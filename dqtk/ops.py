@@ -6,7 +6,7 @@ linear_fp8    E4M3 inputs per token and E4M3 weights per channel
 emulated      everything else: inputs are rounded, weights decoded, and the product is that of float32 numbers
 """
 
-from dqtk import native
+from dqtk import gpu, native
 from dqtk.spec import STATIC, Dynamic, Float, Int, LayerSpec, PerChannel, PerTensor, PerToken, TensorSpec, TwoLevel
 
 E4M3 = Float(exponent=4, mantissa=3)
@@ -42,12 +42,23 @@ def _takes_fp8(weight: TensorSpec, given: TensorSpec) -> bool:
 
 def report_of(op: str, device: str) -> str:
     """What runs for an op on a device type such as "cpu", in words."""
-    served, by = native.describe(products=op != "weight_only") if device == "cpu" else (False, "")
+    served, by = _kernels(op, device)
     why = f" ({by})" if by and not served else ""
     if op == "weight_only":
+        if served and device == "cuda":
+            return f"weights decoded inside {by} (linear, 4 and 8 bits) or to the compute dtype, then torch's own matmul"
         if served:
             return f"weights decoded to the compute dtype, {by}, then torch's own matmul"
         return f"weights decoded to the compute dtype, then torch's own matmul{why}"
     if op in ("linear_int8", "conv_int8") and device in ("cpu", "cuda"):
         return f"integer matmul, {by}" if served else f"integer matmul through torch._int_mm{why}"
+    if op == "linear_fp8" and device == "cuda" and gpu.no_scaled_matmul() is None:
+        return "FP8 matmul through torch._scaled_mm"
     return EMULATED
+
+
+def _kernels(op: str, device: str) -> tuple[bool, str]:
+    """Whether kernels of dqtk's own serve an op there, and which (or why none)."""
+    if device == "cpu":
+        return native.describe(products=op != "weight_only")
+    return gpu.describe() if device == "cuda" and op in ("linear_int8", "weight_only") else (False, "")

@@ -104,12 +104,22 @@ def test_without_rounded_inputs_weights_are_decoded(stored):
 
 
 def test_reports_name_what_runs():
-    assert report_of("linear_int8", "cuda") == "integer matmul through torch._int_mm"
     assert report_of("conv_int8", "cuda") == "integer matmul through torch._int_mm"
     assert report_of("linear_int8", "mps") == "emulated in floating point"
     assert report_of("linear_fp8", "cpu") == "emulated in floating point"
     assert report_of("emulated", "cuda") == "emulated in floating point"
-    assert report_of("weight_only", "cuda") == "weights decoded to the compute dtype, then torch's own matmul"
+    assert report_of("weight_only", "mps") == "weights decoded to the compute dtype, then torch's own matmul"
+
+
+def test_reports_on_cuda_name_triton_or_why_it_does_not_run(monkeypatch):
+    monkeypatch.setattr(ops.gpu, "describe", lambda: (True, "Triton kernels"))
+    assert report_of("linear_int8", "cuda") == "integer matmul, Triton kernels"
+    decoded = "weights decoded inside Triton kernels (linear, 4 and 8 bits) or to the compute dtype, then torch's own matmul"
+    assert report_of("weight_only", "cuda") == decoded
+    monkeypatch.setattr(ops.gpu, "describe", lambda: (False, "Triton kernels: triton is not installed"))
+    missing = "integer matmul through torch._int_mm (Triton kernels: triton is not installed)"
+    assert report_of("linear_int8", "cuda") == missing
+    assert report_of("weight_only", "cuda").endswith("then torch's own matmul (Triton kernels: triton is not installed)")
 
 
 @pytest.mark.parametrize("op", ["linear_int8", "conv_int8", "weight_only"])

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dqtk import native
+from dqtk import gpu, native
 from dqtk.numerics.floats import values_of
 from dqtk.numerics.packing import Packed, group_steps, integer_weight, unpack
 from dqtk.spec import Codebook, Float, Int, TensorSpec, TwoLevel
@@ -140,6 +140,17 @@ def _(x, qweight, bias, steps, zero, group_scale, selector, levels, bits, signed
     decoder = native.Decoder(library, qweight, steps, zero, group_scale, selector, levels, bits, signed, k)
     y = decoder.linear_few(rows, bias) if rows.shape[0] <= native.FEW_ROWS else _linear_in_chunks(decoder, rows, bias)
     return y.view(*x.shape[:-1], n)
+
+
+@linear_decoded.register_kernel("cuda")
+def linear_decoded_on_cuda(x, qweight, bias, steps, zero, group_scale, selector, levels, bits, signed) -> Tensor:
+    """The op on a CUDA device: a Triton kernel that decodes as it multiplies, else torch; ``gpu.describe`` says whether and why."""
+    stored = qweight, steps, zero, group_scale, selector, levels, bits, signed
+    y = gpu.linear_decoded(x.reshape(-1, x.shape[-1]), bias, *stored) if gpu.serves(x.device) else None
+    if y is not None:
+        return y.view(*x.shape[:-1], qweight.shape[0])
+    weight = decode_reference(*stored, x.shape[-1], x.dtype)
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype)).contiguous()
 
 
 _room = threading.local()  # memory of decoded rows, kept for the next call: fresh pages cost as much as decoding into them

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dqtk import native
+from dqtk import gpu, native
 from dqtk.numerics.packing import integer_weight
 
 from .int8 import epilogue, matmul_int_mm, matmul_padded, matmul_reference, quantize_rows
@@ -103,9 +103,16 @@ def _(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, smoot
 
 
 @linear_int8.register_kernel("cuda")
-def _(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, smooth=None, activation="none", active_from=0):
-    arguments = (qweight, scale, group_scale, bias, input_scale, input_zero, bits)
-    return activated(_linear_int8(smoothed(x, smooth), *arguments, matmul_padded), activation, active_from)
+def linear_int8_on_cuda(
+    x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, smooth=None, activation="none", active_from=0
+) -> Tensor:
+    """The op on a CUDA device: Triton kernels, else torch's; ``gpu.describe`` says which and why."""
+    layer = qweight, scale, group_scale, bias, input_scale, input_zero, bits
+    if x.dtype in gpu.TYPES and gpu.serves(x.device):
+        y = gpu.linear_int8(x.reshape(-1, x.shape[-1]), *layer, smooth, activation, active_from)
+        if y is not None:
+            return y.view(*x.shape[:-1], qweight.shape[0])
+    return activated(_linear_int8(smoothed(x, smooth), *layer, matmul_padded), activation, active_from)
 
 
 @linear_int8.register_fake
@@ -155,6 +162,10 @@ def linear_fp8(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, i
     Returns:
         [..., N] in the dtype of ``x``.
     """
+    return _linear_fp8(x, qweight, scale, bias, input_scale, _matmul_emulated)
+
+
+def _linear_fp8(x, qweight, scale, bias, input_scale, matmul) -> Tensor:
     rows = x.reshape(-1, x.shape[-1]).float()
     if input_scale is None:
         x_scale = rows.abs().amax(dim=1, keepdim=True) / 448 if rows.numel() else rows.new_ones((rows.shape[0], 1))
@@ -162,9 +173,38 @@ def linear_fp8(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, i
     else:
         x_scale = input_scale.view(1, 1)
     codes = (rows / x_scale).clamp(-448, 448).to(torch.float8_e4m3fn)
-    y = (codes.float() @ qweight.float().T) * x_scale * scale.view(1, -1)
+    y = matmul(codes, qweight) * x_scale * scale.view(1, -1)
     y = y if bias is None else y + bias.float()
     return y.to(x.dtype).view(*x.shape[:-1], qweight.shape[0])
+
+
+def _matmul_emulated(a_TK: Tensor, b_NK: Tensor) -> Tensor:
+    return a_TK.float() @ b_NK.float().T
+
+
+def matmul_scaled(a_TK: Tensor, b_NK: Tensor) -> Tensor:
+    """float32 [T, N] = a @ b^T of E4M3 numbers through ``torch._scaled_mm``, which wants multiples of 16; zeros add nothing.
+
+    It is given no scales: they differ per row and column, and it takes such only for some dtypes and devices.
+    """
+    (t, k), n = a_TK.shape, b_NK.shape[0]
+    if 0 in (t, n, k):
+        return torch.zeros((t, n), device=a_TK.device)
+    a, b = (_filled_up(codes, (0, -k % 16, 0, more)) for codes, more in ((a_TK, -t % 16), (b_NK, -n % 16)))
+    one = torch.ones((), device=a.device)
+    return torch._scaled_mm(a, b.T, one, one, out_dtype=torch.float32)[:t, :n]
+
+
+def _filled_up(codes: Tensor, pads: tuple[int, ...]) -> Tensor:
+    """A float8 matrix with zeros on the right and below; padding is done on its bytes, 0 of which is the number 0."""
+    return F.pad(codes.view(torch.uint8), pads).view(codes.dtype) if any(pads) else codes.contiguous()
+
+
+@linear_fp8.register_kernel("cuda")
+def _(x, qweight, scale, bias, input_scale):
+    if gpu.no_scaled_matmul() is None:
+        return _linear_fp8(x, qweight, scale, bias, input_scale, matmul_scaled)
+    return _linear_fp8(x, qweight, scale, bias, input_scale, _matmul_emulated)
 
 
 @linear_fp8.register_fake

@@ -163,6 +163,24 @@ def test_fp8_per_tensor_zeros_and_nan():
     assert torch.isfinite(y[2]).all()
 
 
+@pytest.mark.parametrize(("t", "k", "n"), [(1, 16, 16), (1, 17, 3), (33, 129, 65), (40, 64, 24), (0, 24, 7), (3, 24, 0)])
+def test_scaled_matmul_of_cuda(t, k, n):
+    """On the CPU, whose ``torch._scaled_mm`` takes the same arguments."""
+    a, b = (seeded(rows, k, seed=rows).to(torch.float8_e4m3fn) for rows in (t, n))
+    y = linear.matmul_scaled(a, b)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y.double(), a.double() @ b.double().T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize(("shape", "n"), SHAPES, ids=str)
+def test_fp8_through_scaled_matmul_equals_reference(static, shape, n):
+    packed, x, scale = fp8_weight(n, shape[-1]), seeded(*shape), torch.tensor([0.004]) if static else None
+    call = x, packed.qweight, packed.scale, seeded(n), scale
+    y = linear._linear_fp8(*call, linear.matmul_scaled)
+    torch.testing.assert_close(y, linear_fp8(*call), rtol=1e-5, atol=1e-5)
+
+
 # opcheck itself reads .grad of non-leaf copies.
 OPCHECK_WARNING = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor")
 

@@ -1,0 +1,338 @@
+"""What the Triton kernels must do, as plain functions of a device. Run as a script: what failed, as JSON.
+
+    TRITON_INTERPRET=1 python tests/gpu/triton_cases.py     on any machine
+    python tests/gpu/triton_cases.py cuda [beginning of names]
+
+A compiled kernel takes a second to make and serves one combination of dtypes and options, so combinations are taken in turn.
+
+Kept apart from pytest because Triton decides at import whether it interprets, and because machines with a GPU may have neither
+pytest nor diffusers: only the kernel rooms are needed.
+"""
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from dqtk.kernels.decoded import decode_reference, linear_decoded_on_cuda
+from dqtk.kernels.linear import linear_int8_on_cuda, linear_int8_reference
+from dqtk.numerics.packing import pack
+
+CASES: dict[str, Callable[[str], None]] = {}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPES = (((5, 24), 7), ((1, 8), 1), ((2, 3, 40), 16), ((1, 1, 17), 3), ((24,), 5), ((33, 129), 65), ((70, 1100), 40))
+EMPTY = (((0, 24), 7), ((2, 0, 24), 7), ((3, 24), 0))
+INPUTS = ("dynamic", "static", "static-asymmetric")
+
+
+def case(run: Callable[[str], None]) -> Callable[[str], None]:
+    CASES[run.__name__] = run
+    return run
+
+
+def seeded(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def integers(low: int, high: int, *shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def layer(n: int, k: int, bits: int = 8, size: int | None = None, inputs: str = "dynamic", bias: bool = True) -> tuple:
+    """Arguments of dqtk::linear_int8 behind the input; ``size``: of groups."""
+    half = 2 ** (bits - 1)
+    codes = integers(1 - half, half, n, k)
+    qweight = codes.to(torch.int8) if bits == 8 else pack(codes + half, bits)
+    group_scale = None if size is None else integers(1, 127 // half + 1, n, k // size, seed=2).to(torch.uint8)
+    given = None, None
+    if inputs != "dynamic":
+        given = torch.tensor([0.021]), torch.tensor([-37 if inputs == "static-asymmetric" else 0], dtype=torch.int32)
+    scale = seeded(n, 1, seed=3).abs() * 0.01
+    return qweight, scale, group_scale, seeded(n, seed=4) if bias else None, *given, bits
+
+
+def moved(values: tuple, device: str) -> list:
+    return [value.to(device) if isinstance(value, torch.Tensor) else value for value in values]
+
+
+def same_integers(x: torch.Tensor, arguments: tuple, device: str, how: str) -> None:
+    """Bit for bit, in the dtype and shape of the reference."""
+    y, expected = linear_int8_on_cuda(*moved((x, *arguments), device)), linear_int8_reference(x, *arguments)
+    assert (y.dtype, y.shape, y.is_contiguous()) == (expected.dtype, expected.shape, True), how
+    assert torch.equal(y.cpu(), expected), f"{how}: off by {(y.cpu().double() - expected.double()).abs().max()}"
+
+
+@case
+def int8_equals_reference(device: str) -> None:
+    for i, (shape, n) in enumerate((*SHAPES, *EMPTY)):
+        for j, inputs in enumerate(INPUTS):
+            dtype = DTYPES[(i + j) % 3]
+            x, arguments = seeded(*shape).to(dtype), layer(n, shape[-1], inputs=inputs)
+            same_integers(x, arguments, device, f"{shape} {n} {inputs} {dtype}")
+
+
+@case
+def int8_without_bias_and_with_one_scale(device: str) -> None:
+    qweight, _, *rest = layer(7, 24, bias=False)
+    same_integers(seeded(5, 24), (qweight, torch.tensor([[0.02]]), *rest), device, "one scale")
+
+
+@case
+def int8_of_strided_inputs(device: str) -> None:
+    for x in (
+        seeded(24, 10).T,
+        seeded(3, 24, 5).transpose(1, 2),
+        seeded(6, 48)[:, ::2],
+        seeded(6, 48)[:, 3:27],
+        seeded(1, 24).expand(4, 24),
+    ):
+        same_integers(x, layer(7, 24), device, f"strides {x.stride()}")
+
+
+@case
+def int8_smooths(device: str) -> None:
+    for dtype in DTYPES:
+        smooth = (seeded(129, seed=5).abs() + 0.1).to(dtype)
+        same_integers(seeded(9, 129).to(dtype), (*layer(65, 129), smooth), device, str(dtype))
+
+
+@case
+def int8_ends_with_the_activation(device: str) -> None:
+    """erf and exp differ from the CPU's in the last places, which rounding to the dtype can make one unit of it."""
+    tolerance = {torch.float32: (1e-5, 1e-6), torch.bfloat16: (8e-3, 1e-5), torch.float16: (1e-3, 3e-5)}
+    for dtype in DTYPES:
+        for activation in ("gelu", "gelu_tanh"):
+            for active_from in (0, 20, 40):
+                x, arguments = 0.2 * seeded(9, 24).to(dtype), (*layer(40, 24), None, activation, active_from)
+                y, expected = linear_int8_on_cuda(*moved((x, *arguments), device)).cpu(), linear_int8_reference(x, *arguments)
+                assert torch.equal(y[:, :active_from], expected[:, :active_from])
+                rtol, atol = tolerance[dtype]
+                torch.testing.assert_close(y, expected, rtol=rtol, atol=atol)
+
+
+@case
+def int8_saturates(device: str) -> None:
+    """Of a static range; huge numbers and halves between two codes round as the reference's."""
+    x = torch.tensor([[1e30, -1e30, 0.0, 0.021 * 127] * 6, [0.021 * (i - 11.5) for i in range(24)]])
+    for inputs in INPUTS:
+        same_integers(x, layer(7, 24, inputs=inputs), device, inputs)
+
+
+@case
+def int8_of_zeros_and_tiny_rows(device: str) -> None:
+    for value in (0.0, 1e-30, 1e-38):
+        for inputs in INPUTS:
+            same_integers(torch.full((3, 24), value), layer(7, 24, inputs=inputs), device, f"{value} {inputs}")
+
+
+@case
+def int8_does_not_hide_nan(device: str) -> None:
+    np.seterr(invalid="ignore")  # the interpreter computes with numpy, whose opinion of inf / inf is known
+    for wrong in (float("nan"), float("inf"), float("-inf")):
+        for inputs in INPUTS:
+            x = seeded(3, 24)
+            x[1, 4] = wrong
+            y = linear_int8_on_cuda(*moved((x, *layer(7, 24, inputs=inputs)), device)).cpu()
+            assert not torch.isfinite(y[1]).any(), (wrong, inputs)
+            assert torch.isfinite(y[[0, 2]]).all(), (wrong, inputs)
+
+
+@case
+def int8_in_every_tile(device: str) -> None:
+    """More than one tile each way, and not a whole number of them."""
+    from dqtk.gpu.integer import linear_int8
+    from dqtk.gpu.tiles import INT8
+
+    for tile in INT8:
+        x, arguments = seeded(tile.rows + 3, tile.width + 5), layer(tile.outputs + 9, tile.width + 5, inputs="static-asymmetric")
+        y = linear_int8(*moved((x, *arguments), device), tile=tile)
+        assert torch.equal(y.cpu(), linear_int8_reference(x, *arguments)), tile
+
+
+@case
+def int4_equals_reference(device: str) -> None:
+    for i, (shape, n) in enumerate((*SHAPES, *EMPTY)):
+        for j, inputs in enumerate(INPUTS):
+            dtype = DTYPES[(i + j) % 3]
+            x, arguments = seeded(*shape).to(dtype), layer(n, shape[-1], 4, inputs=inputs)
+            same_integers(x, arguments, device, f"{shape} {n} {inputs} {dtype}")
+
+
+@case
+def int4_in_groups(device: str) -> None:
+    """Of a part of a tile, of whole ones, and of sizes that torch expands."""
+    for k, size in ((40, 8), (96, 16), (96, 32), (320, 64), (768, 256), (1024, 1024), (96, 48), (24, 4), (24, 2)):
+        for inputs in INPUTS:
+            same_integers(seeded(5, k), layer(37, k, 4, size, inputs), device, f"{k} in groups of {size} {inputs}")
+
+
+@case
+def int4_in_every_tile(device: str) -> None:
+    from dqtk.gpu.integer import linear_int8
+    from dqtk.gpu.tiles import INT4
+
+    for tile in INT4:
+        k = 2 * tile.width + 16
+        x, arguments = seeded(tile.rows + 3, k), layer(tile.outputs + 9, k, 4, 16, "static-asymmetric")
+        y = linear_int8(*moved((x, *arguments), device), tile=tile)
+        assert torch.equal(y.cpu(), linear_int8_reference(x, *arguments)), tile
+
+
+@case
+def int4_smooths_and_activates(device: str) -> None:
+    x, smooth = seeded(9, 128).bfloat16(), seeded(128, seed=5).abs() + 0.1
+    same_integers(x, (*layer(65, 128, 4, 64), smooth), device, "smooth")
+    for active_from in (0, 30):
+        arguments = (*layer(65, 128, 4, 64), smooth, "gelu", active_from)
+        y, expected = linear_int8_on_cuda(*moved((x, *arguments), device)).cpu(), linear_int8_reference(x, *arguments)
+        torch.testing.assert_close(y, expected, rtol=8e-3, atol=1e-5)
+
+
+@case
+def int4_stays_packed(device: str) -> None:
+    from dqtk.gpu.integer import stays_packed
+
+    for k, size, packed in ((64, None, True), (64, 8, True), (64, 64, True), (96, 48, False), (64, 4, False)):
+        qweight, _, group_scale, *_ = layer(5, k, 4, size)
+        assert stays_packed(qweight, group_scale, 4, k) == packed, size
+    assert not stays_packed(layer(5, 64, 8)[0], None, 8, 64)
+
+
+@case
+def ops_of_the_device(device: str) -> None:
+    """Through the dispatcher, with whatever kernels it finds."""
+    for bits, size in ((8, None), (4, 32)):
+        x, arguments = seeded(2, 5, 64).bfloat16(), layer(37, 64, bits, size)
+        y = torch.ops.dqtk.linear_int8(*moved((x, *arguments), device))
+        assert torch.equal(y.cpu(), linear_int8_reference(x, *arguments)), bits
+    for kind in KINDS:
+        qweight, *rest = stored = weight_only(37, 64, kind, 2)
+        y = torch.ops.dqtk.linear_decoded(*moved((x, qweight, None, *rest), device)).cpu().double()
+        expected = x.double() @ decode_reference(*stored, 64, x.dtype).double().T
+        torch.testing.assert_close(y, expected, rtol=4e-3, atol=1e-5 * expected.abs().max().item())
+    codes, scale, x = seeded(40, 64).to(torch.float8_e4m3fn), seeded(40, 1, seed=3).abs(), seeded(2, 5, 64)
+    y, expected = (torch.ops.dqtk.linear_fp8(*moved((x, codes, scale, None, None), where)).cpu() for where in (device, "cpu"))
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+@case
+def other_widths_equal_reference(device: str) -> None:
+    for bits in (2, 3, 5, 6, 7):
+        same_integers(seeded(5, 24), layer(7, 24, bits), device, f"{bits} bits")
+        same_integers(seeded(5, 64), layer(7, 64, bits, 32 if bits < 7 else None, "static"), device, f"{bits} bits in groups")
+
+
+def weight_only(n: int, k: int, kind: str, groups: int = 1) -> tuple:
+    """Codes, steps, zero, group_scale, selector, levels, bits, signed; ``kind``: int4, uint4, table4, two-level4 and so on."""
+    bits = int(kind[-1])
+    raw = integers(0, 2**bits, n, k).to(torch.uint8)
+    qweight = raw.view(torch.int8) if kind == "int8" else raw if bits == 8 else pack(raw, bits)
+    groups_of_steps = 1 if kind.startswith("two-level") else groups
+    steps = seeded(n, groups_of_steps, seed=6).abs() * 0.1
+    zero = integers(0, 2**bits, n, groups_of_steps, seed=7).to(torch.uint8) if kind.startswith("uint") else None
+    group_scale = integers(1, 16, n, groups, seed=8).to(torch.uint8) if kind.startswith("two-level") else None
+    levels = seeded(1, 2**bits, seed=9) if kind.startswith("table") else None
+    return qweight, steps, zero, group_scale, None, levels, bits, kind.startswith(("int", "two-level"))
+
+
+KINDS = ("int4", "uint4", "table4", "two-level4", "int8", "uint8", "table8")
+
+
+def near(x: torch.Tensor, stored: tuple, device: str, how: str, bias: torch.Tensor | None = None) -> None:
+    """To float64 of the decoded weight, within the dtype's rounding and that of float32 sums."""
+    qweight, *rest = stored
+    y = linear_decoded_on_cuda(*moved((x, qweight, bias, *rest), device))
+    expected = x.double() @ decode_reference(*stored, x.shape[-1], x.dtype).double().T
+    expected = expected if bias is None else expected + bias.to(x.dtype).double()
+    assert (y.dtype, y.shape, y.is_contiguous()) == (x.dtype, expected.shape, True), how
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 6e-4}[x.dtype]  # half a unit in the last place, and sums
+    scale = expected.abs().amax().item() if expected.numel() else 1.0
+    torch.testing.assert_close(y.cpu().double(), expected, rtol=tolerance, atol=1e-5 * scale, msg=lambda text: f"{how}: {text}")
+
+
+@case
+def decoded_is_near_float64(device: str) -> None:
+    for i, kind in enumerate(KINDS):
+        for j, (shape, n) in enumerate(SHAPES if kind in ("uint4", "int8") else (*SHAPES[i % 3 :: 3], *EMPTY)):
+            x = seeded(*shape).to(DTYPES[(i + j) % 3])
+            near(x, weight_only(n, shape[-1], kind), device, f"{kind} {shape} {n} {x.dtype}", seeded(n, seed=4))
+
+
+@case
+def decoded_in_groups(device: str) -> None:
+    for i, kind in enumerate(KINDS):
+        for k, size in (((64, 8), (320, 64), (96, 48)), ((96, 32), (768, 256)))[i % 2]:
+            near(seeded(5, k).bfloat16(), weight_only(37, k, kind, k // size), device, f"{kind}, {k} in groups of {size}")
+
+
+@case
+def decoded_numbers_are_exact(device: str) -> None:
+    """Inputs that pick one weight each: no sums."""
+    for kind in KINDS:
+        for dtype in (torch.bfloat16, torch.float16):
+            stored = weight_only(37, 64, kind, 2)
+            y = linear_decoded_on_cuda(*moved((torch.eye(64).to(dtype), stored[0], None, *stored[1:]), device))
+            assert torch.equal(y.cpu(), decode_reference(*stored, 64, dtype).T), kind
+
+
+@case
+def decoded_with_one_step(device: str) -> None:
+    for kind in KINDS:
+        qweight, _, zero, *rest = weight_only(37, 64, kind)
+        stored = qweight, torch.tensor([[0.05]]), None if zero is None else zero[:1], *rest
+        near(seeded(5, 64).bfloat16(), stored, device, kind)
+
+
+@case
+def decoded_of_strided_inputs(device: str) -> None:
+    for kind in ("uint4", "int8"):
+        for x in (seeded(24, 10).T, seeded(3, 24, 5).transpose(1, 2), seeded(6, 48)[:, ::2], seeded(1, 24).expand(4, 24)):
+            near(x.bfloat16(), weight_only(7, 24, kind), device, f"{kind} strides {x.stride()}")
+
+
+@case
+def decoded_in_every_tile(device: str) -> None:
+    from dqtk.gpu.decoded import Stored, linear_decoded
+    from dqtk.gpu.tiles import DECODED
+
+    for kind in ("uint4", "int8"):
+        for tile in DECODED:
+            k = 2 * tile.width + 16
+            x, stored = seeded(tile.rows + 3, k).bfloat16(), weight_only(tile.outputs + 9, k, kind, k // 16)
+            y = linear_decoded(*moved((x, None), device), Stored(*moved(stored, device)), tile)
+            expected = x.double() @ decode_reference(*stored, k, x.dtype).double().T
+            torch.testing.assert_close(y.cpu().double(), expected, rtol=4e-3, atol=1e-5 * expected.abs().max().item())
+
+
+@case
+def decoded_says_what_it_takes(device: str) -> None:
+    from dqtk.gpu.decoded import Stored, takes
+
+    x = seeded(5, 96).bfloat16()
+    three_groups = ((kind, 3, True) for kind in KINDS)
+    for kind, groups, taken in (*three_groups, ("int4", 2, False), ("uint4", 1, True), ("int3", 1, False)):
+        assert takes(x, Stored(*weight_only(7, 96, kind, groups))) == taken, (kind, groups)
+    assert not takes(x.float(), Stored(*weight_only(7, 96, "int4")))
+
+
+def failures(device: str, beginning: str = "") -> dict[str, str]:
+    """Name -> traceback, or nothing where it went well; of cases whose names begin so."""
+    found = {}
+    for name, run in CASES.items():
+        if not name.startswith(beginning):
+            continue
+        try:
+            run(device)
+            found[name] = ""
+        except Exception:  # noqa: BLE001, whatever it is goes into the report
+            found[name] = traceback.format_exc()
+    return found
+
+
+if __name__ == "__main__":
+    found = failures(*(sys.argv[1:] or ["cpu"]))
+    print(json.dumps(found))
+    sys.exit(any(found.values()))
