@@ -4,6 +4,8 @@ import argparse
 import importlib.metadata
 from pathlib import Path
 
+from .allocate.budget import Budget, parse_budget
+from .allocate.from_logs import LOSSES
 from .recipes import RECIPES
 from .report.rounding import ROUNDINGS
 
@@ -35,6 +37,9 @@ def parser() -> argparse.ArgumentParser:
     quant.add_argument("--max-memory", type=float, default=2, metavar="GIB", help="of input statistics (%(default)s)")
     quant.add_argument("--stream", action="store_true", help="a layer at a time, for models larger than memory; resumes")
     quant.add_argument("--output", type=Path, required=True, help="folder for the quantized pipeline; new or empty")
+
+    alloc = verbs.add_parser("allocate", help="which layer gets which bits within a budget")
+    _allocation(alloc)
 
     generate = verbs.add_parser("generate", help="write one PNG per prompt")
     generate.add_argument("model", metavar="MODEL")
@@ -73,6 +78,25 @@ def parser() -> argparse.ArgumentParser:
     job.add_argument("job", metavar="JOB", type=Path)
     _gates(job)
     return top
+
+
+def _allocation(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--budget", type=_budget, required=True, help="such as 4.5bits (average per weight) or 300MB")
+    verb.add_argument(
+        "--sensitivity", type=Path, required=True, metavar="LOG", help="YAML, layer: [score per width], higher is better"
+    )
+    verb.add_argument("--sizes", type=Path, required=True, metavar="FILE", help="YAML, layer: number of weights")
+    verb.add_argument("--widths", type=_positive, nargs="+", metavar="BITS", default=[2, 4, 8], help="of the log (%(default)s)")
+    verb.add_argument(
+        "--loss",
+        choices=tuple(LOSSES),
+        default="score",
+        help="score: best sum of scores, noise: scores are dB, least noise (%(default)s)",
+    )
+    verb.add_argument("--content", metavar="PATTERN", action="append", default=[], help="layers of the content group; repeatable")
+    verb.add_argument("--ratio", type=float, help="average bits of content over those of the rest (default: one program for all)")
+    verb.add_argument("--protect", type=float, metavar="SCORE", help="keep layers at 16 bits whose best score is below")
+    verb.add_argument("--output", type=Path, required=True, help="the choices as JSON; a new file")
 
 
 def _gates(verb: argparse.ArgumentParser) -> None:
@@ -122,6 +146,13 @@ def _speed(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--device", help="such as cpu or cuda:1 (default: the CUDA device if there is one)")
     verb.add_argument("--layers", action="store_true", help="also every distinct layer by itself: the cost table")
     verb.add_argument("--output", type=Path, help="also write all of it as JSON; a new file")
+
+
+def _budget(text: str) -> Budget:
+    try:
+        return parse_budget(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error  # argparse would not show the text of a ValueError
 
 
 def _positive(text: str) -> int:

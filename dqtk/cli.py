@@ -1,4 +1,4 @@
-"""The command line: ``dqtk explain | calibrate | quantize | generate | compare | bench | evaluate | run``.
+"""The command line: ``dqtk explain | calibrate | allocate | quantize | generate | compare | bench | evaluate | run``.
 
 MODEL is an embedded pipeline's name (tiny-pixart, tiny-sdxl), a local diffusers folder, or a hub id. Errors that a person can mend
 are one line on stderr and exit status 2; Ctrl-C exits with 130 and leaves no half-written output.
@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from .allocate.from_logs import allocate_from_logs
+from .allocate.logs import read_sensitivity, read_sizes
 from .arguments import parser
 from .calibrate import Stats
 from .calibrate import calibrate as run_calibrate
@@ -50,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = {
         "explain": _explain,
         "calibrate": _calibrate,
+        "allocate": _allocate,
         "quantize": _quantize,
         "generate": _generate,
         "compare": _compare,
@@ -148,6 +151,24 @@ def _calibrate(options: argparse.Namespace, command: str) -> None:
         pipe, prompts, plan, seed=options.seed, batch_size=options.batch_size, call_kwargs=kwargs, output=options.output
     )
     print(f"{options.output}: {stats.num_prompts} prompts, {len(stats.inputs)} entries")
+
+
+def _allocate(options: argparse.Namespace, command: str) -> None:
+    _check_new_file(options.output, "allocate")
+    _check_writable(options.output, "allocate")
+    scores = read_sensitivity(options.sensitivity, options.widths)
+    chosen = allocate_from_logs(
+        scores,
+        read_sizes(options.sizes, scores),
+        options.budget,
+        loss=options.loss,
+        content=options.content,
+        ratio=options.ratio,
+        protect=options.protect,
+    )
+    _write_json(options.output, chosen.to_json())
+    print(chosen.table())
+    print(f"{options.output}: the choices")
 
 
 def _quantize(options: argparse.Namespace, command: str) -> None:

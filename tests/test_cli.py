@@ -24,9 +24,11 @@ from dqtk.plan import Plan
 PLANNING = ["--keep", "--recipe", "--set", "--text-encoders"]
 SAMPLING = ["--batch-size", "--device", "--dtype", "--guidance", "--num-prompts", "--prompts", "--seed", "--steps"]
 BENCH = ["--batch", "--height", "--num-frames", "--repeats", "--size", "--threads", "--width"]
+GROUPS = ["--content", "--ratio", "--protect"]
 GOLDEN_FLAGS = {
     "explain": sorted(["MODEL", *PLANNING, "--roles", "--output"]),
     "calibrate": sorted(["MODEL", *PLANNING, *SAMPLING, "--output"]),
+    "allocate": sorted(["--budget", "--sensitivity", "--sizes", "--widths", "--loss", *GROUPS, "--output"]),
     "quantize": sorted(
         ["MODEL", *PLANNING, *SAMPLING, "--plan", "--stats", "--sequential", "--max-memory", "--stream", "--output"]
     ),
@@ -54,12 +56,19 @@ def test_flags_are_frozen():
 def test_defaults_are_frozen():
     for name, verb in verbs().items():
         defaults = {action.dest: action.default for action in verb._actions}
-        others = {"explain": "", "evaluate": "", "run": "", "quantize": "stored", "bench": "bfloat16"}
+        others = {"explain": "", "allocate": "", "evaluate": "", "run": "", "quantize": "stored", "bench": "bfloat16"}
         assert defaults.get("dtype", "") == others.get(name, "float32")
         if name in ("evaluate", "run"):
             assert defaults["fail_if"] == []
         elif name == "bench":
             assert (defaults["recipes"], defaults["batch"], defaults["repeats"], defaults["threads"]) == ([], 1, 7, None)
+        elif name == "allocate":
+            assert (defaults["widths"], defaults["loss"], defaults["ratio"], defaults["protect"]) == (
+                [2, 4, 8],
+                "score",
+                None,
+                None,
+            )
         elif name != "explain":
             assert (defaults["seed"], defaults["batch_size"], defaults["steps"], defaults["guidance"]) == (0, 8, None, None)
         for action in verb._actions:
