@@ -81,22 +81,34 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _allocation(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--budget", type=_budget, required=True, help="such as 4.5bits (average per weight) or 300MB")
     verb.add_argument(
-        "--sensitivity", type=Path, required=True, metavar="LOG", help="YAML, layer: [score per width], higher is better"
+        "model", metavar="MODEL", nargs="?", help="is measured, and the output is its plan; or none, and --sensitivity"
     )
-    verb.add_argument("--sizes", type=Path, required=True, metavar="FILE", help="YAML, layer: number of weights")
-    verb.add_argument("--widths", type=_positive, nargs="+", metavar="BITS", default=[2, 4, 8], help="of the log (%(default)s)")
+    verb.add_argument("--budget", type=_budget, required=True, help="such as 4.5bits (average per weight), 300MB, 2TBOPs or 12ms")
+    verb.add_argument(
+        "--widths",
+        type=_positive,
+        nargs="+",
+        metavar="BITS",
+        help="of weights, to choose among (2 3 4 8), or columns of the log (2 4 8)",
+    )
+    verb.add_argument("--recipes", nargs="+", metavar="NAME", help="to choose among, in place of --widths")
+    verb.add_argument("--keep", metavar="PATTERN", action="append", default=[], help="keep matching sites at 16 bits; repeatable")
+    verb.add_argument("--content", metavar="PATTERN", action="append", default=[], help="layers of the content group; repeatable")
+    verb.add_argument("--quality", metavar="PATTERN", action="append", default=[], help="those of the other group; repeatable")
+    verb.add_argument("--ratio", type=float, help="content's share of 16 bits over quality's (default: one program for all)")
+    verb.add_argument("--protect", type=float, metavar="SCORE", help="keep layers at 16 bits whose best score is below")
+    verb.add_argument("--costs", type=Path, metavar="FILE", help="times for a budget in ms, from bench --layers --output")
+    verb.add_argument("--stats", type=Path, help="statistics written by calibrate --recipe w4a8, in place of prompts")
+    _sampling(verb, prompts_required=False)
+    verb.add_argument("--sensitivity", type=Path, metavar="LOG", help="YAML, layer: [score per width], higher is better; no MODEL")
+    verb.add_argument("--sizes", type=Path, metavar="FILE", help="YAML, layer: number of weights; with --sensitivity")
     verb.add_argument(
         "--loss",
         choices=tuple(LOSSES),
-        default="score",
-        help="score: best sum of scores, noise: scores are dB, least noise (%(default)s)",
+        help="of the log; score: best sum of scores (the default), noise: scores are dB, least noise",
     )
-    verb.add_argument("--content", metavar="PATTERN", action="append", default=[], help="layers of the content group; repeatable")
-    verb.add_argument("--ratio", type=float, help="average bits of content over those of the rest (default: one program for all)")
-    verb.add_argument("--protect", type=float, metavar="SCORE", help="keep layers at 16 bits whose best score is below")
-    verb.add_argument("--output", type=Path, required=True, help="the choices as JSON; a new file")
+    verb.add_argument("--output", type=Path, required=True, help="plan (or choices) as JSON; what was measured: NAME-sensitivity")
 
 
 def _gates(verb: argparse.ArgumentParser) -> None:

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from .allocate.from_logs import allocate_from_logs
-from .allocate.logs import read_sensitivity, read_sizes
+from .allocate.command import choices_from_logs, plan_from_model
 from .arguments import parser
 from .calibrate import Stats
 from .calibrate import calibrate as run_calibrate
@@ -156,19 +155,10 @@ def _calibrate(options: argparse.Namespace, command: str) -> None:
 def _allocate(options: argparse.Namespace, command: str) -> None:
     _check_new_file(options.output, "allocate")
     _check_writable(options.output, "allocate")
-    scores = read_sensitivity(options.sensitivity, options.widths)
-    chosen = allocate_from_logs(
-        scores,
-        read_sizes(options.sizes, scores),
-        options.budget,
-        loss=options.loss,
-        content=options.content,
-        ratio=options.ratio,
-        protect=options.protect,
-    )
-    _write_json(options.output, chosen.to_json())
-    print(chosen.table())
-    print(f"{options.output}: the choices")
+    made = choices_from_logs(options) if options.model is None else plan_from_model(options, _call_kwargs)
+    _write_json(options.output, made.to_json())
+    print(made.table())
+    print(f"{options.output}: {'the choices' if options.model is None else 'the plan'}")
 
 
 def _quantize(options: argparse.Namespace, command: str) -> None:

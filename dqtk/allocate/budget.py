@@ -39,6 +39,10 @@ class Budget:
         """The budget of all sites together, in bits, bytes, BOPs or milliseconds."""
         return self.amount * num_weights if self.unit == "bits" else self.amount
 
+    def words(self, cost: float, num_weights: float) -> str:
+        """A cost of all sites together in the unit of the budget: ``4.49 bits per weight``."""
+        return f"{cost / num_weights:.4g} bits per weight" if self.unit == "bits" else f"{cost:.6g} {self.unit}"
+
 
 def parse_budget(text: str) -> Budget:
     """``"4.5bits"`` -> a budget. Raises ``ValueError`` for another unit, or a number that is not above 0."""

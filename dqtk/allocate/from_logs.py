@@ -106,9 +106,10 @@ def allocate_from_logs(
     for layer in [] if protect is None else protected(candidates, losses(protect)):
         candidates[layer], widths[layer] = [Candidate(cost=FULL * sizes[layer], loss=0.0)], [FULL]
     groups = {layer: group_of_name(layer, content) for layer in candidates}
-    total = budget.total(sum(sizes.values())) * (8 if budget.unit == "bytes" else 1)
+    num_weights, unit = sum(sizes.values()), 8 if budget.unit == "bytes" else 1
+    total = budget.total(num_weights) * unit
     full = {layer: FULL * size for layer, size in sizes.items()}
-    found = allocate_groups(candidates, total, groups, ratio, full)
+    found = allocate_groups(candidates, total, groups, ratio, full, lambda cost: budget.words(cost / unit, num_weights))
     picked = {layer: index for group in found.values() for layer, index in group.allocation.chosen.items()}
     return Chosen(
         budget=budget,

@@ -5,7 +5,7 @@ different ways, whose numbers do not add up; so each gets a budget and a program
 (no ratio given), one program over all sites is better, because it may move bits from one group to the other.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -56,6 +56,7 @@ def allocate_groups(
     groups: Mapping[str, str],
     ratio: float | None,
     at_16_bits: Mapping[str, float],
+    said: Callable[[float], str] = "{:.6g}".format,
 ) -> dict[str, Grouped]:
     """One program over all sites (no ratio), or one per group.
 
@@ -65,11 +66,12 @@ def allocate_groups(
         groups: site -> group.
         ratio: content's share of its cost at 16 bits over quality's; None: the groups share one budget and one program.
         at_16_bits: site -> its cost at 16 bits.
+        said: a cost in words, for errors.
     Raises:
         ValueError: a budget that is too small; of two groups the error names the one.
     """
     if ratio is None:
-        return {ALL: Grouped(budget=budget, allocation=allocate(candidates, budget))}
+        return {ALL: Grouped(budget=budget, allocation=allocate(candidates, budget, said))}
     full: dict[str, float] = {}
     for site, group in groups.items():
         full[group] = full.get(group, 0.0) + at_16_bits[site]
@@ -77,8 +79,8 @@ def allocate_groups(
     for group, mine in divided(budget, full, ratio).items():
         own = {site: options for site, options in candidates.items() if groups[site] == group}
         try:
-            found[group] = Grouped(budget=mine, allocation=allocate(own, mine))
+            found[group] = Grouped(budget=mine, allocation=allocate(own, mine, said))
         except ValueError as error:
-            said = str(error).removeprefix("allocate: ")
-            raise ValueError(f"allocate: of group {group} with ratio {ratio:g}, {said}") from error
+            what = str(error).removeprefix("allocate: ")
+            raise ValueError(f"allocate: of group {group} with ratio {ratio:g}, {what}") from error
     return found

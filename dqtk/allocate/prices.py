@@ -1,11 +1,18 @@
 """What a site costs with a spec, in the unit of a budget."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from itertools import takewhile
 
-from dqtk.costs import CostTable, LayerShape
+from torch import nn
+
+from dqtk.calibrate.replay import Call
+from dqtk.costs import CostTable, LayerShape, shape_of
 from dqtk.numerics.storage import layer_bytes
 from dqtk.sites import Site
 from dqtk.spec import LayerSpec
+
+from .probes import outputs
 
 FULL = 16  # bits of a weight or an input that stays as it is
 
@@ -38,3 +45,23 @@ def price(site: Site, spec: LayerSpec | None, unit: str, *, calls: Calls | None 
             "allocate: a budget in ms must come with a cost table, got none. Write it with dqtk bench --layers --output."
         )
     return table.milliseconds(site, spec)
+
+
+def shapes_of_a_step(parts: Mapping[str, nn.Module], kept: Sequence[Call], sites: Iterable[Site]) -> dict[str, list[LayerShape]]:
+    """Site id -> the shapes in which the first kept step of its component calls it."""
+    found: dict[str, list[LayerShape]] = {}
+
+    def hook(name: str) -> Callable:
+        def see(layer: nn.Module, args: tuple, kwargs: dict) -> None:
+            found.setdefault(name, []).append(shape_of(layer, args[0] if args else kwargs["input"]))
+
+        return see
+
+    with ExitStack() as hooks:
+        for site in sites:
+            layer = parts[site.component].get_submodule(site.path)
+            hooks.callback(layer.register_forward_pre_hook(hook(site.id), with_kwargs=True).remove)
+        for component, part in parts.items():
+            mine = [call for call in kept if call.component == component]
+            outputs(part, list(takewhile(lambda call: call.time == mine[0].time, mine)))  # noqa: B023
+    return found

@@ -6,7 +6,7 @@ and losses are shifted and scaled before, and what comes back is added up again 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,12 +45,13 @@ class Allocation:
     loss: float
 
 
-def allocate(candidates: Candidates, budget: float) -> Allocation:
+def allocate(candidates: Candidates, budget: float, said: Callable[[float], str] = "{:.6g}".format) -> Allocation:
     """The candidates of least total loss whose costs sum to at most the budget.
 
     Args:
         candidates: site -> at least one way to treat it.
         budget: in the unit of the costs.
+        said: a cost in words, for errors.
     Returns:
         The optimum. Of several with the same loss, one.
     Raises:
@@ -61,8 +62,8 @@ def allocate(candidates: Candidates, budget: float) -> Allocation:
         raise ValueError(f"allocate: every site must have a candidate, got none for {empty or 'no site at all'}. Offer 16 bits.")
     least = math.fsum(min(option.cost for option in options) for options in candidates.values())
     if not budget >= least * (1 - _ROUNDING):
-        said = f"at least {least:.6g}, the cheapest choice everywhere, got {budget:.6g}"
-        raise ValueError(f"allocate: budget must be {said}. Raise it.")
+        allowed = f"at least {said(least)}, the cheapest choice everywhere"
+        raise ValueError(f"allocate: budget must be {allowed}, got {said(budget)}. Raise it.")
     kept = {site: _undominated(options) for site, options in candidates.items()}
     open_sites = {site: indices for site, indices in kept.items() if len(indices) > 1}
     chosen = {site: indices[0] for site, indices in kept.items()}  # the cheapest

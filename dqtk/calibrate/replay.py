@@ -126,7 +126,7 @@ def replay(module: nn.Module, calls: Sequence[Call], watched: Mapping[str, Calla
             left.update(total)
             current[:] = [call]
             with suppress(_Enough):
-                module(*call.args, **_on(call.kwargs, device))
+                module(*call.args, **on_device(call.kwargs, device))
     missing = sorted(set(watched) - seen)
     if missing:
         raise ValueError(
@@ -154,11 +154,11 @@ def _count(module: nn.Module, call: Call, paths: set[str], device: torch.device)
     with ExitStack() as hooks, torch.no_grad():
         for path in paths:
             hooks.callback(module.get_submodule(path).register_forward_pre_hook(hook(path), with_kwargs=True).remove)
-        module(*call.args, **_on(call.kwargs, device))
+        module(*call.args, **on_device(call.kwargs, device))
     return seen
 
 
-def _on(kwargs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+def on_device(kwargs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, dict(kwargs))
 
 

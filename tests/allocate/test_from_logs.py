@@ -24,7 +24,7 @@ def bits(budget, **how):
 def test_the_widest_and_the_narrowest():
     assert set(bits(8).values()) == {8}
     assert set(bits(2).values()) == {2}
-    with pytest.raises(ValueError, match=r"budget must be at least 1820, .* got 1729"):
+    with pytest.raises(ValueError, match=r"budget must be at least 2 bits per weight, .* got 1\.9 bits per weight"):
         bits(1.9)
 
 
@@ -56,7 +56,7 @@ def test_protected_layers_count_at_16_bits():
     found = bits(5, protect=10.0)
     assert found["conv_in"] == 16
     assert sum(found[layer] * size for layer, size in SIZES.items()) <= 5 * 910
-    with pytest.raises(ValueError, match="budget must be at least 1960"):
+    with pytest.raises(ValueError, match=r"budget must be at least 2\.154 bits per weight"):
         bits(2, protect=10.0)
 
 
@@ -68,7 +68,9 @@ def test_groups_have_their_own_budgets():
     assert content["average_bits"] <= content["budget_bits"]
     assert quality["average_bits"] <= quality["budget_bits"]
     assert chosen.bits["a.attn"] == 4  # 7.1 bits for quality: 8 for conv_in, 4 for the larger
-    with pytest.raises(ValueError, match=r"^allocate: of group content with ratio 0.1, budget must be at least 1600"):
+    with pytest.raises(
+        ValueError, match=r"^allocate: of group content with ratio 0\.1, budget must be at least 1.758 bits per weight"
+    ):
         allocate_from_logs(SCORES, SIZES, Budget(amount=4.0, unit="bits"), content=["*.ff"], ratio=0.1)
 
 
@@ -117,5 +119,5 @@ def test_mistakes_in_the_shell(files, tmp_path, capsys):
     assert main([*words, "--budget", "4bits", "--widths", "4", "8"]) == 2
     assert "must be a list of 2 scores, for 4, 8 bits, got 3 scores" in capsys.readouterr().err
     assert main([*words, "--budget", "1bits"]) == 2
-    assert "budget must be at least 1820" in capsys.readouterr().err
+    assert "budget must be at least 2 bits per weight, the cheapest choice everywhere, got 1 bits" in capsys.readouterr().err
     assert not (tmp_path / "choices.json").exists()

@@ -1,0 +1,98 @@
+"""Probes: how good a model is with one layer changed, paired with the model as it was. A probe is a callable with a name.
+
+A metric of one's own is an object with these four things; ``measure`` takes one per group of sites (metric-decoupled
+sensitivity, arXiv 2405.17873, section 4.2). All are paired: unpaired scores cannot tell single layers apart.
+"""
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dqtk.calibrate.replay import Call, on_device
+
+LARGEST = 144.5  # dB, 2^-48 of the signal's power: what float32 cannot tell from the signal
+
+
+class Probe(Protocol):
+    """name: as it is stored and shown. unit: of its scores. loss: a name of ``from_logs.LOSSES``, how scores of sites add up."""
+
+    name: str
+    unit: str
+    loss: str
+
+    def __call__(self, component: str) -> float:
+        """Score of the model as it is now, of which only this component differs from the reference; higher is better."""
+
+    def floor(self, component: str) -> float | None:
+        """Score of the unquantized component in another float dtype; None where nobody can say."""
+
+
+class OutputSQNR:
+    """SQNR of the denoiser's output in dB, on kept calls, against the outputs of the same calls when this was made.
+
+    -10 log10 of the mean over calls of sum (y_hat - y)^2 / sum y^2: every call, and so every noise level, counts alike (MixDQ's one
+    sum over all calls would count by power). At most 144.5 dB.
+    """
+
+    name, unit, loss = "sqnr", "dB", "noise"
+
+    def __init__(self, parts: Mapping[str, nn.Module], calls: Sequence[Call]):
+        """parts: components by name. calls: as ``dqtk.calibrate`` keeps them.
+
+        Raises ``ValueError`` for a component without calls, and for outputs that are not finite.
+        """
+        self.parts, self.calls = parts, calls
+        self.references = {name: outputs(part, self._of(name)) for name, part in parts.items()}
+        for name, references in self.references.items():
+            if not all(bool(torch.isfinite(y).all()) and bool(y.any()) for y in references):
+                raise ValueError(f"allocate: outputs of {name} must be finite and not zero, got others. Load it in float32.")
+
+    def __call__(self, component: str) -> float:
+        return self._score(component, outputs(self.parts[component], self._of(component)))
+
+    def floor(self, component: str) -> float | None:
+        """Of the component in bfloat16, or in float32 if it is in 16 bits. Takes memory for a copy."""
+        module = self.parts[component]
+        dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
+        other = torch.bfloat16 if dtype == torch.float32 else torch.float32
+        twin = copy.deepcopy(module).to(other)
+        calls = [Call(c.component, c.args, _in_dtype(c.kwargs, dtype, other), c.level) for c in self._of(component)]
+        return self._score(component, outputs(twin, calls))
+
+    def _of(self, component: str) -> list[Call]:
+        mine = [call for call in self.calls if call.component == component]
+        if not mine:
+            raise ValueError(f"allocate: calls of {component} must have been kept, got none. Calibrate this pipeline.")
+        return mine
+
+    def _score(self, component: str, found: Sequence[Tensor]) -> float:
+        ratios = [_noise(y_hat, y) for y_hat, y in zip(found, self.references[component], strict=True)]
+        mean = math.fsum(ratios) / len(ratios)
+        if not math.isfinite(mean):
+            return -LARGEST  # a layer that overflows: as bad as can be
+        return max(-LARGEST, min(LARGEST, -10 * math.log10(mean))) if mean else LARGEST
+
+
+def _noise(approximation: Tensor, reference: Tensor) -> float:
+    y = reference.double()
+    return float((approximation.double() - y).square().sum() / y.square().sum())
+
+
+@torch.no_grad()
+def outputs(module: nn.Module, calls: Sequence[Call]) -> list[Tensor]:
+    """First output of every call, on the CPU."""
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    found = []
+    for call in calls:
+        output: Any = module(*call.args, **on_device(call.kwargs, device))
+        found.append((output if isinstance(output, Tensor) else output[0]).detach().cpu())
+    return found
+
+
+def _in_dtype(kwargs: Mapping[str, Any], old: torch.dtype, new: torch.dtype) -> dict[str, Any]:
+    """Tensors of the compute dtype in another one; those of other dtypes, such as timesteps in float32 beside bf16, stay."""
+    return torch.utils._pytree.tree_map(lambda v: v.to(new) if isinstance(v, Tensor) and v.dtype == old else v, dict(kwargs))
