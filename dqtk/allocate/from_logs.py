@@ -89,14 +89,7 @@ def allocate_from_logs(
     Raises:
         ValueError: a budget in BOPs or ms, or one that is too small; a ratio without globs or the other way round.
     """
-    if budget.unit not in ("bits", "bytes"):
-        raise ValueError(f"allocate: budget for a log must be in bits or bytes, got {budget}. A log does not know what layers do.")
-    if (ratio is None) != (not content):
-        raise ValueError(
-            f"allocate: a ratio and the patterns of content must be given together, got ratio {ratio} and {list(content)}. "
-            "Without them one program decides over all layers."
-        )
-    check_globs(content, list(scores))
+    _check(scores, budget, content, ratio)
     losses = LOSSES[loss]
     candidates = {
         layer: [Candidate(cost=bits * sizes[layer], loss=losses(score)) for bits, score in row.items()]
@@ -105,16 +98,28 @@ def allocate_from_logs(
     widths = {layer: list(row) for layer, row in scores.items()}
     for layer in [] if protect is None else protected(candidates, losses(protect)):
         candidates[layer], widths[layer] = [Candidate(cost=FULL * sizes[layer], loss=0.0)], [FULL]
-    groups = {layer: group_of_name(layer, content) for layer in candidates}
     num_weights, unit = sum(sizes.values()), 8 if budget.unit == "bytes" else 1
     total = budget.total(num_weights) * unit
     full = {layer: FULL * size for layer, size in sizes.items()}
-    found = allocate_groups(candidates, total, groups, ratio, full, lambda cost: budget.words(cost / unit, num_weights))
-    picked = {layer: index for group in found.values() for layer, index in group.allocation.chosen.items()}
-    return Chosen(
-        budget=budget,
-        loss=loss,
-        bits={layer: widths[layer][picked[layer]] for layer in scores},
-        groups=found,
-        sizes=dict(sizes),
+    found = allocate_groups(
+        candidates,
+        total,
+        {layer: group_of_name(layer, content) for layer in scores},
+        ratio,
+        full,
+        lambda cost: budget.words(cost / unit, num_weights),
     )
+    picked = {layer: index for group in found.values() for layer, index in group.allocation.chosen.items()}
+    bits = {layer: widths[layer][picked[layer]] for layer in scores}
+    return Chosen(budget=budget, loss=loss, bits=bits, groups=found, sizes=dict(sizes))
+
+
+def _check(scores: Mapping[str, Any], budget: Budget, content: Sequence[str], ratio: float | None) -> None:
+    if budget.unit not in ("bits", "bytes"):
+        raise ValueError(f"allocate: budget for a log must be in bits or bytes, got {budget}. A log does not know what layers do.")
+    if (ratio is None) != (not content):
+        raise ValueError(
+            f"allocate: a ratio and the patterns of content must be given together, got ratio {ratio} and {list(content)}. "
+            "Without them one program decides over all layers."
+        )
+    check_globs(content, list(scores))

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -70,38 +70,46 @@ def allocate_plans(
         protect: sites whose best score is below are kept at 16 bits.
         calls, table: as of ``price``.
     Raises:
-        ValueError: plans of different sites, groups with unlike losses and no ratio, and what program and prices raise.
+        ValueError: plans of different sites, unlike losses and no ratio, and what program and prices raise.
     """
     rows = _rows(plans)
-    used = {groups[choices[0].site.id] for choices in rows}
-    if ratio is None and len({losses[group] for group in used}) > 1:
-        raise ValueError("allocate: groups with different metrics must have a ratio, got none. Their losses do not add up.")
+    kinds = _kinds({groups[choices[0].site.id] for choices in rows}, losses, ratio)
+    priced: dict[str, Any] = {"unit": budget.unit, "calls": calls, "table": table}
     options: dict[str, list[Spec]] = {}
     candidates: dict[str, list[Candidate]] = {}
-    full: dict[str, float] = {}
     for choices in rows:
         site, loss = choices[0].site, losses[groups[choices[0].site.id]]
         options[site.id] = _specs(choices, found, protect, stay=loss == "noise")
-        full[site.id] = price(site, None, budget.unit, calls=calls, table=table)
         candidates[site.id] = [
-            Candidate(
-                cost=price(site, spec, budget.unit, calls=calls, table=table),
-                loss=0.0 if spec is None else LOSSES[loss](found.of(site, spec)),
-            )
+            Candidate(cost=price(site, spec, **priced), loss=0.0 if spec is None else LOSSES[loss](found.of(site, spec)))
             for spec in options[site.id]
         ]
+    full = {choices[0].site.id: price(choices[0].site, None, **priced) for choices in rows}
     num_weights = sum(choices[0].site.num_weights for choices in rows)
     made = allocate_groups(candidates, budget.total(num_weights), groups, ratio, full, lambda cost: budget.words(cost, num_weights))
     picked = {site: options[site][index] for group in made.values() for site, index in group.allocation.chosen.items()}
     chosen = tuple(_chosen(choices, picked[choices[0].site.id], found, budget) for choices in rows)
-    noise = math.fsum(group.allocation.loss for group in made.values()) if {losses[group] for group in used} == {"noise"} else 0.0
     return Made(
         plan=replace(plans[0], recipe=f"allocated {budget}", choices=chosen),
         groups=made,
         budget=budget,
         num_weights=num_weights,
-        expected=-10 * math.log10(noise) if noise > 0 else None,
+        expected=_expected(made.values()) if kinds == {"noise"} else None,
     )
+
+
+def _kinds(used: Iterable[str], losses: Mapping[str, str], ratio: float | None) -> set[str]:
+    """The kinds of losses of the groups in use. Raises ``ValueError`` where they would have to be added up and cannot."""
+    kinds = {losses[group] for group in used}
+    if ratio is None and len(kinds) > 1:
+        raise ValueError("allocate: groups with different metrics must have a ratio, got none. Their losses do not add up.")
+    return kinds
+
+
+def _expected(groups: Iterable[Grouped]) -> float | None:
+    """dB of the sum of noise powers; None where there is no noise at all."""
+    noise = math.fsum(group.allocation.loss for group in groups)
+    return -10 * math.log10(noise) if noise > 0 else None
 
 
 def _rows(plans: Sequence[Plan]) -> list[tuple[Choice, ...]]:
