@@ -96,6 +96,9 @@ def _allocation(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--keep", metavar="PATTERN", action="append", default=[], help="keep matching sites at 16 bits; repeatable")
     verb.add_argument("--content", metavar="PATTERN", action="append", default=[], help="layers of the content group; repeatable")
     verb.add_argument("--quality", metavar="PATTERN", action="append", default=[], help="those of the other group; repeatable")
+    verb.add_argument(
+        "--content-score", metavar="NAME", help="of pictures, for the content group, such as ssim (default: as quality)"
+    )
     verb.add_argument("--ratio", type=float, help="content's share of 16 bits over quality's (default: one program for all)")
     verb.add_argument("--protect", type=float, metavar="SCORE", help="keep layers at 16 bits whose best score is below")
     verb.add_argument("--costs", type=Path, metavar="FILE", help="times for a budget in ms, from bench --layers --output")

@@ -24,7 +24,19 @@ from dqtk.plan import Plan
 PLANNING = ["--keep", "--recipe", "--set", "--text-encoders"]
 SAMPLING = ["--batch-size", "--device", "--dtype", "--guidance", "--num-prompts", "--prompts", "--seed", "--steps"]
 BENCH = ["--batch", "--height", "--num-frames", "--repeats", "--size", "--threads", "--width"]
-ALLOCATION = ["--budget", "--widths", "--recipes", "--keep", "--content", "--quality", "--ratio", "--protect", "--costs", "--stats"]
+ALLOCATION = [
+    "--budget",
+    "--widths",
+    "--recipes",
+    "--keep",
+    "--content",
+    "--quality",
+    "--content-score",
+    "--ratio",
+    "--protect",
+    "--costs",
+    "--stats",
+]
 GOLDEN_FLAGS = {
     "explain": sorted(["MODEL", *PLANNING, "--roles", "--output"]),
     "calibrate": sorted(["MODEL", *PLANNING, *SAMPLING, "--output"]),
@@ -344,6 +356,34 @@ def test_allocate_then_quantize(folder, say, tmp_path, capsys):
     assert set(json.loads((tmp_path / "choices.json").read_text())["choices"].values()) == {2, 4}
 
 
+def test_allocate_with_pictures_for_content(folder, say, tmp_path):
+    words = ["--widths", 4, "--keep", "*.[1-9].*", "--keep", "*attn*", "--prompts", "a circle", "--steps", 1, "--batch-size", 1]
+    say(
+        "allocate",
+        folder,
+        *words,
+        "--content-score",
+        "ssim",
+        "--ratio",
+        1,
+        "--budget",
+        "16bits",
+        "--output",
+        tmp_path / "plan.json",
+    )
+    rows = [json.loads(line) for line in (tmp_path / "plan-sensitivity" / "done-0.jsonl").read_text().splitlines()]
+    scores = {row.pop("layer").partition(" ")[0]: row for row in rows}
+    for site, score in scores.items():
+        if ".ff." in site:
+            assert 0 < score["ssim of 1 pictures"] < 1
+        elif site != "floor":
+            assert score["sqnr"] > 0
+    assert sum(".ff." in site for site in scores) == 2
+    plan = Plan.from_json(json.loads((tmp_path / "plan.json").read_text()))
+    by_path = {choice.site.path: choice.spec for choice in plan.choices}
+    assert by_path["transformer_blocks.0.ff.net.2"].weight.bits == 4  # the group of pictures is not offered 16 bits
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -352,6 +392,8 @@ def test_allocate_then_quantize(folder, say, tmp_path, capsys):
         (["nowhere", "--loss", "noise"], "--loss must stand without a MODEL, got nowhere"),
         (["nowhere", "--recipes", "w8a8", "--widths", "4"], "--recipes must stand without --widths"),
         (["nowhere", "--stats", "s", "--prompts", "p"], "--stats must stand without --prompts"),
+        (["nowhere", "--content-score", "ssim"], "--content-score must come with --ratio, got none"),
+        (["nowhere", "--content-score", "ssim", "--ratio", "1", "--stats", "s"], "--content-score must come with --prompts"),
         (["nowhere", "--costs", "c"], "--costs must come with a budget in ms and only then, got 4 bits"),
         (["FOLDER"], "--prompts or --stats must be given for"),
         (["FOLDER", "--content", "*.mlp.*"], "a group's pattern must match one of"),

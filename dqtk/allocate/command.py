@@ -14,17 +14,17 @@ from dqtk.plan import Plan
 from dqtk.prompt_sets import read_prompts
 from dqtk.quantize import plan as make_plan
 from dqtk.recipes import of_width, recipe_named
-from dqtk.resolve import embedded_names, embedded_prompts
+from dqtk.resolve import embedded_names, embedded_prompts, scores
 from dqtk.sites import components_of
 from dqtk.sources import find_device, load_pipeline, meta_pipeline, readable
-from dqtk.spec import canonical
+from dqtk.spec import canonical, did_you_mean
 
 from .from_logs import Chosen, allocate_from_logs
 from .from_plans import Made, allocate_plans
 from .groups import CONTENT, QUALITY, check_globs, group_of
 from .logs import WIDTHS, read_sensitivity, read_sizes, write_sensitivity, write_sizes
 from .prices import shapes_of_a_step
-from .probes import OutputSQNR
+from .probes import OutputSQNR, PictureScore, Probe
 from .reliability import describe_reliability
 from .sensitivity import Sensitivity, measure
 
@@ -39,9 +39,11 @@ def choices_from_logs(options: argparse.Namespace) -> Chosen:
     for name, value in (("--sensitivity", options.sensitivity), ("--sizes", options.sizes)):
         if value is None:
             raise ValueError(f"allocate: {name} must be given where there is no MODEL, got none. Add it, or name a model.")
-    for name in ("recipes", "keep", "quality", "costs", "stats", "prompts"):
+    for name in ("recipes", "keep", "quality", "content_score", "costs", "stats", "prompts"):
         if getattr(options, name):
-            raise ValueError(f"allocate: --{name} must come with a MODEL, got none. A log holds names and numbers only.")
+            raise ValueError(
+                f"allocate: --{name.replace('_', '-')} must come with a MODEL, got none. A log holds names and numbers only."
+            )
     scores = read_sensitivity(options.sensitivity, options.widths or WIDTHS)
     return allocate_from_logs(
         scores,
@@ -69,16 +71,18 @@ def plan_from_model(options: argparse.Namespace, call_kwargs: Callable[[argparse
     folder = options.output.with_name(f"{options.output.stem}-sensitivity")
     folder.parent.mkdir(parents=True, exist_ok=True)
     pipe = load_pipeline(options.model, options.dtype, find_device(options.device))
-    stats = _stats(options, pipe, keep, call_kwargs, folder.with_name(f"{folder.name}.safetensors"))
+    kwargs = call_kwargs(options, pipe)
+    stats = _stats(options, pipe, keep, kwargs, folder.with_name(f"{folder.name}.safetensors"))
     parts = {component.name: components_of(pipe)[component.name] for component in plans[0].components}
     probe = OutputSQNR(parts, stats.calls)
+    probes: dict[str, Probe] = {CONTENT: _content(options, pipe, kwargs) or probe, QUALITY: probe}
     total = len({(c.site.id, canonical(c.spec)) for plan in plans for c in plan.choices if c.spec is not None})
     with tqdm(total=total, desc="allocate", unit="score") as bar:
-        found = measure(pipe, plans, stats, {CONTENT: probe, QUALITY: probe}, groups, folder=folder, told=lambda site: bar.update())
+        found = measure(pipe, plans, stats, probes, groups, folder=folder, told=lambda site: bar.update())
     print(describe_reliability(plans, found))
     _write_logs(folder, plans, found)
     calls = shapes_of_a_step(parts, stats.calls, sites) if options.budget.unit == "bops" else None
-    losses = dict.fromkeys((CONTENT, QUALITY), probe.loss)
+    losses = {group: probe.loss for group, probe in probes.items()}
     how: dict[str, Any] = {"ratio": options.ratio, "protect": options.protect, "calls": calls, "table": table}
     return allocate_plans(plans, found, options.budget, losses, groups, **how)
 
@@ -91,6 +95,10 @@ def _check_options(options: argparse.Namespace) -> None:
         raise ValueError("allocate: --recipes must stand without --widths, got both. A recipe has its own.")
     if options.stats and options.prompts:
         raise ValueError("allocate: --stats must stand without --prompts, got both. Statistics have seen theirs.")
+    if options.content_score and options.ratio is None:
+        raise ValueError("allocate: --content-score must come with --ratio, got none. Two kinds of scores do not add up.")
+    if options.content_score and options.stats:
+        raise ValueError("allocate: --content-score must come with --prompts in place of --stats, got both. Pictures need prompts.")
     if (options.budget.unit == "ms") != (options.costs is not None):
         raise ValueError(f"allocate: --costs must come with a budget in ms and only then, got {options.budget}. See dqtk bench.")
 
@@ -99,7 +107,7 @@ def _stats(
     options: argparse.Namespace,
     pipe: Any,
     keep: Mapping[str, Any],
-    call_kwargs: Callable[[argparse.Namespace, Any], Mapping[str, Any]],
+    kwargs: Mapping[str, Any],
     output: Path,
 ) -> Stats:
     """Kept calls: from a file, or from prompts (of an embedded pipeline: its own)."""
@@ -109,22 +117,37 @@ def _stats(
             stats = Stats.load(options.stats)
         check_model(stats, pipe, learning)
         return stats
-    if options.prompts:
-        prompts = read_prompts(options.prompts, options.num_prompts)
-    elif options.model in embedded_names():
-        prompts = read_prompts([str(embedded_prompts(options.model))], options.num_prompts or EMBEDDED)
-    else:
-        raise ValueError(f"allocate: --prompts or --stats must be given for {options.model}, got neither. Scores need calls.")
     return calibrate(
         pipe,
-        prompts,
+        _prompts(options),
         learning,
         seed=options.seed,
         batch_size=options.batch_size,
-        call_kwargs=call_kwargs(options, pipe),
+        call_kwargs=kwargs,
         steps_per_run=STEPS,
         output=output,
     )
+
+
+def _prompts(options: argparse.Namespace) -> list[str]:
+    """As given, or some of an embedded pipeline's own."""
+    if options.prompts:
+        return read_prompts(options.prompts, options.num_prompts)
+    if options.model in embedded_names():
+        return read_prompts([str(embedded_prompts(options.model))], options.num_prompts or EMBEDDED)
+    raise ValueError(f"allocate: --prompts or --stats must be given for {options.model}, got neither. Scores need calls.")
+
+
+def _content(options: argparse.Namespace, pipe: Any, kwargs: Mapping[str, Any]) -> Probe | None:
+    """The probe of the content group where it has a score of its own."""
+    if options.content_score is None:
+        return None
+    known = {name: score for name, score in scores().items() if hasattr(score, "load")}
+    if options.content_score not in known:
+        near = did_you_mean(options.content_score, known)
+        raise ValueError(f"allocate: --content-score must be one of {', '.join(known)}, got {options.content_score!r}.{near}")
+    how: dict[str, Any] = {"seed": options.seed, "batch_size": options.batch_size, "call_kwargs": kwargs}
+    return PictureScore(pipe, _prompts(options), known[options.content_score], **how)
 
 
 def _write_logs(folder: Path, plans: Sequence[Plan], found: Sensitivity) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dqtk.calibrate.replay import Call, on_device
+from dqtk.calls import prompt_argument
 
 LARGEST = 144.5  # dB, 2^-48 of the signal's power: what float32 cannot tell from the signal
 
@@ -75,6 +76,49 @@ class OutputSQNR:
         if not math.isfinite(mean):
             return -LARGEST  # a layer that overflows: as bad as can be
         return max(-LARGEST, min(LARGEST, -10 * math.log10(mean))) if mean else LARGEST
+
+
+class PictureScore:
+    """Mean score of pictures, each against the picture of the same prompt and seed when this was made. Whole pipeline runs: slow.
+
+    MixDQ's metric of content is such a one: SSIM on 32 prompts. A sum of scores is made as large as possible.
+    """
+
+    loss = "score"
+
+    def __init__(
+        self, pipe: Any, prompts: Sequence[str], score: Any, *, seed: int, batch_size: int, call_kwargs: Mapping[str, Any]
+    ):
+        """score: name, unit, higher_is_better, cap and ``load() -> function``, as ``dqtk.metrics.score.PairScore`` has them."""
+        self.pipe, self.prompts, self.seed, self.batch_size = pipe, list(prompts), seed, batch_size
+        self.call_kwargs = dict(call_kwargs)
+        self.score, self.function, self.unit = score, score.load(), score.unit
+        self.name = f"{score.name} of {len(self.prompts)} pictures"
+        self.references = self._pictures()
+
+    def __call__(self, component: str) -> float:
+        pairs = zip(self._pictures(), self.references, strict=True)
+        values = torch.cat([self.function(found, reference) for found, reference in pairs]).double()
+        values = values if self.score.cap is None else values.clamp(max=self.score.cap)
+        if not bool(torch.isfinite(values).all()):
+            raise ValueError(f"allocate: {self.name} must be finite, got {values.tolist()}. Take another score.")
+        return float(values.mean()) * (1 if self.score.higher_is_better else -1)
+
+    def floor(self, component: str) -> float | None:
+        """None: another dtype moves whole pictures along their trajectory; ``dqtk compare --floor`` shows how far."""
+        return None
+
+    @torch.no_grad()
+    def _pictures(self) -> list[Tensor]:
+        """Batches of float32 [B, 3, H, W] in [0, 1]."""
+        found = []
+        for start in range(0, len(self.prompts), self.batch_size):
+            prompts = self.prompts[start : start + self.batch_size]
+            generators = [torch.Generator().manual_seed(self.seed + start + i) for i in range(len(prompts))]
+            how = self.call_kwargs | {"generator": generators, "output_type": "pt"}
+            images = self.pipe(**prompt_argument(self.pipe, prompts, "allocate"), **how).images
+            found.append(images.float().clamp(0, 1).cpu())
+        return found
 
 
 def _noise(approximation: Tensor, reference: Tensor) -> float:
