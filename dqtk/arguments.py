@@ -93,6 +93,9 @@ def _allocation(verb: argparse.ArgumentParser) -> None:
         help="of weights, to choose among (2 3 4 8), or columns of the log (2 4 8)",
     )
     verb.add_argument("--recipes", nargs="+", metavar="NAME", help="to choose among, in place of --widths")
+    verb.add_argument(
+        "--around", metavar="NAME|PLAN", help="recipe or plan of the rest while a layer is measured (default: unquantized)"
+    )
     verb.add_argument("--keep", metavar="PATTERN", action="append", default=[], help="keep matching sites at 16 bits; repeatable")
     verb.add_argument("--content", metavar="PATTERN", action="append", default=[], help="layers of the content group; repeatable")
     verb.add_argument("--quality", metavar="PATTERN", action="append", default=[], help="those of the other group; repeatable")

@@ -25,6 +25,7 @@ PLANNING = ["--keep", "--recipe", "--set", "--text-encoders"]
 SAMPLING = ["--batch-size", "--device", "--dtype", "--guidance", "--num-prompts", "--prompts", "--seed", "--steps"]
 BENCH = ["--batch", "--height", "--num-frames", "--repeats", "--size", "--threads", "--width"]
 ALLOCATION = [
+    "--around",
     "--budget",
     "--widths",
     "--recipes",
@@ -393,6 +394,8 @@ def test_allocate_with_pictures_for_content(folder, say, tmp_path):
         (["nowhere", "--recipes", "w8a8", "--widths", "4"], "--recipes must stand without --widths"),
         (["nowhere", "--stats", "s", "--prompts", "p"], "--stats must stand without --prompts"),
         (["nowhere", "--content-score", "ssim"], "--content-score must come with --ratio, got none"),
+        (["nowhere", "--content-score", "ssim", "--ratio", "1", "--around", "w8a8"], "--content-score must come without --around"),
+        (["FOLDER", "--around", "none.json"], "--around: file must exist, got none.json"),
         (["nowhere", "--content-score", "ssim", "--ratio", "1", "--stats", "s"], "--content-score must come with --prompts"),
         (["nowhere", "--costs", "c"], "--costs must come with a budget in ms and only then, got 4 bits"),
         (["FOLDER"], "--prompts or --stats must be given for"),

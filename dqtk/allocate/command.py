@@ -16,7 +16,7 @@ from dqtk.quantize import plan as make_plan
 from dqtk.recipes import of_width, recipe_named
 from dqtk.resolve import embedded_names, embedded_prompts, scores
 from dqtk.sites import components_of
-from dqtk.sources import find_device, load_pipeline, meta_pipeline, readable
+from dqtk.sources import find_device, load_pipeline, meta_pipeline, read_json, readable
 from dqtk.spec import canonical, did_you_mean
 
 from .from_logs import Chosen, allocate_from_logs
@@ -39,7 +39,7 @@ def choices_from_logs(options: argparse.Namespace) -> Chosen:
     for name, value in (("--sensitivity", options.sensitivity), ("--sizes", options.sizes)):
         if value is None:
             raise ValueError(f"allocate: {name} must be given where there is no MODEL, got none. Add it, or name a model.")
-    for name in ("recipes", "keep", "quality", "content_score", "costs", "stats", "prompts"):
+    for name in ("recipes", "around", "keep", "quality", "content_score", "costs", "stats", "prompts"):
         if getattr(options, name):
             raise ValueError(
                 f"allocate: --{name.replace('_', '-')} must come with a MODEL, got none. A log holds names and numbers only."
@@ -64,6 +64,7 @@ def plan_from_model(options: argparse.Namespace, call_kwargs: Callable[[argparse
     plans = [
         make_plan(meta_pipeline(options.model), recipe, overrides=keep) for recipe in recipes
     ]  # mistakes before weights are read
+    around = None if options.around is None else _around(options, keep)
     sites = [choice.site for choice in plans[0].choices]
     check_globs([*options.content, *options.quality], [site.id for site in sites])
     groups = {site.id: group_of(site, options.content, options.quality) for site in sites}
@@ -76,15 +77,25 @@ def plan_from_model(options: argparse.Namespace, call_kwargs: Callable[[argparse
     parts = {component.name: components_of(pipe)[component.name] for component in plans[0].components}
     probe = OutputSQNR(parts, stats.calls)
     probes: dict[str, Probe] = {CONTENT: _content(options, pipe, kwargs) or probe, QUALITY: probe}
-    total = len({(c.site.id, canonical(c.spec)) for plan in plans for c in plan.choices if c.spec is not None})
+    quantized = [choice for plan in plans for choice in plan.choices if choice.spec is not None]
+    total = len({(c.site.id, canonical(c.spec)) for c in quantized}) + (
+        0 if around is None else len({c.site.id for c in quantized})
+    )
     with tqdm(total=total, desc="allocate", unit="score") as bar:
-        found = measure(pipe, plans, stats, probes, groups, folder=folder, told=lambda site: bar.update())
+        found = measure(pipe, plans, stats, probes, groups, folder=folder, around=around, told=lambda site: bar.update())
     print(describe_reliability(plans, found))
     _write_logs(folder, plans, found)
     calls = shapes_of_a_step(parts, stats.calls, sites) if options.budget.unit == "bops" else None
     losses = {group: probe.loss for group, probe in probes.items()}
     how: dict[str, Any] = {"ratio": options.ratio, "protect": options.protect, "calls": calls, "table": table}
     return allocate_plans(plans, found, options.budget, losses, groups, **how)
+
+
+def _around(options: argparse.Namespace, keep: Mapping[str, Any]) -> Plan:
+    """The plan of the rest: that of a file, or of a recipe."""
+    if options.around.endswith(".json"):
+        return Plan.from_json(read_json(options.around, "--around"), options.around)
+    return make_plan(meta_pipeline(options.model), recipe_named(options.around), overrides=keep)
 
 
 def _check_options(options: argparse.Namespace) -> None:
@@ -97,6 +108,10 @@ def _check_options(options: argparse.Namespace) -> None:
         raise ValueError("allocate: --stats must stand without --prompts, got both. Statistics have seen theirs.")
     if options.content_score and options.ratio is None:
         raise ValueError("allocate: --content-score must come with --ratio, got none. Two kinds of scores do not add up.")
+    if options.content_score and options.around:
+        raise ValueError(
+            "allocate: --content-score must come without --around, got both. Pictures are those of the whole pipeline."
+        )
     if options.content_score and options.stats:
         raise ValueError("allocate: --content-score must come with --prompts in place of --stats, got both. Pictures need prompts.")
     if (options.budget.unit == "ms") != (options.costs is not None):

@@ -42,7 +42,7 @@ class Made:
             spent, of = (self.budget.words(cost, self.num_weights) for cost in (group.allocation.cost, group.budget))
             lines.append(f"{name}: {len(group.allocation.chosen)} sites, {spent} of {of}")
         if self.expected is not None:
-            lines.append(f"expected SQNR of the output, were all errors independent: {self.expected:.1f} dB")
+            lines.append(f"expected SQNR of the output if noise powers add up: {self.expected:.1f} dB")
         return "\n".join(lines)
 
 
@@ -64,7 +64,7 @@ def allocate_plans(
         plans: of the same sites. A site that no plan quantizes stays at 16 bits, and is paid for.
         found: scores of every (site, spec).
         budget: of all sites of the plans; bits are an average over all their weights, kept ones at 16, all that is stored counted.
-        losses: group -> name of a loss. Where losses are noise powers, 16 bits (no noise) are a candidate of every site.
+        losses: group -> name of a loss. Where losses are noise powers, 16 bits are a candidate of every site.
         groups: site id -> group.
         ratio: as of ``allocate_groups``.
         protect: sites whose best score is below are kept at 16 bits.
@@ -81,8 +81,7 @@ def allocate_plans(
         site, loss = choices[0].site, losses[groups[choices[0].site.id]]
         options[site.id] = _specs(choices, found, protect, stay=loss == "noise")
         candidates[site.id] = [
-            Candidate(cost=price(site, spec, **priced), loss=0.0 if spec is None else LOSSES[loss](found.of(site, spec)))
-            for spec in options[site.id]
+            Candidate(cost=price(site, spec, **priced), loss=_loss(loss, found.of(site, spec))) for spec in options[site.id]
         ]
     full = {choices[0].site.id: price(choices[0].site, None, **priced) for choices in rows}
     num_weights = sum(choices[0].site.num_weights for choices in rows)
@@ -94,7 +93,7 @@ def allocate_plans(
         groups=made,
         budget=budget,
         num_weights=num_weights,
-        expected=_expected(made.values()) if kinds == {"noise"} else None,
+        expected=_expected(rows, picked, found) if kinds == {"noise"} else None,
     )
 
 
@@ -106,9 +105,20 @@ def _kinds(used: Iterable[str], losses: Mapping[str, str], ratio: float | None) 
     return kinds
 
 
-def _expected(groups: Iterable[Grouped]) -> float | None:
-    """dB of the sum of noise powers; None where there is no noise at all."""
-    noise = math.fsum(group.allocation.loss for group in groups)
+def _loss(kind: str, score: float) -> float:
+    """The loss of a score; none for a site that cannot be but as it is."""
+    return LOSSES[kind](score) if math.isfinite(score) else 0.0
+
+
+def _expected(rows: Sequence[Sequence[Choice]], picked: Mapping[str, Spec], found: Sensitivity) -> float | None:
+    """dB of the output if changes of noise powers added up, from none or from the base; None where that leaves no noise."""
+    base = {component: 10 ** (-score / 10) for component, score in found.base.items()}
+    noise = math.fsum(base.values())
+    for choices in rows:
+        site = choices[0].site
+        score = found.of(site, picked[site.id])
+        if math.isfinite(score):
+            noise += 10 ** (-score / 10) - base.get(site.component, 0.0)
     return -10 * math.log10(noise) if noise > 0 else None
 
 

@@ -25,8 +25,8 @@ class Probe(Protocol):
     unit: str
     loss: str
 
-    def __call__(self, component: str) -> float:
-        """Score of the model as it is now, of which only this component differs from the reference; higher is better."""
+    def __call__(self, component: str, module: nn.Module | None = None) -> float:
+        """Score of the model with this component as it is now, or with a module in its place; higher is better."""
 
     def floor(self, component: str) -> float | None:
         """Score of the unquantized component in another float dtype; None where nobody can say."""
@@ -52,8 +52,8 @@ class OutputSQNR:
             if not all(bool(torch.isfinite(y).all()) and bool(y.any()) for y in references):
                 raise ValueError(f"allocate: outputs of {name} must be finite and not zero, got others. Load it in float32.")
 
-    def __call__(self, component: str) -> float:
-        return self._score(component, outputs(self.parts[component], self._of(component)))
+    def __call__(self, component: str, module: nn.Module | None = None) -> float:
+        return self._score(component, outputs(self.parts[component] if module is None else module, self._of(component)))
 
     def floor(self, component: str) -> float | None:
         """Of the component in bfloat16, or in float32 if it is in 16 bits. Takes memory for a copy."""
@@ -96,7 +96,9 @@ class PictureScore:
         self.name = f"{score.name} of {len(self.prompts)} pictures"
         self.references = self._pictures()
 
-    def __call__(self, component: str) -> float:
+    def __call__(self, component: str, module: nn.Module | None = None) -> float:
+        if module is not None and module is not self.pipe.components[component]:
+            raise ValueError("allocate: pictures must be those of the pipeline's own modules, got another. Score them around none.")
         pairs = zip(self._pictures(), self.references, strict=True)
         values = torch.cat([self.function(found, reference) for found, reference in pairs]).double()
         values = values if self.score.cap is None else values.clamp(max=self.score.cap)

@@ -82,6 +82,22 @@ def test_the_expected_sqnr_is_near_the_true_one(make, measured):
     assert f"{made.expected:.1f} dB" in made.table()
 
 
+def test_around_a_plan_changes_add_up_from_there(make, measured, tmp_path):
+    """Where nothing changes, what is expected is the base itself; where little does, it is close to what comes out."""
+    probe, four = OutputSQNR(measured.pipe.components, measured.stats.calls), measured.plans[1]
+    both = {"content": probe, "quality": probe}
+    how = {"folder": tmp_path / "around", "around": four}
+    near = measure(measured.pipe, measured.plans, measured.stats, both, measured.groups, **how)
+    same = make(1.0001 * spent(four, "bytes"), "bytes", plans=[four], found=near)
+    assert same.plan.choices[0].spec == four.choices[0].spec
+    assert same.expected == pytest.approx(near.base["transformer"])
+    made = make(5.5, found=near)
+    assert made.plan.hash != four.hash
+    assert set(widths(make(16, found=near)).values()) <= {8, 16}  # beside 4-bit layers 8 bits may err to the better
+    dqtk.quantize(measured.pipe, made.plan, progress=False)
+    assert probe("transformer") == pytest.approx(made.expected, abs=1.0)
+
+
 def test_it_is_a_plan_like_others(make):
     plan = make(4.5).plan
     assert Plan.from_json(plan.to_json()) == plan

@@ -83,6 +83,10 @@ def test_pictures_are_paired_by_prompt_and_seed():
     pipe.shift = 0.125
     assert probe("transformer") == pytest.approx(-0.125)  # a distance: less is better, so its sign is turned
     assert len(probe.references) == 3
+    pipe.components = {"transformer": "its own"}
+    assert probe("transformer", "its own") == pytest.approx(-0.125)
+    with pytest.raises(ValueError, match="pictures must be those of the pipeline's own modules, got another"):
+        probe("transformer", "another")
     assert not torch.equal(probe.references[0][0], probe.references[0][1])  # a seed for each
 
 

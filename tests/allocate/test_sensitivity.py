@@ -1,6 +1,7 @@
 """One site at a time: what is scored, that the model comes back, resuming, and whether scores can be believed."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -23,11 +24,11 @@ class Counted:
         self.probe, self.most, self.num = probe, most, 0
         self.name, self.unit, self.loss = probe.name, probe.unit, probe.loss
 
-    def __call__(self, component):
+    def __call__(self, component, module=None):
         if self.num == self.most:
             raise KeyboardInterrupt
         self.num += 1
-        return self.probe(component)
+        return self.probe(component, module)
 
     def floor(self, component):
         return self.probe.floor(component)
@@ -130,7 +131,7 @@ def test_groups_may_have_probes_of_their_own(measured, run, probe):
     class Constant:
         name, unit, loss = "constant", "", "score"
 
-        def __call__(self, component):
+        def __call__(self, component, module=None):
             return 7.0
 
         def floor(self, component):
@@ -161,6 +162,29 @@ def test_scores_out_of_order_are_seen(measured):
         assert monotone(measured.plans, found) == (2, 3)
     text = describe_reliability(measured.plans, found)
     assert text.endswith("transformer in another float dtype scores 8.0; 3 of 9 scores are no worse than that")
+
+
+def test_around_a_plan_the_rest_is_as_it_says(measured, run, probe, originals, tmp_path):
+    """Scores are those of the whole plan with one layer changed; 16 bits have one too; the model is as it was throughout."""
+    four = measured.plans[1]
+    found = run(around=four, folder=tmp_path / "around")
+    assert dict(measured.pipe.components["transformer"].named_children()) == originals
+    assert len(found.scores) == 3 * 4
+    module = measured.pipe.components["transformer"]
+    for index, choice in enumerate(four.choices):
+        for spec in (None, *(plan.choices[index].spec for plan in measured.plans)):
+            changed = replace(four, choices=tuple(replace(c, spec=spec) if c is choice else c for c in four.choices))
+            dqtk.quantize(measured.pipe, changed, progress=False)
+            assert found.of(choice.site, spec) == probe("transformer")
+            if spec == choice.spec:
+                assert found.base == {"transformer": probe("transformer")}
+            for name, layer in originals.items():
+                setattr(module, name, layer)
+    with pytest.raises(ValueError, match=r"different: around\)"):
+        run(folder=tmp_path / "around")
+    alone = run()
+    assert alone.base == {}
+    assert alone.of(four.choices[0].site, None) == math.inf
 
 
 def test_the_journal_is_readable(run, tmp_path):
