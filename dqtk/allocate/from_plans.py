@@ -81,9 +81,9 @@ def allocate_plans(
         site, loss = choices[0].site, losses[groups[choices[0].site.id]]
         options[site.id] = _specs(choices, found, protect, stay=loss == "noise")
         candidates[site.id] = [
-            Candidate(cost=price(site, spec, **priced), loss=_loss(loss, found.of(site, spec))) for spec in options[site.id]
+            Candidate(cost=_cost(choices, spec, priced), loss=_loss(loss, found.of(site, spec))) for spec in options[site.id]
         ]
-    full = {choices[0].site.id: price(choices[0].site, None, **priced) for choices in rows}
+    full = {choices[0].site.id: _cost(choices, None, priced) for choices in rows}
     num_weights = sum(choices[0].site.num_weights for choices in rows)
     made = allocate_groups(candidates, budget.total(num_weights), groups, ratio, full, lambda cost: budget.words(cost, num_weights))
     picked = {site: options[site][index] for group in made.values() for site, index in group.allocation.chosen.items()}
@@ -103,6 +103,12 @@ def _kinds(used: Iterable[str], losses: Mapping[str, str], ratio: float | None) 
     if ratio is None and len(kinds) > 1:
         raise ValueError("allocate: groups with different metrics must have a ratio, got none. Their losses do not add up.")
     return kinds
+
+
+def _cost(choices: Sequence[Choice], spec: Spec, priced: Mapping[str, Any]) -> float:
+    """The price of a site; no time for one that no plan quantizes, since benches time the layers that they compare."""
+    kept = all(choice.spec is None for choice in choices)
+    return 0.0 if kept and priced["unit"] == "ms" else price(choices[0].site, spec, **priced)
 
 
 def _loss(kind: str, score: float) -> float:

@@ -166,6 +166,9 @@ def test_milliseconds(make, measured):
     assert set(widths(make(30.0, "ms", table=table)).values()) == {16}
     with pytest.raises(ValueError, match="budget must be at least 6 ms, "):
         make(5.9, "ms", table=table)
+    kept = [replace(p, choices=(replace(p.choices[0], spec=None, why="kept"), *p.choices[1:])) for p in measured.plans]
+    shorter = replace(table, calls={name: shapes for name, shapes in calls.items() if name != "transformer:first"})
+    assert widths(make(6.0, "ms", table=shorter, plans=kept)) == {"first": 16, "last": 8, "faint": 8}  # benches do not time it
 
 
 def test_plans_of_other_sites(measured, make):
