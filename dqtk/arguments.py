@@ -4,6 +4,8 @@ import argparse
 import importlib.metadata
 from pathlib import Path
 
+from .allocate.budget import Budget, parse_budget
+from .allocate.from_logs import LOSSES
 from .recipes import RECIPES
 from .report.rounding import ROUNDINGS
 
@@ -36,6 +38,9 @@ def parser() -> argparse.ArgumentParser:
     quant.add_argument("--max-memory", type=float, default=2, metavar="GIB", help="of input statistics (%(default)s)")
     quant.add_argument("--stream", action="store_true", help="a layer at a time, for models larger than memory; resumes")
     quant.add_argument("--output", type=Path, required=True, help="folder for the quantized pipeline; new or empty")
+
+    alloc = verbs.add_parser("allocate", help="which layer gets which bits within a budget")
+    _allocation(alloc)
 
     generate = verbs.add_parser("generate", help="write one PNG per prompt")
     generate.add_argument("model", metavar="MODEL")
@@ -74,6 +79,43 @@ def parser() -> argparse.ArgumentParser:
     job.add_argument("job", metavar="JOB", type=Path)
     _gates(job)
     return top
+
+
+def _allocation(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "model", metavar="MODEL", nargs="?", help="is measured, and the output is its plan; or none, and --sensitivity"
+    )
+    verb.add_argument("--budget", type=_budget, required=True, help="such as 4.5bits (average per weight), 300MB, 2TBOPs or 12ms")
+    verb.add_argument(
+        "--widths",
+        type=_positive,
+        nargs="+",
+        metavar="BITS",
+        help="of weights, to choose among (2 3 4 8), or columns of the log (2 4 8)",
+    )
+    verb.add_argument("--recipes", nargs="+", metavar="NAME", help="to choose among, in place of --widths")
+    verb.add_argument(
+        "--around", metavar="NAME|PLAN", help="recipe or plan of the rest while a layer is measured (default: unquantized)"
+    )
+    verb.add_argument("--keep", metavar="PATTERN", action="append", default=[], help="keep matching sites at 16 bits; repeatable")
+    verb.add_argument("--content", metavar="PATTERN", action="append", default=[], help="layers of the content group; repeatable")
+    verb.add_argument("--quality", metavar="PATTERN", action="append", default=[], help="those of the other group; repeatable")
+    verb.add_argument(
+        "--content-score", metavar="NAME", help="of pictures, for the content group, such as ssim (default: as quality)"
+    )
+    verb.add_argument("--ratio", type=float, help="content's share of 16 bits over quality's (default: one program for all)")
+    verb.add_argument("--protect", type=float, metavar="SCORE", help="keep layers at 16 bits whose best score is below")
+    verb.add_argument("--costs", type=Path, metavar="FILE", help="times for a budget in ms, from bench --layers --output")
+    verb.add_argument("--stats", type=Path, help="statistics written by calibrate --recipe w4a8, in place of prompts")
+    _sampling(verb, prompts_required=False)
+    verb.add_argument("--sensitivity", type=Path, metavar="LOG", help="YAML, layer: [score per width], higher is better; no MODEL")
+    verb.add_argument("--sizes", type=Path, metavar="FILE", help="YAML, layer: number of weights; with --sensitivity")
+    verb.add_argument(
+        "--loss",
+        choices=tuple(LOSSES),
+        help="of the log; score: best sum of scores (the default), noise: scores are dB, least noise",
+    )
+    verb.add_argument("--output", type=Path, required=True, help="plan (or choices) as JSON; what was measured: NAME-sensitivity")
 
 
 def _gates(verb: argparse.ArgumentParser) -> None:
@@ -123,6 +165,13 @@ def _speed(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--device", help="such as cpu or cuda:1 (default: the CUDA device if there is one)")
     verb.add_argument("--layers", action="store_true", help="also every distinct layer by itself: the cost table")
     verb.add_argument("--output", type=Path, help="also write all of it as JSON; a new file")
+
+
+def _budget(text: str) -> Budget:
+    try:
+        return parse_budget(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error  # argparse would not show the text of a ValueError
 
 
 def _positive(text: str) -> int:

@@ -1,4 +1,4 @@
-"""The command line: ``dqtk explain | calibrate | quantize | generate | compare | bench | evaluate | run``.
+"""The command line: ``dqtk explain | calibrate | allocate | quantize | generate | compare | bench | evaluate | run``.
 
 MODEL is an embedded pipeline's name (tiny-pixart, tiny-sdxl), a local diffusers folder, or a hub id. Errors that a person can mend
 are one line on stderr and exit status 2; Ctrl-C exits with 130 and leaves no half-written output.
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from .allocate.command import choices_from_logs, plan_from_model
 from .arguments import parser
 from .calibrate import Stats
 from .calibrate import calibrate as run_calibrate
@@ -50,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = {
         "explain": _explain,
         "calibrate": _calibrate,
+        "allocate": _allocate,
         "quantize": _quantize,
         "generate": _generate,
         "compare": _compare,
@@ -149,6 +151,15 @@ def _calibrate(options: argparse.Namespace, command: str) -> None:
     )
     sites = len({key.site for key in stats.inputs})
     print(f"{options.output}: {stats.num_prompts} prompts, ranges of {sites} inputs, {len(stats.calls)} calls to learn from")
+
+
+def _allocate(options: argparse.Namespace, command: str) -> None:
+    _check_new_file(options.output, "allocate")
+    _check_writable(options.output, "allocate")
+    made = choices_from_logs(options) if options.model is None else plan_from_model(options, _call_kwargs)
+    _write_json(options.output, made.to_json())
+    print(made.table())
+    print(f"{options.output}: {'the choices' if options.model is None else 'the plan'}")
 
 
 def _quantize(options: argparse.Namespace, command: str) -> None:

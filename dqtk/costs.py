@@ -11,6 +11,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from .sites import Site
 from .spec import (
     RTN,
@@ -106,6 +108,16 @@ class LayerShape:
             return f"{self.rows} x {self.k} -> {self.n}"
         sizes = "x".join(map(str, self.input[2:]))
         return f"{self.input[0]} x {self.input[1]} x {sizes} -> {self.n}, kernel {'x'.join(map(str, self.weight[2:]))}"
+
+
+def shape_of(layer: Any, x: Tensor) -> LayerShape:
+    """The shape of a call of a linear or convolution, quantized or not."""
+    weight = tuple(getattr(layer, "weight_shape", None) or layer.weight.shape)
+    bias = layer.bias is not None
+    if len(weight) == 2:
+        return LayerShape(weight=weight, input=(x.numel() // x.shape[-1], x.shape[-1]), bias=bias)
+    sizes = tuple(x.shape) if x.ndim == len(weight) else (1, *x.shape)
+    return LayerShape(weight=weight, input=sizes, bias=bias, stride=layer.stride, padding=layer.padding, dilation=layer.dilation)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,8 +16,8 @@ from .sources import read_json
 TASK = "task.json"
 
 
-def claim(folder: Path, task: Mapping[str, Any]) -> bool:
-    """Make the folder of this work, or find it again; returns whether it was there.
+def claim(folder: Path, task: Mapping[str, Any], verb: str = "quantize") -> bool:
+    """Make the folder of this work of a verb, or find it again; returns whether it was there.
 
     Raises:
         ValueError: the folder is that of other work.
@@ -26,13 +26,13 @@ def claim(folder: Path, task: Mapping[str, Any]) -> bool:
         folder.mkdir(parents=True, exist_ok=True)
         _write_whole(folder / TASK, json.dumps(task, indent=1))
         return False
-    found = read_json(folder / TASK, "quantize") if (folder / TASK).is_file() else {}
+    found = read_json(folder / TASK, verb) if (folder / TASK).is_file() else {}
     wanted = json.loads(json.dumps(task))
     if found != wanted:
         given = found if isinstance(found, dict) else {}
         different = ", ".join(sorted(field for field in {*wanted, *given} if given.get(field) != wanted.get(field)))
         raise ValueError(
-            f"quantize: {folder} must be the unfinished work of this command, got another's (different: {different}). "
+            f"{verb}: {folder} must be the unfinished work of this command, got another's (different: {different}). "
             "Run that command again to finish it, remove the folder, or choose another output."
         )
     return True
@@ -44,7 +44,7 @@ def _write_whole(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def done(folder: Path) -> dict[str, dict[str, Any]]:
+def done(folder: Path, verb: str = "quantize") -> dict[str, dict[str, Any]]:
     """Layer -> what was recorded of it, by all processes of all runs. Raises ``ValueError`` for a damaged line inside a file."""
     found = {}
     for file in sorted(folder.glob("done-*.jsonl")):
@@ -54,7 +54,7 @@ def done(folder: Path) -> dict[str, dict[str, Any]]:
                 found[row.pop("layer")] = row
             except (ValueError, KeyError, AttributeError) as error:
                 raise ValueError(
-                    f"quantize: {file}, line {number}, must be a record of a finished layer, got: {error}. "
+                    f"{verb}: {file}, line {number}, must be a record of a finished layer, got: {error}. "
                     f"Remove {folder} to begin again."
                 ) from error
     return found

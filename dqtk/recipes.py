@@ -158,6 +158,18 @@ def llm_fp4() -> Recipe:
     return _uniform("llm-fp4", LayerSpec(weight=weight, input=given, transforms=(Smooth(alpha=1.0, power_of_two=True),)))
 
 
+def of_width(bits: int) -> Recipe:
+    """``bits``-bit weights that multiply INT8 inputs as integers: in groups of 64 up to 4 bits, per channel above; no prompts.
+
+    What allocation chooses among. 4 and 8 are ``w4a8-rtn`` and ``w8a8``. Raises ``ValueError`` for a width outside 2 to 8.
+    """
+    if not 2 <= bits <= 8:
+        raise ValueError(f"recipe: weight bits must be from 2 to 8, got {bits}. Integer kernels take nothing else.")
+    granularity = TwoLevel(size=64) if bits <= 4 else PerChannel()
+    weight = TensorSpec(format=Int(bits=bits), granularity=granularity, range=AbsMax())
+    return _uniform(f"w{bits}a8", LayerSpec(weight=weight, input=_A8))
+
+
 RECIPES = {
     "w8a16": w8a16,
     "w8a8": w8a8,

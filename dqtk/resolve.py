@@ -56,6 +56,11 @@ def embedded_folder(name: str) -> Path:
     return importlib.import_module("dqtk.pipelines.tiny").folder(name)
 
 
+def embedded_prompts(name: str) -> Path:
+    """The file of prompts to calibrate an embedded pipeline with, one per line."""
+    return embedded_folder(name).parent.parent / "calibration.txt"
+
+
 @cache
 def scores() -> dict[str, Any]:
     """Every score that a file of ``dqtk.metrics`` offers (``SCORES``), by name; see ``metrics/score.py`` for their kinds."""

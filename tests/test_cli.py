@@ -25,9 +25,24 @@ from dqtk.plan import Plan
 PLANNING = ["--keep", "--recipe", "--set", "--text-encoders"]
 SAMPLING = ["--batch-size", "--device", "--dtype", "--guidance", "--num-prompts", "--prompts", "--seed", "--steps"]
 BENCH = ["--batch", "--height", "--num-frames", "--repeats", "--size", "--threads", "--width"]
+ALLOCATION = [
+    "--around",
+    "--budget",
+    "--widths",
+    "--recipes",
+    "--keep",
+    "--content",
+    "--quality",
+    "--content-score",
+    "--ratio",
+    "--protect",
+    "--costs",
+    "--stats",
+]
 GOLDEN_FLAGS = {
     "explain": sorted(["MODEL", *PLANNING, "--roles", "--output"]),
     "calibrate": sorted(["MODEL", *PLANNING, *SAMPLING, "--output"]),
+    "allocate": sorted(["MODEL", *ALLOCATION, *SAMPLING, "--sensitivity", "--sizes", "--loss", "--output"]),
     "quantize": sorted(
         ["MODEL", *PLANNING, *SAMPLING, "--plan", "--stats", "--sequential", "--correct", "--max-memory", "--stream", "--output"]
     ),
@@ -62,6 +77,8 @@ def test_defaults_are_frozen():
         elif name == "bench":
             assert (defaults["recipes"], defaults["batch"], defaults["repeats"], defaults["threads"]) == ([], 1, 7, None)
         elif name != "explain":
+            if name == "allocate":
+                assert {defaults[key] for key in ("widths", "recipes", "ratio", "protect", "loss", "costs", "stats")} == {None}
             assert (defaults["seed"], defaults["batch_size"], defaults["steps"], defaults["guidance"]) == (0, 8, None, None)
         for action in verb._actions:
             if isinstance(action, argparse._StoreAction) and action.option_strings:
@@ -301,3 +318,94 @@ def test_bench_interrupted(folder, tmp_path, monkeypatch, capsys):
     assert "dqtk bench: interrupted" in capsys.readouterr().err
     assert torch.get_num_threads() == before
     assert not output.exists()
+
+
+def test_allocate_then_quantize(folder, say, tmp_path, capsys):
+    """Measured, chosen, and taken by quantize; a second budget measures nothing again; the scores are a log of their own."""
+    words = [
+        "allocate",
+        folder,
+        "--widths",
+        2,
+        4,
+        "--keep",
+        "*.[1-9].*",
+        "--keep",
+        "*attn*",
+        "--prompts",
+        "a red circle",
+        "--steps",
+        1,
+    ]
+    text = say(*words, "--budget", "15bits", "--output", tmp_path / "plan.json")
+    assert "scores rise with the bits of the weight at 2 of 2 sites" in text
+    assert f"{tmp_path / 'plan.json'}: the plan" in text
+    plan = Plan.from_json(json.loads((tmp_path / "plan.json").read_text()))
+    assert plan.recipe == "allocated 15 bits"
+    journal = tmp_path / "plan-sensitivity" / "done-0.jsonl"
+    rows = journal.read_text()
+    assert plan.hash in say("quantize", folder, "--plan", tmp_path / "plan.json", "--output", tmp_path / "out")
+    layers = quantized_layers(dqtk.load(tmp_path / "out").transformer)
+    assert {f"transformer:{path}": layer.spec for path, layer in layers.items()} == {
+        choice.site.id: choice.spec for choice in plan.choices if choice.spec is not None
+    }
+    (tmp_path / "plan.json").unlink()
+    say(*words, "--budget", "14.7bits", "--output", tmp_path / "plan.json")
+    assert journal.read_text() == rows
+    log = tmp_path / "plan-sensitivity"
+    files = ["--sensitivity", log / "scores.yaml", "--sizes", log / "sizes.yaml", "--widths", 2, 4, "--loss", "noise"]
+    say("allocate", *files, "--budget", "3bits", "--output", tmp_path / "choices.json")
+    assert set(json.loads((tmp_path / "choices.json").read_text())["choices"].values()) == {2, 4}
+
+
+def test_allocate_with_pictures_for_content(folder, say, tmp_path):
+    words = ["--widths", 4, "--keep", "*.[1-9].*", "--keep", "*attn*", "--prompts", "a circle", "--steps", 1, "--batch-size", 1]
+    say(
+        "allocate",
+        folder,
+        *words,
+        "--content-score",
+        "ssim",
+        "--ratio",
+        1,
+        "--budget",
+        "16bits",
+        "--output",
+        tmp_path / "plan.json",
+    )
+    rows = [json.loads(line) for line in (tmp_path / "plan-sensitivity" / "done-0.jsonl").read_text().splitlines()]
+    scores = {row.pop("layer").partition(" ")[0]: row for row in rows}
+    for site, score in scores.items():
+        if ".ff." in site:
+            assert 0 < score["ssim of 1 pictures"] < 1
+        elif site != "floor":
+            assert score["sqnr"] > 0
+    assert sum(".ff." in site for site in scores) == 2
+    plan = Plan.from_json(json.loads((tmp_path / "plan.json").read_text()))
+    by_path = {choice.site.path: choice.spec for choice in plan.choices}
+    assert by_path["transformer_blocks.0.ff.net.2"].weight.bits == 4  # the group of pictures is not offered 16 bits
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--sizes", "a"], "--sensitivity must be given where there is no MODEL"),
+        (["--sensitivity", "a", "--sizes", "a", "--keep", "x"], "--keep must come with a MODEL"),
+        (["nowhere", "--loss", "noise"], "--loss must stand without a MODEL, got nowhere"),
+        (["nowhere", "--recipes", "w8a8", "--widths", "4"], "--recipes must stand without --widths"),
+        (["nowhere", "--stats", "s", "--prompts", "p"], "--stats must stand without --prompts"),
+        (["nowhere", "--content-score", "ssim"], "--content-score must come with --ratio, got none"),
+        (["nowhere", "--content-score", "ssim", "--ratio", "1", "--around", "w8a8"], "--content-score must come without --around"),
+        (["FOLDER", "--around", "none.json"], "--around: file must exist, got none.json"),
+        (["nowhere", "--content-score", "ssim", "--ratio", "1", "--stats", "s"], "--content-score must come with --prompts"),
+        (["nowhere", "--costs", "c"], "--costs must come with a budget in ms and only then, got 4 bits"),
+        (["FOLDER"], "--prompts or --stats must be given for"),
+        (["FOLDER", "--content", "*.mlp.*"], "a group's pattern must match one of"),
+        (["FOLDER", "--widths", "1"], "weight bits must be from 2 to 8, got 1"),
+    ],
+)
+def test_allocate_refuses(words, said, folder, tmp_path, capsys):
+    words = [folder if word == "FOLDER" else word for word in words]
+    assert main(["allocate", *words, "--budget", "4bits", "--output", str(tmp_path / "plan.json")]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "plan.json").exists()

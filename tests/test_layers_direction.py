@@ -19,12 +19,12 @@ cli
 arguments
 jobs | bench
 report | diffusers_backend | transformers_backend
-streaming
+streaming | allocate
 quantize
 stages | processes | shards | journal
 installed | sources | prompt_sets
 recipes
-allocate | correct | refine
+correct | refine
 methods
 calibrate
 checkpoint

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from dqtk.calibrate.replay import capturing
 from dqtk.calls import call_arguments, denoisers, prompt_argument, time_of
-from dqtk.costs import LayerShape
+from dqtk.costs import LayerShape, shape_of
 
 from .timing import stopwatch, waiter
 
@@ -160,13 +160,3 @@ def profile(module: nn.Module, run: Callable[[], object], paths: Iterable[str], 
     for path, first, last, shape in seen:
         layers.setdefault(path, []).append((seconds(first, last), shape))
     return Profile(seconds=seconds(start, end), layers=layers)
-
-
-def shape_of(layer: Any, x: Tensor) -> LayerShape:
-    """The shape of a call of a linear or convolution, quantized or not."""
-    weight = tuple(getattr(layer, "weight_shape", None) or layer.weight.shape)
-    bias = layer.bias is not None
-    if len(weight) == 2:
-        return LayerShape(weight=weight, input=(x.numel() // x.shape[-1], x.shape[-1]), bias=bias)
-    sizes = tuple(x.shape) if x.ndim == len(weight) else (1, *x.shape)
-    return LayerShape(weight=weight, input=sizes, bias=bias, stride=layer.stride, padding=layer.padding, dilation=layer.dilation)

@@ -92,7 +92,7 @@ def kept(calls: Sequence[Call], num_steps: int, run: int, placement: Placement) 
 def made(module: nn.Module, calls: Sequence[Call]) -> Iterator[Any]:
     """Make calls again, to their end; what each returns."""
     for call in calls:
-        yield module(**_arguments(module, call))
+        yield module(**arguments_for(module, call))
 
 
 class _Enough(Exception):
@@ -133,7 +133,7 @@ def replay(module: nn.Module, calls: Sequence[Call], watched: Mapping[str, Calla
             left.update(total)
             current[:] = [call]
             with suppress(_Enough):
-                module(**_arguments(module, call))
+                module(**arguments_for(module, call))
     missing = sorted(set(watched) - seen)
     if missing:
         raise ValueError(
@@ -160,11 +160,11 @@ def _count(module: nn.Module, call: Call, paths: set[str]) -> dict[str, int]:
     with ExitStack() as hooks, torch.no_grad():
         for path in paths:
             hooks.callback(module.get_submodule(path).register_forward_pre_hook(hook(path), with_kwargs=True).remove)
-        module(**_arguments(module, call))
+        module(**arguments_for(module, call))
     return seen
 
 
-def _arguments(module: nn.Module, call: Call) -> dict[str, Any]:
+def arguments_for(module: nn.Module, call: Call) -> dict[str, Any]:
     """A call's arguments where the module is, and in its dtype where the call was made in another one.
 
     What tells is the first floating tensor of more than one dimension: latents. Tensors of its dtype follow; what the pipeline gave
@@ -174,7 +174,7 @@ def _arguments(module: nn.Module, call: Call) -> dict[str, Any]:
     device = torch.device("cpu") if weight is None else weight.device
     given = [value for value in tree_leaves(call.kwargs) if isinstance(value, Tensor)]
     theirs = next((value.dtype for value in given if value.is_floating_point() and value.ndim > 1), None)
-    mine = theirs if weight is None else weight.dtype
+    mine = theirs if weight is None else getattr(module, "dtype", weight.dtype)  # hosts keep some layers in float32
 
     def moved(value: Any) -> Any:
         if not isinstance(value, Tensor):

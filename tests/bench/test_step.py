@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from dqtk.bench.step import Step, profile, record_step, shape_of
-from dqtk.costs import LayerShape
+from dqtk.bench.step import Step, profile, record_step
+from dqtk.costs import LayerShape, shape_of
 from dqtk.kernels import to_matrix
 from dqtk.nn import QuantConv2d, QuantLinear
 from dqtk.recipes import recipe_named

@@ -1,0 +1,177 @@
+"""The verb ``dqtk allocate``: its two ways, from a log and from a model, as the options of the command line say."""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from dqtk.calibrate import Stats, calibrate
+from dqtk.calibrate.run import check_model
+from dqtk.costs import CostTable
+from dqtk.plan import Plan
+from dqtk.prompt_sets import read_prompts
+from dqtk.quantize import plan as make_plan
+from dqtk.recipes import of_width, recipe_named
+from dqtk.resolve import embedded_names, embedded_prompts, scores
+from dqtk.sites import components_of
+from dqtk.sources import find_device, load_pipeline, meta_pipeline, read_json, readable
+from dqtk.spec import canonical, did_you_mean
+
+from .from_logs import Chosen, allocate_from_logs
+from .from_plans import Made, allocate_plans
+from .groups import CONTENT, QUALITY, check_globs, group_of
+from .logs import WIDTHS, read_sensitivity, read_sizes, write_sensitivity, write_sizes
+from .prices import shapes_of_a_step
+from .probes import OutputSQNR, PictureScore, Probe
+from .reliability import describe_reliability
+from .sensitivity import Sensitivity, measure
+
+CHOICES = (2, 3, 4, 8)  # weight bits of a model's candidates
+STEPS = 5  # of every pipeline run whose calls are kept
+EMBEDDED = 4  # prompts where none are given
+LEARNING = "w4a8"  # a recipe that makes calibrate keep calls
+
+
+def choices_from_logs(options: argparse.Namespace) -> Chosen:
+    """Without a MODEL. Raises ``ValueError`` for options that only a MODEL has."""
+    for name, value in (("--sensitivity", options.sensitivity), ("--sizes", options.sizes)):
+        if value is None:
+            raise ValueError(f"allocate: {name} must be given where there is no MODEL, got none. Add it, or name a model.")
+    for name in ("recipes", "around", "keep", "quality", "content_score", "costs", "stats", "prompts"):
+        if getattr(options, name):
+            raise ValueError(
+                f"allocate: --{name.replace('_', '-')} must come with a MODEL, got none. A log holds names and numbers only."
+            )
+    scores = read_sensitivity(options.sensitivity, options.widths or WIDTHS)
+    return allocate_from_logs(
+        scores,
+        read_sizes(options.sizes, scores),
+        options.budget,
+        loss=options.loss or "score",
+        content=options.content,
+        ratio=options.ratio,
+        protect=options.protect,
+    )
+
+
+def plan_from_model(options: argparse.Namespace, call_kwargs: Callable[[argparse.Namespace, Any], Mapping[str, Any]]) -> Made:
+    """With a MODEL: measure it, or go on measuring, and allocate. Also writes the scores as a log into NAME-sensitivity."""
+    _check_options(options)
+    recipes = [recipe_named(name) for name in options.recipes or ()] or [of_width(bits) for bits in options.widths or CHOICES]
+    keep: dict[str, Any] = dict.fromkeys(options.keep)
+    plans = [
+        make_plan(meta_pipeline(options.model), recipe, overrides=keep) for recipe in recipes
+    ]  # mistakes before weights are read
+    around = None if options.around is None else _around(options, keep)
+    sites = [choice.site for choice in plans[0].choices]
+    check_globs([*options.content, *options.quality], [site.id for site in sites])
+    groups = {site.id: group_of(site, options.content, options.quality) for site in sites}
+    table = None if options.costs is None else CostTable.load(options.costs)
+    folder = options.output.with_name(f"{options.output.stem}-sensitivity")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    pipe = load_pipeline(options.model, options.dtype, find_device(options.device))
+    kwargs = call_kwargs(options, pipe)
+    stats = _stats(options, pipe, keep, kwargs, folder.with_name(f"{folder.name}.safetensors"))
+    parts = {component.name: components_of(pipe)[component.name] for component in plans[0].components}
+    probe = OutputSQNR(parts, stats.calls)
+    probes: dict[str, Probe] = {CONTENT: _content(options, pipe, kwargs) or probe, QUALITY: probe}
+    quantized = [choice for plan in plans for choice in plan.choices if choice.spec is not None]
+    total = len({(c.site.id, canonical(c.spec)) for c in quantized}) + (
+        0 if around is None else len({c.site.id for c in quantized})
+    )
+    with tqdm(total=total, desc="allocate", unit="score") as bar:
+        found = measure(pipe, plans, stats, probes, groups, folder=folder, around=around, told=lambda site: bar.update())
+    print(describe_reliability(plans, found))
+    _write_logs(folder, plans, found)
+    calls = shapes_of_a_step(parts, stats.calls, sites) if options.budget.unit == "bops" else None
+    losses = {group: probe.loss for group, probe in probes.items()}
+    how: dict[str, Any] = {"ratio": options.ratio, "protect": options.protect, "calls": calls, "table": table}
+    return allocate_plans(plans, found, options.budget, losses, groups, **how)
+
+
+def _around(options: argparse.Namespace, keep: Mapping[str, Any]) -> Plan:
+    """The plan of the rest: that of a file, or of a recipe."""
+    if options.around.endswith(".json"):
+        return Plan.from_json(read_json(options.around, "--around"), options.around)
+    return make_plan(meta_pipeline(options.model), recipe_named(options.around), overrides=keep)
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    for name in ("sensitivity", "sizes", "loss"):
+        if getattr(options, name):
+            raise ValueError(f"allocate: --{name} must stand without a MODEL, got {options.model}. A model is measured.")
+    if options.recipes and options.widths:
+        raise ValueError("allocate: --recipes must stand without --widths, got both. A recipe has its own.")
+    if options.stats and options.prompts:
+        raise ValueError("allocate: --stats must stand without --prompts, got both. Statistics have seen theirs.")
+    if options.content_score and options.ratio is None:
+        raise ValueError("allocate: --content-score must come with --ratio, got none. Two kinds of scores do not add up.")
+    if options.content_score and options.around:
+        raise ValueError(
+            "allocate: --content-score must come without --around, got both. Pictures are those of the whole pipeline."
+        )
+    if options.content_score and options.stats:
+        raise ValueError("allocate: --content-score must come with --prompts in place of --stats, got both. Pictures need prompts.")
+    if (options.budget.unit == "ms") != (options.costs is not None):
+        raise ValueError(f"allocate: --costs must come with a budget in ms and only then, got {options.budget}. See dqtk bench.")
+
+
+def _stats(
+    options: argparse.Namespace,
+    pipe: Any,
+    keep: Mapping[str, Any],
+    kwargs: Mapping[str, Any],
+    output: Path,
+) -> Stats:
+    """Kept calls: from a file, or from prompts (of an embedded pipeline: its own)."""
+    learning = make_plan(pipe, LEARNING, overrides=keep)
+    if options.stats is not None:
+        with readable(f"--stats: {options.stats}", "a file written by dqtk calibrate"):
+            stats = Stats.load(options.stats)
+        check_model(stats, pipe, learning)
+        return stats
+    return calibrate(
+        pipe,
+        _prompts(options),
+        learning,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        call_kwargs=kwargs,
+        steps_per_run=STEPS,
+        output=output,
+    )
+
+
+def _prompts(options: argparse.Namespace) -> list[str]:
+    """As given, or some of an embedded pipeline's own."""
+    if options.prompts:
+        return read_prompts(options.prompts, options.num_prompts)
+    if options.model in embedded_names():
+        return read_prompts([str(embedded_prompts(options.model))], options.num_prompts or EMBEDDED)
+    raise ValueError(f"allocate: --prompts or --stats must be given for {options.model}, got neither. Scores need calls.")
+
+
+def _content(options: argparse.Namespace, pipe: Any, kwargs: Mapping[str, Any]) -> Probe | None:
+    """The probe of the content group where it has a score of its own."""
+    if options.content_score is None:
+        return None
+    known = {name: score for name, score in scores().items() if hasattr(score, "load")}
+    if options.content_score not in known:
+        near = did_you_mean(options.content_score, known)
+        raise ValueError(f"allocate: --content-score must be one of {', '.join(known)}, got {options.content_score!r}.{near}")
+    how: dict[str, Any] = {"seed": options.seed, "batch_size": options.batch_size, "call_kwargs": kwargs}
+    return PictureScore(pipe, _prompts(options), known[options.content_score], **how)
+
+
+def _write_logs(folder: Path, plans: Sequence[Plan], found: Sensitivity) -> None:
+    """Scores and sizes in the form that --sensitivity reads: a column per plan, for the sites that have as many specs."""
+    rows, sizes = {}, {}
+    for choices in zip(*(plan.choices for plan in plans), strict=True):
+        site, specs = choices[0].site, [choice.spec for choice in choices]
+        if all(spec is not None for spec in specs) and len(set(specs)) == len(plans):
+            rows[site.id] = {index: found.of(site, spec) for index, spec in enumerate(specs) if spec is not None}
+            sizes[site.id] = site.num_weights
+    write_sensitivity(folder / "scores.yaml", rows)
+    write_sizes(folder / "sizes.yaml", sizes)

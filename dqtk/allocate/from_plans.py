@@ -1,0 +1,154 @@
+"""A plan from plans: at every site the spec of one of them, or 16 bits, as scores and a budget decide."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dqtk.costs import CostTable
+from dqtk.plan import Choice, Plan
+from dqtk.spec import LayerSpec, canonical, describe
+
+from .budget import Budget
+from .from_logs import LOSSES
+from .groups import Grouped, allocate_groups
+from .prices import Calls, price
+from .program import Candidate
+from .sensitivity import Sensitivity
+
+Spec = LayerSpec | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Made:
+    """plan: as chosen. groups: of ``allocate_groups``. unit and num_weights: of the budget, for words."""
+
+    plan: Plan
+    groups: dict[str, Grouped]
+    budget: Budget
+    num_weights: int
+    expected: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan's."""
+        return self.plan.to_json()
+
+    def table(self) -> str:
+        """How many sites got what, what was spent, and what is expected of the whole."""
+        words = Counter(describe(choice.spec) for choice in self.plan.choices)
+        lines = [f"{num:5} x {name}" for name, num in sorted(words.items())]
+        for name, group in self.groups.items():
+            spent, of = (self.budget.words(cost, self.num_weights) for cost in (group.allocation.cost, group.budget))
+            lines.append(f"{name}: {len(group.allocation.chosen)} sites, {spent} of {of}")
+        if self.expected is not None:
+            lines.append(f"expected SQNR of the output if noise powers add up: {self.expected:.1f} dB")
+        return "\n".join(lines)
+
+
+def allocate_plans(
+    plans: Sequence[Plan],
+    found: Sensitivity,
+    budget: Budget,
+    losses: Mapping[str, str],
+    groups: Mapping[str, str],
+    *,
+    ratio: float | None = None,
+    protect: float | None = None,
+    calls: Calls | None = None,
+    table: CostTable | None = None,
+) -> Made:
+    """Choose among the specs that the plans have for each site.
+
+    Args:
+        plans: of the same sites. A site that no plan quantizes stays at 16 bits, and is paid for.
+        found: scores of every (site, spec).
+        budget: of all sites of the plans; bits are an average over all their weights, kept ones at 16, all that is stored counted.
+        losses: group -> name of a loss. Where losses are noise powers, 16 bits are a candidate of every site.
+        groups: site id -> group.
+        ratio: as of ``allocate_groups``.
+        protect: sites whose best score is below are kept at 16 bits.
+        calls, table: as of ``price``.
+    Raises:
+        ValueError: plans of different sites, unlike losses and no ratio, and what program and prices raise.
+    """
+    rows = _rows(plans)
+    kinds = _kinds({groups[choices[0].site.id] for choices in rows}, losses, ratio)
+    priced: dict[str, Any] = {"unit": budget.unit, "calls": calls, "table": table}
+    options: dict[str, list[Spec]] = {}
+    candidates: dict[str, list[Candidate]] = {}
+    for choices in rows:
+        site, loss = choices[0].site, losses[groups[choices[0].site.id]]
+        options[site.id] = _specs(choices, found, protect, stay=loss == "noise")
+        candidates[site.id] = [
+            Candidate(cost=_cost(choices, spec, priced), loss=_loss(loss, found.of(site, spec))) for spec in options[site.id]
+        ]
+    full = {choices[0].site.id: _cost(choices, None, priced) for choices in rows}
+    num_weights = sum(choices[0].site.num_weights for choices in rows)
+    made = allocate_groups(candidates, budget.total(num_weights), groups, ratio, full, lambda cost: budget.words(cost, num_weights))
+    picked = {site: options[site][index] for group in made.values() for site, index in group.allocation.chosen.items()}
+    chosen = tuple(_chosen(choices, picked[choices[0].site.id], found, budget) for choices in rows)
+    return Made(
+        plan=replace(plans[0], recipe=f"allocated {budget}", choices=chosen),
+        groups=made,
+        budget=budget,
+        num_weights=num_weights,
+        expected=_expected(rows, picked, found) if kinds == {"noise"} else None,
+    )
+
+
+def _kinds(used: Iterable[str], losses: Mapping[str, str], ratio: float | None) -> set[str]:
+    """The kinds of losses of the groups in use. Raises ``ValueError`` where they would have to be added up and cannot."""
+    kinds = {losses[group] for group in used}
+    if ratio is None and len(kinds) > 1:
+        raise ValueError("allocate: groups with different metrics must have a ratio, got none. Their losses do not add up.")
+    return kinds
+
+
+def _cost(choices: Sequence[Choice], spec: Spec, priced: Mapping[str, Any]) -> float:
+    """The price of a site; no time for one that no plan quantizes, since benches time the layers that they compare."""
+    kept = all(choice.spec is None for choice in choices)
+    return 0.0 if kept and priced["unit"] == "ms" else price(choices[0].site, spec, **priced)
+
+
+def _loss(kind: str, score: float) -> float:
+    """The loss of a score; none for a site that cannot be but as it is."""
+    return LOSSES[kind](score) if math.isfinite(score) else 0.0
+
+
+def _expected(rows: Sequence[Sequence[Choice]], picked: Mapping[str, Spec], found: Sensitivity) -> float | None:
+    """dB of the output if changes of noise powers added up, from none or from the base; None where that leaves no noise."""
+    base = {component: 10 ** (-score / 10) for component, score in found.base.items()}
+    noise = math.fsum(base.values())
+    for choices in rows:
+        site = choices[0].site
+        score = found.of(site, picked[site.id])
+        if math.isfinite(score):
+            noise += 10 ** (-score / 10) - base.get(site.component, 0.0)
+    return -10 * math.log10(noise) if noise > 0 else None
+
+
+def _rows(plans: Sequence[Plan]) -> list[tuple[Choice, ...]]:
+    """Every site's choices in all plans."""
+    ids = [[choice.site.id for choice in plan.choices] for plan in plans]
+    if any(other != ids[0] for other in ids):
+        raise ValueError("allocate: plans must be of the same sites, got others. Make them from one model.")
+    return list(zip(*(plan.choices for plan in plans), strict=True))
+
+
+def _specs(choices: Sequence[Choice], found: Sensitivity, protect: float | None, *, stay: bool) -> list[Spec]:
+    """What a site may become; None: it stays at 16 bits, where that is asked for or nothing else is there."""
+    specs = [choice.spec for choice in {canonical(choice.spec): choice for choice in choices}.values() if choice.spec is not None]
+    if protect is not None and specs and max(found.of(choices[0].site, spec) for spec in specs) < protect:
+        return [None]
+    return [*specs, None] if stay or not specs else list(specs)
+
+
+def _chosen(choices: Sequence[Choice], spec: Spec, found: Sensitivity, budget: Budget) -> Choice:
+    """The choice for a site, and why."""
+    if all(choice.spec is None for choice in choices):
+        return choices[0]  # kept, with its own reason
+    if spec is None:
+        return replace(choices[0], spec=None, why=f"allocated {budget}: 16 bits are worth it")
+    mine = next(choice for choice in choices if choice.spec == spec)
+    return replace(mine, why=f"allocated {budget}: score {found.of(mine.site, spec):.1f} alone")

@@ -1,0 +1,132 @@
+"""Probes: how good a model is with one layer changed, paired with the model as it was. A probe is a callable with a name.
+
+A metric of one's own is an object with these four things; ``measure`` takes one per group of sites (metric-decoupled
+sensitivity, arXiv 2405.17873, section 4.2). All are paired: unpaired scores cannot tell single layers apart.
+"""
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dqtk.calibrate.replay import Call, made
+from dqtk.calls import prompt_argument
+
+LARGEST = 144.5  # dB, 2^-48 of the signal's power: what float32 cannot tell from the signal
+
+
+class Probe(Protocol):
+    """name: as it is stored and shown. unit: of its scores. loss: a name of ``from_logs.LOSSES``, how scores of sites add up."""
+
+    name: str
+    unit: str
+    loss: str
+
+    def __call__(self, component: str, module: nn.Module | None = None) -> float:
+        """Score of the model with this component as it is now, or with a module in its place; higher is better."""
+
+    def floor(self, component: str) -> float | None:
+        """Score of the unquantized component in another float dtype; None where nobody can say."""
+
+
+class OutputSQNR:
+    """SQNR of the denoiser's output in dB, on kept calls, against the outputs of the same calls when this was made.
+
+    -10 log10 of the mean over calls of sum (y_hat - y)^2 / sum y^2: every call, and so every noise level, counts alike (MixDQ's one
+    sum over all calls would count by power). At most 144.5 dB.
+    """
+
+    name, unit, loss = "sqnr", "dB", "noise"
+
+    def __init__(self, parts: Mapping[str, nn.Module], calls: Sequence[Call]):
+        """parts: components by name. calls: as ``dqtk.calibrate`` keeps them.
+
+        Raises ``ValueError`` for a component without calls, and for outputs that are not finite.
+        """
+        self.parts, self.calls = parts, calls
+        self.references = {name: outputs(part, self._of(name)) for name, part in parts.items()}
+        for name, references in self.references.items():
+            if not all(bool(torch.isfinite(y).all()) and bool(y.any()) for y in references):
+                raise ValueError(f"allocate: outputs of {name} must be finite and not zero, got others. Load it in float32.")
+
+    def __call__(self, component: str, module: nn.Module | None = None) -> float:
+        return self._score(component, outputs(self.parts[component] if module is None else module, self._of(component)))
+
+    def floor(self, component: str) -> float | None:
+        """Of the component in bfloat16, or in float32 if it is in 16 bits. Takes memory for a copy."""
+        module = self.parts[component]
+        dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
+        other = torch.bfloat16 if dtype == torch.float32 else torch.float32
+        twin = copy.deepcopy(module).to(other)
+        return self._score(component, outputs(twin, self._of(component)))
+
+    def _of(self, component: str) -> list[Call]:
+        mine = [call for call in self.calls if call.component == component]
+        if not mine:
+            raise ValueError(f"allocate: calls of {component} must have been kept, got none. Calibrate this pipeline.")
+        return mine
+
+    def _score(self, component: str, found: Sequence[Tensor]) -> float:
+        ratios = [_noise(y_hat, y) for y_hat, y in zip(found, self.references[component], strict=True)]
+        mean = math.fsum(ratios) / len(ratios)
+        if not math.isfinite(mean):
+            return -LARGEST  # a layer that overflows: as bad as can be
+        return max(-LARGEST, min(LARGEST, -10 * math.log10(mean))) if mean else LARGEST
+
+
+class PictureScore:
+    """Mean score of pictures, each against the picture of the same prompt and seed when this was made. Whole pipeline runs: slow.
+
+    MixDQ's metric of content is such a one: SSIM on 32 prompts. A sum of scores is made as large as possible.
+    """
+
+    loss = "score"
+
+    def __init__(
+        self, pipe: Any, prompts: Sequence[str], score: Any, *, seed: int, batch_size: int, call_kwargs: Mapping[str, Any]
+    ):
+        """score: name, unit, higher_is_better, cap and ``load() -> function``, as ``dqtk.metrics.score.PairScore`` has them."""
+        self.pipe, self.prompts, self.seed, self.batch_size = pipe, list(prompts), seed, batch_size
+        self.call_kwargs = dict(call_kwargs)
+        self.score, self.function, self.unit = score, score.load(), score.unit
+        self.name = f"{score.name} of {len(self.prompts)} pictures"
+        self.references = self._pictures()
+
+    def __call__(self, component: str, module: nn.Module | None = None) -> float:
+        if module is not None and module is not self.pipe.components[component]:
+            raise ValueError("allocate: pictures must be those of the pipeline's own modules, got another. Score them around none.")
+        pairs = zip(self._pictures(), self.references, strict=True)
+        values = torch.cat([self.function(found, reference) for found, reference in pairs]).double()
+        values = values if self.score.cap is None else values.clamp(max=self.score.cap)
+        if not bool(torch.isfinite(values).all()):
+            raise ValueError(f"allocate: {self.name} must be finite, got {values.tolist()}. Take another score.")
+        return float(values.mean()) * (1 if self.score.higher_is_better else -1)
+
+    def floor(self, component: str) -> float | None:
+        """None: another dtype moves whole pictures along their trajectory; ``dqtk compare --floor`` shows how far."""
+        return None
+
+    @torch.no_grad()
+    def _pictures(self) -> list[Tensor]:
+        """Batches of float32 [B, 3, H, W] in [0, 1]."""
+        found = []
+        for start in range(0, len(self.prompts), self.batch_size):
+            prompts = self.prompts[start : start + self.batch_size]
+            generators = [torch.Generator().manual_seed(self.seed + start + i) for i in range(len(prompts))]
+            how = self.call_kwargs | {"generator": generators, "output_type": "pt"}
+            images = self.pipe(**prompt_argument(self.pipe, prompts, "allocate"), **how).images
+            found.append(images.float().clamp(0, 1).cpu())
+        return found
+
+
+def _noise(approximation: Tensor, reference: Tensor) -> float:
+    y = reference.double()
+    return float((approximation.double() - y).square().sum() / y.square().sum())
+
+
+def outputs(module: nn.Module, calls: Sequence[Call]) -> list[Tensor]:
+    """First output of every call, on the CPU."""
+    return [(found if isinstance(found, Tensor) else found[0]).detach().cpu() for found in made(module, calls)]

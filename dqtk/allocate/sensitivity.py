@@ -1,0 +1,174 @@
+"""How much each site loses alone: one layer at a time takes its quantized form, the probe scores the model, the layer comes back.
+
+Nothing else is quantized meanwhile; or (``around``) everything else is, as one plan says. Errors of layers do not simply add up,
+and scores around a plan near the answer have in them what the errors of the others do to a layer's. Nothing is quantized twice.
+The layer that is put in is the one that ``quantize`` would put in, so whatever a spec may hold (inputs, transforms, a branch, a
+solver) is measured with it. Every score is in a journal on the disk before the next is taken; an interrupted measurement goes on.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dqtk.calibrate import Stats
+from dqtk.checkpoint import replace_layer
+from dqtk.journal import Journal, claim, done
+from dqtk.methods.solve import Solution
+from dqtk.plan import Choice, Plan
+from dqtk.quantize import MAX_MEMORY, check_fit, runtime_layer
+from dqtk.sites import Site, components_of
+from dqtk.spec import LayerSpec, canonical
+from dqtk.stages import solutions
+
+from .probes import Probe
+
+_FLOOR, _BASE = "floor ", "base "
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sensitivity:
+    """scores: (site id, canonical text of its spec) -> score when only this site has this spec, or when the rest is as one plan
+    says (of 16 bits too then). floors: component -> score of the unquantized component in another float dtype: above it,
+    differences are those of rounding. base: component -> score of that plan; empty where the rest is unquantized.
+    """
+
+    scores: dict[tuple[str, str], float]
+    floors: dict[str, float]
+    base: dict[str, float] = field(default_factory=dict)
+
+    def of(self, site: Site, spec: LayerSpec | None) -> float:
+        """Score of a site with a spec. Of 16 bits (None) where that was not measured: infinite."""
+        return self.scores.get((site.id, canonical(spec)), math.inf) if spec is None else self.scores[site.id, canonical(spec)]
+
+
+def measure(
+    target: Any,
+    plans: Sequence[Plan],
+    stats: Stats,
+    probes: Mapping[str, Probe],
+    groups: Mapping[str, str],
+    *,
+    folder: Path,
+    around: Plan | None = None,
+    max_memory: int = MAX_MEMORY,
+    told: Callable[[str], object] = lambda site: None,
+) -> Sensitivity:
+    """Score every (site, spec) of some plans, each alone.
+
+    Args:
+        target: pipeline with real weights, not quantized; as it was when this returns.
+        plans: of the same sites; equal specs are measured once.
+        stats: of this model; what solvers and transforms of the plans need.
+        probes, groups: group -> probe, site id -> group.
+        folder: of the journal; new, or that of this same measurement.
+        around: what the rest of the model is meanwhile; None: unquantized. 16 bits are scored too then.
+        max_memory, told: as of ``quantize``; called with every site that has just been scored.
+    Raises:
+        ValueError: plans of another model, a folder of another measurement.
+    """
+    parts = components_of(target)
+    for plan in [*plans, *([] if around is None else [around])]:
+        check_fit(plan, parts)
+    claim(folder, _task(parts, stats, probes, groups, around), "allocate")
+    rows = done(folder, "allocate")
+    how: dict[str, Any] = {"sequential": False, "max_memory": max_memory}
+    probed = dict(parts) if around is None else _twins(parts, around, stats, how)
+    with Journal(folder, 0) as journal:
+
+        def keep(key: str, scores: Mapping[str, float | None]) -> None:
+            rows[key] = dict(scores)
+            journal.record(key, scores)
+
+        for component in dict.fromkeys(choice.site.component for plan in plans for choice in plan.choices):
+            if _FLOOR + component not in rows:
+                keep(_FLOOR + component, {probe.name: probe.floor(component) for probe in probes.values()})
+            if around is not None and _BASE + component not in rows:
+                keep(_BASE + component, {probe.name: probe(component, probed[component]) for probe in probes.values()})
+        for choice, solution in _all(parts, plans, stats, how, lambda c: _key(c) in rows, around is not None):
+            probe, component = probes[groups[choice.site.id]], choice.site.component
+            layer: nn.Module = parts[component].get_submodule(choice.site.path)
+            with replaced(probed[component], choice.site.path, layer if solution is None else runtime_layer(layer, solution)):
+                keep(_key(choice), {probe.name: probe(component, probed[component])})
+            told(choice.site.id)
+    return _gathered(plans, rows, probes, groups)
+
+
+def _all(
+    parts: Mapping[str, nn.Module],
+    plans: Sequence[Plan],
+    stats: Stats,
+    how: Mapping[str, Any],
+    is_done: Callable[[Choice], bool],
+    unquantized: bool,
+) -> Iterator[tuple[Choice, Solution | None]]:
+    """Every different choice of the plans that is left to do, solved; each quantized site's 16 bits (None) too if asked for."""
+    for plan in plans:
+        work = [choice for choice in plan.choices if choice.spec is not None and not is_done(choice)]
+        for solved in solutions(parts, work, stats, **how):
+            yield from solved
+    sites = {c.site.id: replace(c, spec=None) for plan in plans for c in plan.choices if c.spec is not None} if unquantized else {}
+    yield from ((choice, None) for choice in sites.values() if not is_done(choice))
+
+
+def _twins(parts: Mapping[str, nn.Module], around: Plan, stats: Stats, how: Mapping[str, Any]) -> dict[str, nn.Module]:
+    """Copies of the components over the same tensors, quantized as the plan says."""
+    made = {}
+    for name, part in parts.items():
+        shared: dict[int, Any] = {id(tensor): tensor for tensor in (*part.parameters(), *part.buffers())}
+        made[name] = copy.deepcopy(part, shared)
+    for solved in solutions(parts, [c for c in around.choices if c.spec is not None], stats, **how):
+        for choice, solution in solved:
+            component, path = choice.site.component, choice.site.path
+            replace_layer(made[component], path, runtime_layer(parts[component].get_submodule(path), solution))
+    return made
+
+
+@contextmanager
+def replaced(module: nn.Module, path: str, layer: nn.Module) -> Iterator[None]:
+    """While open, another layer stands at the path."""
+    before = module.get_submodule(path)
+    replace_layer(module, path, layer)
+    try:
+        yield
+    finally:
+        replace_layer(module, path, before)
+
+
+def _key(choice: Choice) -> str:
+    return f"{choice.site.id} {canonical(choice.spec)}"
+
+
+def _gathered(
+    plans: Sequence[Plan], rows: Mapping[str, Mapping], probes: Mapping[str, Probe], groups: Mapping[str, str]
+) -> Sensitivity:
+    chosen = [variant for plan in plans for c in plan.choices for variant in (c, replace(c, spec=None)) if _key(variant) in rows]
+    return Sensitivity(
+        scores={(c.site.id, canonical(c.spec)): rows[_key(c)][probes[groups[c.site.id]].name] for c in chosen},
+        floors=_least(rows, _FLOOR),
+        base=_least(rows, _BASE),
+    )
+
+
+def _least(rows: Mapping[str, Mapping], prefix: str) -> dict[str, float]:
+    """Component -> the least score in its row of this kind; none where nothing could be said."""
+    found = {
+        key.removeprefix(prefix): [v for v in row.values() if v is not None] for key, row in rows.items() if key.startswith(prefix)
+    }
+    return {component: min(values) for component, values in found.items() if values}
+
+
+def _task(
+    parts: Mapping[str, nn.Module], stats: Stats, probes: Mapping[str, Probe], groups: Mapping[str, str], around: Plan | None
+) -> dict[str, Any]:
+    """What scores depend on, beside site and spec: the rest is measured anew when it changes."""
+    dtypes = {name: str(next(p.dtype for p in part.parameters() if p.is_floating_point())) for name, part in parts.items()}
+    names = {group: probe.name for group, probe in probes.items()}
+    moved = sorted(site for site, group in groups.items() if group == "content") if len(set(names.values())) > 1 else []
+    rest = "unquantized" if around is None else around.hash
+    return {"verb": "allocate", "run": stats.run, "dtypes": dtypes, "probes": names, "content": moved, "around": rest}
