@@ -1,6 +1,7 @@
 """Formats, solvers and transforms against each other and against what users would pick: same layers, same prompts and seeds.
 
     python benchmarks/methods.py [MODEL ...] [--num-prompts 16] [--steps 20] [--only SETTING ...] [--methods WORD ...] [--no-peers]
+    python benchmarks/methods.py --since 2026-01-31T09:00   # go on with an interrupted run
     python benchmarks/methods.py --table
 
 MODEL is a pipeline, or an embedded one with ``-stressed`` behind its name. Every variant quantizes the same linear layers of the
@@ -273,9 +274,11 @@ def run(model: str, options) -> None:
     stats = dqtk.calibrate(reference, everything[CALIBRATION], watched, batch_size=8, call_kwargs=steps, progress=False)
     for setting in options.only:
         for name, what in variants_of(setting, options.methods, options.without, not options.no_peers).items():
-            pipe, plan = load(model), watched
             row = {"benchmark": "methods", "model": model, "setting": setting, "method": name}
             row |= {"num_prompts": len(prompts), "steps": options.steps}
+            if options.since and any(row.items() <= r.items() and r["created"] >= options.since for r in stored()):
+                continue
+            pipe, plan = load(model), watched
             if isinstance(what, LayerSpec):
                 plan, refused = plan_for(pipe, what), None
                 dqtk.quantize(pipe, plan, stats, progress=False)
@@ -333,6 +336,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=tuple(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--methods", nargs="+", default=[""], metavar="WORD", help="only methods whose name has one of these words")
     parser.add_argument("--without", nargs="+", default=[], metavar="WORD", help="but none of these")
+    parser.add_argument("--since", metavar="TIME", help="leave out what was measured since (ISO time), as after an interruption")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--table", action="store_true", help="measure nothing; print what is in results.jsonl as Markdown")
     options = parser.parse_args()
