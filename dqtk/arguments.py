@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
 
     calibrate = verbs.add_parser("calibrate", help="watch the inputs of the layers that need it; resumes an existing file")
     _model_and_plan(calibrate)
-    _sampling(calibrate)
+    _sampling(calibrate, dtype="stored")
     calibrate.add_argument("--output", type=Path, required=True, help="statistics file (.safetensors)")
 
     quant = verbs.add_parser("quantize", help="quantize and save a pipeline")
@@ -32,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     quant.add_argument("--plan", type=Path, help="a plan written by explain --output, in place of a recipe")
     quant.add_argument("--stats", type=Path, help="statistics written by calibrate, in place of prompts")
     quant.add_argument("--sequential", action="store_true", help="solvers see inputs of the model as it is quantized so far")
+    quant.add_argument("--correct", action="store_true", help="correct the output per noise level where that helps unseen prompts")
     quant.add_argument("--max-memory", type=float, default=2, metavar="GIB", help="of input statistics (%(default)s)")
     quant.add_argument("--stream", action="store_true", help="a layer at a time, for models larger than memory; resumes")
     quant.add_argument("--output", type=Path, required=True, help="folder for the quantized pipeline; new or empty")

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from .nn import Quantized, runtime_class
 from .nn.activated import fit
+from .nn.correction import NAME, OutputCorrection, correction_of
 from .spec import LayerSpec, canonical, from_json, to_json
 
 FORMAT_VERSION = 2
@@ -56,7 +57,27 @@ def config_of(module: nn.Module, recipe: str) -> dict[str, Any]:
         "hash": _hash(layers),
         "specs": {names[text]: to_json(spec) for text, spec in texts.items()},
         "modules": {path: names[canonical(spec)] for path, spec in layers.items()},
+        **_config_of_correction(module),
     }
+
+
+def _config_of_correction(module: nn.Module) -> dict[str, Any]:
+    found = correction_of(module)
+    if found is None:
+        return {}
+    return {NAME: {"edges": list(found.edges), "channels": found.gain.shape[1], "dim": found.dim}}
+
+
+def install_correction(module: nn.Module, config: Mapping[str, Any], where: str) -> None:
+    """Give a denoiser the empty output correction that its configuration names, which a checkpoint will fill."""
+    fields = config.get(NAME)
+    if fields is None:
+        return
+    try:
+        found = OutputCorrection(fields["edges"], int(fields["channels"]), int(fields["dim"]))
+        found.attach(module)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {NAME} must hold edges, channels and dim, got {fields!r}. The file was edited.") from error
 
 
 def _hash(layers: Mapping[str, LayerSpec]) -> str:
@@ -114,11 +135,13 @@ def install(module: nn.Module, layers: Mapping[str, LayerSpec], where: str) -> N
 
 
 def replace_layer(module: nn.Module, path: str, layer: nn.Module) -> None:
-    """Put ``layer`` where ``path`` was."""
+    """Put ``layer`` where ``path`` was in a component."""
     parent, _, name = path.rpartition(".")
     holder = module.get_submodule(parent)
     setattr(holder, name, layer)
     fit(holder, layer)
+    if isinstance(layer, Quantized):
+        layer.follow(module)
 
 
 # --- digests ---------------------------------------------------------------------------------------------------------
@@ -257,9 +280,11 @@ def load_module(module: nn.Module, path: str | os.PathLike) -> nn.Module:
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise ValueError(f"load: folder must hold config.json and model.safetensors, got {folder}. Use dqtk.load for pipelines.")
-    layers = read_config(_stored_config(folder / "config.json"), f"load: {folder}")
+    config = _stored_config(folder / "config.json")
+    layers = read_config(config, f"load: {folder}")
     digests = verify_files([folder / "model.safetensors"], "load")
     install(module, layers, f"load: {folder}")
+    install_correction(module, config, f"load: {folder}")
     once = load_file(folder / "model.safetensors")
     state = {name: once[_owner(name, digests)] for name in digests}
     try:

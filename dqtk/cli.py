@@ -147,14 +147,15 @@ def _calibrate(options: argparse.Namespace, command: str) -> None:
     stats = run_calibrate(
         pipe, prompts, plan, seed=options.seed, batch_size=options.batch_size, call_kwargs=kwargs, output=options.output
     )
-    print(f"{options.output}: {stats.num_prompts} prompts, {len(stats.inputs)} entries")
+    sites = len({key.site for key in stats.inputs})
+    print(f"{options.output}: {stats.num_prompts} prompts, ranges of {sites} inputs, {len(stats.calls)} calls to learn from")
 
 
 def _quantize(options: argparse.Namespace, command: str) -> None:
     check_output(options.output, "quantize")
     _check_writable(options.output, "quantize")
-    if options.stream and (options.prompts or options.stats or options.sequential):
-        raise ValueError("--stream must stand without --prompts, --stats and --sequential, got one of them. It learns nothing.")
+    if options.stream and (options.prompts or options.stats or options.sequential or options.correct):
+        raise ValueError("--stream must stand without --prompts, --stats, --sequential and --correct, got one. It learns nothing.")
     if options.plan is None:
         meta = meta_target(options.model) if options.stream else meta_pipeline(options.model)
         plan = _plan_for(options, meta)  # wrong names and patterns fail before any weight is read
@@ -176,15 +177,18 @@ def _quantize(options: argparse.Namespace, command: str) -> None:
 def _quantize_in_memory(options: argparse.Namespace, plan: Plan) -> None:
     prompts = read_prompts(options.prompts, options.num_prompts) if options.prompts else None
     stats = _read_stats(options.stats) if options.stats else None
-    if plan.needs_stats and stats is None and prompts is None:
-        raise ValueError(f"--prompts or --stats must be given for recipe {plan.recipe}, got neither. It is calibrated.")
-    if stats is not None and not plan.needs_stats:
+    calibrated = plan.needs_stats or options.correct
+    if calibrated and stats is None and prompts is None:
+        what = f"recipe {plan.recipe}" if plan.needs_stats else "--correct"
+        raise ValueError(f"--prompts or --stats must be given for {what}, got neither. It is calibrated.")
+    if stats is not None and not calibrated:
         raise ValueError(f"--stats must be left out for recipe {plan.recipe}, got {options.stats}. It learns nothing from inputs.")
     pipe = load_pipeline(options.model, options.dtype, find_device(options.device))
-    if plan.needs_stats and stats is None and prompts is not None:
-        kwargs = _call_kwargs(options, pipe)
-        stats = run_calibrate(pipe, prompts, plan, seed=options.seed, batch_size=options.batch_size, call_kwargs=kwargs)
-    quantize(pipe, plan, stats, sequential=options.sequential, max_memory=int(options.max_memory * 2**30))
+    if calibrated and stats is None and prompts is not None:
+        how: dict[str, Any] = {"seed": options.seed, "batch_size": options.batch_size, "keep_calls": options.correct}
+        stats = run_calibrate(pipe, prompts, plan, call_kwargs=_call_kwargs(options, pipe), **how)
+    memory = int(options.max_memory * 2**30)
+    quantize(pipe, plan, stats, sequential=options.sequential, max_memory=memory, correct=options.correct)
     save(pipe, options.output)
 
 

@@ -12,7 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from .sites import Site
-from .spec import RTN, AbsMax, Dynamic, Hadamard, LayerSpec, LowRank, Smooth, TensorSpec, canonical, describe, from_json, to_json
+from .spec import (
+    RTN,
+    AbsMax,
+    Dynamic,
+    Hadamard,
+    LayerSpec,
+    LowRank,
+    PerLevel,
+    PerTensor,
+    Smooth,
+    TensorSpec,
+    canonical,
+    describe,
+    from_json,
+    to_json,
+)
 
 FORMAT_VERSION = 1
 
@@ -40,6 +55,8 @@ def _any_seed(transform: Hadamard) -> Hadamard:
 
 
 def _any_range(tensor: TensorSpec) -> TensorSpec:
+    if isinstance(tensor.granularity, PerLevel):  # one number is looked up before the kernel that ``PerTensor`` runs
+        tensor = replace(tensor, granularity=PerTensor())
     return tensor if isinstance(tensor.range, Dynamic) else replace(tensor, range=AbsMax())
 
 

@@ -20,9 +20,21 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
-from .checkpoint import METHOD, config_of, file_metadata, install, quantized_layers, read_config, replace_layer, verify_files
+from .checkpoint import (
+    METHOD,
+    config_of,
+    file_metadata,
+    install,
+    install_correction,
+    quantized_layers,
+    read_config,
+    replace_layer,
+    verify_files,
+)
 from .nn import BUFFERS, Quantized
 from .nn.activated import FUSED, fuses
+from .nn.correction import OutputCorrection, remove_correction
+from .nn.noise import forget
 
 
 class Method(enum.StrEnum):
@@ -72,6 +84,7 @@ class DqtkQuantizer(DiffusersQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> None:
         install(model, read_config(self.quantization_config.fields), "from_pretrained")
+        install_correction(model, self.quantization_config.fields, "from_pretrained")
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> nn.Module:
         return model
@@ -86,7 +99,8 @@ class DqtkQuantizer(DiffusersQuantizer):
 
     def check_if_quantized_param(self, model, param_value, param_name: str, state_dict, **kwargs) -> bool:
         path, _, name = param_name.rpartition(".")
-        return name in BUFFERS and isinstance(model.get_submodule(path), Quantized)
+        owner = model.get_submodule(path)
+        return (name in BUFFERS and isinstance(owner, Quantized)) or isinstance(owner, OutputCorrection)
 
     def check_quantized_param_shape(self, param_name: str, current_param, loaded_param) -> None:
         raise ValueError(
@@ -130,6 +144,8 @@ class DqtkQuantizer(DiffusersQuantizer):
     def _dequantize(self, model: Any) -> nn.Module:
         for path, layer in quantized_layers(model).items():
             replace_layer(model, path, layer.plain())
+        remove_correction(model)
+        forget(model)
         # diffusers leaves the entry in the config, and a plain model saved with it cannot be loaded.
         model._internal_dict = FrozenDict({key: value for key, value in model.config.items() if key != "quantization_config"})
         return model

@@ -7,7 +7,7 @@ emulated      everything else: inputs are rounded, weights decoded, and the prod
 """
 
 from dqtk import gpu, native
-from dqtk.spec import Dynamic, Float, Int, LayerSpec, PerChannel, PerTensor, PerToken, TensorSpec, TwoLevel
+from dqtk.spec import STATIC, Dynamic, Float, Int, LayerSpec, PerChannel, PerTensor, PerToken, TensorSpec, TwoLevel
 
 E4M3 = Float(exponent=4, mantissa=3)
 EMULATED = "emulated in floating point"
@@ -30,16 +30,14 @@ def _takes_int8(weight: TensorSpec, given: TensorSpec) -> bool:
         return False
     symmetric = given.format.symmetric or not isinstance(given.range, Dynamic)
     granularities = isinstance(weight.granularity, PerTensor | PerChannel | TwoLevel) and isinstance(
-        given.granularity, PerToken | PerTensor
+        given.granularity, (PerToken, *STATIC)
     )
     return weight.format.symmetric and symmetric and granularities
 
 
 def _takes_fp8(weight: TensorSpec, given: TensorSpec) -> bool:
     formats = weight.format == E4M3 and given.format == E4M3
-    return (
-        formats and isinstance(weight.granularity, PerTensor | PerChannel) and isinstance(given.granularity, PerToken | PerTensor)
-    )
+    return formats and isinstance(weight.granularity, PerTensor | PerChannel) and isinstance(given.granularity, (PerToken, *STATIC))
 
 
 def report_of(op: str, device: str) -> str:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .numerics.storage import layer_bytes
-from .sites import ROLES, Adapter, Site, components_of, find_sites
+from .sites import ROLES, TEXT_ENCODERS, Adapter, Site, components_of, find_sites
 from .spec import (
     GROUPS,
     RTN,
@@ -23,12 +23,15 @@ from .spec import (
     Int,
     LayerSpec,
     PerChannel,
+    PerLevel,
+    PerTensor,
     PerToken,
     TensorSpec,
     canonical,
     describe,
     did_you_mean,
     from_json,
+    frozen,
     to_json,
 )
 
@@ -37,7 +40,7 @@ FORMAT_VERSION = 1
 MAX_LEARNED_INPUTS = 16384  # of a layer: its second moments take 2 GiB
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@frozen
 class Rule:
     """``spec`` (``None``: keep 16 bits) for the sites that match. A rule with a pattern must match something.
 
@@ -50,6 +53,10 @@ class Rule:
     roles: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.roles, str):
+            raise ValueError(
+                f"Rule: roles must be a tuple of names, got {self.roles!r}. A tuple of one is written ({self.roles!r},)."
+            )
         for role in self.roles:
             if role not in ROLES:
                 raise ValueError(f"Rule: roles must be among {', '.join(ROLES)}, got {role!r}.{did_you_mean(role, ROLES)}")
@@ -58,7 +65,7 @@ class Rule:
         return (self.pattern is None or site.matches(self.pattern)) and (not self.roles or site.role in self.roles)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@frozen
 class Recipe:
     """A named intent. The first rule that matches a site decides; a site that no rule matches keeps 16 bits."""
 
@@ -244,6 +251,22 @@ def resolve(
     return Plan(recipe=recipe.name, components=components, choices=choices)
 
 
+def check_fit(plan: Plan, parts: Mapping[str, Any], where: str = "quantize") -> None:
+    """Raises ``ValueError`` that names the first component or site of a plan that is not in the model."""
+    for component in plan.components:
+        if component.name not in parts:
+            raise ValueError(
+                f"{where}: plan must be for components {sorted(parts)}, got {component.name}. Make a plan for this model."
+            )
+        shapes = {site.id: site.shape for site in find_sites(parts[component.name], component.name)}
+        for site in (choice.site for choice in plan.choices if choice.site.component == component.name):
+            if shapes.get(site.id) != site.shape:
+                raise ValueError(
+                    f"{where}: plan must fit the model at {site.id}: {site.shape}, got {shapes.get(site.id)}. "
+                    "Make a plan for this model."
+                )
+
+
 def _check_patterns(rules: Iterable[Rule], sites: Sequence[Site]) -> None:
     for rule in rules:
         if rule.pattern is not None and not any(site.matches(rule.pattern) for site in sites):
@@ -282,9 +305,16 @@ def fit(spec: LayerSpec, site: Site) -> tuple[LayerSpec, str]:
     if spec.input is not None and isinstance(spec.input.granularity, GROUPS):
         given = _fit_group(spec.input, site, "8 bit per token", notes)
         spec = replace(spec, input=given)
+    if spec.input is not None and isinstance(spec.input.granularity, PerLevel) and TEXT_ENCODERS.fullmatch(site.component):
+        spec = replace(spec, input=replace(spec.input, granularity=PerTensor()))
+        notes.append("one range: runs once, before there is noise")
     if site.kind == "conv" and spec.low_rank is not None:
         spec = replace(spec, low_rank=None)
         notes.append("no low-rank branch: convolution")
+    if spec.low_rank is not None and spec.low_rank.rank > min(site.n, site.k):
+        most = min(site.n, site.k)
+        notes.append(f"rank {most}: {spec.low_rank.rank} is more than the layer has")
+        spec = replace(spec, low_rank=replace(spec.low_rank, rank=most))
     if site.channels % 4 and any(isinstance(transform, Hadamard) for transform in spec.transforms):
         spec = replace(spec, transforms=tuple(t for t in spec.transforms if not isinstance(t, Hadamard)))
         notes.append(f"not rotated: {site.channels} channels are no multiple of 4")

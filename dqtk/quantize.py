@@ -19,12 +19,14 @@ from tqdm import tqdm
 
 from .calibrate import Stats, calibrate
 from .calibrate.gather import calls_of
+from .calibrate.intervals import settled
 from .calibrate.run import check_model
 from .checkpoint import replace_layer, save_module, written_whole
+from .correct.output import correct_output, exact_outputs
 from .hosts import backend_of
 from .methods.solve import Solution
 from .nn import Quantized, runtime_class
-from .plan import Choice, Plan, Recipe, Rule, resolve
+from .plan import Choice, Plan, Recipe, Rule, check_fit, resolve
 from .recipes import recipe_named
 from .resolve import adapters
 from .sites import DENOISERS, Site, components_of, find_sites
@@ -82,7 +84,14 @@ _make_plan = plan  # quantize has an argument of that name
 
 
 def _recipe(recipe: str | Recipe) -> Recipe:
-    return recipe_named(recipe) if isinstance(recipe, str) else recipe
+    if isinstance(recipe, str):
+        return recipe_named(recipe)
+    if not isinstance(recipe, Recipe):
+        raise ValueError(
+            f"plan: recipe must be a name or a Recipe, got {recipe!r}. "
+            "Of one LayerSpec: Recipe(name='mine', rules=(Rule(spec=spec, why='mine'),))."
+        )
+    return recipe
 
 
 def _matching(rules: Sequence[Rule], parts: Mapping[str, nn.Module], names: Sequence[str]) -> list[Rule]:
@@ -95,18 +104,21 @@ def _override(pattern: str, wish: LayerSpec | str | None) -> Rule:
     if wish is None:
         return Rule(pattern=pattern, spec=None, why="kept by request")
     spec = recipe_named(wish).main_spec() if isinstance(wish, str) else wish
+    if not isinstance(spec, LayerSpec):
+        raise ValueError(f"plan: override of {pattern!r} must be a LayerSpec, a recipe's name or None, got {wish!r}. Wrap it.")
     return Rule(pattern=pattern, spec=spec, why="set by request")
 
 
 def quantize(
     target: Any,
     plan: Plan | Recipe | str,
-    stats: Stats | None = None,
+    stats: Stats | str | os.PathLike | None = None,
     *,
     prompts: Sequence[str] | None = None,
     call_kwargs: Mapping[str, Any] | None = None,
     sequential: bool = False,
     max_memory: int = MAX_MEMORY,
+    correct: bool = False,
     progress: bool = True,
 ) -> Any:
     """Replace planned layers by packed ones, in place, layer by layer.
@@ -114,12 +126,14 @@ def quantize(
     Args:
         target: pipeline or bare denoiser with real weights.
         plan: a plan, or a recipe (name) to plan with.
-        stats: calibration result; needed by plans with static inputs, and by solvers and transforms that learn from inputs.
+        stats: calibration result or its file; needed by plans with static inputs and by what learns from inputs.
         prompts: calibrate with these when ``stats`` is missing.
         call_kwargs: pipeline arguments for calibrating, over those that its family needs.
         sequential: solvers that learn from inputs see those of the model as it is quantized so far, not of the original. Inputs
             that are NaN are then found when their block's turn comes; the blocks before it stay quantized.
         max_memory: bytes that the second moments of inputs may take at a time; more means fewer replays of the kept calls.
+        correct: correct the denoisers' outputs by a gain and a shift per noise level and channel, where calls that they were not
+            fitted on confirm them (``correct/output.py``).
         progress: show a bar.
     Returns:
         ``target``.
@@ -128,47 +142,43 @@ def quantize(
             integer or on the meta device. Nothing was changed then.
     """
     made = plan if isinstance(plan, Plan) else _make_plan(target, plan)
+    if max_memory <= 0:
+        raise ValueError(f"quantize: max_memory must be a positive number of bytes, got {max_memory}. The default is {MAX_MEMORY}.")
+    if isinstance(stats, str | os.PathLike):
+        stats = Stats.load(Path(stats))
     parts = components_of(target)
     work = [choice for choice in made.choices if choice.spec is not None]
     check_fit(made, parts)
-    if made.needs_stats and stats is None:
+    if (made.needs_stats or correct) and stats is None:
         if prompts is None:
             raise ValueError(
                 f"quantize: recipe {made.recipe!r} must have statistics of its inputs, got none. "
                 "Pass prompts=[...], or stats=dqtk.calibrate(pipe, prompts, plan)."
             )
-        stats = calibrate(target, prompts, made, call_kwargs=call_kwargs, progress=progress)
+        for choice in work:
+            check_numbers(choice.site.id, *_numbers(parts[choice.site.component].get_submodule(choice.site.path)))
+        stats = calibrate(target, prompts, made, call_kwargs=call_kwargs, keep_calls=correct, progress=progress)
     if made.needs_stats and stats is not None:
         check_model(stats, target, made)
+        work = settled(work, stats)
     for choice in work:
         _check_layer(parts[choice.site.component].get_submodule(choice.site.path), choice, stats)
     touched = dict.fromkeys(choice.site.component for choice in work)
+    corrected = {name: parts[name] for name in touched if correct and DENOISERS.fullmatch(name)}
+    exact = exact_outputs(corrected, stats) if corrected and stats is not None else {}
     try:
         with tqdm(total=len(work), desc="quantize", unit="layer", disable=not progress) as bar:
             how: dict[str, Any] = {"sequential": sequential, "max_memory": max_memory, "solved": bar.update}
             for solved in solutions(parts, work, stats, **how):
                 for choice, solution in solved:
                     _install(parts[choice.site.component], choice.site, solution)
+        for name, part in corrected.items():
+            assert stats is not None
+            correct_output(part, stats, name, exact[name])
     finally:
         for name in touched:
             _make_saveable(parts[name], made.recipe)
     return target
-
-
-def check_fit(plan: Plan, parts: Mapping[str, nn.Module]) -> None:
-    """Raises ``ValueError`` that names the first component or site of a plan that is not in the model."""
-    for component in plan.components:
-        if component.name not in parts:
-            raise ValueError(
-                f"quantize: plan must be for components {sorted(parts)}, got {component.name}. Make a plan for this model."
-            )
-        shapes = {site.id: site.shape for site in find_sites(parts[component.name], component.name)}
-        for site in (choice.site for choice in plan.choices if choice.site.component == component.name):
-            if shapes.get(site.id) != site.shape:
-                raise ValueError(
-                    f"quantize: plan must fit the model at {site.id}: {site.shape}, got {shapes.get(site.id)}. "
-                    "Make a plan for this model."
-                )
 
 
 def _install(module: nn.Module, site: Site, solution: Solution) -> None:
@@ -235,6 +245,10 @@ def check_numbers(site: str, weight: Tensor, bias: Tensor | None) -> None:
             f"quantize: {site} must have finite weights, got NaN or infinity. "
             "The checkpoint is damaged; load it again, or keep this site at 16 bits."
         )
+
+
+def _numbers(layer: Any) -> tuple[Tensor, Tensor | None]:
+    return layer.weight, layer.bias
 
 
 def _make_saveable(module: nn.Module, recipe: str) -> None:

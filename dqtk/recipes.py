@@ -5,6 +5,8 @@ projection. Modulation layers are a quarter of a Flux, so they are not kept: the
 half their bytes; their input is one row per image.
 """
 
+from dataclasses import replace
+
 from .plan import Recipe, Rule
 from .spec import (
     GPTQ,
@@ -22,6 +24,7 @@ from .spec import (
     LowRank,
     PerChannel,
     PerGroup,
+    PerLevel,
     PerTensor,
     PerToken,
     Smooth,
@@ -72,6 +75,11 @@ def w8a8() -> Recipe:
 def w8a8_static() -> Recipe:
     """INT8 weights per output channel, INT8 inputs with one calibrated range per tensor: the field's baseline."""
     return _uniform("w8a8-static", LayerSpec(weight=_W8, input=_A8_STATIC))
+
+
+def w8a8_levels() -> Recipe:
+    """``w8a8-static`` with a range per interval of the noise level where ranges drift: the same kernel, some numbers more."""
+    return _uniform("w8a8-levels", LayerSpec(weight=_W8, input=replace(_A8_STATIC, granularity=PerLevel())))
 
 
 def w4a16() -> Recipe:
@@ -154,6 +162,7 @@ RECIPES = {
     "w8a16": w8a16,
     "w8a8": w8a8,
     "w8a8-static": w8a8_static,
+    "w8a8-levels": w8a8_levels,
     "w4a16": w4a16,
     "w4a8-rtn": w4a8_rtn,
     "w4a8": w4a8,

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from .calibrate import Stats
 from .calibrate.gather import Inputs, gather, gram_bytes, input_name
+from .calibrate.intervals import ranges_at
 from .calibrate.replay import order_of
 from .kernels import to_matrix
 from .methods.solve import Solution, solve
 from .plan import Choice
+from .spec import PerLevel
 
 Solved = list[tuple[Choice, Solution]]
 
@@ -125,7 +127,9 @@ def _solve_group(module: nn.Module, group: list[Choice], inputs: Mapping[str, In
     ranges = None
     if spec.needs_ranges and not (spec.searches_input or spec.transforms):
         assert stats is not None
-        ranges = stats.input_range(site.id)
+        given = spec.input
+        levels = given.granularity.edges if given is not None and isinstance(given.granularity, PerLevel) else ()
+        ranges = ranges_at(stats, site.id, levels) if levels else stats.input_range(site.id)
     found = solve(
         [_matrix(module, choice) for choice in group],
         spec,

@@ -275,3 +275,58 @@ def test_already_quantized_from_the_shell(shell, load_tiny, tmp_path):
     stored["quantization_config"]["format_version"] = 3
     config.write_text(json.dumps(stored))
     assert "format_version must be 2, got 3." in shell("generate", tmp_path / "q", "--prompts", "x", "--output", tmp_path / "out")
+
+
+def test_arguments_of_a_wrong_kind(bare, load_tiny):
+    pipe = load_tiny("pixart")
+    spec = LayerSpec(weight=TensorSpec(format=Int(bits=4), granularity=PerGroup()))
+    calls = {
+        r"plan: recipe must be a name or a Recipe, got LayerSpec.* Recipe\(name=": lambda: dqtk.plan(bare, spec),
+        "plan: recipe must be a name or a Recipe, got None": lambda: dqtk.plan(bare, None),
+        r"plan: override of '0' must be a LayerSpec, a recipe's name or None, got Int": lambda: dqtk.plan(
+            bare, "w8a8", overrides={"0": Int(bits=4)}
+        ),
+        r"Recipe: rules must be a tuple, got Rule": lambda: dqtk.Recipe(name="x", rules=dqtk.Rule(spec=spec, why="x")),
+        r"Rule: roles must be a tuple of names, got 'ff.up'\. A tuple of one is written": lambda: dqtk.Rule(
+            spec=spec, why="x", roles="ff.up"
+        ),
+        "calibrate: plan must be a Plan, got 'w4a8'": lambda: dqtk.calibrate(pipe, ["a"], "w4a8"),
+        "quantize: max_memory must be a positive number of bytes, got 0": lambda: dqtk.quantize(bare, "w8a8", max_memory=0),
+        "calibrate: plan must be for components .* got model": lambda: dqtk.calibrate(pipe, ["a"], dqtk.plan(bare, "w8a8-static")),
+    }
+    for text, call in calls.items():
+        with pytest.raises(ValueError, match=text):
+            call()
+
+
+def test_a_plan_of_another_model_is_refused_before_calibrating(load_tiny):
+    plan = dqtk.plan(load_tiny("pixart"), "w4a8")
+    with pytest.raises(ValueError, match=r"quantize: plan must be for components .*, got transformer\. Make a plan for this model"):
+        dqtk.quantize(load_tiny("sdxl"), plan, prompts=["a circle"], progress=False)
+
+
+def test_what_is_nan_is_said_before_or_while_calibrating(load_tiny):
+    """A weight before anything is run; whatever else makes the denoiser's arguments NaN at the first call that was kept."""
+    pipe = load_tiny("pixart")
+    plan = dqtk.plan(pipe, "w4a8")
+    pipe.transformer.transformer_blocks[1].ff.net[2].weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"quantize: transformer:transformer_blocks\.1\.ff\.net\.2 must have finite weights"):
+        dqtk.quantize(pipe, plan, prompts=["a circle"], progress=False)
+    pipe = load_tiny("pixart")
+    pipe.text_encoder.shared.weight.data[:] = torch.nan
+    kwargs = call_kwargs_for(pipe) | {"num_inference_steps": 1}
+    with pytest.raises(
+        ValueError, match=r"calibrate: encoder_hidden_states of transformer must be numbers, got NaN at noise level"
+    ):
+        dqtk.calibrate(pipe, ["a circle"], plan, call_kwargs=kwargs, progress=False)
+
+
+def test_statistics_of_another_dtype_and_from_a_file(load_tiny, tmp_path):
+    """Kept calls are made again in the dtype of the model that is quantized; a path will do for statistics."""
+    pipe = load_tiny("pixart")
+    plan = dqtk.plan(pipe, "w4a8")
+    kwargs = call_kwargs_for(pipe) | {"num_inference_steps": 2}
+    dqtk.calibrate(pipe, ["a circle"], plan, call_kwargs=kwargs, output=tmp_path / "s", progress=False)
+    for dtype in (torch.float32, torch.bfloat16):
+        made = dqtk.quantize(load_tiny("pixart", dtype), plan, tmp_path / "s", progress=False)
+        assert len(quantized_layers(made.transformer)) == sum(c.spec is not None for c in plan.choices)

@@ -301,7 +301,11 @@ def test_sizes_are_the_bytes_on_disk(load_tiny, tmp_path, recipe):
     (file,) = (tmp_path / "t").glob("*.safetensors")
     header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
     promised = plan.sizes("transformer")["bytes_after"]
-    assert file.stat().st_size - header == promised
+    stored = file.stat().st_size - header
+    if recipe == "w8a8-levels":  # how many ranges a layer needs is found later: the plan promises the most
+        assert promised - 64 * len(plan.choices) <= stored <= promised
+    else:
+        assert stored == promised
     assert header <= 0.03 * promised
     with safe_open(file, framework="pt") as tensors:
         names = set(tensors.keys())

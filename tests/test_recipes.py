@@ -13,6 +13,7 @@ GOLDEN = {
     "w8a16": "W8 per channel, A16",
     "w8a8": "W8 per channel, A8 per token",
     "w8a8-static": "W8 per channel, A8 per tensor asym",
+    "w8a8-levels": "W8 per channel, A8 per noise level asym",
     "w4a16": "W4 group 64 asym, A16",
     "w4a8-rtn": "W4 group 64 two-level, A8 per token",
     "w4a8": "W4 group 64 two-level, A8 per token, smooth, GPTQ",
@@ -27,7 +28,7 @@ GOLDEN = {
     "llm-fp4": "WFP4 per channel, AFP4 per tensor, shift",
 }
 LEARNING = {"w4a8", "fp4", "w4a4-svd", "w4a4-rot", "viditq-w4a8", "llm-fp4"}  # from inputs seen on prompts
-RANGES = {"w8a8-static", "fp8-static", "llm-fp4"}
+RANGES = {"w8a8-static", "w8a8-levels", "fp8-static", "llm-fp4"}
 
 
 @pytest.mark.parametrize("name", GOLDEN)

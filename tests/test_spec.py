@@ -26,6 +26,7 @@ from dqtk.spec import (
     LowRank,
     PerChannel,
     PerGroup,
+    PerLevel,
     PerTensor,
     PerToken,
     Smooth,
@@ -73,6 +74,8 @@ EVERY_TYPE = [
     E8M0Group(size=64, saturate=False),
     E4M3Group(size=8),
     PerTensor(),
+    PerLevel(),
+    PerLevel(most=3, edges=(1.5, 20.0)),
     PerChannel(),
     PerToken(),
     PerGroup(size=32),
@@ -230,7 +233,7 @@ def layer_with(**changes):
         ({"type": "LayerSpec", "wieght": {}}, r"spec: LayerSpec: field must be one of .*Did you mean 'weight'\?"),
         (weight_with(granularity={"type": "PerChanel"}), r"spec\.weight\.granularity: type .*Did you mean 'PerChannel'\?"),
         (weight_with(granularity={"type": "PerGroup", "size": 7}), r"spec\.weight\.granularity: PerGroup: size must be a positive"),
-        (weight_with(granularity={"type": "MSE"}), r"spec\.weight\.granularity: value must be PerTensor or PerChannel or .*, got"),
+        (weight_with(granularity={"type": "MSE"}), r"spec\.weight\.granularity: value must be PerTensor or PerLevel or .*, got"),
         (weight_with(format=None), r"spec\.weight\.format: value must be Int or Float or BestFloat or Codebook, got None\."),
         (weight_with(range={"type": "Dynamic"}), r"spec: LayerSpec: weight must be static"),
         ({"type": "LayerSpec", "weight": None}, r"spec\.weight: value must be TensorSpec, got None\."),
@@ -369,7 +372,7 @@ def test_mse_refuses(arguments):
         (
             W8,
             TensorSpec(format=Int(bits=8), granularity=PerToken()),
-            "input must be PerTensor with a calibrated range, or PerToken or in groups",
+            "input must be PerTensor or PerLevel with a calibrated range, PerToken or in groups",
         ),
         (
             W8,
@@ -380,17 +383,17 @@ def test_mse_refuses(arguments):
         (
             W8,
             TensorSpec(format=Int(bits=8), granularity=PerTensor(), range=Dynamic()),
-            "input must be PerTensor with a calibrated range",
+            "input must be PerTensor or PerLevel with a calibrated range",
         ),
         (
             W8,
             TensorSpec(format=Int(bits=8), granularity=PerChannel()),
-            "input granularity must be PerToken, PerTensor or a group of inputs",
+            "input granularity must be PerToken, PerTensor, PerLevel or a group of inputs",
         ),
         (
             W8,
             TensorSpec(format=Int(bits=4), granularity=TwoLevel(), range=Dynamic()),
-            "input granularity must be PerToken, PerTensor or",
+            "input granularity must be PerToken, PerTensor, PerLevel or",
         ),
         (
             W8,
@@ -506,3 +509,43 @@ def test_short_names(spec, text):
 def test_suggestions():
     assert did_you_mean("w8a9", ["w8a8", "fp8"]) == " Did you mean 'w8a8'?"
     assert did_you_mean("zzz", ["w8a8", "fp8"]) == ""
+
+
+GOOD = {"weight": TensorSpec(format=Int(bits=8), granularity=PerChannel())}
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (
+            lambda: LayerSpec(**GOOD, solver=GPTQ),
+            r"LayerSpec: solver must be RTN or GPTQ or AdaRound, got .*\. Write GPTQ\(\.\.\.\)\.",
+        ),
+        (lambda: LayerSpec(**GOOD, solver="gptq"), "LayerSpec: solver must be RTN or GPTQ or AdaRound, got 'gptq'"),
+        (lambda: LayerSpec(weight="int4"), "LayerSpec: weight must be TensorSpec, got 'int4'"),
+        (lambda: LayerSpec(weight=Int(bits=4)), r"LayerSpec: weight must be TensorSpec, got Int\(bits=4"),
+        (lambda: LayerSpec(**GOOD, input=Int(bits=8)), "LayerSpec: input must be TensorSpec or None, got Int"),
+        (lambda: LayerSpec(**GOOD, low_rank=16), "LayerSpec: low_rank must be LowRank or None, got 16"),
+        (
+            lambda: LayerSpec(**GOOD, transforms=(Smooth,)),
+            r"LayerSpec: transforms must be Smooth or Hadamard, got .* Write Smooth\(",
+        ),
+        (lambda: LayerSpec(**GOOD, correct_bias="yes"), "LayerSpec: correct_bias must be bool, got 'yes'"),
+        (lambda: TensorSpec(format=Int, granularity=PerChannel()), r"TensorSpec: format must be Int or .* Write Int\("),
+        (lambda: TensorSpec(format=Int(bits=4), granularity=PerGroup), r"TensorSpec: granularity must be .* Write PerGroup\("),
+        (lambda: TensorSpec(format=Int(bits=4), granularity=PerGroup(), range=MSE), r"TensorSpec: range must be .* Write MSE\("),
+        (lambda: GPTQ(damping="a"), "GPTQ: damping must be float or int, got 'a'"),
+        (lambda: GPTQ(act_order="no"), "GPTQ: act_order must be bool, got 'no'"),
+        (lambda: Smooth(alpha="auto"), "Smooth: alpha must be float or None or int, got 'auto'"),
+        (lambda: MSE(least="a"), "MSE: least must be float or int, got 'a'"),
+        (lambda: Hadamard(seed="x"), "Hadamard: seed must be int, got 'x'"),
+        (lambda: AdaRound(iterations=True), "AdaRound: iterations must be int, got True"),
+        (lambda: Codebook(tables=(("a", "b", "c", "d"),)), "Codebook: tables must be float or int, got 'a'"),
+        (lambda: PerLevel(edges=[1.0]), r"PerLevel: edges must be a tuple, got \[1\.0\]"),
+        (lambda: PerLevel(most=1), "PerLevel: most must be an integer from 2 to 64, got 1"),
+        (lambda: PerLevel(edges=(2.0, 1.0)), "PerLevel: edges must be finite and ascending"),
+    ],
+)
+def test_fields_of_a_wrong_type_are_refused_where_they_are_written(make, text):
+    with pytest.raises(ValueError, match=text):
+        make()

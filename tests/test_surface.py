@@ -16,15 +16,15 @@ GOLDEN = {
     "Recipe": "(*, name, rules)",
     "Rule": "(*, spec, why, pattern, roles)",
     "Site": "(*, id, kind, role, shape, bias, shared_input, unsupported)",
-    "Stats": "(num_buckets, num_prompts, inputs, run, calls)",
-    "calibrate": "(pipe, prompts, plan, *, seed, batch_size, call_kwargs, steps_per_run, output, progress)",
+    "Stats": "(num_buckets, num_prompts, inputs, run, calls, times)",
+    "calibrate": "(pipe, prompts, plan, *, seed, batch_size, call_kwargs, steps_per_run, placement, keep_calls, output, progress)",
     "compare": "(reference, candidate, prompts, *, seed, seeds_per_prompt, batch_size, call_kwargs, scores, lpips_net, "
     "lpips_weights, num_trajectory, oracle, floor, reference_name, candidate_name, floor_name, reference_folder, candidate_folder, "
     "plan_summary, progress)",
     "find_sites": "(module, component, adapter)",
     "load": "(path, **kwargs)",
     "plan": "(target, recipe, *, text_encoders, overrides)",
-    "quantize": "(target, plan, stats, *, prompts, call_kwargs, sequential, max_memory, progress)",
+    "quantize": "(target, plan, stats, *, prompts, call_kwargs, sequential, max_memory, correct, progress)",
     "save": "(pipe, path)",
 }
 

@@ -33,7 +33,8 @@ class Inputs:
     ``SAMPLE_ROWS``, drawn evenly from all calls. low, high: float32 [K], least and largest number of every channel. peaks: float32
     [P, K], the rows with the largest numbers of every call. count: rows in the mean. ends: of a convolution, whose inputs are
     rounded a sample at a time, float32 [R, 2 C]: least and largest number of every channel in the sample that a row was cut from;
-    None for linears, and in a basis where nobody looked.
+    None for linears, and in a basis where nobody looked. times, peak_times: float32 [R], [P], time of the denoiser's call
+    that a row comes from; 0 where there is none.
     """
 
     gram: Tensor
@@ -44,6 +45,8 @@ class Inputs:
     peaks: Tensor
     count: int
     ends: Tensor | None = None
+    times: Tensor | None = None
+    peak_times: Tensor | None = None
 
     @property
     def absmax(self) -> Tensor:
@@ -127,7 +130,8 @@ def gather(
                 draw = torch.Generator().manual_seed(sums[name].calls)
                 _check_finite(site, ends := _ends(layer, x), call)
                 rows = rows_of(layer, x, max_rows, draw)
-                _add(sums[name], rows, ends, _sample_ends(layer, x, len(rows)), per_call, draw)
+                beside = torch.cat([_sample_ends(layer, x, len(rows)), rows.new_full((len(rows), 1), call.time or 0.0)], dim=1)
+                _add(sums[name], rows, ends, beside, per_call, draw)
 
         return see
 
@@ -194,30 +198,33 @@ def _check_finite(site: Site, ends: tuple[Tensor, Tensor], call: Call) -> None:
         )
 
 
-def _add(found: _Sum, rows: Tensor, ends: tuple[Tensor, Tensor], sample_ends: Tensor, per_call: int, draw: torch.Generator) -> None:
+def _add(found: _Sum, rows: Tensor, ends: tuple[Tensor, Tensor], beside: Tensor, per_call: int, draw: torch.Generator) -> None:
+    """One call's rows. ``beside`` [R, ...] goes with them into the sample; its last column is the time."""
     if found.gram.numel():
         found.gram += rows.T @ rows
     found.total += rows.sum(dim=0)
     found.low, found.high = torch.minimum(found.low, ends[0]), torch.maximum(found.high, ends[1])
     found.count, found.calls = found.count + rows.shape[0], found.calls + 1
-    found.sample.append(_some(torch.cat([rows, sample_ends], dim=1), per_call, draw).cpu().clone())
+    found.sample.append(_some(torch.cat([rows, beside], dim=1), per_call, draw).cpu().clone())
     largest = rows.abs().amax(dim=1).topk(min(PEAKS, rows.shape[0])).indices
-    found.peaks.append(rows[largest].cpu())
+    found.peaks.append(torch.cat([rows[largest], beside[largest, -1:]], dim=1).cpu())
 
 
 def _finish(found: _Sum) -> Inputs:
     k, peaks = len(found.total), torch.cat(found.peaks)
     sample = _some(torch.cat(found.sample), SAMPLE_ROWS, torch.Generator().manual_seed(0))
-    largest = peaks.abs().amax(dim=1).topk(min(SAMPLE_ROWS // 4, len(peaks))).indices
+    largest = peaks[:, :k].abs().amax(dim=1).topk(min(SAMPLE_ROWS // 4, len(peaks))).indices
     return Inputs(
         gram=found.gram.div_(found.count),
         mean=(found.total / found.count).float(),
         sample=sample[:, :k].contiguous(),
         low=found.low,
         high=found.high,
-        peaks=peaks[largest],
+        peaks=peaks[largest, :k],
         count=found.count,
-        ends=sample[:, k:].contiguous() if sample.shape[1] > k else None,
+        ends=sample[:, k:-1].contiguous() if sample.shape[1] > k + 1 else None,
+        times=sample[:, -1].contiguous(),
+        peak_times=peaks[largest, -1],
     )
 
 

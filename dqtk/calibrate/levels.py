@@ -5,6 +5,7 @@ It is read from the timestep through the scheduler's own tables, never from a co
 steps and another scheduler of the same kind.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -68,8 +69,11 @@ def _is_sigma(table: Tensor | None, t: float, steps: float) -> bool:
 
 
 def bucket_of(level: float, num_buckets: int) -> int:
-    """Index of the level among equal intervals of [0, 1]."""
-    return min(int(level * num_buckets), num_buckets - 1)
+    """Index of the level among equal intervals of its angle asin(level), 0 to pi / 2.
+
+    In equal intervals of the level itself half the steps of a variance-preserving schedule lie in one.
+    """
+    return min(int(math.asin(min(max(level, 0.0), 1.0)) / (math.pi / 2) * num_buckets), num_buckets - 1)
 
 
 def at_level(level: float | None) -> str:

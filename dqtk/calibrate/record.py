@@ -46,7 +46,7 @@ def recording(pipe: Any, sites: Sequence[Site], stats: Stats, num_prompts: int) 
     with ExitStack() as hooks:
         for name, part in parts.items():
             if DENOISERS.fullmatch(name):
-                level = _level_hook(calls[name], pipe, stats, num_prompts)
+                level = _level_hook(name, calls[name], pipe, stats, num_prompts)
                 hooks.callback(part.register_forward_pre_hook(level, with_kwargs=True).remove)
         for site in sites:
             layer = parts[site.component].get_submodule(site.path)
@@ -64,16 +64,23 @@ def level_of(pipe: Any, module: nn.Module, given: Mapping[str, Any]) -> float | 
     return noise_level(pipe.scheduler, time, reversed_time=adapter is not None and adapter.reversed_time)
 
 
-def _level_hook(call: _Call, pipe: Any, stats: Stats, num_prompts: int):
+def _level_hook(name: str, call: _Call, pipe: Any, stats: Stats, num_prompts: int):
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
         given = given_arguments(module, args, kwargs)
         level = level_of(pipe, module, given)
         if level is not None:
             call.bucket, call.level = bucket_of(level, stats.num_buckets), level
+            time = _first(time_of(given))
+            stats.saw(name, call.bucket, time, time)
         sample = next(iter(given.values()), None)  # [B, ...], or a list of B samples
         call.guided = sample is not None and len(sample) == 2 * num_prompts
 
     return hook
+
+
+def _first(time: Tensor | None) -> float:
+    assert time is not None
+    return float(time.detach().reshape(-1)[0])
 
 
 def _site_hook(site: Site, call: _Call, stats: Stats):

@@ -10,26 +10,27 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from dqtk.calls import given_arguments, time_of
 
-_GOLDEN = 0.6180339887498949  # its multiples modulo 1 lie evenly however many there are
+from .placement import Placement
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call of a component: ``level`` is its noise level in [0, 1], None for text encoders."""
+    """One call of a component in a run of the pipeline; ``level`` is its noise level in [0, 1], None for text encoders."""
 
     component: str
     args: tuple
     kwargs: dict[str, Any]
     level: float | None
+    run: int = 0
 
     @property
     def time(self) -> float | None:
@@ -67,8 +68,8 @@ def capturing(parts: Mapping[str, nn.Module], level_of: Callable[[str, nn.Module
         yield calls
 
 
-def evenly(calls: Sequence[Call], num_steps: int, run: int) -> list[Call]:
-    """Of the calls of one pipeline run: all of text encoders, and those of ``num_steps`` steps of the denoisers, evenly over it.
+def kept(calls: Sequence[Call], num_steps: int, run: int, placement: Placement) -> list[Call]:
+    """Of the calls of one pipeline run: all of text encoders, and those of ``num_steps`` steps of the denoisers.
 
     Calls that follow each other at one time (separate calls for both halves of guidance) are one step. ``run`` numbers the runs, so
     that the next one takes other steps.
@@ -81,10 +82,17 @@ def evenly(calls: Sequence[Call], num_steps: int, run: int) -> list[Call]:
             steps[-1].append(call)
         else:
             steps.append([call])
-    num = min(num_steps, len(steps))
-    shift = (run * _GOLDEN) % 1
-    chosen = sorted({int((i + shift) / num * len(steps)) for i in range(num)}) if num else []
-    return [call for call in calls if call.level is None] + [call for index in chosen for call in steps[index]]
+    levels = [step[0].level or 0.0 for step in steps]
+    chosen = placement.choose(levels, min(num_steps, len(steps)), run) if steps else []
+    mine = [call for call in calls if call.level is None] + [call for index in chosen for call in steps[index]]
+    return [replace(call, run=run) for call in mine]
+
+
+@torch.no_grad()
+def made(module: nn.Module, calls: Sequence[Call]) -> Iterator[Any]:
+    """Make calls again, to their end; what each returns."""
+    for call in calls:
+        yield module(**_arguments(module, call))
 
 
 class _Enough(Exception):
@@ -99,8 +107,7 @@ def replay(module: nn.Module, calls: Sequence[Call], watched: Mapping[str, Calla
     """
     if not calls or not watched:
         return
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    usual = _count(module, calls[0], set(watched), device)
+    usual = _count(module, calls[0], set(watched))
     total = {path: usual.get(path, math.inf) for path in watched}  # a layer that the first call misses: others run to their end
     left: dict[str, float] = {}
     current: list[Call] = []
@@ -126,7 +133,7 @@ def replay(module: nn.Module, calls: Sequence[Call], watched: Mapping[str, Calla
             left.update(total)
             current[:] = [call]
             with suppress(_Enough):
-                module(*call.args, **_on(call.kwargs, device))
+                module(**_arguments(module, call))
     missing = sorted(set(watched) - seen)
     if missing:
         raise ValueError(
@@ -137,11 +144,10 @@ def replay(module: nn.Module, calls: Sequence[Call], watched: Mapping[str, Calla
 
 def order_of(module: nn.Module, call: Call, paths: Sequence[str]) -> list[str]:
     """The paths in the order in which a call reaches them."""
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    return list(_count(module, call, set(paths), device))
+    return list(_count(module, call, set(paths)))
 
 
-def _count(module: nn.Module, call: Call, paths: set[str], device: torch.device) -> dict[str, int]:
+def _count(module: nn.Module, call: Call, paths: set[str]) -> dict[str, int]:
     """How often one call reaches each path, in order of first arrival."""
     seen: dict[str, int] = {}
 
@@ -154,12 +160,29 @@ def _count(module: nn.Module, call: Call, paths: set[str], device: torch.device)
     with ExitStack() as hooks, torch.no_grad():
         for path in paths:
             hooks.callback(module.get_submodule(path).register_forward_pre_hook(hook(path), with_kwargs=True).remove)
-        module(*call.args, **_on(call.kwargs, device))
+        module(**_arguments(module, call))
     return seen
 
 
-def _on(kwargs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, dict(kwargs))
+def _arguments(module: nn.Module, call: Call) -> dict[str, Any]:
+    """A call's arguments where the module is, and in its dtype where the call was made in another one.
+
+    What tells is the first floating tensor of more than one dimension: latents. Tensors of its dtype follow; what the pipeline gave
+    in another precision keeps it.
+    """
+    weight = next((p for p in module.parameters() if p.is_floating_point()), None)
+    device = torch.device("cpu") if weight is None else weight.device
+    given = [value for value in tree_leaves(call.kwargs) if isinstance(value, Tensor)]
+    theirs = next((value.dtype for value in given if value.is_floating_point() and value.ndim > 1), None)
+    mine = theirs if weight is None else weight.dtype
+
+    def moved(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        follows = theirs is not None and value.dtype == theirs != mine and value.ndim > 1
+        return value.to(device, mine if follows else None)
+
+    return tree_map(moved, dict(call.kwargs))
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -189,7 +212,7 @@ def to_tensors(calls: Sequence[Call]) -> tuple[dict[str, Tensor], str]:
             "Calibrate without an output file."
         )
 
-    rows = [[call.component, plain(call.kwargs, call.component), call.level] for call in calls]
+    rows = [[call.component, plain(call.kwargs, call.component), call.level, call.run] for call in calls]
     return tensors, json.dumps(rows)
 
 
@@ -210,4 +233,4 @@ def from_tensors(tensors: Callable[[str], Tensor], text: str) -> list[Call]:
             return parts if kind == "list" else tuple(parts)
         return content
 
-    return [Call(component, (), value_of(kwargs), level) for component, kwargs, level in json.loads(text)]
+    return [Call(component, (), value_of(kwargs), level, *run) for component, kwargs, level, *run in json.loads(text)]

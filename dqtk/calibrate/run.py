@@ -13,12 +13,14 @@ from tqdm import tqdm
 
 from dqtk.calls import call_arguments, prompt_argument
 from dqtk.checkpoint import digest
-from dqtk.plan import Plan
+from dqtk.plan import Plan, check_fit
 from dqtk.sites import DENOISERS, components_of, find_sites
 from dqtk.spec import LayerSpec
 
+from .levels import at_level
+from .placement import Evenly, Placement
 from .record import level_of, recording
-from .replay import capturing, evenly
+from .replay import Call, capturing, kept
 from .stats import Stats
 
 
@@ -31,6 +33,8 @@ def calibrate(
     batch_size: int = 4,
     call_kwargs: Mapping[str, Any] | None = None,
     steps_per_run: int = 10,
+    placement: Placement = Evenly(),  # noqa: B008, frozen
+    keep_calls: bool = False,
     output: str | Path | None = None,
     progress: bool = True,
 ) -> Stats:
@@ -44,6 +48,8 @@ def calibrate(
         batch_size: prompts per call.
         call_kwargs: passed to the pipeline, for example ``{"num_inference_steps": 20}``, over what its family needs.
         steps_per_run: steps of every pipeline run whose calls are kept for solvers that learn from inputs (GPTQ, smoothing, ...).
+        placement: which steps these are; see ``calibrate.placement``.
+        keep_calls: keep calls of all denoisers too, whether or not a layer learns from them: output correction does.
         output: file that is written after every batch and continued from if it exists. It knows its prompts, seed, arguments and
             sites; prompts may be added at the end.
         progress: show a bar.
@@ -55,15 +61,21 @@ def calibrate(
     for name, value in (("batch_size", batch_size), ("steps_per_run", steps_per_run)):
         if not (isinstance(value, int) and value >= 1):
             raise ValueError(f"calibrate: {name} must be a positive integer, got {value!r}. The defaults are 4 and 10.")
-    if not plan.needs_stats:
+    if not isinstance(plan, Plan):
+        raise ValueError(f"calibrate: plan must be a Plan, got {plan!r}. Make one: dqtk.plan(pipe, 'w4a8').")
+    check_fit(plan, components_of(pipe), "calibrate")
+    if not (plan.needs_stats or keep_calls):
         return Stats()
     _check_call(pipe, prompts)
     sites = [c.site for c in plan.choices if c.spec is not None and c.spec.needs_ranges]
     learning = {c.site.component for c in plan.choices if c.spec is not None and c.spec.needs_inputs}
+    if keep_calls:
+        learning |= {c.name for c in plan.components if DENOISERS.fullmatch(c.name)}
     replayed = {name: part for name, part in components_of(pipe).items() if name in learning}
     stats = Stats.load(output) if output is not None and Path(output).exists() else Stats()
     kwargs = call_arguments(pipe, call_kwargs)
-    run = _identity(pipe, plan, prompts, {"seed": seed, "batch_size": batch_size}, kwargs, steps_per_run)
+    numbers = {"seed": seed, "batch_size": batch_size} | ({"keep_calls": 1} if keep_calls else {})
+    run = _identity(pipe, plan, prompts, numbers, kwargs, _steps(steps_per_run, placement))
     if stats.num_prompts:
         _check_same_run(stats, run, output)
     starts = range(stats.num_prompts, len(prompts), batch_size)
@@ -73,12 +85,24 @@ def calibrate(
         level = partial(_level, pipe)
         with recording(pipe, sites, stats, len(batch)), capturing(replayed, level) as calls, torch.no_grad():
             pipe(**prompt_argument(pipe, batch, "prompts"), generator=generators, **(kwargs | {"output_type": "latent"}))
-        stats.calls += evenly(calls, steps_per_run, start // batch_size)
+        _check_calls(calls)
+        stats.calls += kept(calls, steps_per_run, start // batch_size, placement)
         stats.num_prompts += len(batch)
         stats.run = run(stats.num_prompts)
         if output is not None:
             stats.save(output)
     return stats
+
+
+def _check_calls(calls: Sequence[Call]) -> None:
+    """Raises ``ValueError`` that names the argument and the noise level of a call with NaN (masks may hold infinities)."""
+    for call in calls:
+        for name, value in call.kwargs.items():
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and bool(value.isnan().any()):
+                raise ValueError(
+                    f"calibrate: {name} of {call.component} must be numbers, got NaN{at_level(call.level)}. "
+                    "The weights of what computes it may be damaged, or overflow in this dtype."
+                )
 
 
 def _level(pipe: Any, name: str, module: nn.Module, given: Mapping[str, Any]) -> float | None:
@@ -124,10 +148,10 @@ def check_model(stats: Stats, target: Any, plan: Plan) -> None:
 
 
 def _identity(
-    pipe: Any, plan: Plan, prompts: Sequence[str], numbers: Mapping[str, int], kwargs: Mapping[str, Any], steps_per_run: int
+    pipe: Any, plan: Plan, prompts: Sequence[str], numbers: Mapping[str, int], kwargs: Mapping[str, Any], steps: str
 ) -> Callable[[int], dict[str, str]]:
     """Number of prompts seen -> what statistics of them depend on, in words."""
-    sites = sorted(c.site.id + _kept(c.spec, steps_per_run) for c in plan.choices if c.spec is not None and c.spec.needs_stats)
+    sites = sorted(c.site.id + _kept(c.spec, steps) for c in plan.choices if c.spec is not None and c.spec.needs_stats)
     fixed = {
         "sites": f"{len(sites)} sites, {_short(sites)}",
         "model": json.dumps(fingerprint(pipe, plan)),
@@ -137,11 +161,16 @@ def _identity(
     return lambda num: fixed | {"prompts": f"{num} prompts, {_short(prompts[:num])}"}
 
 
-def _kept(spec: LayerSpec, steps_per_run: int) -> str:
+def _steps(num: int, placement: Placement) -> str:
+    """Which steps are kept, in words; those of old files are even."""
+    return f"{num} steps" if placement == Evenly() else f"{num} steps, {placement}"
+
+
+def _kept(spec: LayerSpec, steps: str) -> str:
     """What is kept for a site beside, or in place of, its range."""
     if not spec.needs_inputs:
         return ""
-    return f", inputs of {steps_per_run} steps" + (" and range" if spec.needs_ranges else "")
+    return f", inputs of {steps}" + (" and range" if spec.needs_ranges else "")
 
 
 def _short(texts: Sequence[str]) -> str:

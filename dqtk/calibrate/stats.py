@@ -62,14 +62,15 @@ class Stats:
     """Statistics of a pipeline. ``num_prompts`` prompts have been seen; ``num_buckets`` noise-level buckets divide [0, 1].
 
     ``run`` says what run they come from (see ``calibrate``); merged ones come from several and say nothing. ``calls`` are kept for
-    solvers that learn from inputs (see ``replay``).
+    solvers that learn from inputs (see ``replay``). ``times``: (denoiser, bucket) -> least and largest time it was given.
     """
 
-    num_buckets: int = 10
+    num_buckets: int = 20
     num_prompts: int = 0
     inputs: dict[Key, InputStat] = field(default_factory=dict)
     run: dict[str, str] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
+    times: dict[tuple[str, int], tuple[float, float]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         sites = len({key.site for key in self.inputs})
@@ -79,6 +80,11 @@ class Stats:
     def add(self, key: Key, seen: InputStat) -> None:
         """Merge one observation."""
         self.inputs[key] = self.inputs[key].merge(seen) if key in self.inputs else seen
+
+    def saw(self, component: str, bucket: int, low: float, high: float) -> None:
+        """A denoiser was called at times from ``low`` to ``high`` in this bucket."""
+        least, most = self.times.get((component, bucket), (low, high))
+        self.times[component, bucket] = min(least, low), max(most, high)
 
     def merge(self, other: "Stats") -> "Stats":
         """Both together. Raises ``ValueError`` when the bucket counts differ."""
@@ -90,6 +96,9 @@ class Stats:
         merged.calls = [*self.calls, *other.calls]
         for key, seen in other.inputs.items():
             merged.add(key, seen)
+        merged.times = dict(self.times)
+        for (component, bucket), span in other.times.items():
+            merged.saw(component, bucket, *span)
         return merged
 
     def of(self, site: str) -> Iterator[InputStat]:
@@ -126,6 +135,7 @@ class Stats:
             counts[name] = seen.count
         meta = {"num_buckets": str(self.num_buckets), "num_prompts": str(self.num_prompts), "counts": json.dumps(counts)}
         meta["run"] = json.dumps(self.run)
+        meta["times"] = json.dumps([[*key, *span] for key, span in self.times.items()])
         kept, meta["calls"] = to_tensors(self.calls)
         tensors |= kept
         partial = path.with_name(f".{path.name}.partial")
@@ -156,5 +166,6 @@ class Stats:
         for name, count in json.loads(meta["counts"]).items():
             low, high = file.get_tensor(f"{name}|range")
             stats.inputs[Key.parse(name)] = InputStat(low.view(1), high.view(1), file.get_tensor(f"{name}|channel_absmax"), count)
+        stats.times = {(name, bucket): (low, high) for name, bucket, low, high in json.loads(meta.get("times", "[]"))}
         stats.calls = from_tensors(file.get_tensor, meta.get("calls", "[]"))
         return stats

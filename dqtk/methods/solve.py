@@ -18,11 +18,26 @@ from dqtk.numerics.hadamard import pack_signs, random_signs, rotate
 from dqtk.numerics.inputs import round_input
 from dqtk.numerics.packing import Packed, dequantize
 from dqtk.numerics.weight_grid import fit_grid
-from dqtk.spec import GPTQ, RTN, AdaRound, Float, Hadamard, Int, LayerSpec, PerTensor, PerToken, Smooth, TensorSpec, Transform
+from dqtk.spec import (
+    GPTQ,
+    RTN,
+    STATIC,
+    AdaRound,
+    Float,
+    Hadamard,
+    Int,
+    LayerSpec,
+    PerLevel,
+    PerToken,
+    Smooth,
+    TensorSpec,
+    Transform,
+)
 
 from .adaround import adaround
-from .format_search import concrete, concrete_input
+from .format_search import concrete
 from .gptq import Factor, gptq
+from .level_tables import intervals_of, tables
 from .low_rank import low_rank
 from .rtn import rtn
 from .smooth import smoothing
@@ -54,7 +69,8 @@ def solve(
         spec: of every one of them.
         inputs: statistics of the input; needed if ``spec.needs_inputs``.
         channels: input channels, where K counts the taps of a convolution too.
-        input_range: least and largest input [1], [1]; needed if ``spec.needs_ranges`` and the range is not searched.
+        input_range: least and largest input [L], [L], of every interval of the noise level where the spec tells them apart; needed
+            if ``spec.needs_ranges`` and the range is not searched.
     Returns:
         One solution per weight.
     """
@@ -150,7 +166,7 @@ def _smooth_error(weights: list[Tensor], inputs: Inputs, rest: LayerSpec, multip
         if isinstance(transform, Hadamard):
             turned = _rotation(transform, channels)
             x, scaled, ends = turned(x), [turned(weight) for weight in scaled], None
-    q = x if rest.input is None else _round_sample(x, ends, rest.input)
+    q = x if rest.input is None else _round_sample(x, ends, inputs.times, rest.input)
     total = 0.0
     for weight, moved in zip(weights, scaled, strict=True):
         form = concrete(moved, rest.weight)
@@ -158,18 +174,24 @@ def _smooth_error(weights: list[Tensor], inputs: Inputs, rest: LayerSpec, multip
     return total
 
 
-def _round_sample(x: Tensor, ends: Tensor | None, spec: TensorSpec) -> Tensor:
-    if not isinstance(spec.granularity, PerTensor):
-        return _round_rows(x, ends, spec, {})
-    found, scale, zero = concrete_input(x, spec)
-    return _round_rows(x, ends, found, _stored_input(found, scale, zero))
+def _round_sample(x: Tensor, ends: Tensor | None, times: Tensor | None, spec: TensorSpec) -> Tensor:
+    if not isinstance(spec.granularity, STATIC):
+        return _round_rows(x, ends, times, spec, {})
+    found, scale, zero = tables(x, times, spec)
+    return _round_rows(x, ends, times, found, _stored_input(found, scale, zero))
 
 
-def _round_rows(x: Tensor, ends: Tensor | None, spec: TensorSpec, stored: dict[str, Tensor]) -> Tensor:
+def _round_rows(x: Tensor, ends: Tensor | None, times: Tensor | None, spec: TensorSpec, stored: dict[str, Tensor]) -> Tensor:
     """Rows as the layer rounds them. A window of a convolution gets the scale of its whole sample, which ``Inputs.ends`` fix."""
     whole = ends is not None and isinstance(spec.granularity, PerToken)
     given = torch.cat([x, ends], dim=1) if whole and ends is not None else x
-    return round_input(given, spec, stored.get("input_scale"), stored.get("input_zero"))[:, : x.shape[1]]
+    scale, zero = stored.get("input_scale"), stored.get("input_zero")
+    if isinstance(spec.granularity, PerLevel):
+        assert times is not None
+        assert scale is not None
+        interval = intervals_of(times, spec.granularity.edges)
+        scale, zero = scale[interval, None], None if zero is None else zero[interval, None]
+    return round_input(given, spec, scale, zero)[:, : x.shape[1]]
 
 
 # --- static inputs ---------------------------------------------------------------------------------------------------
@@ -183,7 +205,7 @@ def _static_input(
         return spec, {}
     if spec.needs_inputs and (spec.transforms or spec.searches_input):
         assert inputs is not None
-        found, scale, zero = concrete_input(inputs.sample, spec.input, (inputs.low.amin(), inputs.high.amax()))
+        found, scale, zero = tables(inputs.sample, inputs.times, spec.input, inputs)
         return replace(spec, input=found), _stored_input(found, scale, zero)
     assert input_range is not None
     low, high = input_range
@@ -192,12 +214,12 @@ def _static_input(
 
 def _stored_input(spec: TensorSpec, scale: Tensor, zero: Tensor | None) -> dict[str, Tensor]:
     """``input_scale`` and ``input_zero`` as layers store them (``numerics/storage.py``)."""
-    found = {"input_scale": scale.float().view(1)}
+    found = {"input_scale": scale.float().view(-1)}
     if isinstance(spec.format, Int):
         shifted = torch.zeros_like(scale) if zero is None else zero - 2 ** (spec.format.bits - 1)
-        found["input_zero"] = shifted.to(torch.int32).view(1)
+        found["input_zero"] = shifted.to(torch.int32).view(-1)
     elif isinstance(spec.format, Float) and zero is not None:
-        found["input_zero"] = zero.float().view(1)
+        found["input_zero"] = zero.float().view(-1)
     return found
 
 
@@ -207,7 +229,7 @@ def _stored_input(spec: TensorSpec, scale: Tensor, zero: Tensor | None) -> dict[
 def _rounded_sample(inputs: Inputs, spec: LayerSpec, shared: dict[str, Tensor]) -> Tensor:
     if spec.input is None:
         return inputs.sample
-    return _round_rows(inputs.sample, inputs.ends, spec.input, shared)
+    return _round_rows(inputs.sample, inputs.ends, inputs.times, spec.input, shared)
 
 
 def _input_noise(inputs: Inputs, spec: LayerSpec, shared: dict[str, Tensor]) -> Tensor | None:

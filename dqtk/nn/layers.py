@@ -35,10 +35,11 @@ from dqtk.kernels import (
 from dqtk.numerics.inputs import round_input
 from dqtk.numerics.packing import Packed, empty
 from dqtk.numerics.storage import BUFFERS, layer_layout
-from dqtk.spec import LayerSpec, describe
+from dqtk.spec import LayerSpec, PerLevel, describe
 
 from .basis import Basis
 from .lazy_weight import LazyWeight, read_only
+from .noise import following
 
 WEIGHT = tuple(Packed.__slots__)  # type: ignore[attr-defined]
 
@@ -54,6 +55,7 @@ class Quantized:
         module: Any = self
         module.spec, module.n, module.k = spec, n, k
         module.basis = Basis.of(spec, channels)
+        module.noise = None
         dtype = dtype or torch.get_default_dtype()
         device = torch.get_default_device() if device is None else device
         tensors = empty(layer_layout(spec, n, k, channels), device)
@@ -76,6 +78,34 @@ class Quantized:
                 setattr(module, name, given)
         if bias is not None:
             module.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+
+    @property
+    def edges(self) -> tuple[float, ...]:
+        """Between the intervals of the noise level that this layer tells apart; none for most layers."""
+        granularity = None if self.spec.input is None else self.spec.input.granularity
+        return granularity.edges if isinstance(granularity, PerLevel) else ()
+
+    def follow(self, denoiser: nn.Module) -> None:
+        """Know the noise level of this denoiser's calls from now on, if anything here depends on it."""
+        module: Any = self
+        module.noise = following(denoiser, self.edges) if self.edges else None
+
+    def input_tables(self) -> tuple[Tensor | None, Tensor | None]:
+        """``input_scale`` and ``input_zero`` [1] for the call in progress.
+
+        Raises ``ValueError`` for a layer with a table that stands in no denoiser.
+        """
+        module: Any = self
+        scale, zero = module.input_scale, module.input_zero
+        if scale is None or len(scale) == 1:
+            return scale, zero
+        if module.noise is None:
+            raise ValueError(
+                f"{type(self).__name__}: the layer must follow a denoiser's calls, as its input has {len(scale)} scales, one per "
+                "interval of the noise level; got none. Call layer.follow(denoiser), or load the whole model."
+            )
+        index = module.noise.index(scale.device)
+        return scale.index_select(0, index), None if zero is None else zero.index_select(0, index)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -135,7 +165,7 @@ class Quantized:
         base = base_class(type(self))
         new: Any = base.__new__(base)
         nn.Module.__init__(new)
-        skip = ("spec", "n", "k", "basis")
+        skip = ("spec", "n", "k", "basis", "noise")
         new.__dict__.update({name: value for name, value in vars(module).items() if not name.startswith("_") and name not in skip})
         if isinstance(new, nn.modules.conv._ConvNd):
             padding: Any = new.padding
@@ -219,16 +249,17 @@ class QuantLinear(Quantized, nn.Linear):
         """Q(z) Q(W)^T + bias by the layer's op; what else may be asked for is left to integer kernels."""
         module: Any = self
         bias, op = module.bias, self.op
+        input_scale, input_zero = self.input_tables()
         if op == "linear_int8":
-            scales = (module.scale, module.group_scale, bias, module.input_scale, module.input_zero)
+            scales = (module.scale, module.group_scale, bias, input_scale, input_zero)
             return linear_int8(z, module.qweight, *scales, self.stored_width, smooth, activation, active_from)
         if op == "linear_fp8":
-            return linear_fp8(z, module.qweight, module.scale, bias, module.input_scale)
+            return linear_fp8(z, module.qweight, module.scale, bias, input_scale)
         if op == "weight_only":
             return linear_decoded(z, module.qweight, bias, *self.decoding().arguments())
         # Rounded numbers and their products are float32, as in kernels, autocast or not.
         assert self.spec.input is not None
-        z = round_input(z.float(), self.spec.input, module.input_scale, module.input_zero, z.ndim - 1)
+        z = round_input(z.float(), self.spec.input, input_scale, input_zero, z.ndim - 1)
         with torch.autocast(z.device.type, enabled=False):
             return F.linear(z, self.stored_matrix(), None if bias is None else bias.float())
 
@@ -276,6 +307,7 @@ class _QuantConv(Quantized):
 
     def _convolved(self, x: Tensor, dims: int) -> Tensor:
         module: Any = self
+        input_scale, input_zero = self.input_tables()
         if self.op == "conv_int8":
             return conv_int8(
                 x,
@@ -283,8 +315,8 @@ class _QuantConv(Quantized):
                 module.scale,
                 module.group_scale,
                 module.bias,
-                module.input_scale,
-                module.input_zero,
+                input_scale,
+                input_zero,
                 self.stored_width,
                 list(module.kernel_size),
                 list(module.stride),
@@ -298,7 +330,7 @@ class _QuantConv(Quantized):
         if self.spec.input is None:
             return conv(x, weight, bias, *where)
         # A sample is a token: convolution inputs have no others.
-        rounded = round_input(x.movedim(1, -1).float(), self.spec.input, module.input_scale, module.input_zero).movedim(-1, 1)
+        rounded = round_input(x.movedim(1, -1).float(), self.spec.input, input_scale, input_zero).movedim(-1, 1)
         with torch.autocast(x.device.type, enabled=False):
             return conv(rounded, weight, bias, *where).to(x.dtype)
 

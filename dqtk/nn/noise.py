@@ -66,7 +66,24 @@ class NoiseState:
             self.index(device).copy_(found)
 
 
-def noise_state(module: nn.Module) -> NoiseState | None:
-    """The state that follows this denoiser's calls, or None."""
+def noise_states(module: nn.Module) -> list[NoiseState]:
+    """The states that follow this denoiser's calls; one per set of edges."""
     owners = (getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values())
-    return next((owner for owner in owners if isinstance(owner, NoiseState)), None)
+    return [owner for owner in owners if isinstance(owner, NoiseState)]
+
+
+def following(module: nn.Module, edges: Sequence[float]) -> NoiseState:
+    """The state with these edges that follows this denoiser's calls: the one that is there, or a new one."""
+    found = next((state for state in noise_states(module) if state.edges == tuple(edges)), None)
+    if found is None:
+        found = NoiseState(edges)
+        found.attach(module)
+    return found
+
+
+def forget(module: nn.Module) -> None:
+    """Follow this denoiser's calls no more."""
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if isinstance(getattr(hook, "__self__", None), NoiseState):
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dqtk.spec import AbsMax, E4M3Group, E8M0Group, Int, PerGroup, PerTensor, TensorSpec
+from dqtk.spec import STATIC, AbsMax, E4M3Group, E8M0Group, Int, PerGroup, TensorSpec
 
 from .affine import find_scale, rounded
 from .group_scales import round_groups, tensor_scale
@@ -15,7 +15,7 @@ def round_input(x: Tensor, spec: TensorSpec, scale: Tensor | None = None, zero: 
     Args:
         x: float; the last dimension holds the channels.
         spec: format and granularity. Dynamic ranges are found here, per token or per group of a token.
-        scale, zero: of a static input, as stored (``storage``).
+        scale, zero: of a static input [1], as stored (``storage``), or of every row [R, 1].
         rows: leading dimensions that tell tokens apart, from the left; 1 makes a sample of a convolution one token. Linear: all
             but the last.
     """
@@ -28,7 +28,7 @@ def _rounded(x: Tensor, spec: TensorSpec, scale: Tensor | None, zero: Tensor | N
     form, granularity = spec.format, spec.granularity
     if x.numel() == 0:
         return x
-    if isinstance(granularity, PerTensor):
+    if isinstance(granularity, STATIC):
         assert scale is not None
         if isinstance(form, Int):  # as the integer kernels: 2^b codes and a zero point, symmetric or not
             middle = 2 ** (form.bits - 1)

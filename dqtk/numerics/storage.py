@@ -1,9 +1,9 @@
 """Every tensor that a quantized layer stores: those of its weight, of its input, of its transforms and of its low-rank branch.
 
 qweight, scale, group_scale, zero, selector   the weight, see ``packing.Packed``
-input_scale   float32 [1]                     static inputs only
-input_zero    int32 [1]                       static integer inputs; x ~ input_scale * (code - zero), codes -2^(b-1) .. 2^(b-1)-1
-              float32 [1]                     static unsigned floats; in levels
+input_scale   float32 [L]                     static inputs only; L = 1, or one per interval of the noise level (``PerLevel``)
+input_zero    int32 [L]                       static integer inputs; x ~ input_scale * (code - zero), codes -2^(b-1) .. 2^(b-1)-1
+              float32 [L]                     static unsigned floats; in levels
 smooth        bfloat16 [K]                    what the input's channels are multiplied with
 signs         uint8 [ceil(K / 8)]             bit 1: the channel is negated before the Hadamard matrix
 down, up      bfloat16 [R, K], [N, R]         the branch, on the transformed and not rounded input
@@ -11,7 +11,7 @@ down, up      bfloat16 [R, K], [N, R]         the branch, on the transformed and
 
 import torch
 
-from dqtk.spec import Float, Hadamard, Int, LayerSpec, Smooth
+from dqtk.spec import Float, Hadamard, Int, LayerSpec, PerLevel, Smooth
 
 from .packing import Layout, bytes_of, count_groups, layout, packed_width
 
@@ -27,11 +27,12 @@ def layer_layout(spec: LayerSpec, n: int, k: int, channels: int) -> Layout:
     if spec.input is not None:
         count_groups(spec.input, channels)
     if spec.input is not None and spec.needs_ranges:
-        found["input_scale"] = ((1,), torch.float32)
+        intervals = spec.input.granularity.count if isinstance(spec.input.granularity, PerLevel) else 1
+        found["input_scale"] = ((intervals,), torch.float32)
         if isinstance(spec.input.format, Int):
-            found["input_zero"] = ((1,), torch.int32)
+            found["input_zero"] = ((intervals,), torch.int32)
         if isinstance(spec.input.format, Float) and not spec.input.format.signed:
-            found["input_zero"] = ((1,), torch.float32)
+            found["input_zero"] = ((intervals,), torch.float32)
     for transform in spec.transforms:
         if isinstance(transform, Smooth):
             found["smooth"] = ((channels,), torch.bfloat16)

@@ -66,14 +66,19 @@ def _floor(psnr: "Measure | None", num_prompts: int) -> str:
     return f"; the noise floor is {closeness}"
 
 
+WIDE = 0.1  # of the interval of the oracle's change: a wider one rules out nothing that matters
+
+
 def _oracle(oracle: "Measure") -> str:
     change = oracle.estimate
     assert change is not None
     figures = number_text(change.value, 3, "+")
-    unclear = False
+    unclear = wide = False
     if change.low is not None and change.high is not None:
         figures += f", 95 % interval {range_text(change.low, change.high, 3, '+')}"
-        unclear = change.low <= 0 <= change.high
+        unclear, wide = change.low <= 0 <= change.high, change.high - change.low > WIDE
+    if unclear and wide:
+        return f"Whether the captions are shown less well, the oracle cannot tell from so few pictures ({figures})."
     if unclear or change.value == 0:
         return f"The oracle sees no clear change in whether the captions are shown ({figures})."
     return f"The oracle finds the captions shown {'better' if change.value > 0 else 'worse'} than before ({figures})."

@@ -11,6 +11,7 @@ the channel innermost, so that a group lies along C_in at one tap.
 from .formats import (
     GROUPS,
     MSE,
+    STATIC,
     AbsMax,
     BestFloat,
     Codebook,
@@ -23,12 +24,14 @@ from .formats import (
     Int,
     PerChannel,
     PerGroup,
+    PerLevel,
     PerTensor,
     PerToken,
     Range,
     TensorSpec,
     TwoLevel,
 )
+from .frozen import frozen
 from .layer import GPTQ, RTN, AdaRound, Hadamard, LayerSpec, LowRank, Smooth, Solver, Transform, describe
 from .text import canonical, did_you_mean, from_json, to_json
 
@@ -37,6 +40,7 @@ __all__ = [
     "GROUPS",
     "MSE",
     "RTN",
+    "STATIC",
     "AbsMax",
     "AdaRound",
     "BestFloat",
@@ -53,6 +57,7 @@ __all__ = [
     "LowRank",
     "PerChannel",
     "PerGroup",
+    "PerLevel",
     "PerTensor",
     "PerToken",
     "Range",
@@ -65,5 +70,6 @@ __all__ = [
     "describe",
     "did_you_mean",
     "from_json",
+    "frozen",
     "to_json",
 ]

@@ -1,13 +1,14 @@
 """How one tensor is stored or rounded: number format, granularity, how its range is found."""
 
 import math
-from dataclasses import dataclass
 from itertools import pairwise
+
+from .frozen import frozen
 
 # --- number formats --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@frozen
 class Int:
     """``bits``-bit integers (2 to 8).
 
@@ -24,7 +25,7 @@ class Int:
             )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@frozen
 class Float:
     """Small floating point: ``exponent`` and ``mantissa`` bits and, if ``signed``, a sign; 3 to 8 bits in all.
 
@@ -51,7 +52,7 @@ class Float:
         return int(self.signed) + self.exponent + self.mantissa
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@frozen
 class BestFloat:
     """The ``Float`` of these bits whose exponent/mantissa split loses least, found per tensor when the layer is solved.
 
@@ -72,7 +73,7 @@ class BestFloat:
         return tuple(Float(exponent=e, mantissa=free - e, signed=self.signed) for e in range(min(free, 5), 0, -1))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@frozen
 class Codebook:
     """Codes that name entries of a table: NF4, logarithmic grids, BitMoD. ``numerics/codebook.py`` makes the known ones.
 
@@ -103,22 +104,46 @@ class Codebook:
 # --- granularities: which numbers share one scale --------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@frozen
 class PerTensor:
     """One scale for the whole tensor. Scale shape [1]."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@frozen
+class PerLevel:
+    """Calibrated inputs only: one scale per interval of the noise level, for the whole tensor. Scale shape [number of intervals].
+
+    edges: between the intervals, ascending, in the denoiser's own time; none: at most ``most`` intervals are found when the model
+    is quantized, cut where the ranges of its inputs drift, and a layer whose range hardly drifts becomes ``PerTensor``. (Scales per
+    step: EfficientDM, He et al. 2023, arXiv 2310.03270, section 3.3; a finite set of steps: TFMQ-DM, arXiv 2311.16503.)
+    """
+
+    most: int = 8
+    edges: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.most, int) and 2 <= self.most <= 64):
+            raise ValueError(f"PerLevel: most must be an integer from 2 to 64, got {self.most!r}. Use PerTensor() for one scale.")
+        if not all(map(math.isfinite, self.edges)) or any(a >= b for a, b in pairwise(self.edges)):
+            raise ValueError(f"PerLevel: edges must be finite and ascending, got {list(self.edges)}. Leave them out to find them.")
+
+    @property
+    def count(self) -> int:
+        """Number of intervals; the most there may be while they are not found."""
+        return len(self.edges) + 1 if self.edges else self.most
+
+
+@frozen
 class PerChannel:
     """One scale per output channel of a weight [N, K]. Scale shape [N, 1]."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@frozen
 class PerToken:
     """One scale per token (row) of an input [T, K]; per sample for a convolution, whose input has no tokens. Scale shape [T, 1]."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@frozen
 class PerGroup:
     """One float scale per ``size`` consecutive inputs of each output channel. Scale shape [N, K / size]."""
 
@@ -128,7 +153,7 @@ class PerGroup:
         _check_group(type(self).__name__, self.size)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@frozen
 class TwoLevel:
     """Groups whose scales are small integers times one float per output channel, so that every weight is an int8 number.
 
@@ -144,7 +169,7 @@ class TwoLevel:
         _check_group(type(self).__name__, self.size)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@frozen
 class E8M0Group:
     """Microscaling (OCP MX 1.0): one power of two per ``size`` consecutive inputs, stored as its exponent in a byte. MXFP4, MXFP8.
 
@@ -159,7 +184,7 @@ class E8M0Group:
         _check_group(type(self).__name__, self.size)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@frozen
 class E4M3Group:
     """One positive E4M3 scale per ``size`` consecutive inputs, times one float32 per weight (per token of an input). NVFP4.
 
@@ -180,12 +205,12 @@ def _check_group(where: str, size: int) -> None:
 # --- how a range is found --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@frozen
 class AbsMax:
     """The largest magnitude (symmetric) or the least and largest value (asymmetric) of the numbers that share a scale."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@frozen
 class MSE:
     """The range among ``steps`` multiples of the absmax range, from ``most`` down to ``least``, with the least squared error.
 
@@ -206,18 +231,19 @@ class MSE:
             raise ValueError(f"MSE: most must be from 1 to 2, got {self.most!r}. Use MSE().")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@frozen
 class Dynamic:
     """Inputs only: absmax of each token (or of each group of its inputs), found anew at every call. Needs no calibration."""
 
 
 Format = Int | Float | BestFloat | Codebook
-Granularity = PerTensor | PerChannel | PerToken | PerGroup | TwoLevel | E8M0Group | E4M3Group
+Granularity = PerTensor | PerLevel | PerChannel | PerToken | PerGroup | TwoLevel | E8M0Group | E4M3Group
 Range = AbsMax | MSE | Dynamic
+STATIC = (PerTensor, PerLevel)  # granularities of an input whose range is calibrated
 GROUPS = (PerGroup, TwoLevel, E8M0Group, E4M3Group)  # granularities with a ``size``
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@frozen
 class TensorSpec:
     """How one tensor is stored or rounded."""
 

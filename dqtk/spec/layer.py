@@ -3,11 +3,10 @@
 The order is fixed: transforms in the order given, then the low-rank branch, then the solver on what is left, then the bias.
 """
 
-from dataclasses import dataclass
-
 from .formats import (
     GROUPS,
     MSE,
+    STATIC,
     BestFloat,
     Codebook,
     Dynamic,
@@ -17,21 +16,23 @@ from .formats import (
     Int,
     PerChannel,
     PerGroup,
+    PerLevel,
     PerTensor,
     PerToken,
     TensorSpec,
     TwoLevel,
 )
+from .frozen import frozen
 
 # --- solvers: how codes are chosen. The code is in dqtk/methods, one file each ---------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@frozen
 class RTN:
     """Round to nearest, after the range has been found."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@frozen
 class GPTQ:
     """Round column by column and let the columns that follow make up for it (Frantar et al. 2022, arXiv 2210.17323).
 
@@ -50,7 +51,7 @@ class GPTQ:
             raise ValueError(f"GPTQ: sweeps must be 0 or a positive integer, got {self.sweeps!r}. The usual number is 2.")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@frozen
 class AdaRound:
     """Learn for every weight whether it is rounded up or down (Nagel et al. 2020, arXiv 2004.10568), on any grid.
 
@@ -73,7 +74,7 @@ Solver = RTN | GPTQ | AdaRound
 # --- transforms: changes of basis of the input that keep the function -------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@frozen
 class Smooth:
     """Divide input channel j by s_j and multiply its weights: s_j = max|X_j|^alpha / max|W_j|^(1 - alpha).
 
@@ -90,7 +91,7 @@ class Smooth:
             raise ValueError(f"Smooth: alpha must be from 0 to 1 or None, got {self.alpha!r}. None searches it.")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@frozen
 class Hadamard:
     """Rotate the input by random signs and a Hadamard matrix, in blocks; the weight by the same.
 
@@ -110,7 +111,7 @@ class Hadamard:
 Transform = Smooth | Hadamard
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@frozen
 class LowRank:
     """A branch of ``rank`` in 16 bits beside the quantized weight: W ~ up @ down + Q(W - up @ down) (SVDQuant, arXiv 2411.05007).
 
@@ -132,7 +133,7 @@ class LowRank:
 # --- the layer -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@frozen
 class LayerSpec:
     """What happens to one linear or convolution. ``input`` None: kept in the compute dtype.
 
@@ -162,7 +163,7 @@ class LayerSpec:
 
     def _check_weight(self) -> None:
         form, granularity = self.weight.format, self.weight.granularity
-        if isinstance(granularity, PerToken) or isinstance(self.weight.range, Dynamic):
+        if isinstance(granularity, PerToken | PerLevel) or isinstance(self.weight.range, Dynamic):
             raise ValueError(
                 "LayerSpec: weight must be static with PerTensor, PerChannel or a group granularity, "
                 f"got {granularity} with {self.weight.range}. Weights have no tokens."
@@ -180,13 +181,13 @@ class LayerSpec:
     def _check_input(self, spec: TensorSpec) -> None:
         if isinstance(spec.granularity, PerChannel | TwoLevel):
             raise ValueError(
-                f"LayerSpec: input granularity must be PerToken, PerTensor or a group of inputs, got {spec.granularity}. "
+                f"LayerSpec: input granularity must be PerToken, PerTensor, PerLevel or a group of inputs, got {spec.granularity}. "
                 "Matmuls need scales that do not depend on the channel."
             )
-        if isinstance(spec.range, Dynamic) == isinstance(spec.granularity, PerTensor):
+        if isinstance(spec.range, Dynamic) == isinstance(spec.granularity, STATIC):
             raise ValueError(
-                f"LayerSpec: input must be PerTensor with a calibrated range, or PerToken or in groups with Dynamic range, "
-                f"got {spec.granularity} with {spec.range}. A token's range is known only when it arrives."
+                "LayerSpec: input must be PerTensor or PerLevel with a calibrated range, PerToken or in groups with Dynamic "
+                f"range, got {spec.granularity} with {spec.range}. A token's range is known only when it arrives."
             )
         if isinstance(spec.format, BestFloat) and isinstance(spec.range, Dynamic):
             raise ValueError(
@@ -277,7 +278,12 @@ def _name(transform: Transform) -> str:
 
 def _short(tensor: TensorSpec) -> str:
     form = tensor.format
-    words: dict[type, str] = {PerTensor: "per tensor", PerChannel: "per channel", PerToken: "per token"}
+    words: dict[type, str] = {
+        PerTensor: "per tensor",
+        PerLevel: "per noise level",
+        PerChannel: "per channel",
+        PerToken: "per token",
+    }
     kinds: dict[type, str] = {PerGroup: "", TwoLevel: " two-level", E8M0Group: " E8M0", E4M3Group: " E4M3"}
     granularity = tensor.granularity
     where = f"group {granularity.size}{kinds[type(granularity)]}" if isinstance(granularity, GROUPS) else words[type(granularity)]

@@ -8,6 +8,7 @@ import typing
 from typing import Any
 
 from . import formats, layer
+from .frozen import allowed_types
 
 _TYPES = {
     kind.__name__: kind
@@ -58,16 +59,11 @@ def _value(value: Any, hint: Any, where: str) -> Any:
         inner = typing.get_args(hint)[0]
         return tuple(_value(part, inner, f"{where}[{i}]") for i, part in enumerate(value))
     made = from_json(value, where) if isinstance(value, dict) else value
-    allowed = _allowed(hint)
+    allowed = allowed_types(hint)
     if not isinstance(made, allowed) or (isinstance(made, bool) and bool not in allowed):
         names = " or ".join("None" if t is types.NoneType else t.__name__ for t in allowed)
         raise ValueError(f"{where}: value must be {names}, got {value!r}. See dqtk/spec.")
     return made
-
-
-def _allowed(hint: Any) -> tuple[type, ...]:
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else (hint,)
-    return (*options, int) if float in options else options
 
 
 def _lookup(name: Any, known: dict[str, Any], where: str, what: str) -> Any:

@@ -39,9 +39,9 @@ def test_every_site_of_the_plan_is_seen(stats, plan):
 
 def test_denoiser_keys_are_levels_and_branches(stats):
     keys = [key for key in stats.inputs if key.site.startswith("transformer:transformer_blocks.0.attn1.to_q")]
-    assert len({key.bucket for key in keys}) == 2
+    assert len({key.bucket for key in keys}) == 3
     assert {key.branch for key in keys} == {"uncond", "cond"}
-    assert len(keys) == 4
+    assert len(keys) == 6
     assert {key.bucket for key in stats.inputs if key.site.startswith("text_encoder:")} == {-1}
 
 

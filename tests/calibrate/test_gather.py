@@ -13,6 +13,7 @@ from torch import nn
 import dqtk
 from dqtk.calibrate import Stats, calibrate
 from dqtk.calibrate.gather import SAMPLE_ROWS, gather, gram_bytes, rows_of
+from dqtk.calibrate.placement import Around
 from dqtk.calibrate.replay import Call
 from dqtk.checkpoint import digest, quantized_layers
 from dqtk.plan import Recipe, Rule
@@ -341,19 +342,21 @@ def test_interrupted_and_continued_equals_one_run(pixart, call_kwargs, learned, 
     assert weights_of(pixart, plan, Stats.load(output)) == expected
 
 
-@pytest.mark.parametrize("what", ["steps", "ranges only", "ranges too"])
+@pytest.mark.parametrize("what", ["steps", "placement", "ranges only", "ranges too"])
 def test_an_output_that_kept_something_else_is_refused(what, pixart, call_kwargs, learned, tmp_path):
     """The same sites and prompts, but other steps, or statistics of another kind."""
     learned.save(tmp_path / "s")
-    spec, steps = LEARNED, 2
+    spec, options = LEARNED, {}
     if what == "steps":
-        steps = 3
+        options = {"steps_per_run": 3}
+    elif what == "placement":
+        options = {"placement": Around()}
     elif what == "ranges only":
         spec = LayerSpec(weight=TensorSpec(format=Int(bits=8), granularity=PerChannel()), input=STATIC)
     else:
         spec = dataclasses.replace(LEARNED, input=STATIC, transforms=())
     with pytest.raises(ValueError, match=r"calibrate: sites of .*s must be those of this run .*remove it or choose another name"):
-        run(pixart, planned(pixart, spec), call_kwargs, output=tmp_path / "s", steps_per_run=steps)
+        run(pixart, planned(pixart, spec), call_kwargs, output=tmp_path / "s", **options)
 
 
 def test_statistics_without_calls_are_refused_before_anything_changes(pixart, learned):

@@ -1,5 +1,7 @@
 """The noise level of a call, read through the scheduler's own tables."""
 
+import math
+
 import pytest
 import torch
 from diffusers import (
@@ -129,5 +131,7 @@ def test_unequal_timesteps_are_refused(timestep):
 
 
 def test_buckets():
-    assert [bucket_of(level, 10) for level in (0.0, 0.05, 0.1, 0.55, 0.999, 1.0)] == [0, 0, 1, 5, 9, 9]
+    """Equal intervals of the angle: sin(i * 9 degrees) lies at the lower end of bucket i."""
+    assert [bucket_of(math.sin(math.radians(9 * i + 0.1)), 10) for i in range(10)] == list(range(10))
+    assert [bucket_of(level, 10) for level in (-0.1, 0.0, 0.15, 0.5, 0.999, 1.0, 1.1)] == [0, 0, 0, 3, 9, 9, 9]
     assert bucket_of(1.0, 1) == 0

@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler
 from torch import nn
 
 from dqtk.calibrate import Stats
-from dqtk.calibrate.levels import noise_level
+from dqtk.calibrate.levels import bucket_of, noise_level
 from dqtk.calibrate.record import recording
 from dqtk.sites import Site
 
@@ -65,7 +65,7 @@ def test_keys_are_level_and_branch():
     with recording(pipe, [site("layer"), site("extra")], stats, num_prompts=2):
         for t in (999, 200, 0):
             pipe.transformer(x, torch.tensor(t))
-    expected = {int(noise_level(pipe.scheduler, torch.tensor(t)) * 10) for t in (999, 200, 0)}
+    expected = {bucket_of(noise_level(pipe.scheduler, torch.tensor(t)), 20) for t in (999, 200, 0)}
     assert len(expected) == 3
     assert branches(stats) == {(bucket, branch) for bucket in expected for branch in ("uncond", "cond")}
     assert {key.site for key in stats.inputs} == {"transformer:layer", "transformer:extra"}
@@ -102,7 +102,7 @@ def test_timestep_is_found_whatever_the_call_looks_like(denoiser, call):
     pipe, stats, t = pipeline(denoiser()), Stats(), torch.tensor(300)
     with recording(pipe, [site("layer")], stats, num_prompts=2):
         call(pipe.transformer, seeded(4, 2, 4), t)
-    assert {bucket for bucket, _ in branches(stats)} == {int(noise_level(pipe.scheduler, t) * 10)}
+    assert {bucket for bucket, _ in branches(stats)} == {bucket_of(noise_level(pipe.scheduler, t), 20)}
 
 
 def test_text_encoders_have_no_level():
@@ -121,7 +121,8 @@ def test_two_denoisers_have_their_own_level():
     with recording(pipe, [site("layer"), site("layer", "transformer_2")], stats, num_prompts=1):
         pipe.transformer(seeded(1, 3, 4), torch.tensor(999))
         second(seeded(1, 3, 4), torch.tensor(0))
-    assert {(key.site, key.bucket) for key in stats.inputs} == {("transformer:layer", 9), ("transformer_2:layer", 0)}
+    assert {(key.site, key.bucket) for key in stats.inputs} == {("transformer:layer", 19), ("transformer_2:layer", 0)}
+    assert stats.times == {("transformer", 19): (999.0, 999.0), ("transformer_2", 0): (0.0, 0.0)}
 
 
 def test_empty_inputs_are_not_seen():

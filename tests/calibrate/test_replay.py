@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from dqtk.calibrate import Stats
-from dqtk.calibrate.replay import Call, capturing, evenly, order_of, replay
+from dqtk.calibrate.placement import Around, Evenly, Every
+from dqtk.calibrate.replay import Call, capturing, kept, order_of, replay
 
 
 class Denoiser(nn.Module):
@@ -36,7 +37,7 @@ def call(seed=0, level=0.5, component="transformer", **kwargs):
     return Call(component, (), {"x": seeded(2, 3, 4, seed=seed), "t": torch.tensor(10.0), **kwargs}, level)
 
 
-def kept(module, run):
+def captured(module, run):
     with capturing({"transformer": module}, lambda name, part, given: 0.25) as calls:
         run()
     return calls
@@ -56,7 +57,7 @@ def test_kept_calls_are_copies():
             x.mul_(2)
             t.sub_(1)
 
-    calls = kept(module, run)
+    calls = captured(module, run)
     assert [float(c.kwargs["t"]) for c in calls] == [10, 9, 8]
     for i, c in enumerate(calls):
         assert torch.equal(c.kwargs["x"], before * 2**i)
@@ -73,7 +74,7 @@ def test_what_calls_share_is_stored_once():
         for seed in range(3):
             module(seeded(2, 3, 4, seed=seed), torch.tensor(1.0), extra={"text": text, "masks": [mask, (mask, None)]})
 
-    calls = kept(module, run)
+    calls = captured(module, run)
     assert calls[0].kwargs["extra"]["text"] is calls[2].kwargs["extra"]["text"]
     assert calls[0].kwargs["extra"]["text"] is not text
     assert calls[0].kwargs["extra"]["masks"][0] is calls[1].kwargs["extra"]["masks"][1][0]
@@ -89,13 +90,13 @@ def test_tensors_that_come_and_go_are_not_mixed_up():
         for i in range(50):
             module(torch.full((1, 2, 4), float(i)), torch.tensor(float(i)))
 
-    calls = kept(module, run)
+    calls = captured(module, run)
     assert [float(c.kwargs["x"][0, 0, 0]) for c in calls] == [c.time for c in calls] == list(range(50))
 
 
 def test_arguments_are_kept_by_name_and_without_graph():
     module = Denoiser()
-    (c,) = kept(module, lambda: module(seeded(1, 2, 4).requires_grad_(), 3.0, None, times=1))
+    (c,) = captured(module, lambda: module(seeded(1, 2, 4).requires_grad_(), 3.0, None, times=1))
     assert list(c.kwargs) == ["x", "t", "extra", "times"]
     assert not c.kwargs["x"].requires_grad
     assert c.time == 3.0
@@ -111,7 +112,7 @@ def test_inference_mode_keeps_copies_too():
                 module(mine, 1.0)
                 mine.mul_(2)
 
-        calls = kept(module, run)
+        calls = captured(module, run)
     for i, c in enumerate(calls):
         assert torch.equal(c.kwargs["x"], x * 2**i)
     assert len(watch(module, calls, "first")["first"]) == 2
@@ -125,7 +126,7 @@ def test_no_hook_stays_after_an_exception():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        kept(module, interrupted)
+        captured(module, interrupted)
     assert not module._forward_pre_hooks
 
 
@@ -148,7 +149,7 @@ def steps_of(calls):
 
 
 def test_steps_lie_evenly_and_text_encoders_stay():
-    chosen = evenly(run_of(20), 5, run=0)
+    chosen = kept(run_of(20), 5, 0, Evenly())
     assert steps_of(chosen) == [0, 4, 8, 12, 16]
     assert [c.component for c in chosen].count("text_encoder") == 1
     assert chosen[0].component == "text_encoder"
@@ -158,7 +159,7 @@ def test_steps_lie_evenly_and_text_encoders_stay():
 @pytest.mark.parametrize("num", [1, 3, 4])
 def test_runs_together_cover_every_level(num_steps, num):
     """Each run takes steps at equal distances, and other ones than the run before."""
-    seen = [steps_of(evenly(run_of(num_steps), num, run)) for run in range(2 * num_steps)]
+    seen = [steps_of(kept(run_of(num_steps), num, run, Evenly())) for run in range(2 * num_steps)]
     for steps in seen:
         assert len(steps) == num
         gaps = [b - a for a, b in pairwise([*steps, steps[0] + num_steps])]
@@ -171,15 +172,15 @@ def test_runs_together_cover_every_level(num_steps, num):
 
 def test_all_steps_where_there_are_no_more():
     for run in range(5):
-        assert steps_of(evenly(run_of(3), 10, run)) == [0, 1, 2]
-    assert evenly([], 10, 0) == []
-    assert [c.component for c in evenly(run_of(3)[:1], 10, 0)] == ["text_encoder"]
+        assert steps_of(kept(run_of(3), 10, run, Evenly())) == [0, 1, 2]
+    assert kept([], 10, 0, Evenly()) == []
+    assert [c.component for c in kept(run_of(3)[:1], 10, 0, Evenly())] == ["text_encoder"]
 
 
 def test_both_calls_of_a_guided_step_stay_together():
     """Families that call the denoiser once per half: unconditional and conditional of one time."""
     for run in range(4):
-        chosen = [c for c in evenly(run_of(10, per_step=2), 3, run) if c.level is not None]
+        chosen = [c for c in kept(run_of(10, per_step=2), 3, run, Evenly()) if c.level is not None]
         assert len(chosen) == 6
         assert [c.kwargs["half"] for c in chosen] == [0, 1] * 3
         assert [c.time for c in chosen[::2]] == [c.time for c in chosen[1::2]]
@@ -187,7 +188,7 @@ def test_both_calls_of_a_guided_step_stay_together():
 
 def test_denoisers_without_a_time_have_one_step_per_call():
     calls = [Call("transformer", (), {"x": torch.tensor([float(i)])}, 0.0) for i in range(6)]
-    assert steps_of(evenly(calls, 3, 0)) == [0, 2, 4]
+    assert steps_of(kept(calls, 3, 0, Evenly())) == [0, 2, 4]
 
 
 # --- making them again -----------------------------------------------------------------------------------------------
@@ -341,3 +342,25 @@ def test_merged_statistics_have_the_calls_of_both():
     assert one.merge(two).calls == [*one.calls, *two.calls]
     assert len(one.calls) == 1
     assert repr(one) == "Stats(0 prompts, 0 entries of 0 sites, 1 calls)"
+
+
+def test_around_a_level_prefers_it_and_every_takes_all():
+    """Of twenty steps from noise to picture, those near the level are kept more often; each run draws for itself, repeatably."""
+    levels = [1 - i / 19 for i in range(20)]
+    counts = [0] * 20
+    for run in range(200):
+        chosen = Around(level=0.2, spread=0.2).choose(levels, 5, run)
+        assert chosen == sorted(set(chosen)) == Around(level=0.2, spread=0.2).choose(levels, 5, run)
+        assert len(chosen) == 5
+        for index in chosen:
+            counts[index] += 1
+    assert sum(counts[12:19]) > 5 * sum(counts[:7])
+    assert Around(level=1.0, spread=1e-6).choose(levels, 20, 0) == list(range(20))
+    assert Every().choose(levels, 3, 0) == list(range(20))
+    assert len([c for c in kept(run_of(20), 3, 0, Every()) if c.level is not None]) == 20
+
+
+@pytest.mark.parametrize("fields", [{"level": -0.1}, {"level": 1.1}, {"spread": 0.0}, {"spread": float("nan")}])
+def test_around_what_cannot_be(fields):
+    with pytest.raises(ValueError, match="Around: level must be from 0 to 1 and spread positive"):
+        Around(**fields)

@@ -73,7 +73,7 @@ def test_merging_keeps_keys_apart_and_its_operands_as_they_are():
 
 
 def test_merging_refuses_other_buckets():
-    with pytest.raises(ValueError, match=r"Stats\.merge: num_buckets must be 10, got 5"):
+    with pytest.raises(ValueError, match=r"Stats\.merge: num_buckets must be 20, got 5"):
         Stats().merge(Stats(num_buckets=5))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dqtk.nn.noise import NoiseState, noise_state
+from dqtk.nn.noise import NoiseState, following, forget, noise_states
 
 
 class Denoiser(nn.Module):
@@ -66,12 +66,12 @@ def test_copies_follow_their_own_calls():
     """A copy's layers hold the copy's state; two models interleaved do not disturb each other."""
     model = Denoiser()
     other = copy.deepcopy(model)
-    assert noise_state(other) is other.inner.noise is not model.inner.noise
+    assert noise_states(other) == [other.inner.noise] != [model.inner.noise]
     model(X, torch.tensor(0))
     other(X, torch.tensor(900))
     assert model.inner(X).tolist() == [1, 1, 1]
     assert other.inner(X).tolist() == [100, 100, 100]
-    assert noise_state(nn.Linear(1, 1)) is None
+    assert noise_states(nn.Linear(1, 1)) == []
 
 
 @pytest.mark.parametrize("region", ["whole", "inner"])
@@ -101,3 +101,15 @@ def test_inference_mode_and_gradients_in_turn():
     with torch.inference_mode():
         assert model(X, torch.tensor(300))[0].item() == 10
     assert model(X.clone().requires_grad_(), torch.tensor(900))[0].item() == 100
+
+
+def test_one_state_per_set_of_edges():
+    """Layers with the same edges share a state; a model that is told to forget has none, and its calls need no time."""
+    model = nn.Linear(1, 1)
+    first = following(model, (1.0, 2.0))
+    assert following(model, [1, 2]) is first
+    assert following(model, (1.0,)) is not first
+    assert noise_states(model) == [first, following(model, (1.0,))]
+    forget(model)
+    assert noise_states(model) == []
+    model(torch.ones(1, 1))

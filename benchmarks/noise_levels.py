@@ -1,0 +1,129 @@
+"""What knowing the noise level is worth: a calibrated range per interval of it, and a correction of the output.
+
+    python benchmarks/noise_levels.py [MODEL ...] [--only ranges correction] [--num-prompts 16] [--steps 8 20 50]
+        [--schedulers own ddim]
+
+MODEL is a pipeline, or an embedded one with ``-stressed`` behind its name. Everything is calibrated once, at 20 steps of the
+pipeline's own scheduler, on 16 other captions, and then judged at other numbers of steps and with another scheduler. Error: mean
+square between final latents of the same prompt and noise, as the original's share; ``gain``: mean over prompts of the logarithm
+(base 10) of the first variant's error over this one's, with its interval (0.3: half the error). Appends JSON lines to
+results.jsonl.
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+
+import torch
+from diffusers import DDIMScheduler
+from dqtk.metrics.bootstrap import paired_bootstrap
+from methods import CALIBRATION, PROMPTS, load
+from rows import append
+
+import dqtk
+from dqtk.prompt_sets import read_prompts
+from dqtk.recipes import recipe_named
+from dqtk.report.generate import image_seed
+from dqtk.resolve import call_kwargs_for
+from dqtk.spec import PerLevel
+
+STEPS = 20  # of calibration
+ONE = "w8a8-static"
+CORRECTED = ", corrected"
+
+
+def ranges() -> dict[str, dqtk.Recipe]:
+    """One range, some, and ranges found at every call: name -> recipe."""
+    levels = recipe_named("w8a8-levels")
+    last = levels.rules[-1]
+    assert last.spec is not None
+    assert last.spec.input is not None
+    found = {ONE: recipe_named(ONE)}
+    for num in (2, 4, 8):
+        spec = replace(last.spec, input=replace(last.spec.input, granularity=PerLevel(most=num)))
+        found[f"w8a8-levels, at most {num}"] = replace(levels, rules=(*levels.rules[:-1], replace(last, spec=spec)))
+    return found | {"w8a8": recipe_named("w8a8")}
+
+
+def correction() -> dict[str, dqtk.Recipe]:
+    """Recipes with and without a corrected output."""
+    names = ("w4a8-rtn", "w8a8-static")
+    return {name + more: recipe_named(name) for name in names for more in ("", CORRECTED)}
+
+
+def scheduled(pipe, own, name: str):
+    """The pipeline with its own scheduler, or with DDIM made from it."""
+    pipe.scheduler = DDIMScheduler.from_config(own.config) if name == "ddim" else type(own).from_config(own.config)
+    return pipe
+
+
+def latents(pipe, prompts: list[str], steps: int) -> torch.Tensor:
+    """Final latents [P, ...], float32."""
+    kwargs = call_kwargs_for(pipe) | {"num_inference_steps": steps, "output_type": "latent"}
+    found = []
+    for index, prompt in enumerate(prompts):
+        generator = torch.Generator().manual_seed(image_seed(0, index))
+        found.append(pipe(prompt, generator=generator, **kwargs).images.float())
+    return torch.cat(found)
+
+
+def errors(exact: torch.Tensor, got: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of every prompt, as the exact latents' share."""
+    return (got - exact).square().flatten(1).mean(1) / exact.square().flatten(1).mean(1)
+
+
+COMPARISONS = {"ranges": ranges, "correction": correction}
+
+
+def quantized(model: str, recipes: dict[str, dqtk.Recipe], captions: list[str]) -> dict:
+    """Pipelines by name, from calibration at ``STEPS`` steps with its own scheduler."""
+    made, stats = {}, {}
+    for name, recipe in recipes.items():
+        pipe = load(model)
+        plan = dqtk.plan(pipe, recipe)
+        corrects = name.endswith(CORRECTED)
+        if (kind := (plan.needs_stats, corrects)) not in stats:
+            kwargs = {"num_inference_steps": STEPS}
+            how = {"batch_size": 4, "call_kwargs": kwargs, "keep_calls": corrects, "progress": False}
+            stats[kind] = dqtk.calibrate(pipe, captions, plan, **how)
+        used = stats[kind] if plan.needs_stats or corrects else None
+        made[name] = dqtk.quantize(pipe, plan, used, correct=corrects, progress=False)
+    return made
+
+
+def run(model: str, comparison: str, options) -> None:
+    everything = read_prompts([str(PROMPTS)], None)
+    prompts = everything[: options.num_prompts]
+    reference = load(model)
+    own = reference.scheduler
+    made = quantized(model, COMPARISONS[comparison](), everything[CALIBRATION])
+    for steps in options.steps:
+        for scheduler in options.schedulers:
+            exact = latents(scheduled(reference, own, scheduler), prompts, steps)
+            first = None
+            for name, pipe in made.items():
+                found = errors(exact, latents(scheduled(pipe, own, scheduler), prompts, steps))
+                first = found if first is None or (comparison == "correction" and CORRECTED not in name) else first
+                gain = paired_bootstrap(torch.log10(first / found))
+                row = {"benchmark": "noise_levels", "model": model, "steps": steps, "scheduler": scheduler, "variant": name}
+                row |= {"num_prompts": len(prompts), "error": float(found.mean()), "gain": [gain.estimate, gain.low, gain.high]}
+                said = f"{model:22} {steps:3} {scheduler:5} {name:26} {row['error']:.3e}"
+                print(f"{said} gain {gain.estimate:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})", flush=True)
+                append(row)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", default=["tiny-sdxl", "tiny-pixart", "tiny-sdxl-stressed", "tiny-pixart-stressed"])
+    parser.add_argument("--num-prompts", type=int, default=16)
+    parser.add_argument("--steps", type=int, nargs="+", default=[8, 20, 50])
+    parser.add_argument("--schedulers", nargs="+", choices=("own", "ddim"), default=["own", "ddim"])
+    parser.add_argument("--only", nargs="+", choices=tuple(COMPARISONS), default=list(COMPARISONS))
+    options = parser.parse_args()
+    for model in options.models:
+        for comparison in options.only:
+            run(model, comparison, options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What is mended around a quantized model, not in its layers."""

@@ -1,0 +1,126 @@
+"""Correct a quantized denoiser's output by a gain and a shift per noise-level interval and channel (PTQD, He et al. 2023, arXiv
+2305.10657, section 3.2).
+
+The quantized output is regressed on the exact one, and what that finds is undone: the part of the error that is correlated with the
+exact output, and the mean of the rest; per channel, where PTQD takes one slope. The other regression, of the exact output on the
+quantized one, has less error in a single step but shrinks every step's output, and that adds up (tried: worse pictures at 8 steps,
+notebooks/LOG.md). Calls are those that calibration kept. An interval is corrected only if a correction fitted
+on half of the calibration runs helps on the other half, both ways: on prompts that it has not seen. PTQD's third part, less noise
+for samplers that add some, is not built.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dqtk.calibrate import Stats
+from dqtk.calibrate.gather import calls_of
+from dqtk.calibrate.replay import Call, made
+from dqtk.nn.correction import OutputCorrection, output_of
+
+MOST = 8  # intervals
+
+
+def outputs(module: nn.Module, calls: Sequence[Call]) -> list[Tensor]:
+    """What a denoiser returns for these calls, on the CPU."""
+    return [output_of(found).detach().cpu() for found in made(module, calls)]
+
+
+def exact_outputs(parts: Mapping[str, nn.Module], stats: Stats) -> dict[str, list[Tensor]]:
+    """Outputs of the kept calls of these denoisers, not yet quantized, by name.
+
+    Raises ``ValueError`` where fewer than two runs were kept: nothing could be confirmed.
+    """
+    found = {}
+    for name, part in parts.items():
+        calls = calls_of(stats.calls, name)
+        runs = len({call.run for call in calls})
+        if runs < 2:
+            raise ValueError(
+                f"quantize: output correction must have calls of at least two calibration runs of {name}, got {runs}. "
+                "Calibrate with more prompts, or with a smaller batch."
+            )
+        found[name] = outputs(part, calls)
+    return found
+
+
+def correct_output(module: nn.Module, stats: Stats, name: str, exact: Sequence[Tensor]) -> OutputCorrection | None:
+    """Fit and install the correction of a quantized denoiser; None, with a warning, where it helps at no noise level.
+
+    Args:
+        module: quantized.
+        stats: whose calls ``exact`` are the outputs of.
+        name: of the denoiser.
+        exact: outputs of the unquantized denoiser, [B, ...] each.
+    """
+    calls = calls_of(stats.calls, name)
+    got = outputs(module, calls)
+    times = [call.time or 0.0 for call in calls]
+    edges = edges_between(times)
+    dim = channel_dim(module, got[0])
+    new = OutputCorrection(edges, got[0].shape[dim], dim)
+    interval = torch.bucketize(torch.tensor(times, dtype=torch.float64), torch.tensor(edges, dtype=torch.float64), right=True)
+    half = torch.tensor([sorted({call.run for call in calls}).index(call.run) % 2 for call in calls])
+    pairs = [(rows(g, dim), rows(e, dim)) for g, e in zip(got, exact, strict=True)]
+    helped = 0
+    for index in range(len(edges) + 1):
+        mine = [[pairs[i] for i in torch.nonzero((interval == index) & (half == side)).flatten().tolist()] for side in (0, 1)]
+        if all(mine) and _confirmed(*mine) and _confirmed(*mine[::-1]):
+            new.gain[index], new.shift[index] = fit(mine[0] + mine[1])
+            helped += 1
+    if not helped:
+        warnings.warn(
+            f"quantize: correcting the output of {name} helps at no noise level on calls it was not fitted on; it stays as it is.",
+            stacklevel=2,
+        )
+        return None
+    new.to(next(module.parameters()).device).attach(module)
+    return new
+
+
+def rows(output: Tensor, dim: int) -> Tensor:
+    """float64 [R, C]."""
+    return output.movedim(dim, -1).flatten(0, -2).double()
+
+
+def fit(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Undo the least squares of quantized on exact outputs, (quantized, exact) [R, C] each: gain and shift float32 [C]."""
+    got, exact = (torch.cat(part) for part in zip(*pairs, strict=True))
+    mean_got, mean_exact = got.mean(0), exact.mean(0)
+    variance = (exact - mean_exact).square().mean(0)
+    together = ((got - mean_got) * (exact - mean_exact)).mean(0)
+    gain = torch.where(together > 0, variance / together.clamp(min=torch.finfo(torch.float64).tiny), torch.ones_like(variance))
+    return gain.float(), (mean_exact - gain * mean_got).float()
+
+
+def _confirmed(seen: Sequence[tuple[Tensor, Tensor]], unseen: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    """Whether what is fitted on some calls lowers the error of others."""
+    gain, shift = fit(seen)
+    before = sum(float((got - exact).square().sum()) for got, exact in unseen)
+    after = sum(float((got * gain + shift - exact).square().sum()) for got, exact in unseen)
+    return after < before
+
+
+def edges_between(times: Sequence[float], most: int = MOST) -> tuple[float, ...]:
+    """Edges of at most ``most`` intervals with about as many different times in each, midway between two of them."""
+    seen = sorted(set(times))
+    num = min(most, len(seen))
+    cuts = sorted({round(i * len(seen) / num) for i in range(1, num)})
+    middles = [(a + b) / 2 for a, b in pairwise(seen)]
+    return tuple(middles[cut - 1] for cut in cuts)
+
+
+def channel_dim(module: Any, output: Tensor) -> int:
+    """Where the channels of an output are: where the configuration's number of them is, else 1, or last for tokens [B, T, C]."""
+    config = getattr(module, "config", None)
+    wanted = [getattr(config, name, None) for name in ("out_channels", "in_channels")]
+    usual = [1, output.ndim - 1] if output.ndim != 3 else [2, 1]
+    for num in (number for number in wanted if number):
+        for dim in dict.fromkeys([*usual, *range(1, output.ndim)]):
+            if output.shape[dim] == num:
+                return dim
+    return usual[0]
