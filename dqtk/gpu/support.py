@@ -7,7 +7,10 @@ Environment:
 
 import importlib.util
 import os
+import shutil
+import sysconfig
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -69,6 +72,7 @@ def _require(kind: str, index: int | None) -> None:
     if kind != "cuda":
         raise Unavailable(f"they are for CUDA devices, not for {kind}")
     _require_capability(index, LEAST)
+    _require_compiler()
 
 
 def _require_capability(index: int | None, least: tuple[int, int]) -> None:
@@ -79,6 +83,14 @@ def _require_capability(index: int | None, least: tuple[int, int]) -> None:
     found = torch.cuda.get_device_capability(index)
     if found < least:
         raise Unavailable(f"this device has compute capability {found[0]}.{found[1]}, below {least[0]}.{least[1]}")
+
+
+def _require_compiler() -> None:
+    """Triton compiles what launches its kernels with the C compiler of the machine, against Python's headers."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        raise Unavailable("Triton needs a C compiler and found none (looked for gcc, clang; CC names another)")
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+        raise Unavailable("Triton needs Python's C headers, and Python.h is not installed")
 
 
 @cache

@@ -3,8 +3,10 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -48,7 +50,7 @@ def machine(monkeypatch, tmp_path):
     """Function (capability or None, hip, **environment) -> decide again on such a machine."""
 
     def change(capability=None, hip=None, **environment):
-        for name in ("DQTK_TRITON", "TRITON_INTERPRET"):
+        for name in ("DQTK_TRITON", "TRITON_INTERPRET", "CC"):
             monkeypatch.delenv(name, raising=False)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
@@ -58,9 +60,13 @@ def machine(monkeypatch, tmp_path):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: "NVIDIA Some (Card)")
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+        (tmp_path / "include").mkdir(exist_ok=True)
+        (tmp_path / "include" / "Python.h").touch()
+        monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path / "include")})
+        monkeypatch.setattr(shutil, "which", lambda name: name)
         gpu.forget()
 
-    monkeypatch.setenv("DQTK_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("DQTK_CACHE_DIR", str(tmp_path / "cache"))
     yield change
     monkeypatch.undo()
     gpu.forget()
@@ -84,6 +90,18 @@ def test_machines_without_triton_kernels_say_why(machine, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     gpu.forget()
     assert gpu.describe() == (False, "Triton kernels: triton is not installed")
+
+
+def test_what_launches_kernels_must_be_compiled(machine, monkeypatch, tmp_path):
+    machine(capability=(9, 0))
+    (tmp_path / "include" / "Python.h").unlink()
+    assert gpu.describe() == (False, "Triton kernels: Triton needs Python's C headers, and Python.h is not installed")
+    machine(capability=(9, 0))
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    missing = "Triton kernels: Triton needs a C compiler and found none (looked for gcc, clang; CC names another)"
+    assert gpu.describe() == (False, missing)
+    machine(capability=(9, 0), CC="tcc")
+    assert gpu.serves(CUDA)
 
 
 def test_machines_with_triton_kernels(machine):
@@ -139,8 +157,8 @@ def test_tables_choose_the_nearest_rows(machine, tmp_path):
     assert table.chosen("int8", 300, 64, 32, CUDA) == by_rows(300, INT8)
     rows = [table.Row("int8", 16, 64, 32, INT8[1]), table.Row("int8", 256, 64, 32, None), table.Row("int4", 16, 64, 32, None)]
     table.save(table.path_of("NVIDIA Some (Card)"), rows)
-    assert [path.name for path in tmp_path.iterdir()] == ["gpu-nvidia-some-card.json"]
-    assert table.load(tmp_path / "gpu-nvidia-some-card.json") == rows
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["gpu-nvidia-some-card.json"]
+    assert table.load(tmp_path / "cache" / "gpu-nvidia-some-card.json") == rows
     assert [table.chosen("int8", t, 64, 32, CUDA) for t in (1, 60, 70, 9999)] == [INT8[1], INT8[1], None, None]
     assert table.chosen("int8", 16, 32, 64, CUDA) == by_rows(16, INT8)
     assert table.chosen("int8", 16, 64, 32, torch.device("cpu")) == by_rows(16, INT8)
