@@ -151,4 +151,5 @@ def _chosen(choices: Sequence[Choice], spec: Spec, found: Sensitivity, budget: B
     if spec is None:
         return replace(choices[0], spec=None, why=f"allocated {budget}: 16 bits are worth it")
     mine = next(choice for choice in choices if choice.spec == spec)
-    return replace(mine, why=f"allocated {budget}: score {found.of(mine.site, spec):.1f} alone")
+    beside = "around a plan" if found.base else "alone"
+    return replace(mine, why=f"allocated {budget}: score {found.of(mine.site, spec):.1f} {beside}")

@@ -1,5 +1,6 @@
 """A plan from plans: what is chosen, what it costs, and that quantizing takes it."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -91,6 +92,7 @@ def test_around_a_plan_changes_add_up_from_there(make, measured, tmp_path):
     same = make(1.0001 * spent(four, "bytes"), "bytes", plans=[four], found=near)
     assert same.plan.choices[0].spec == four.choices[0].spec
     assert same.expected == pytest.approx(near.base["transformer"])
+    assert same.plan.choices[0].why.endswith("around a plan")
     made = make(5.5, found=near)
     assert made.plan.hash != four.hash
     assert set(widths(make(16, found=near)).values()) <= {8, 16}  # beside 4-bit layers 8 bits may err to the better
@@ -102,7 +104,7 @@ def test_it_is_a_plan_like_others(make):
     plan = make(4.5).plan
     assert Plan.from_json(plan.to_json()) == plan
     assert plan.recipe == "allocated 4.5 bits"
-    assert all("allocated 4.5 bits: score " in choice.why for choice in plan.choices)
+    assert all(re.fullmatch(r"allocated 4\.5 bits: score \d+\.\d alone", choice.why) for choice in plan.choices)
     assert plan.hash != make(7.2).plan.hash
 
 
