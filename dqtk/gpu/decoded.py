@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import EXACT, per_group, rounded_to, sizes_of, sum_of_products, tile_of
+from .device import EXACT, dense, per_group, rounded_to, sizes_of, sum_of_products, tile_of
 from .tiles import Tile
 
 
@@ -115,18 +115,19 @@ def linear_decoded(x_TK: Tensor, bias: Tensor | None, stored: Stored, tile: Tile
         return y
     x = x_TK if x_TK.stride(1) == 1 else x_TK.contiguous()
     raw = stored.qweight if stored.levels is None else stored.qweight.view(torch.uint8)
-    weight, halves = raw.contiguous(), stored.bits == 4
-    steps, groups = stored.steps.contiguous(), (stored.steps if stored.group_scale is None else stored.group_scale).shape[1]
+    bias = None if bias is None else bias.to(x.dtype)
+    weight, steps, zero, group_scale, levels, bias = dense(raw, stored.steps, stored.zero, stored.group_scale, stored.levels, bias)
+    halves, groups = stored.bits == 4, (stored.steps if stored.group_scale is None else stored.group_scale).shape[1]
     group = 0 if groups == 1 else k // groups // (2 if halves else 1)
     with torch.cuda.device_of(x):
         _multiply_decoded[(triton.cdiv(t, tile.rows) * triton.cdiv(n, tile.outputs),)](
             x,
             weight,
-            stored.levels,
+            levels,
             steps,
-            stored.zero,
-            stored.group_scale,
-            None if bias is None else bias.to(x.dtype),
+            zero,
+            group_scale,
+            bias,
             y,
             t,
             n,

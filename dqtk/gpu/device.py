@@ -1,9 +1,11 @@
 """What the Triton kernels share on the device."""
 
 import os
+from typing import Any
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .tiles import Tile
 
@@ -12,6 +14,11 @@ EXACT = {"enable_fp_fusion": False}  # products round before they are added to, 
 # Triton's interpreter (seen in 3.8) loses the carry when it rounds float32 to bfloat16 (some results are half of what they should
 # be), and multiplies the bits of bfloat16 numbers as if they were integers.
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def dense(*tensors: Tensor | None) -> list[Any]:
+    """Tensors as the kernels read them: without gaps."""
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dqtk.numerics.packing import integer_weight
 
-from .device import EXACT, per_group, rounded_to, sizes_of, tile_of
+from .device import EXACT, dense, per_group, rounded_to, sizes_of, tile_of
 from .tiles import Tile
 
 ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2}
@@ -192,6 +192,7 @@ def linear_int8(
     y = x_TK.new_empty((t, n))
     if 0 in (t, n):
         return y
+    scale, group_scale, bias, smooth = dense(scale, group_scale, bias, smooth)
     halves = stays_packed(qweight, group_scale, bits, k)
     with torch.cuda.device_of(x_TK):
         codes, x_scale = round_rows(x_TK, input_scale, input_zero, smooth, halves)

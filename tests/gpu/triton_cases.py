@@ -201,6 +201,25 @@ def int4_stays_packed(device: str) -> None:
     assert not stays_packed(layer(5, 64, 8)[0], None, 8, 64)
 
 
+def with_gaps(values: tuple) -> list:
+    """The same tensors, every other column of larger ones."""
+    return [
+        torch.stack([value, value], -1).flatten(-2)[..., ::2] if isinstance(value, torch.Tensor) and value.numel() > 1 else value
+        for value in values
+    ]
+
+
+@case
+def stored_tensors_may_have_gaps(device: str) -> None:
+    x = seeded(5, 64).bfloat16()
+    for bits, size in ((8, None), (4, 32)):
+        arguments = (*with_gaps(layer(37, 64, bits, size)), *with_gaps((seeded(64, seed=5).abs(),)))
+        assert not arguments[3].is_contiguous()
+        same_integers(x, arguments, device, f"{bits} bits")
+    for kind in ("uint4", "two-level4", "table4", "int8"):
+        near(x, tuple(with_gaps(weight_only(37, 64, kind, 2))), device, kind, *with_gaps((seeded(37, seed=4),)))
+
+
 @case
 def ops_of_the_device(device: str) -> None:
     """Through the dispatcher, with whatever kernels it finds."""
