@@ -124,7 +124,11 @@ def test_a_branch_helps_where_inputs_are_rounded(stressed):
 
 
 def test_a_branch_against_smaller_groups_at_equal_bytes(stressed):
-    """One rank is 0.17 bits per weight where both sides are 192, groups of 32 in place of 64 cost 0.25."""
+    """One rank is 0.17 bits per weight where both sides are 192, groups of 32 in place of 64 cost 0.25: the same error at fewer bytes.
+
+    On some CPUs a percent less, on others a percent more: float32 sums differ, and with them single codes.
+    """
     usual = {"input": A4, "solver": GPTQ(), "transforms": (Smooth(),)}
     branch = stressed.error(weight=INT4, low_rank=LowRank(rank=1), **usual)
-    assert branch < stressed.error(weight=replace(INT4, granularity=PerGroup(size=32)), **usual)
+    assert branch < 1.03 * stressed.error(weight=replace(INT4, granularity=PerGroup(size=32)), **usual)
+    assert branch < 0.9 * stressed.error(weight=INT4, **usual)
