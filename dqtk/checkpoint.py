@@ -50,38 +50,34 @@ def config_of(module: nn.Module, recipe: str) -> dict[str, Any]:
     layers = {path: layer.spec for path, layer in quantized_layers(module).items()}
     texts = {canonical(spec): spec for spec in layers.values()}
     names = {text: f"s{i}" for i, text in enumerate(texts)}
+    found = correction_of(module)
     return {
         "quant_method": METHOD,
         "format_version": FORMAT_VERSION,
         "recipe": recipe,
-        "hash": _hash(layers),
+        "hash": _hash(layers, found and found.to_json()),
         "specs": {names[text]: to_json(spec) for text, spec in texts.items()},
         "modules": {path: names[canonical(spec)] for path, spec in layers.items()},
-        **_config_of_correction(module),
+        **({} if found is None else {NAME: found.to_json()}),
     }
 
 
-def _config_of_correction(module: nn.Module) -> dict[str, Any]:
-    found = correction_of(module)
-    if found is None:
-        return {}
-    return {NAME: {"edges": list(found.edges), "channels": found.gain.shape[1], "dim": found.dim}}
-
-
 def install_correction(module: nn.Module, config: Mapping[str, Any], where: str) -> None:
-    """Give a denoiser the empty output correction that its configuration names, which a checkpoint will fill."""
+    """Give a denoiser the output correction that its configuration holds, if any."""
     fields = config.get(NAME)
     if fields is None:
         return
     try:
-        found = OutputCorrection(fields["edges"], int(fields["channels"]), int(fields["dim"]))
-        found.attach(module)
+        found = OutputCorrection(**fields)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {NAME} must hold edges, channels and dim, got {fields!r}. The file was edited.") from error
+        raise ValueError(f"{where}: {NAME} must hold edges, dim, gain and shift, got {fields!r}. The file was edited.") from error
+    found.attach(module)
 
 
-def _hash(layers: Mapping[str, LayerSpec]) -> str:
+def _hash(layers: Mapping[str, LayerSpec], correction: Any = None) -> str:
     text = json.dumps(sorted([path, canonical(spec)] for path, spec in layers.items()))
+    if correction is not None:
+        text += json.dumps(correction, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -106,10 +102,9 @@ def read_config(config: Mapping[str, Any], where: str = "quantization_config") -
         if not isinstance(specs.get(name), LayerSpec):
             raise ValueError(f"{where}: spec of {path} must be one of {sorted(specs)}, got {name!r}. The file was edited.")
         layers[path] = specs[name]
-    if _hash(layers) != config.get("hash"):
-        raise ValueError(
-            f"{where}: hash must be {_hash(layers)} for these modules, got {config.get('hash')!r}. The file was edited."
-        )
+    hashed = _hash(layers, config.get(NAME))
+    if hashed != config.get("hash"):
+        raise ValueError(f"{where}: hash must be {hashed} for these modules, got {config.get('hash')!r}. The file was edited.")
     return layers
 
 

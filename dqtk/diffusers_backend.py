@@ -33,7 +33,7 @@ from .checkpoint import (
 )
 from .nn import BUFFERS, Quantized
 from .nn.activated import FUSED, fuses
-from .nn.correction import OutputCorrection, remove_correction
+from .nn.correction import remove_correction
 from .nn.noise import forget
 
 
@@ -99,8 +99,7 @@ class DqtkQuantizer(DiffusersQuantizer):
 
     def check_if_quantized_param(self, model, param_value, param_name: str, state_dict, **kwargs) -> bool:
         path, _, name = param_name.rpartition(".")
-        owner = model.get_submodule(path)
-        return (name in BUFFERS and isinstance(owner, Quantized)) or isinstance(owner, OutputCorrection)
+        return name in BUFFERS and isinstance(model.get_submodule(path), Quantized)
 
     def check_quantized_param_shape(self, param_name: str, current_param, loaded_param) -> None:
         raise ValueError(

@@ -165,6 +165,8 @@ def quantize(
         _check_layer(parts[choice.site.component].get_submodule(choice.site.path), choice, stats)
     touched = dict.fromkeys(choice.site.component for choice in work)
     corrected = {name: parts[name] for name in touched if correct and DENOISERS.fullmatch(name)}
+    if correct and not corrected:
+        raise ValueError("quantize: correct must be False where no denoiser of a pipeline is quantized, got True. Leave it out.")
     exact = exact_outputs(corrected, stats) if corrected and stats is not None else {}
     try:
         with tqdm(total=len(work), desc="quantize", unit="layer", disable=not progress) as bar:

@@ -124,7 +124,7 @@ def test_a_branch_helps_where_inputs_are_rounded(stressed):
 
 
 def test_a_branch_against_smaller_groups_at_equal_bytes(stressed):
-    """One rank is 0.17 bits per weight where both sides are 192, groups of 32 in place of 64 cost 0.25: the same error at fewer bytes.
+    """One rank is 0.17 bits per weight where both sides are 192, groups of 32 for 64 cost 0.25: the same error at fewer bytes.
 
     On some CPUs a percent less, on others a percent more: float32 sums differ, and with them single codes.
     """

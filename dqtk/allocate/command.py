@@ -104,6 +104,10 @@ def _check_options(options: argparse.Namespace) -> None:
             raise ValueError(f"allocate: --{name} must stand without a MODEL, got {options.model}. A model is measured.")
     if options.recipes and options.widths:
         raise ValueError("allocate: --recipes must stand without --widths, got both. A recipe has its own.")
+    for name in options.recipes or ():
+        spec = recipe_named(name).main_spec()
+        if spec is not None and spec.needs_ranges:
+            raise ValueError(f"allocate: --recipes must find ranges at every call, got {name}, whose are calibrated. Use another.")
     if options.stats and options.prompts:
         raise ValueError("allocate: --stats must stand without --prompts, got both. Statistics have seen theirs.")
     if options.content_score and options.ratio is None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dqtk.calibrate.replay import Call, made
 from dqtk.calls import prompt_argument
+from dqtk.nn.correction import output_of
 
 LARGEST = 144.5  # dB, 2^-48 of the signal's power: what float32 cannot tell from the signal
 
@@ -129,4 +130,4 @@ def _noise(approximation: Tensor, reference: Tensor) -> float:
 
 def outputs(module: nn.Module, calls: Sequence[Call]) -> list[Tensor]:
     """First output of every call, on the CPU."""
-    return [(found if isinstance(found, Tensor) else found[0]).detach().cpu() for found in made(module, calls)]
+    return [output_of(found).detach().cpu() for found in made(module, calls)]

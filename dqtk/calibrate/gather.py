@@ -211,20 +211,21 @@ def _add(found: _Sum, rows: Tensor, ends: tuple[Tensor, Tensor], beside: Tensor,
 
 
 def _finish(found: _Sum) -> Inputs:
-    k, peaks = len(found.total), torch.cat(found.peaks)
+    k = len(found.total)
+    each = max(1, SAMPLE_ROWS // 4 // found.calls)  # of every call, so that quiet noise levels keep theirs
+    peaks = torch.cat([rows[:each] for rows in found.peaks])
     sample = _some(torch.cat(found.sample), SAMPLE_ROWS, torch.Generator().manual_seed(0))
-    largest = peaks[:, :k].abs().amax(dim=1).topk(min(SAMPLE_ROWS // 4, len(peaks))).indices
     return Inputs(
         gram=found.gram.div_(found.count),
         mean=(found.total / found.count).float(),
         sample=sample[:, :k].contiguous(),
         low=found.low,
         high=found.high,
-        peaks=peaks[largest, :k],
+        peaks=peaks[:, :k].contiguous(),
         count=found.count,
         ends=sample[:, k:-1].contiguous() if sample.shape[1] > k + 1 else None,
         times=sample[:, -1].contiguous(),
-        peak_times=peaks[largest, -1],
+        peak_times=peaks[:, -1].contiguous(),
     )
 
 

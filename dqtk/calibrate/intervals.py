@@ -20,7 +20,7 @@ from dqtk.spec import PerLevel, PerTensor
 
 from .stats import Stats
 
-SMALL_DRIFT = 1.1  # of the squared ratio, mean over calls: below it one range costs a layer hardly anything
+SMALL_DRIFT = 1.1  # of the squared ratio, mean over intervals: below it one range costs a layer hardly anything
 _LEAST = 1e-2  # of a layer's whole range: the narrowest a bucket counts
 
 
@@ -29,13 +29,13 @@ def settled(work: Sequence[Choice], stats: Stats) -> list[Choice]:
 
     Raises ``ValueError`` where statistics do not say at which times a denoiser was called.
     """
-    open_by_component: dict[str, list[Choice]] = {}
+    alike: dict[tuple[str, int], list[Choice]] = {}
     for choice in work:
-        if _is_open(choice):
-            open_by_component.setdefault(choice.site.component, []).append(choice)
+        granularity = _open(choice)
+        if granularity is not None:
+            alike.setdefault((choice.site.component, granularity.most), []).append(choice)
     answers: dict[str, Choice] = {}
-    for component, mine in open_by_component.items():
-        most = max(choice.spec.input.granularity.most for choice in mine)  # type: ignore[union-attr]
+    for (component, most), mine in alike.items():
         edges = edges_of(stats, component, [choice.site.id for choice in mine], most)
         gains = drift(stats, [choice.site.id for choice in mine], edges)
         for choice, gain in zip(mine, gains.tolist(), strict=True):
@@ -48,9 +48,10 @@ def settled(work: Sequence[Choice], stats: Stats) -> list[Choice]:
     return [answers.get(choice.site.id, choice) for choice in work]
 
 
-def _is_open(choice: Choice) -> bool:
+def _open(choice: Choice) -> PerLevel | None:
+    """The granularity of a choice whose edges are to be found."""
     granularity = None if choice.spec is None or choice.spec.input is None else choice.spec.input.granularity
-    return isinstance(granularity, PerLevel) and not granularity.edges
+    return granularity if isinstance(granularity, PerLevel) and not granularity.edges else None
 
 
 def edges_of(stats: Stats, component: str, sites: Sequence[str], most: int) -> tuple[float, ...]:
@@ -67,18 +68,28 @@ def edges_of(stats: Stats, component: str, sites: Sequence[str], most: int) -> t
             joined = _width(low[:, part].amin(1), high[:, part].amax(1))[:, None]
             cost[first, last] = (calls[:, part] * _ratio(joined, own[:, part])).sum()
     times = [stats.times[component, bucket] for bucket in buckets]
-    return tuple((times[cut - 1][1] + times[cut][0]) / 2 for cut in _cuts(cost, most))
+    edges: list[float] = []
+    for cut in _cuts(cost, most):
+        middle = (times[cut - 1][1] + times[cut][0]) / 2
+        if not edges or middle > edges[-1]:  # else spans of merged statistics overlap there
+            edges.append(middle)
+    return tuple(edges)
 
 
 def ranges_at(stats: Stats, site: str, edges: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Least and largest input of a site in every interval, float32 [L] each; in one that it was not called in, those of all."""
+    """Least and largest input of a site in every interval, float32 [L] each; in one that it was not called in, those of all.
+
+    edges: in the denoiser's own time; a bucket that one lies in counts on both sides. Raises ``ValueError`` as
+    ``Stats.input_range``, and where statistics do not say at which times the denoiser was called.
+    """
     component = site.partition(":")[0]
     low, high = (end.repeat(len(edges) + 1) for end in stats.input_range(site))
     buckets = _by_time(stats, component)
     seen = _table(stats, [site], buckets)
-    interval = torch.bucketize(_middles(stats, component, buckets), torch.tensor(edges, dtype=torch.float64), right=True)
+    spans = torch.tensor([stats.times[component, bucket] for bucket in buckets], dtype=torch.float64)
+    first, last = torch.bucketize(spans, torch.tensor(edges, dtype=torch.float64), right=True).T
     for index in range(len(low)):
-        mine = (interval == index) & (seen[2][0] > 0)
+        mine = (first <= index) & (index <= last) & (seen[2][0] > 0)
         if bool(mine.any()):
             low[index], high[index] = seen[0][0, mine].amin(), seen[1][0, mine].amax()
     return low, high
@@ -96,7 +107,7 @@ def drift(stats: Stats, sites: Sequence[str], edges: Sequence[float]) -> Tensor:
 
 
 def _by_time(stats: Stats, component: str) -> list[int]:
-    """Buckets of a denoiser in the order of its time; those that overlap (statistics of several schedules) count with the first."""
+    """Buckets of a denoiser in the order of its time."""
     mine = sorted(((*times, bucket) for (name, bucket), times in stats.times.items() if name == component))
     if not mine:
         raise ValueError(
@@ -104,10 +115,6 @@ def _by_time(stats: Stats, component: str) -> list[int]:
             "They are from an older version, or it has no time; calibrate again, or use PerTensor."
         )
     return [bucket for _, _, bucket in mine]
-
-
-def _middles(stats: Stats, component: str, buckets: Sequence[int]) -> Tensor:
-    return torch.tensor([sum(stats.times[component, bucket]) / 2 for bucket in buckets], dtype=torch.float64)
 
 
 def _table(stats: Stats, sites: Sequence[str], buckets: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:

@@ -61,6 +61,8 @@ def calibrate(
     for name, value in (("batch_size", batch_size), ("steps_per_run", steps_per_run)):
         if not (isinstance(value, int) and value >= 1):
             raise ValueError(f"calibrate: {name} must be a positive integer, got {value!r}. The defaults are 4 and 10.")
+    if isinstance(placement, type) or not hasattr(placement, "choose"):
+        raise ValueError(f"calibrate: placement must be one of calibrate.placement, such as Evenly(), got {placement!r}.")
     if not isinstance(plan, Plan):
         raise ValueError(f"calibrate: plan must be a Plan, got {plan!r}. Make one: dqtk.plan(pipe, 'w4a8').")
     check_fit(plan, components_of(pipe), "calibrate")
@@ -74,8 +76,9 @@ def calibrate(
     replayed = {name: part for name, part in components_of(pipe).items() if name in learning}
     stats = Stats.load(output) if output is not None and Path(output).exists() else Stats()
     kwargs = call_arguments(pipe, call_kwargs)
-    numbers = {"seed": seed, "batch_size": batch_size} | ({"keep_calls": 1} if keep_calls else {})
-    run = _identity(pipe, plan, prompts, numbers, kwargs, _steps(steps_per_run, placement))
+    steps = _steps(steps_per_run, placement)
+    facts = {"seed": str(seed), "batch_size": str(batch_size)} | ({"keep_calls": steps} if keep_calls else {})
+    run = _identity(pipe, plan, prompts, facts, kwargs, steps)
     if stats.num_prompts:
         _check_same_run(stats, run, output)
     starts = range(stats.num_prompts, len(prompts), batch_size)
@@ -86,7 +89,7 @@ def calibrate(
         with recording(pipe, sites, stats, len(batch)), capturing(replayed, level) as calls, torch.no_grad():
             pipe(**prompt_argument(pipe, batch, "prompts"), generator=generators, **(kwargs | {"output_type": "latent"}))
         _check_calls(calls)
-        stats.calls += kept(calls, steps_per_run, start // batch_size, placement)
+        stats.calls += kept(calls, steps_per_run, 1 + max((call.run for call in stats.calls), default=-1), placement)
         stats.num_prompts += len(batch)
         stats.run = run(stats.num_prompts)
         if output is not None:
@@ -148,14 +151,14 @@ def check_model(stats: Stats, target: Any, plan: Plan) -> None:
 
 
 def _identity(
-    pipe: Any, plan: Plan, prompts: Sequence[str], numbers: Mapping[str, int], kwargs: Mapping[str, Any], steps: str
+    pipe: Any, plan: Plan, prompts: Sequence[str], facts: Mapping[str, str], kwargs: Mapping[str, Any], steps: str
 ) -> Callable[[int], dict[str, str]]:
     """Number of prompts seen -> what statistics of them depend on, in words."""
     sites = sorted(c.site.id + _kept(c.spec, steps) for c in plan.choices if c.spec is not None and c.spec.needs_stats)
     fixed = {
         "sites": f"{len(sites)} sites, {_short(sites)}",
         "model": json.dumps(fingerprint(pipe, plan)),
-        **{name: str(value) for name, value in numbers.items()},
+        **facts,
         "call_kwargs": json.dumps({name: repr(value) for name, value in sorted(kwargs.items())}),
     }
     return lambda num: fixed | {"prompts": f"{num} prompts, {_short(prompts[:num])}"}

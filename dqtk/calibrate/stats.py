@@ -7,7 +7,7 @@ Merging is min, max and addition, so statistics can be streamed, resumed and gat
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,8 @@ class Stats:
                 f"Stats.merge: num_buckets must be {self.num_buckets}, got {other.num_buckets}. Calibrate with equal buckets."
             )
         merged = Stats(self.num_buckets, self.num_prompts + other.num_prompts, dict(self.inputs))
-        merged.calls = [*self.calls, *other.calls]
+        first = 1 + max((call.run for call in self.calls), default=-1)
+        merged.calls = [*self.calls, *(replace(call, run=call.run + first) for call in other.calls)]
         for key, seen in other.inputs.items():
             merged.add(key, seen)
         merged.times = dict(self.times)
@@ -158,9 +159,9 @@ class Stats:
     @staticmethod
     def _read(file: Any, path: str | Path) -> "Stats":
         meta = file.metadata() or {}
-        if not {"counts", "run"} <= set(meta):
+        if not {"counts", "run", "times"} <= set(meta):
             raise ValueError(
-                f"Stats.load: {path} must be a file written by Stats.save, got other metadata {sorted(meta)}. Calibrate again."
+                f"Stats.load: {path} must be a file written by Stats.save of today, got metadata {sorted(meta)}. Calibrate again."
             )
         stats = Stats(int(meta["num_buckets"]), int(meta["num_prompts"]), run=json.loads(meta["run"]))
         for name, count in json.loads(meta["counts"]).items():

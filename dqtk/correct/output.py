@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dqtk.calibrate import Stats
 from dqtk.calibrate.gather import calls_of
 from dqtk.calibrate.replay import Call, made
-from dqtk.nn.correction import OutputCorrection, output_of
+from dqtk.nn.correction import OutputCorrection, correction_of, output_of
 
 MOST = 8  # intervals
 
@@ -33,18 +33,25 @@ def outputs(module: nn.Module, calls: Sequence[Call]) -> list[Tensor]:
 def exact_outputs(parts: Mapping[str, nn.Module], stats: Stats) -> dict[str, list[Tensor]]:
     """Outputs of the kept calls of these denoisers, not yet quantized, by name.
 
-    Raises ``ValueError`` where fewer than two runs were kept: nothing could be confirmed.
+    Raises:
+        ValueError: a denoiser that is corrected already, has no time or returns no tensor; calls of fewer than two runs, which
+            could confirm nothing.
     """
     found = {}
     for name, part in parts.items():
-        calls = calls_of(stats.calls, name)
+        calls = [call for call in stats.calls if call.component == name]
         runs = len({call.run for call in calls})
+        if correction_of(part) is not None:
+            raise ValueError(f"quantize: output of {name} must not be corrected yet, got {correction_of(part)}. Load the original.")
         if runs < 2:
             raise ValueError(
                 f"quantize: output correction must have calls of at least two calibration runs of {name}, got {runs}. "
-                "Calibrate with more prompts, or with a smaller batch."
+                "Calibrate with keep_calls=True and more prompts, or a smaller batch."
             )
+        if any(call.time is None for call in calls):
+            raise ValueError(f"quantize: {name} must be called with a time for its output to be corrected by it, got none.")
         found[name] = outputs(part, calls)
+        channel_dim(part, found[name][0])
     return found
 
 
@@ -56,21 +63,24 @@ def correct_output(module: nn.Module, stats: Stats, name: str, exact: Sequence[T
         stats: whose calls ``exact`` are the outputs of.
         name: of the denoiser.
         exact: outputs of the unquantized denoiser, [B, ...] each.
+    Raises:
+        ValueError: as ``exact_outputs``.
     """
     calls = calls_of(stats.calls, name)
     got = outputs(module, calls)
     times = [call.time or 0.0 for call in calls]
     edges = edges_between(times)
     dim = channel_dim(module, got[0])
-    new = OutputCorrection(edges, got[0].shape[dim], dim)
     interval = torch.bucketize(torch.tensor(times, dtype=torch.float64), torch.tensor(edges, dtype=torch.float64), right=True)
-    half = torch.tensor([sorted({call.run for call in calls}).index(call.run) % 2 for call in calls])
-    pairs = [(rows(g, dim), rows(e, dim)) for g, e in zip(got, exact, strict=True)]
-    helped = 0
+    order = sorted({call.run for call in calls})
+    half = torch.tensor([order.index(call.run) % 2 for call in calls])
+    gain = torch.ones(len(edges) + 1, got[0].shape[dim])
+    shift, helped = torch.zeros_like(gain), 0
     for index in range(len(edges) + 1):
-        mine = [[pairs[i] for i in torch.nonzero((interval == index) & (half == side)).flatten().tolist()] for side in (0, 1)]
+        here = [torch.nonzero((interval == index) & (half == side)).flatten().tolist() for side in (0, 1)]
+        mine = [[(rows(got[i], dim), rows(exact[i], dim)) for i in calls_here] for calls_here in here]
         if all(mine) and _confirmed(*mine) and _confirmed(*mine[::-1]):
-            new.gain[index], new.shift[index] = fit(mine[0] + mine[1])
+            gain[index], shift[index] = fit(mine[0] + mine[1])
             helped += 1
     if not helped:
         warnings.warn(
@@ -78,8 +88,9 @@ def correct_output(module: nn.Module, stats: Stats, name: str, exact: Sequence[T
             stacklevel=2,
         )
         return None
-    new.to(next(module.parameters()).device).attach(module)
-    return new
+    found = OutputCorrection(edges, gain, shift, dim)
+    found.attach(module)
+    return found
 
 
 def rows(output: Tensor, dim: int) -> Tensor:
@@ -115,12 +126,19 @@ def edges_between(times: Sequence[float], most: int = MOST) -> tuple[float, ...]
 
 
 def channel_dim(module: Any, output: Tensor) -> int:
-    """Where the channels of an output are: where the configuration's number of them is, else 1, or last for tokens [B, T, C]."""
+    """Where the channels of an output are: where the configuration's number of them is, else 1, or last for tokens [B, T, C].
+
+    Raises ``ValueError`` for a clip with as many frames as channels.
+    """
     config = getattr(module, "config", None)
-    wanted = [getattr(config, name, None) for name in ("out_channels", "in_channels")]
     usual = [1, output.ndim - 1] if output.ndim != 3 else [2, 1]
-    for num in (number for number in wanted if number):
-        for dim in dict.fromkeys([*usual, *range(1, output.ndim)]):
-            if output.shape[dim] == num:
-                return dim
+    for num in (getattr(config, name, None) for name in ("out_channels", "in_channels")):
+        dims = [dim for dim in dict.fromkeys([*usual, *range(1, output.ndim)]) if output.shape[dim] == num]
+        if output.ndim == 5 and {1, 2} <= set(dims):
+            raise ValueError(
+                f"quantize: a clip must have other numbers of frames and channels to have its output corrected, got {num}. "
+                "Calibrate with another number of frames."
+            )
+        if dims:
+            return dims[0]
     return usual[0]

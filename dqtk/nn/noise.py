@@ -38,8 +38,13 @@ class NoiseState:
     def index(self, device: torch.device) -> Tensor:
         """int64 [1]: interval of the last call, 0 before the first. One tensor per device, whose content changes."""
         if device not in self._index:
+            known = next(
+                (kept for kept in self._index.values() if not kept.is_meta), None
+            )  # a device that is asked about for the first time within a call
             with torch.inference_mode(False):
-                self._index[device] = torch.zeros(1, dtype=torch.int64, device=device)
+                self._index[device] = (
+                    torch.zeros(1, dtype=torch.int64, device=device) if known is None else known.to(device, copy=True)
+                )
         return self._index[device]
 
     def attach(self, module: nn.Module) -> Any:
@@ -54,7 +59,9 @@ class NoiseState:
                 f"noise_levels: {type(module).__name__} must be called with a time, got none. Its layers depend on the noise level."
             )
         values = time.reshape(-1)
-        if values.numel() > 1 and not torch.compiler.is_compiling() and not bool((values == values[0]).all()):
+        if values.numel() > 1 and torch.compiler.is_compiling():
+            torch._assert_async((values == values[0]).all(), "noise_levels: times must be equal within a call")
+        elif values.numel() > 1 and not bool((values == values[0]).all()):
             raise ValueError(
                 f"noise_levels: times must be equal within a call, got {values[:4].tolist()}. Per-token times are not supported."
             )

@@ -106,3 +106,25 @@ def test_times_are_kept_in_files_and_merged(tmp_path):
     other = Stats()
     other.saw("unet", 1, 90.0, 95.0)
     assert stats.merge(other).times == {("unet", 0): (0.0, 0.0), ("unet", 1): (90.0, 100.0)}
+
+
+def test_a_bucket_that_an_edge_lies_in_counts_on_both_sides():
+    stats = stats_of({"a": [(-50, 50), (-1, 1)]}, times=[0.0, 500.0])
+    stats.saw("unet", 0, 0.0, 400.0)
+    assert ranges_at(stats, "unet:a", (300.0,))[1].tolist() == [50, 50]
+    assert ranges_at(stats, "unet:a", (450.0,))[1].tolist() == [50, 1]
+
+
+def test_each_wish_for_a_number_of_intervals_is_kept():
+    stats = stats_of({"a": [(-(4**i), 4**i) for i in range(4)], "b": [(-(4**i), 4**i) for i in range(4)]})
+    two = LayerSpec(weight=W8, input=TensorSpec(format=Int(bits=8), granularity=PerLevel(most=2)))
+    a, b = settled([choice("a"), choice("b", two)], stats)
+    assert (len(a.spec.input.granularity.edges), len(b.spec.input.granularity.edges)) == (2, 1)
+
+
+def test_spans_of_merged_statistics_that_overlap():
+    stats = stats_of({"a": [(-(8**i), 8**i) for i in range(3)]}, times=[10.0, 20.0, 40.0])
+    for bucket, high in enumerate((50.0, 30.0, 60.0)):
+        stats.saw("unet", bucket, stats.times["unet", bucket][0], high)
+    edges = edges_of(stats, "unet", ["unet:a"], 3)
+    assert list(edges) == sorted(set(edges))

@@ -10,7 +10,7 @@ import dqtk
 from dqtk.calibrate.replay import Call
 from dqtk.calibrate.stats import Stats
 from dqtk.correct.output import channel_dim, correct_output, edges_between, exact_outputs, fit, outputs
-from dqtk.nn.correction import correction_of, output_of, remove_correction
+from dqtk.nn.correction import OutputCorrection, correction_of, output_of, remove_correction
 from dqtk.nn.noise import noise_states
 from dqtk.resolve import call_kwargs_for
 
@@ -121,9 +121,9 @@ def test_one_run_confirms_nothing_and_lists_are_no_outputs():
         ValueError, match=r"quantize: output correction must have calls of at least two calibration runs of unet, got 1"
     ):
         exact_outputs({"unet": Denoiser()}, Stats(calls=calls(runs=1)))
-    with pytest.raises(ValueError, match="calls of unet must have been kept, got none"):
+    with pytest.raises(ValueError, match="must have calls of at least two calibration runs of unet, got 0"):
         exact_outputs({"unet": Denoiser()}, Stats())
-    with pytest.raises(ValueError, match=r"correct: a denoiser must return a tensor, .* got list"):
+    with pytest.raises(ValueError, match=r"denoiser: its output must be a tensor, .* got list"):
         output_of([torch.zeros(1)])
 
 
@@ -133,12 +133,35 @@ def test_copies_dtypes_and_taking_it_out():
     x = torch.ones(1, 4, 5, 5)
     assert torch.equal(other(x, torch.tensor(100.0))[0], module(x, torch.tensor(100.0))[0])
     assert correction_of(other) is not made
-    module.to(torch.bfloat16)
+    assert module.to(torch.bfloat16)(x.bfloat16(), torch.tensor(100.0))[0].dtype == torch.bfloat16
     assert made.gain.dtype == torch.float32
-    assert module(x.bfloat16(), torch.tensor(100.0))[0].dtype == torch.bfloat16
     remove_correction(module)
     assert module.float()(x, torch.tensor(100.0))[0].mean() == 2
     assert not module._forward_hooks
+
+
+def test_what_cannot_be_corrected_is_refused_before_anything_is_touched(bare):
+    module, _, stats, _ = corrected(lambda y, t: y * 2)
+    with pytest.raises(
+        ValueError, match=r"quantize: output of unet must not be corrected yet, got OutputCorrection\(corrects 3 of 3"
+    ):
+        exact_outputs({"unet": module}, stats)
+    timeless = [Call("unet", (), {"sample": c.kwargs["sample"], "timestep": None}, 0.0, c.run) for c in stats.calls]
+    with pytest.raises(ValueError, match="quantize: unet must be called with a time for its output to be corrected by it"):
+        exact_outputs({"unet": Denoiser()}, Stats(calls=timeless))
+    with pytest.raises(ValueError, match="quantize: correct must be False where no denoiser of a pipeline is quantized"):
+        dqtk.quantize(bare, "w8a16", Stats(calls=stats.calls), correct=True, progress=False)
+    module = Denoiser()
+    module.config = type("Config", (), {"out_channels": 16})
+    with pytest.raises(ValueError, match="a clip must have other numbers of frames and channels"):
+        channel_dim(module, torch.zeros(1, 16, 16, 4, 4))
+
+
+@pytest.mark.parametrize("change", [{"gain": [[1.0]]}, {"gain": [[float("nan")] * 4] * 3}, {"edges": [1.0, 0.5]}])
+def test_tables_that_make_no_sense(change):
+    fields = {"edges": [1.0, 2.0], "gain": [[1.0] * 4] * 3, "shift": [[0.0] * 4] * 3, "dim": 1} | change
+    with pytest.raises(ValueError, match=r"(output_correction: gain and shift|noise_levels: edges) must be finite"):
+        OutputCorrection(**fields).attach(nn.Linear(1, 1))
 
 
 # --- a pipeline ------------------------------------------------------------------------------------------------------
@@ -168,6 +191,10 @@ def test_saved_and_loaded_by_diffusers_it_corrects_the_same(pipe, draw, tmp_path
     assert torch.equal(again.shift, made.shift)
     expected = draw(pipe, num_inference_steps=3)
     assert torch.equal(draw(loaded, num_inference_steps=3), expected)
+    config = tmp_path / "p" / "transformer" / "config.json"
+    config.write_text(config.read_text().replace('"dim": 1', '"dim": 2'))
+    with pytest.raises(ValueError, match=r"hash must be .* The file was edited"):
+        DiffusionPipeline.from_pretrained(tmp_path / "p", dtype=torch.bfloat16)
     remove_correction(loaded.transformer)
     assert not torch.equal(draw(loaded, num_inference_steps=3), expected)
 

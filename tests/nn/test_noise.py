@@ -113,3 +113,12 @@ def test_one_state_per_set_of_edges():
     forget(model)
     assert noise_states(model) == []
     model(torch.ones(1, 1))
+
+
+def test_a_device_that_is_asked_about_late_knows_the_interval():
+    """As the second of two GPUs does in the first call: not 0, which would be the cleanest level."""
+    state = NoiseState((500.0,))
+    state.index(torch.device("cpu")).fill_(1)
+    assert state.index(torch.device("meta")).shape == (1,)
+    state._index[torch.device("cuda", 7)] = state._index.pop(torch.device("cpu"))  # a tensor that knows it
+    assert state.index(torch.device("cpu")).tolist() == [1]
