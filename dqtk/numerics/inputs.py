@@ -8,6 +8,9 @@ from dqtk.spec import STATIC, AbsMax, E4M3Group, E8M0Group, Int, PerGroup, Tenso
 from .affine import find_scale, rounded
 from .group_scales import round_groups, tensor_scale
 
+# Made once: compilers would trace what checks a spec's fields.
+_ABSMAX, _WITH_ZERO = AbsMax(), {bits: Int(bits=bits, symmetric=False) for bits in range(2, 9)}
+
 
 def round_input(x: Tensor, spec: TensorSpec, scale: Tensor | None = None, zero: Tensor | None = None, rows: int = 1) -> Tensor:
     """``x`` [..., K] on the spec's grid, in its dtype; gradients pass straight through.
@@ -33,7 +36,7 @@ def _rounded(x: Tensor, spec: TensorSpec, scale: Tensor | None, zero: Tensor | N
         if isinstance(form, Int):  # as the integer kernels: 2^b codes and a zero point, symmetric or not
             middle = 2 ** (form.bits - 1)
             zero = x.new_full((1,), middle) if zero is None else zero.float() + middle
-            form = Int(bits=form.bits, symmetric=False)
+            form = _WITH_ZERO[form.bits]
         y = rounded(x, scale, zero, form)
         return y.masked_fill(~x.isfinite(), torch.nan)  # a diverged model must not look healthy
     if isinstance(granularity, PerGroup | E8M0Group | E4M3Group):
@@ -46,7 +49,7 @@ def _rounded(x: Tensor, spec: TensorSpec, scale: Tensor | None, zero: Tensor | N
         if isinstance(granularity, E4M3Group):
             per_token = tensor_scale(x.flatten(rows).abs().amax(-1), form).flatten()
             above = per_token.repeat_interleave(flat.shape[0] // per_token.numel())[:, None]
-        return round_groups(flat, form, granularity, above, AbsMax()).view(groups.shape).flatten(-2)
+        return round_groups(flat, form, granularity, above, _ABSMAX).view(groups.shape).flatten(-2)
     tokens = x.reshape(x.shape[:rows].numel(), -1)
     found, shift = find_scale(tokens, form, spec.range)
     return rounded(tokens, found, shift, form).view(x.shape)
