@@ -339,7 +339,9 @@ def test_arguments_that_no_file_can_hold(value, kind, tmp_path):
 
 def test_merged_statistics_have_the_calls_of_both():
     one, two = Stats(calls=[call(0)]), Stats(calls=[call(1), call(2)])
-    assert one.merge(two).calls == [*one.calls, *two.calls]
+    merged = one.merge(two)
+    assert [c.kwargs for c in merged.calls] == [c.kwargs for c in (*one.calls, *two.calls)]
+    assert [c.run for c in merged.calls] == [0, 1, 1]  # runs of their own
     assert len(one.calls) == 1
     assert repr(one) == "Stats(0 prompts, 0 entries of 0 sites, 1 calls)"
 
