@@ -1,12 +1,12 @@
 """Correct a quantized denoiser's output by a gain and a shift per noise-level interval and channel (PTQD, He et al. 2023, arXiv
 2305.10657, section 3.2).
 
-The quantized output is regressed on the exact one, and what that finds is undone: the part of the error that is correlated with the
-exact output, and the mean of the rest; per channel, where PTQD takes one slope. The other regression, of the exact output on the
-quantized one, has less error in a single step but shrinks every step's output, and that adds up (tried: worse pictures at 8 steps,
-notebooks/LOG.md). Calls are those that calibration kept. An interval is corrected only if a correction fitted
-on half of the calibration runs helps on the other half, both ways: on prompts that it has not seen. PTQD's third part, less noise
-for samplers that add some, is not built.
+The quantized output is regressed on the exact one, and what that finds is undone: the part of the error that is correlated with
+the exact output, and the mean of the rest; per channel, where PTQD takes one slope. The other regression, of the exact output
+on the quantized one, has less error in a single step but shrinks every step's output; it made worse pictures
+(notebooks/LOG.md). Calls are those that calibration kept. An interval is corrected only if a correction fitted on half of the
+calibration runs helps on the other half, both ways: on prompts that it has not seen. PTQD's third part, less noise for samplers
+that add some, is not built.
 """
 
 import warnings
