@@ -33,6 +33,7 @@ from .formats import (
 )
 from .frozen import frozen
 from .layer import GPTQ, RTN, AdaRound, Hadamard, LayerSpec, LowRank, Smooth, Solver, Transform, describe
+from .refine import Distill, Refiner
 from .text import canonical, did_you_mean, from_json, to_json
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "AdaRound",
     "BestFloat",
     "Codebook",
+    "Distill",
     "Dynamic",
     "E4M3Group",
     "E8M0Group",
@@ -61,6 +63,7 @@ __all__ = [
     "PerTensor",
     "PerToken",
     "Range",
+    "Refiner",
     "Smooth",
     "Solver",
     "TensorSpec",

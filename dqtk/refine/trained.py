@@ -1,0 +1,183 @@
+"""A quantized layer while it learns: the weight that its codes and scales stand for, with gradients.
+
+A stored weight is ``(level - zero) * step`` with a level of the format's table. While a layer learns, level = nearest(v) with
+v [N, K] = start + unit * moved, and the derivative of rounding is passed over (straight through). ``unit`` is the distance to the
+next level, so one learning rate serves all layers and formats. ``moved`` is a matrix of its own, or a product up @ down of two thin
+ones: QALoRA of EfficientDM (He et al. 2023, arXiv 2310.03270, section 3.2), there in the unit of the weight and beside the original
+weight, here in levels and beside the solver's. Either way the forward only ever sees rounded weights, so that storing them changes
+no number. Scales learn by a factor exp(s) and are rounded to their stored dtype in the same way.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dqtk.checkpoint import quantized_layers
+from dqtk.kernels import from_matrix
+from dqtk.nn import Quantized
+from dqtk.nn.layers import WEIGHT
+from dqtk.numerics.affine import encode, levels, nearest_level
+from dqtk.numerics.floats import e8m0_decode, step_of
+from dqtk.numerics.inputs import round_input
+from dqtk.numerics.packing import Packed, count_groups, pack_codes, selector_bits, unpack, weight_levels
+from dqtk.spec import Codebook, E8M0Group, Float, Format, TwoLevel
+
+
+class Trained:
+    """One layer's learned numbers, and its forward with them.
+
+    parameters: float32 by name: ``moved`` [N, K], or ``down`` [R, K] and ``up`` [N, R]; ``scale``, the logarithm of a factor on
+    every stored scale, where there are float ones.
+    """
+
+    def __init__(self, layer: Quantized, rank: int | None, draw: torch.Generator):
+        self.layer = layer
+        module, spec = _any(layer), layer.spec.weight
+        packed = Packed(**{name: getattr(module, name) for name in WEIGHT})
+        self.packed, self.k = packed, module.k
+        self.groups = count_groups(spec, self.k)
+        self.start = weight_levels(packed, spec, self.k)
+        self.which = _which(packed, layer, self.groups)
+        self.unit = _unit(self.start, spec.format)
+        n, device = self.start.shape[0], self.start.device
+        self.parameters: dict[str, nn.Parameter] = {}
+        if rank is None or rank >= min(n, self.k):
+            self.parameters["moved"] = nn.Parameter(torch.zeros_like(self.start))
+        else:
+            down = torch.randn(rank, self.k, generator=draw) / math.sqrt(rank)  # drawn on the CPU: the same on every device
+            self.parameters["down"] = nn.Parameter(down.to(device))
+            self.parameters["up"] = nn.Parameter(torch.zeros(n, rank, device=device))
+        if packed.scale is not None:
+            self.parameters["scale"] = nn.Parameter(torch.zeros_like(packed.scale, dtype=torch.float32))
+
+    def values(self) -> Tensor:
+        """v, float32 [N, K], in levels."""
+        mine = self.parameters
+        moved = mine["moved"] if "moved" in mine else mine["up"] @ mine["down"]
+        return self.start + self.unit * moved
+
+    def scale(self) -> Tensor | None:
+        """The scales as they would be stored, in their shape; float32 numbers."""
+        if self.packed.scale is None:
+            return None
+        scale = self.packed.scale.float() * self.parameters["scale"].exp()
+        return scale + (scale.to(self.packed.scale.dtype).float() - scale).detach()
+
+    def weight(self) -> Tensor:
+        """float32 [N, K]: the numbers that ``packing.dequantize`` finds after ``store``, bit for bit."""
+        spec, packed = self.layer.spec.weight, self.packed
+        level = _Nearest.apply(self.values(), spec.format, self.which)
+        level = level.unflatten(1, (self.groups, -1)) if self.groups > 1 else level[:, None]
+        if packed.zero is not None:
+            level = level - packed.zero.float().view(-1, self.groups, 1)
+        scale = self.scale()
+        if isinstance(spec.granularity, E8M0Group):
+            assert packed.group_scale is not None
+            step = e8m0_decode(packed.group_scale)
+        elif isinstance(spec.granularity, TwoLevel):  # codes times group scales first: as the integer kernels have it
+            assert packed.group_scale is not None
+            assert scale is not None
+            level, step = level * packed.group_scale.float()[..., None], scale
+        else:
+            assert scale is not None
+            step = scale if packed.group_scale is None else packed.group_scale.float() * scale
+        return (level * step[..., None]).flatten(1)
+
+    @torch.no_grad()
+    def store(self) -> None:
+        """Put codes and scales into the layer."""
+        module, spec, v = _any(self.layer), self.layer.spec.weight, self.values()
+        one = torch.ones((), device=v.device)
+        codes = encode(v, one, None, spec.format)
+        for index in range(1, _tables(spec.format)):
+            assert self.which is not None
+            codes = torch.where(self.which == index, encode(v, one, None, spec.format, index), codes)
+        module.qweight = pack_codes(codes, spec)
+        scale = self.scale()
+        if scale is not None:
+            module.scale = scale.to(module.scale.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the layer computes, inputs rounded as it rounds them. Takes the place of its ``forward``."""
+        module, given = _any(self.layer), self.layer.spec.input
+        linear = isinstance(self.layer, nn.Linear)
+        if not linear and x.ndim == len(module.kernel_size) + 1:
+            return self.forward(x[None])[0]
+        tokens = x if linear else x.movedim(1, -1)
+        z = module.basis.apply(tokens, module.smooth, module.signs)
+        weight, bias, dtype = self.weight(), module.bias, z.dtype if given is None else torch.float32
+        rounded = z
+        if given is not None:
+            rounded = round_input(z.float(), given, *self.layer.input_tables(), z.ndim - 1 if linear else 1)
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            y = F.linear(rounded, weight, bias) if linear else self._convolved(rounded.movedim(-1, 1), weight, bias)
+        y = y.to(x.dtype)
+        if module.down is None:
+            return y
+        return y + F.linear(F.linear(z, module.down.to(z.dtype)), module.up.to(z.dtype))
+
+    def _convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        module = _any(self.layer)
+        conv = (F.conv1d, F.conv2d, F.conv3d)[len(module.kernel_size) - 1]
+        return conv(x, from_matrix(weight, module.kernel_size), bias, module.stride, module.padding, module.dilation)
+
+
+@contextmanager
+def training(module: nn.Module, rank: int | None, draw: torch.Generator) -> Iterator[dict[str, Trained]]:
+    """While open, the quantized layers of a module compute with what they learn; by path. Afterwards with what they store."""
+    layers = {path: Trained(layer, rank, draw) for path, layer in quantized_layers(module).items()}
+    try:
+        for mine in layers.values():
+            vars(mine.layer)["forward"] = mine.forward
+        yield layers
+    finally:
+        for mine in layers.values():
+            vars(mine.layer).pop("forward", None)
+
+
+class _Nearest(torch.autograd.Function):
+    """The nearest levels; gradients pass as if nothing were rounded."""
+
+    @staticmethod
+    def forward(ctx, v, form, which):
+        level = nearest_level(v, form)
+        for index in range(1, _tables(form)):
+            level = torch.where(which == index, nearest_level(v, form, index), level)
+        return level
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None, None
+
+
+def _any(layer):
+    """The layer as what it also is: a torch module."""
+    return layer
+
+
+def _tables(form: Format) -> int:
+    return len(form.tables) if isinstance(form, Codebook) else 1
+
+
+def _which(packed: Packed, layer: Quantized, groups: int) -> Tensor | None:
+    """int64 [N, K]: table of every weight, where there are several."""
+    form, k = layer.spec.weight.format, _any(layer).k
+    if packed.selector is None:
+        return None
+    assert isinstance(form, Codebook)
+    return unpack(packed.selector, selector_bits(form), groups).long().repeat_interleave(k // groups, dim=1)
+
+
+def _unit(level: Tensor, form: Format) -> Tensor:
+    """Distance to the next level: 1 for integers, that of its binade for floats, the mean one for tables."""
+    if isinstance(form, Float):
+        return step_of(level, form)
+    if isinstance(form, Codebook):
+        table = levels(torch.arange(2**form.bits, dtype=torch.uint8, device=level.device), form)
+        return (table.amax() - table.amin()) / (len(table.unique()) - 1)
+    return torch.ones((), device=level.device)
