@@ -1,7 +1,8 @@
-"""What knowing the noise level is worth: a calibrated range per interval of it, a correction of the output, where to calibrate, distillation.
+"""What knowing the noise level is worth: a calibrated range per interval of it, a correction of the output, where to calibrate,
+distillation.
 
-    python benchmarks/noise_levels.py [MODEL ...] [--only ranges correction placement distillation] [--num-prompts 16] [--steps 8 20 50]
-        [--schedulers own ddim]
+    python benchmarks/noise_levels.py [MODEL ...] [--only ranges correction placement distillation] [--num-prompts 16]
+        [--steps 8 20 50] [--schedulers own ddim]
 
 MODEL is a pipeline, or an embedded one with ``-stressed`` behind its name. Everything is calibrated once, at 20 steps of the
 pipeline's own scheduler, on 16 other captions, and then judged at other numbers of steps and with another scheduler. Error: mean
