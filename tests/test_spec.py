@@ -16,6 +16,7 @@ from dqtk.spec import (
     AdaRound,
     BestFloat,
     Codebook,
+    Distill,
     Dynamic,
     E4M3Group,
     E8M0Group,
@@ -63,6 +64,7 @@ EVERYTHING = LayerSpec(
 )
 
 EVERY_TYPE = [
+    Distill(iterations=3, rank=8),
     Int(bits=3, symmetric=False),
     Float(),
     Float(exponent=3, mantissa=5, signed=False),
