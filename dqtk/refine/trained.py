@@ -13,36 +13,33 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dqtk.checkpoint import quantized_layers
-from dqtk.kernels import from_matrix
 from dqtk.nn import Quantized
-from dqtk.nn.layers import WEIGHT
+from dqtk.nn.products import WEIGHT, Stored
 from dqtk.numerics.affine import encode, levels, nearest_level
 from dqtk.numerics.floats import e8m0_decode, step_of
-from dqtk.numerics.inputs import round_input
 from dqtk.numerics.packing import Packed, count_groups, pack_codes, selector_bits, unpack, weight_levels
-from dqtk.spec import Codebook, E8M0Group, Float, Format, TwoLevel
+from dqtk.numerics.storage import stored_name
+from dqtk.spec import Codebook, E8M0Group, Float, Format, TensorSpec, TwoLevel
 
 
 class Trained:
-    """One layer's learned numbers, and its forward with them.
+    """The learned numbers of one layer, or of one part of a layer whose input is split.
 
     parameters: float32 by name: ``moved`` [N, K], or ``down`` [R, K] and ``up`` [N, R]; ``scale``, the logarithm of a factor on
     every stored scale, where there are float ones.
     """
 
-    def __init__(self, layer: Quantized, rank: int | None, draw: torch.Generator):
-        self.layer = layer
-        module, spec = _any(layer), layer.spec.weight
-        packed = Packed(**{name: getattr(module, name) for name in WEIGHT})
-        self.packed, self.k = packed, module.k
-        self.groups = count_groups(spec, self.k)
-        self.start = weight_levels(packed, spec, self.k)
-        self.which = _which(packed, layer, self.groups)
-        self.unit = _unit(self.start, spec.format)
+    def __init__(self, layer: Quantized, stored: Stored, index: int, rank: int | None, draw: torch.Generator):
+        self.layer, self.stored, self.index = layer, stored, index
+        self.spec, self.k = stored.spec.weight, _any(stored).k
+        packed = Packed(**{name: getattr(stored, name) for name in WEIGHT})
+        self.packed, self.groups = packed, count_groups(self.spec, self.k)
+        self.start = weight_levels(packed, self.spec, self.k)
+        self.which = _which(packed, self.spec, self.k)
+        self.unit = _unit(self.start, self.spec.format)
         n, device = self.start.shape[0], self.start.device
         self.parameters: dict[str, nn.Parameter] = {}
         if rank is None or rank >= min(n, self.k):
@@ -69,7 +66,7 @@ class Trained:
 
     def weight(self) -> Tensor:
         """float32 [N, K]: the numbers that ``packing.dequantize`` finds after ``store``, bit for bit."""
-        spec, packed = self.layer.spec.weight, self.packed
+        spec, packed = self.spec, self.packed
         level = _Nearest.apply(self.values(), spec.format, self.which)
         level = level.unflatten(1, (self.groups, -1)) if self.groups > 1 else level[:, None]
         if packed.zero is not None:
@@ -90,54 +87,35 @@ class Trained:
     @torch.no_grad()
     def store(self) -> None:
         """Put codes and scales into the layer."""
-        module, spec, v = _any(self.layer), self.layer.spec.weight, self.values()
+        spec, v = self.spec, self.values()
         one = torch.ones((), device=v.device)
         codes = encode(v, one, None, spec.format)
         for index in range(1, _tables(spec.format)):
             assert self.which is not None
             codes = torch.where(self.which == index, encode(v, one, None, spec.format, index), codes)
-        module.qweight = pack_codes(codes, spec)
+        setattr(self.layer, stored_name("qweight", self.index), pack_codes(codes, spec))
         scale = self.scale()
-        if scale is not None:
-            module.scale = scale.to(module.scale.dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """What the layer computes, inputs rounded as it rounds them. Takes the place of its ``forward``."""
-        module, given = _any(self.layer), self.layer.spec.input
-        linear = isinstance(self.layer, nn.Linear)
-        if not linear and x.ndim == len(module.kernel_size) + 1:
-            return self.forward(x[None])[0]
-        tokens = x if linear else x.movedim(1, -1)
-        z = module.basis.apply(tokens, module.smooth, module.signs)
-        weight, bias, dtype = self.weight(), module.bias, z.dtype if given is None else torch.float32
-        rounded = z
-        if given is not None:
-            rounded = round_input(z.float(), given, *self.layer.input_tables(), z.ndim - 1 if linear else 1)
-        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            y = F.linear(rounded, weight, bias) if linear else self._convolved(rounded.movedim(-1, 1), weight, bias)
-        y = y.to(x.dtype)
-        if module.down is None:
-            return y
-        return y + F.linear(F.linear(z, module.down.to(z.dtype)), module.up.to(z.dtype))
-
-    def _convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        module = _any(self.layer)
-        conv = (F.conv1d, F.conv2d, F.conv3d)[len(module.kernel_size) - 1]
-        return conv(x, from_matrix(weight, module.kernel_size), bias, module.stride, module.padding, module.dilation)
+        if scale is not None and self.packed.scale is not None:
+            setattr(self.layer, stored_name("scale", self.index), scale.to(self.packed.scale.dtype))
 
 
 @contextmanager
 def training(module: nn.Module, rank: int | None, draw: torch.Generator) -> Iterator[dict[str, Trained]]:
-    """While open, the quantized layers of a module compute with what they learn; by path. Afterwards with what they store."""
-    layers = {path: Trained(layer, rank, draw) for path, layer in quantized_layers(module).items()}
+    """While open, the quantized layers of a module compute with what they learn; by path. Afterwards with what they store.
+
+    A layer whose input is split learns in parts: ``path``, ``path_2`` and so on.
+    """
+    learning = {}
+    for path, layer in quantized_layers(module).items():
+        for index, stored in enumerate(_any(layer).parts or (layer,)):
+            learning[stored_name(path, index)] = Trained(layer, stored, index, rank, draw)
     try:
-        for mine in layers.values():
-            vars(mine.layer)["forward"] = mine.forward
-        yield layers
+        for mine in learning.values():
+            vars(mine.stored)["learned"] = mine.weight
+        yield learning
     finally:
-        for mine in layers.values():
-            vars(mine.layer).pop("forward", None)
+        for mine in learning.values():
+            vars(mine.stored).pop("learned", None)
 
 
 class _Nearest(torch.autograd.Function):
@@ -156,7 +134,7 @@ class _Nearest(torch.autograd.Function):
 
 
 def _any(layer):
-    """The layer as what it also is: a torch module."""
+    """A layer as what it also is: a torch module."""
     return layer
 
 
@@ -164,9 +142,9 @@ def _tables(form: Format) -> int:
     return len(form.tables) if isinstance(form, Codebook) else 1
 
 
-def _which(packed: Packed, layer: Quantized, groups: int) -> Tensor | None:
+def _which(packed: Packed, spec: TensorSpec, k: int) -> Tensor | None:
     """int64 [N, K]: table of every weight, where there are several."""
-    form, k = layer.spec.weight.format, _any(layer).k
+    form, groups = spec.format, count_groups(spec, k)
     if packed.selector is None:
         return None
     assert isinstance(form, Codebook)

@@ -32,7 +32,20 @@ from .formats import (
     TwoLevel,
 )
 from .frozen import frozen
-from .layer import GPTQ, RTN, AdaRound, Hadamard, LayerSpec, LowRank, Smooth, Solver, Transform, describe
+from .layer import (
+    GPTQ,
+    RTN,
+    AdaRound,
+    ConstantToken,
+    Hadamard,
+    LayerSpec,
+    LowRank,
+    ShortcutSplit,
+    Smooth,
+    Solver,
+    Transform,
+    describe,
+)
 from .refine import Distill, Refiner
 from .text import canonical, did_you_mean, from_json, to_json
 
@@ -46,6 +59,7 @@ __all__ = [
     "AdaRound",
     "BestFloat",
     "Codebook",
+    "ConstantToken",
     "Distill",
     "Dynamic",
     "E4M3Group",
@@ -64,6 +78,7 @@ __all__ = [
     "PerToken",
     "Range",
     "Refiner",
+    "ShortcutSplit",
     "Smooth",
     "Solver",
     "TensorSpec",

@@ -24,6 +24,7 @@ from dqtk.spec import (
     PerGroup,
     PerTensor,
     PerToken,
+    ShortcutSplit,
     TensorSpec,
     TwoLevel,
 )
@@ -58,7 +59,16 @@ def quantized(layer, spec) -> Quantized:
 
 
 def trained(layer, rank=None):
-    return Trained(layer, rank, torch.Generator().manual_seed(0))
+    return Trained(layer, layer, 0, rank, torch.Generator().manual_seed(0))
+
+
+def computed(layer, mine, x):
+    """What the layer computes while it learns."""
+    vars(layer)["learned"] = mine.weight
+    try:
+        return layer(x)
+    finally:
+        del vars(layer)["learned"]
 
 
 def moved(mine):
@@ -91,7 +101,7 @@ def test_a_learning_layer_computes_what_the_layer_does(name, given):
     torch.manual_seed(0)
     layer = quantized(nn.Linear(64, 24), LayerSpec(weight=WEIGHTS[name], input=INPUTS[given], transforms=(Hadamard(),)))
     x = torch.randn(2, 5, 64)
-    assert torch.allclose(trained(layer).forward(x), layer(x), atol=1e-5)
+    assert torch.allclose(computed(layer, trained(layer), x), layer(x), atol=1e-5)
 
 
 @pytest.mark.parametrize("given", ["A16", "A8"])
@@ -100,19 +110,20 @@ def test_convolutions_too(given):
     conv = nn.Conv2d(32, 8, 3, stride=2, padding=1)
     layer = quantized(conv, LayerSpec(weight=WEIGHTS["two-level"], input=INPUTS[given]))
     mine, x = trained(layer, 4), torch.randn(2, 32, 7, 7)
-    assert torch.allclose(mine.forward(x), layer(x), atol=1e-5)
-    assert torch.allclose(mine.forward(x[0]), layer(x[0]), atol=1e-5)
+    assert torch.allclose(computed(layer, mine, x), layer(x), atol=1e-5)
+    assert torch.allclose(computed(layer, mine, x[0]), layer(x[0]), atol=1e-5)
     moved(mine).store()
-    assert torch.allclose(mine.forward(x), layer(x), atol=1e-5)
+    assert torch.allclose(computed(layer, mine, x), layer(x), atol=1e-5)
 
 
 @pytest.mark.parametrize("rank", [None, 4])
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_every_number_gets_a_gradient(name, rank):
     torch.manual_seed(0)
-    mine = trained(quantized(nn.Linear(128, 24, bias=False), LayerSpec(weight=WEIGHTS[name])), rank)
+    layer = quantized(nn.Linear(128, 24, bias=False), LayerSpec(weight=WEIGHTS[name]))
+    mine = trained(layer, rank)
     assert ("scale" in mine.parameters) == (name != "mxfp4")
-    moved(mine).forward(torch.randn(5, 128)).square().mean().backward()
+    computed(layer, moved(mine), torch.randn(5, 128)).square().mean().backward()
     assert all(bool(parameter.grad.abs().sum() > 0) for parameter in mine.parameters.values())
 
 
@@ -124,6 +135,26 @@ def test_gradients_are_those_without_rounding():
     (mine.weight() * slope).sum().backward()
     assert torch.allclose(mine.parameters["moved"].grad, slope * layer.scale)
     assert torch.allclose(mine.parameters["scale"].grad, (slope * layer.stored_matrix()).sum(1, keepdim=True), atol=1e-5)
+
+
+def test_a_split_input_learns_in_parts():
+    torch.manual_seed(0)
+    spec = LayerSpec(weight=WEIGHTS["groups"], input=INPUTS["A4"], transforms=(ShortcutSplit(at=(32,)),))
+    layer = quantized(nn.Linear(96, 24), spec)
+    module, x = nn.Sequential(layer), torch.randn(3, 96)
+    before = layer(x)
+    with training(module, 4, torch.Generator().manual_seed(0)) as parts:
+        assert [(name, part.k) for name, part in parts.items()] == [("0", 32), ("0_2", 64)]
+        assert torch.allclose(module(x), before, atol=1e-5)
+        for part in parts.values():
+            moved(part)
+        learned = module(x)
+        learned.square().sum().backward()
+        assert all(bool(p.grad.abs().sum() > 0) for part in parts.values() for p in part.parameters.values())
+        for part in parts.values():
+            part.store()
+    assert torch.equal(module(x), learned)
+    assert not torch.allclose(before, learned)
 
 
 def test_layers_are_their_own_again_afterwards():
@@ -138,4 +169,4 @@ def test_layers_are_their_own_again_afterwards():
         assert not torch.allclose(module(x), y)
     assert torch.equal(module(x), y)
     assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
-    assert "forward" not in vars(module[0])
+    assert "learned" not in vars(module[0])
