@@ -31,10 +31,11 @@ from .checkpoint import (
     replace_layer,
     verify_files,
 )
-from .nn import BUFFERS, Quantized
+from .nn import Quantized
 from .nn.activated import FUSED, fuses
 from .nn.correction import remove_correction
 from .nn.noise import forget
+from .numerics.storage import is_stored
 
 
 class Method(enum.StrEnum):
@@ -99,7 +100,7 @@ class DqtkQuantizer(DiffusersQuantizer):
 
     def check_if_quantized_param(self, model, param_value, param_name: str, state_dict, **kwargs) -> bool:
         path, _, name = param_name.rpartition(".")
-        return name in BUFFERS and isinstance(model.get_submodule(path), Quantized)
+        return is_stored(name) and isinstance(model.get_submodule(path), Quantized)
 
     def check_quantized_param_shape(self, param_name: str, current_param, loaded_param) -> None:
         raise ValueError(

@@ -9,7 +9,7 @@ changes. Beside them, in the compute dtype:
 ``bias`` or ``anchor`` is the layer's one floating parameter: its dtype is the compute dtype. ``weight`` is a read-only view that
 decodes when used (``lazy_weight.py``); no forward touches it.
 
-forward:  x -> smooth -> rotate -> z;   y = Q(z) Q(W)^T + (z down^T) up^T + bias
+forward:  x -> constant token apart -> parts -> smooth -> rotate -> z;   y = Q(z) Q(W)^T + (z down^T) up^T + bias
 """
 
 import math
@@ -17,37 +17,25 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dqtk.kernels import (
-    Decoding,
-    activated,
-    conv_int8,
-    decode_weight,
-    from_matrix,
-    linear_decoded,
-    linear_fp8,
-    linear_int8,
-    op_of,
-    report_of,
-)
-from dqtk.numerics.inputs import round_input
-from dqtk.numerics.packing import Packed, empty
-from dqtk.numerics.storage import BUFFERS, layer_layout
-from dqtk.spec import LayerSpec, PerLevel, describe
+from dqtk.kernels import activated, from_matrix, report_of
+from dqtk.numerics.packing import empty
+from dqtk.numerics.storage import BUFFERS, layer_layout, parts_of, stored_name
+from dqtk.spec import STATIC, LayerSpec, PerLevel, describe
 
 from .basis import Basis
+from .constant_token import multiples, without
 from .lazy_weight import LazyWeight, read_only
 from .noise import following
+from .products import ConvPart, ConvProduct, LinearPart, LinearProduct, Stored, joined
 
-WEIGHT = tuple(Packed.__slots__)  # type: ignore[attr-defined]
 
-
-class Quantized:
+class Quantized(Stored):
     """What quantized linears and convolutions share; mixed in before the torch class."""
 
-    spec: LayerSpec
+    _part: Any
+    """Class of a part of a split layer."""
 
     def _setup(self, spec: LayerSpec, n: int, k: int, channels: int, bias: bool, dtype: torch.dtype | None, device: Any) -> None:
         """Register empty storage of the right shapes. Called instead of the torch class's own ``__init__``."""
@@ -58,8 +46,11 @@ class Quantized:
         module.noise = None
         dtype = dtype or torch.get_default_dtype()
         device = torch.get_default_device() if device is None else device
+        module.taps = k // channels
+        module.parts = tuple(self._part(module, part, module.taps) for part in parts_of(spec, channels))
         tensors = empty(layer_layout(spec, n, k, channels), device)
-        for name in BUFFERS:
+        module.stored = tuple(stored_name(name, index) for index in range(max(1, len(module.parts))) for name in BUFFERS)
+        for name in module.stored:
             module.register_buffer(name, tensors.get(name))
         module.register_parameter(
             "bias", nn.Parameter(torch.empty(n, dtype=dtype, device=device), requires_grad=False) if bias else None
@@ -70,7 +61,7 @@ class Quantized:
     def fill(self, tensors: Mapping[str, Tensor], bias: Tensor | None) -> None:
         """Put the solver's result in place: exactly the buffers that the spec has, in their shapes and dtypes."""
         module: Any = self
-        for name in BUFFERS:
+        for name in module.stored:
             wanted, given = getattr(module, name), tensors.get(name)
             assert (wanted is None) == (given is None), name
             if given is not None:
@@ -89,23 +80,6 @@ class Quantized:
         """Know the noise level of this denoiser's calls from now on, if anything here depends on it."""
         module: Any = self
         module.noise = following(denoiser, self.edges) if self.edges else None
-
-    def input_tables(self) -> tuple[Tensor | None, Tensor | None]:
-        """``input_scale`` and ``input_zero`` [1] for the call in progress.
-
-        Raises ``ValueError`` for a layer with a table that stands in no denoiser.
-        """
-        module: Any = self
-        scale, zero = module.input_scale, module.input_zero
-        if scale is None or len(scale) == 1:
-            return scale, zero
-        if module.noise is None:
-            raise ValueError(
-                f"{type(self).__name__}: the layer must follow a denoiser's calls, as its input has {len(scale)} scales, one per "
-                "interval of the noise level; got none. Call layer.follow(denoiser), or load the whole model."
-            )
-        index = module.noise.index(scale.device)
-        return scale.index_select(0, index), None if zero is None else zero.index_select(0, index)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -137,23 +111,17 @@ class Quantized:
         module: Any = self
         return (module.n, module.k)
 
-    def decoding(self) -> Decoding:
-        """How the stored codes become numbers, as the ops take it."""
-        module: Any = self
-        return Decoding.of(Packed(**{name: getattr(module, name) for name in WEIGHT}), self.spec.weight)
-
     def stored_matrix(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The stored weight [N, K] in ``dtype``, in the basis of the transformed input and without the branch."""
         module: Any = self
-        return decode_weight(module.qweight, *self.decoding().arguments(), module.k, dtype)
+        if not module.parts:
+            return super().stored_matrix(dtype)
+        return joined([part.stored_matrix(dtype) for part in module.parts], module.taps)
 
     def dequantize_matrix(self) -> Tensor:
-        """The weight that this layer stands for, float32 [N, K]: stored codes and branch, in the basis of the layer's own input."""
         module: Any = self
-        weight = self.stored_matrix()
-        if module.down is not None:
-            weight = weight + module.up.float() @ module.down.float()
-        return module.basis.undo(weight, module.smooth, module.signs)
+        if not module.parts:
+            return super().dequantize_matrix()
+        return joined([part.dequantize_matrix() for part in module.parts], module.taps)
 
     def dequantize(self) -> Tensor:
         """The weight that this layer stands for, in its logical shape and the compute dtype."""
@@ -165,7 +133,7 @@ class Quantized:
         base = base_class(type(self))
         new: Any = base.__new__(base)
         nn.Module.__init__(new)
-        skip = ("spec", "n", "k", "basis", "noise")
+        skip = ("spec", "n", "k", "basis", "noise", "taps", "parts", "stored")
         new.__dict__.update({name: value for name, value in vars(module).items() if not name.startswith("_") and name not in skip})
         if isinstance(new, nn.modules.conv._ConvNd):
             padding: Any = new.padding
@@ -174,26 +142,17 @@ class Quantized:
         new.register_parameter("bias", module.bias)
         return new
 
-    @property
-    def op(self) -> str:
-        """What ``forward`` runs; see ``ops.py``."""
-        return op_of(self.spec, "linear" if isinstance(self, nn.Linear) else "conv")
-
     def kernel(self) -> str:
         """What runs, in words: ``linear_int8: integer matmul through torch._int_mm``."""
         module: Any = self
-        return f"{self.op}: {report_of(self.op, module.qweight.device.type)}"
-
-    @property
-    def stored_width(self) -> int:
-        """Bits per stored code."""
-        return self.spec.weight.bits
+        said = f"{self.op}: {report_of(self.op, module.qweight.device.type)}"
+        return f"{said}, summed over {len(module.parts)} parts of the input" if module.parts else said
 
     def _apply(self, fn, recurse: bool = True):
         # Module.to(dtype) casts every floating buffer (and Module.type every buffer); codes and scales keep their exact values and
         # only change device.
         module: Any = self
-        kept = {name: tensor for name in BUFFERS if (tensor := getattr(module, name)) is not None}
+        kept = {name: tensor for name in module.stored if (tensor := getattr(module, name)) is not None}
         nn.Module._apply(module, fn, recurse)
         for name, tensor in kept.items():
             moved = getattr(module, name)
@@ -209,8 +168,10 @@ class Quantized:
         """Nothing: codes come from a solver or a checkpoint, never from an initializer."""
 
 
-class QuantLinear(Quantized, nn.Linear):
+class QuantLinear(Quantized, LinearProduct, nn.Linear):
     """``y = Q(x) Q(W)^T + b``. Buffers: module docstring."""
+
+    _part = LinearPart
 
     def __init__(self, in_features: int, out_features: int, bias: bool, spec: LayerSpec, dtype=None, device=None):
         self._setup(spec, out_features, in_features, in_features, bias, dtype, device)
@@ -233,42 +194,39 @@ class QuantLinear(Quantized, nn.Linear):
         """[..., N]. ``activation``, one of ``kernels.ACTIVATIONS``, is applied to the outputs from ``active_from`` on."""
         module: Any = self
         trains = torch.is_grad_enabled() and (input.requires_grad or (module.bias is not None and module.bias.requires_grad))
-        if self.op == "linear_int8" and module.signs is None and module.down is None and not trains:
-            return self._product(input, module.smooth, activation, active_from)  # all in one pass
-        return activated(self._linear(input), activation, active_from)
+        plain = module.signs is None and module.down is None and module.token is None and not module.parts
+        if self.op == "linear_int8" and plain and not trains:
+            return self.product(input, module.smooth, activation, active_from)  # all in one pass
+        y = self._whole(input) if module.token is None else self._with_token(input)
+        return activated(y, activation, active_from)
 
-    def _linear(self, input: Tensor) -> Tensor:  # noqa: A002
+    def _whole(self, x: Tensor, alone: bool = False) -> Tensor:
         module: Any = self
-        z = module.basis.apply(input, module.smooth, module.signs)
-        y = self._product(z).to(input.dtype)
-        if module.down is None:
-            return y
-        return y + F.linear(F.linear(z, module.down.to(z.dtype)), module.up.to(z.dtype))
+        if not module.parts:
+            return self.linear(x, alone)
+        outputs = [part.linear(part.of(x, -1), alone) for part in module.parts]
+        return sum(outputs[1:], outputs[0])
 
-    def _product(self, z: Tensor, smooth: Tensor | None = None, activation: str = "none", active_from: int = 0) -> Tensor:
-        """Q(z) Q(W)^T + bias by the layer's op; what else may be asked for is left to integer kernels."""
+    def _with_token(self, x: Tensor) -> Tensor:
+        """[..., T, N] of [..., T, K]. The first row never meets the calibrated range, which its kind was not calibrated for: it is
+        rounded by itself, whatever it is."""
         module: Any = self
-        bias, op = module.bias, self.op
-        input_scale, input_zero = self.input_tables()
-        if op == "linear_int8":
-            scales = (module.scale, module.group_scale, bias, input_scale, input_zero)
-            return linear_int8(z, module.qweight, *scales, self.stored_width, smooth, activation, active_from)
-        if op == "linear_fp8":
-            return linear_fp8(z, module.qweight, module.scale, bias, input_scale)
-        if op == "weight_only":
-            return linear_decoded(z, module.qweight, bias, *self.decoding().arguments())
-        # Rounded numbers and their products are float32, as in kernels, autocast or not.
-        assert self.spec.input is not None
-        z = round_input(z.float(), self.spec.input, input_scale, input_zero, z.ndim - 1)
-        with torch.autocast(z.device.type, enabled=False):
-            return F.linear(z, self.stored_matrix(), None if bias is None else bias.float())
+        times = multiples(x, module.token)
+        z = without(x, module.token, times)
+        if x.ndim > 2 and self.spec.input is not None and isinstance(self.spec.input.granularity, STATIC):
+            y = torch.cat([self._whole(z[..., :1, :], alone=True), self._whole(z[..., 1:, :])], dim=-2)
+        else:
+            y = self._whole(z)
+        return (y + times * module.token_output.float()).to(x.dtype)
 
 
-class _QuantConv(Quantized):
+class _QuantConv(Quantized, ConvProduct):
     """Forward and construction of the three convolution classes. ``like`` makes one.
 
     Called with a convolution's arguments, the class makes an ordinary convolution: PEFT builds adapters from ``type(layer)``.
     """
+
+    _part = ConvPart
 
     def __new__(cls, *args, **kwargs) -> Any:
         return base_class(cls)(*args, **kwargs) if args or kwargs else super().__new__(cls)
@@ -300,39 +258,12 @@ class _QuantConv(Quantized):
         module: Any = self
         dims = len(module.kernel_size)
         x = input if input.ndim > dims + 1 else input[None]
-        if self.spec.transforms:
-            x = module.basis.apply(x.movedim(1, -1), module.smooth, module.signs).movedim(-1, 1)
-        y = self._convolved(x, dims)
+        if module.parts:
+            outputs = [part.convolved(part.of(x, 1)) for part in module.parts]
+            y = sum(outputs[1:], outputs[0])
+        else:
+            y = self.convolved(x)
         return y if input.ndim > dims + 1 else y[0]
-
-    def _convolved(self, x: Tensor, dims: int) -> Tensor:
-        module: Any = self
-        input_scale, input_zero = self.input_tables()
-        if self.op == "conv_int8":
-            return conv_int8(
-                x,
-                module.qweight,
-                module.scale,
-                module.group_scale,
-                module.bias,
-                input_scale,
-                input_zero,
-                self.stored_width,
-                list(module.kernel_size),
-                list(module.stride),
-                list(module.padding),
-                list(module.dilation),
-            )
-        conv, where = (F.conv1d, F.conv2d, F.conv3d)[dims - 1], (module.stride, module.padding, module.dilation)
-        dtype = x.dtype if self.spec.input is None else torch.float32
-        weight = from_matrix(self.stored_matrix(dtype), module.kernel_size)
-        bias = None if module.bias is None else module.bias.to(dtype)
-        if self.spec.input is None:
-            return conv(x, weight, bias, *where)
-        # A sample is a token: convolution inputs have no others.
-        rounded = round_input(x.movedim(1, -1).float(), self.spec.input, input_scale, input_zero).movedim(-1, 1)
-        with torch.autocast(x.device.type, enabled=False):
-            return conv(rounded, weight, bias, *where).to(x.dtype)
 
 
 class QuantConv1d(_QuantConv, nn.Conv1d):

@@ -32,7 +32,20 @@ from .formats import (
     TwoLevel,
 )
 from .frozen import frozen
-from .layer import GPTQ, RTN, AdaRound, Hadamard, LayerSpec, LowRank, Smooth, Solver, Transform, describe
+from .layer import (
+    GPTQ,
+    RTN,
+    AdaRound,
+    ConstantToken,
+    Hadamard,
+    LayerSpec,
+    LowRank,
+    ShortcutSplit,
+    Smooth,
+    Solver,
+    Transform,
+    describe,
+)
 from .text import canonical, did_you_mean, from_json, to_json
 
 __all__ = [
@@ -45,6 +58,7 @@ __all__ = [
     "AdaRound",
     "BestFloat",
     "Codebook",
+    "ConstantToken",
     "Dynamic",
     "E4M3Group",
     "E8M0Group",
@@ -61,6 +75,7 @@ __all__ = [
     "PerTensor",
     "PerToken",
     "Range",
+    "ShortcutSplit",
     "Smooth",
     "Solver",
     "TensorSpec",
