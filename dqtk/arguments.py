@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     quant.add_argument("--sequential", action="store_true", help="solvers see inputs of the model as it is quantized so far")
     quant.add_argument("--correct", action="store_true", help="correct the output per noise level where that helps unseen prompts")
     quant.add_argument(
-        "--refine", choices=("distill",), help="then train it on the original's answers, where unseen prompts confirm it"
+        "--refine", choices=("distill", "blocks"), help="then train it on the original's answers, where unseen prompts confirm it"
     )
     quant.add_argument("--iterations", type=_positive, metavar="N", help="of --refine (default: its own number)")
     quant.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="state of --refine; an interrupted run goes on from it")

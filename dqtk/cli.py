@@ -33,7 +33,7 @@ from .recipes import RECIPES, recipe_named
 from .report.rounding import check_rounding
 from .resolve import oracle_for
 from .sources import find_device, load_pipeline, local_folder, meta_pipeline, meta_target, read_json, readable
-from .spec import Distill
+from .spec import Distill, Reconstruct
 from .streaming import quantize_folder
 
 
@@ -206,7 +206,8 @@ def _quantize_in_memory(options: argparse.Namespace, plan: Plan) -> None:
         stats = run_calibrate(pipe, prompts, plan, call_kwargs=_call_kwargs(options, pipe), **how)
     memory = int(options.max_memory * 2**30)
     more = {} if options.iterations is None else {"iterations": options.iterations}
-    refine = None if options.refine is None else Distill(**more)
+    kinds = {None: None, "distill": Distill(**more), "blocks": Reconstruct(**more)}
+    refine = kinds[options.refine]
     trained: dict[str, Any] = {"correct": options.correct, "refine": refine, "checkpoint": options.checkpoint}
     quantize(pipe, plan, stats, sequential=options.sequential, max_memory=memory, **trained)
     save(pipe, options.output)
