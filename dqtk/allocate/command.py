@@ -42,8 +42,10 @@ LEARNING = "w4a8"  # a recipe that makes calibrate keep calls
 JUDGED = 8  # prompts that whole plans are judged on
 OTHER_NOISE = 1_000_003  # added to the seed: noises that no layer was scored on
 SCORE = "psnr"  # of their pictures
-ONLY_WITH_A_MODEL = ("recipes", "input_widths", "around", "keep", "quality", "content_score", "costs", "stats", "prompts")
-ONLY_WITH_A_MODEL += ("search", "sweep", "switch")
+ONLY_WITH_A_MODEL = (
+    *("search", "recipes", "input_widths", "around", "keep", "quality", "content_score"),
+    *("sweep", "switch", "costs", "stats", "prompts"),
+)
 
 
 def choices_from_logs(options: argparse.Namespace) -> Chosen:
@@ -53,19 +55,7 @@ def choices_from_logs(options: argparse.Namespace) -> Chosen:
     for name, value in (("--sensitivity", options.sensitivity), ("--sizes", options.sizes)):
         if value is None:
             raise ValueError(f"allocate: {name} must be given where there is no MODEL, got none. Add it, or name a model.")
-    for name in (
-        "recipes",
-        "around",
-        "keep",
-        "quality",
-        "content_score",
-        "costs",
-        "stats",
-        "prompts",
-        "sweep",
-        "switch",
-        "input_widths",
-    ):
+    for name in ONLY_WITH_A_MODEL:
         if getattr(options, name):
             raise ValueError(
                 f"allocate: --{name.replace('_', '-')} must come with a MODEL, got none. A log holds names and numbers only."
