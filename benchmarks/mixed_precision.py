@@ -1,7 +1,7 @@
 """Bits per layer at equal bytes: one width everywhere, one program over all layers, groups with budgets of their own, exchanges.
 
     python benchmarks/mixed_precision.py [MODEL ...] [--bits 5 4.5 4 3.66 3] [--num-prompts 16] [--steps 20] [--trials 200]
-        [--content-score ssim] [--work FOLDER] [--only widths static]
+        [--content-score ssim] [--work FOLDER]
     python benchmarks/mixed_precision.py --since 2026-01-31T09:00   # go on with an interrupted run
     python benchmarks/mixed_precision.py --table
 
@@ -17,9 +17,6 @@ would store, between two widths the line between their bytes. Variants:
   taken by pictures of 8 captions (``--sweep``). With ``--content-score`` content is measured on pictures, else on SQNR.
 - ``exchanged``: the best of one program and all ratios, then ``--trials`` exchanges of levels (``--switch``).
 
-``static`` is another question: INT8 with calibrated inputs, and what MixDQ adds to it (``mixdq-w8a8``), a step at a time: the
-constant token of the text apart, then concatenated inputs in parts; gains are over plain static quantization of the same layers.
-
 Layers are scored on 4 captions, plans judged on 8 others, and everything here is then measured on prompts that neither saw: PSNR
 against the original's picture of the same prompt and noise, its gain over ``uniform`` (paired), the oracle's change. Appends JSON
 lines to results.jsonl; seconds are not measured.
@@ -29,7 +26,6 @@ import argparse
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,12 +49,9 @@ from dqtk.recipes import of_width, recipe_named
 from dqtk.report.generate import generate, make_tasks, to_tensor
 from dqtk.resolve import call_kwargs_for, oracle_for, scores
 from dqtk.sites import components_of
-from dqtk.spec import ConstantToken
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 STEPS = 5  # of every run whose calls are kept
-STATIC = "static INT8"
-STEPS_OF_MIXDQ = (STATIC, "+ constant token", "+ split")
 NAME, UNIFORM, LINE = "mixed_precision", "uniform", "uniform, interpolated"
 VARIANTS = (UNIFORM, LINE, "single metric", ONE, "decoupled", "exchanged")
 
@@ -200,45 +193,6 @@ def run(model: str, options, work: Path) -> None:
             append(row)
 
 
-def steps_of_mixdq() -> dict[str, dqtk.Recipe]:
-    """``mixdq-w8a8`` without its transforms, with the first of them, and whole."""
-
-    def only(*kinds: type) -> dqtk.Recipe:
-        rules = []
-        for rule in whole.rules:
-            kept = tuple(transform for transform in rule.spec.transforms if isinstance(transform, kinds))
-            rules.append(replace(rule, spec=replace(rule.spec, transforms=kept)))
-        return replace(whole, rules=tuple(rules))
-
-    whole = recipe_named("mixdq-w8a8")
-    return dict(zip(STEPS_OF_MIXDQ, (only(), only(ConstantToken), whole), strict=True))
-
-
-def run_static(model: str, options) -> None:
-    """Each step of MixDQ's static INT8, calibrated on the same captions."""
-    fixed = {"benchmark": NAME, "model": model, "num_prompts": options.num_prompts, "steps": options.steps}
-    rows = [row for row in stored() if options.since and fixed.items() <= row.items() and row["created"] >= options.since]
-    if any(row["variant"] == STEPS_OF_MIXDQ[-1] for row in rows):
-        return
-    everything, reference = read_prompts([str(PROMPTS)], None), load(model)
-    prompts, kwargs = everything[: options.num_prompts], call_kwargs_for(reference) | {"num_inference_steps": options.steps}
-    oracle = oracle_for(reference, prompts)
-    plan = dqtk.plan(reference, "mixdq-w8a8")
-    how = {"batch_size": 4, "call_kwargs": kwargs, "progress": False}
-    stats = dqtk.calibrate(reference, everything[CALIBRATION], plan, **how)
-    exact, first = painted(reference, prompts, kwargs, oracle), None
-    for variant, recipe in steps_of_mixdq().items():
-        pipe = load(model)
-        dqtk.quantize(pipe, dqtk.plan(pipe, recipe), stats, progress=False)
-        found = painted(pipe, prompts, kwargs, oracle)
-        values = psnr(found.images, exact.images).clamp(max=CAP_DB)
-        first = values if first is None else first
-        row = fixed | {"variant": variant, "psnr": interval(values), "gain": interval(values - first)}
-        row["oracle_change"] = interval(found.oracle - exact.oracle)
-        print(f"{model:22} {variant:22} PSNR {row['psnr']} gain {row['gain']} oracle {row['oracle_change']}", flush=True)
-        append(row)
-
-
 def painted(pipe, prompts: list[str], kwargs: dict, oracle) -> SimpleNamespace:
     """The pictures of all prompts: tensor [P, 3, H, W], and the oracle's means [P]."""
     tasks, images = make_tasks(prompts, 0, 1), []
@@ -276,17 +230,6 @@ def markdown(models: list[str]) -> str:
         lines += ["| bits | " + " | ".join(VARIANTS) + " |", "|---" * (1 + len(VARIANTS)) + "|"]
         for bits in sorted({key[0] for key in mine}, reverse=True):
             lines.append(f"| {bits:g} | " + " | ".join(cell(mine.get((bits, variant))) for variant in VARIANTS) + " |")
-    steps = {(r["model"], r["variant"]): r for r in stored() if r.get("benchmark") == NAME and r["variant"] in STEPS_OF_MIXDQ}
-    if steps:
-        lines += [
-            "",
-            "### Static INT8, and what MixDQ adds",
-            "",
-            "| model | " + " | ".join(STEPS_OF_MIXDQ) + " |",
-            "|---" * 4 + "|",
-        ]
-        for model in models:
-            lines.append(f"| {model} | " + " | ".join(cell(steps.get((model, name))) for name in STEPS_OF_MIXDQ) + " |")
     return "\n".join(lines[1:])
 
 
@@ -295,7 +238,7 @@ def cell(row: dict | None) -> str:
     if row is None:
         return ""
     gain, oracle = row["gain"], row["oracle_change"]
-    words = "" if row["variant"] in (UNIFORM, STATIC) else f" ({gain[0]:+.1f}: {gain[1]:+.1f} to {gain[2]:+.1f})"
+    words = "" if row["variant"] == UNIFORM else f" ({gain[0]:+.1f}: {gain[1]:+.1f} to {gain[2]:+.1f})"
     return f"{row['psnr'][0]:.1f}{words}, {oracle[0]:+.3f}"
 
 
@@ -310,7 +253,6 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, help="folder of what was scored; an interrupted run goes on there (default: forgotten)"
     )
-    parser.add_argument("--only", nargs="+", choices=("widths", "static"), default=["widths", "static"])
     parser.add_argument("--since", metavar="TIME", help="leave out budgets that were measured since (ISO time)")
     parser.add_argument("--table", action="store_true", help="measure nothing; print what is in results.jsonl as Markdown")
     options = parser.parse_args()
@@ -319,10 +261,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         for model in options.models:
-            if "static" in options.only:
-                run_static(model, options)
-            if "widths" in options.only:
-                run(model, options, options.work or Path(folder))
+            run(model, options, options.work or Path(folder))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from dqtk.spec import (
     AdaRound,
     BestFloat,
     Codebook,
+    Distill,
     Dynamic,
     E4M3Group,
     E8M0Group,
@@ -29,6 +30,7 @@ from dqtk.spec import (
     PerLevel,
     PerTensor,
     PerToken,
+    Reconstruct,
     Smooth,
     TensorSpec,
     TwoLevel,
@@ -63,6 +65,8 @@ EVERYTHING = LayerSpec(
 )
 
 EVERY_TYPE = [
+    Distill(iterations=3, rank=8),
+    Reconstruct(drop=0.25),
     Int(bits=3, symmetric=False),
     Float(),
     Float(exponent=3, mantissa=5, signed=False),

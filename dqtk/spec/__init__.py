@@ -46,6 +46,7 @@ from .layer import (
     Transform,
     describe,
 )
+from .refine import Distill, Reconstruct, Refiner
 from .text import canonical, did_you_mean, from_json, to_json
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "BestFloat",
     "Codebook",
     "ConstantToken",
+    "Distill",
     "Dynamic",
     "E4M3Group",
     "E8M0Group",
@@ -75,6 +77,8 @@ __all__ = [
     "PerTensor",
     "PerToken",
     "Range",
+    "Reconstruct",
+    "Refiner",
     "ShortcutSplit",
     "Smooth",
     "Solver",

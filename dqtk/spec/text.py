@@ -7,12 +7,12 @@ import types
 import typing
 from typing import Any
 
-from . import formats, layer
+from . import formats, layer, refine
 from .frozen import allowed_types
 
 _TYPES = {
     kind.__name__: kind
-    for module in (formats, layer)
+    for module in (formats, layer, refine)
     for kind in vars(module).values()
     if dataclasses.is_dataclass(kind) and isinstance(kind, type)
 }
