@@ -157,10 +157,18 @@ def _calibrate(options: argparse.Namespace, command: str) -> None:
 def _allocate(options: argparse.Namespace, command: str) -> None:
     _check_new_file(options.output, "allocate")
     _check_writable(options.output, "allocate")
-    made = choices_from_logs(options) if options.model is None else plan_from_model(options, _call_kwargs)
+    if options.model is None:
+        chosen = choices_from_logs(options)
+        _write_json(options.output, chosen.to_json())
+        print(f"{chosen.table()}\n{options.output}: the choices")
+        return
+    from .report.allocation import write_allocation
+
+    made = plan_from_model(options, _call_kwargs)
     _write_json(options.output, made.to_json())
-    print(made.table())
-    print(f"{options.output}: {'the choices' if options.model is None else 'the plan'}")
+    folder = options.output.with_name(f"{options.output.stem}-sensitivity")
+    page = write_allocation(made, folder / "page.html", options.model, command)
+    print(f"{made.table()}\n{options.output}: the plan; {page}: what other budgets would buy")
 
 
 def _quantize(options: argparse.Namespace, command: str) -> None:
