@@ -31,10 +31,11 @@ from .checkpoint import (
     replace_layer,
     verify_files,
 )
-from .nn import BUFFERS, Quantized
+from .nn import Quantized
 from .nn.activated import FUSED, fuses
 from .nn.correction import remove_correction
 from .nn.noise import forget
+from .nn.steps import forget_steps
 
 
 class Method(enum.StrEnum):
@@ -99,7 +100,8 @@ class DqtkQuantizer(DiffusersQuantizer):
 
     def check_if_quantized_param(self, model, param_value, param_name: str, state_dict, **kwargs) -> bool:
         path, _, name = param_name.rpartition(".")
-        return name in BUFFERS and isinstance(model.get_submodule(path), Quantized)
+        layer: Any = model.get_submodule(path)
+        return isinstance(layer, Quantized) and name in layer._buffers  # type: ignore[attr-defined]
 
     def check_quantized_param_shape(self, param_name: str, current_param, loaded_param) -> None:
         raise ValueError(
@@ -145,6 +147,7 @@ class DqtkQuantizer(DiffusersQuantizer):
             replace_layer(model, path, layer.plain())
         remove_correction(model)
         forget(model)
+        forget_steps(model)
         # diffusers leaves the entry in the config, and a plain model saved with it cannot be loaded.
         model._internal_dict = FrozenDict({key: value for key, value in model.config.items() if key != "quantization_config"})
         return model

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+from dataclasses import replace
 
 import pytest
 
@@ -15,6 +17,7 @@ from dqtk.spec import (
     AbsMax,
     AdaRound,
     BestFloat,
+    ByLevel,
     Codebook,
     Dynamic,
     E4M3Group,
@@ -61,6 +64,7 @@ EVERYTHING = LayerSpec(
     low_rank=LowRank(rank=16, iterations=2),
     correct_bias=True,
 )
+W4A8 = LayerSpec(weight=W4_TWO_LEVEL, input=A8)
 
 EVERY_TYPE = [
     Int(bits=3, symmetric=False),
@@ -100,6 +104,8 @@ EVERY_TYPE = [
     LayerSpec(weight=W4_TWO_LEVEL, input=A8),
     LayerSpec(weight=W8, input=A8_STATIC),
     LayerSpec(weight=WFP8, input=AFP8),
+    ByLevel(specs=(LayerSpec(weight=W8), LayerSpec(weight=W8, input=A8)), shares=(0.5,)),
+    ByLevel(specs=(LayerSpec(weight=W8), W4A8), shares=(0.25,), edges=(0.5,), rising=True, num_steps=20),
 ]
 
 
@@ -429,6 +435,46 @@ def test_the_same_kind_of_transform_twice():
         LayerSpec(weight=W8, transforms=(Hadamard(), Hadamard(block=64)))
 
 
+A16, MORE = LayerSpec(weight=W8), LayerSpec(weight=W8, input=A8)
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"specs": (A16,)}, "specs must be at least two, neighbours different, got 1"),
+        ({"specs": (A16, A16)}, "specs must be at least two, neighbours different, got 2"),
+        ({"shares": ()}, "shares or edges must be given, 1 for 2 specs, got [] and []"),
+        ({"shares": (0.2, 0.5)}, "shares or edges must be given, 1 for 2 specs"),
+        ({"shares": (0.0,)}, "shares must ascend between 0 and 1, got [0.0]"),
+        ({"specs": (A16, MORE, A16), "shares": (0.5, 0.5)}, "shares must ascend between 0 and 1"),
+        ({"specs": (A16, MORE, A16), "shares": (), "edges": (1.0, 2.0)}, "edges must be finite and descend along the run"),
+        ({"specs": (A16, MORE, A16), "shares": (), "edges": (2.0, 1.0), "rising": True}, "edges must be finite and ascend"),
+        (
+            {"specs": (LayerSpec(weight=W8, input=A8_STATIC), LayerSpec(weight=W8, input=replace(A8_STATIC, range=MSE())))},
+            "specs with one weight must have at most one calibrated input, got W8 per channel, A8 per tensor",
+        ),
+        ({"specs": (replace(A16, correct_bias=True), MORE)}, "correct_bias must be False, got True"),
+    ],
+)
+def test_impossible_policies(fields, text):
+    with pytest.raises(ValueError, match=f"ByLevel: {re.escape(text)}"):
+        ByLevel(**({"specs": (A16, MORE), "shares": (0.5,)} | fields))
+
+
+def test_kinds_and_weights_of_a_policy():
+    spec = ByLevel(specs=(A16, MORE, W4A8, A16), shares=(0.1, 0.2, 0.9), edges=(9.0, 8.0, 1.0))
+    assert spec.kinds == (A16, MORE, W4A8)
+    assert spec.weights == ((MORE, A16), (W4A8,))
+    assert spec.ascending == ((1.0, 8.0, 9.0), (0, 2, 1, 0))
+    assert replace(spec, edges=(1.0, 8.0, 9.0), rising=True).ascending == ((1.0, 8.0, 9.0), (0, 1, 2, 0))
+    assert spec.longest == W4A8
+    joined = spec.each(lambda part: MORE if part == A16 else part)
+    assert (joined.specs, joined.shares, joined.edges) == ((MORE, W4A8, MORE), (0.2, 0.9), (8.0, 1.0))
+    assert spec.each(lambda part: A16) == A16
+    with pytest.raises(ValueError, match="ByLevel: shares must be known to weigh its specs"):
+        _ = replace(spec, shares=()).longest
+
+
 @pytest.mark.parametrize("weight", [W8, W4_GROUP, W4_TWO_LEVEL, WFP8, NVFP4, MXFP4], ids=lambda w: str(LayerSpec(weight=w)))
 @pytest.mark.parametrize(
     "given",
@@ -499,6 +545,14 @@ def test_what_calibration_must_find(spec, ranges, inputs):
             "W8 per channel, A16, rotated, smooth, AdaRound",
         ),
         (LayerSpec(weight=W8, transforms=(Smooth(power_of_two=True),)), "W8 per channel, A16, shift"),
+        (
+            ByLevel(specs=(A16, MORE, A16), shares=(0.1, 0.95)),
+            "W8 per channel, A16 to 10 % / A8 per token to 95 % / A16",
+        ),
+        (
+            ByLevel(specs=(W4A8, A16), edges=(200.0,)),
+            "W4 group 64 two-level, A8 per token to time 200; then W8 per channel, A16",
+        ),
     ],
 )
 def test_short_names(spec, text):

@@ -8,7 +8,7 @@ from typing import Any
 
 from dqtk.costs import CostTable
 from dqtk.plan import Choice, Plan
-from dqtk.spec import LayerSpec, canonical, describe
+from dqtk.spec import SiteSpec, canonical, describe
 
 from .budget import Budget
 from .from_logs import LOSSES
@@ -17,7 +17,7 @@ from .prices import Calls, price
 from .program import Candidate
 from .sensitivity import Sensitivity
 
-Spec = LayerSpec | None
+Spec = SiteSpec | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -29,6 +29,7 @@ from dqtk.spec import (
     LayerSpec,
     PerLevel,
     PerToken,
+    SiteSpec,
     Smooth,
     TensorSpec,
     Transform,
@@ -49,7 +50,7 @@ SEARCH_ROWS = 512  # of a weight, evenly: on them smoothing is searched
 class Solution:
     """What one layer becomes: its spec with every search answered, the tensors it stores, and what its bias gains (float32 [N])."""
 
-    spec: LayerSpec
+    spec: SiteSpec
     tensors: dict[str, Tensor]
     bias_shift: Tensor | None = None
 

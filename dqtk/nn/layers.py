@@ -7,7 +7,8 @@ changes. Beside them, in the compute dtype:
     anchor       parameter [0], if it has none
 
 ``bias`` or ``anchor`` is the layer's one floating parameter: its dtype is the compute dtype. ``weight`` is a read-only view that
-decodes when used (``lazy_weight.py``); no forward touches it.
+decodes when used (``lazy_weight.py``); no forward touches it. Where the noise level decides how a layer computes (``ByLevel``),
+every different way is a ``Way``, and the denoiser's hook says which one serves the call in progress (``steps.py``).
 
 forward:  x -> smooth -> rotate -> z;   y = Q(z) Q(W)^T + (z down^T) up^T + bias
 """
@@ -29,17 +30,18 @@ from dqtk.kernels import (
     linear_decoded,
     linear_fp8,
     linear_int8,
-    op_of,
     report_of,
 )
 from dqtk.numerics.inputs import round_input
 from dqtk.numerics.packing import Packed, empty
 from dqtk.numerics.storage import BUFFERS, layer_layout
-from dqtk.spec import LayerSpec, PerLevel, describe
+from dqtk.spec import ByLevel, SiteSpec, describe, kinds_of, level_edges
 
 from .basis import Basis
 from .lazy_weight import LazyWeight, read_only
 from .noise import following
+from .steps import choosing
+from .ways import Way, ways_of
 
 WEIGHT = tuple(Packed.__slots__)  # type: ignore[attr-defined]
 
@@ -47,20 +49,22 @@ WEIGHT = tuple(Packed.__slots__)  # type: ignore[attr-defined]
 class Quantized:
     """What quantized linears and convolutions share; mixed in before the torch class."""
 
-    spec: LayerSpec
+    spec: SiteSpec
 
-    def _setup(self, spec: LayerSpec, n: int, k: int, channels: int, bias: bool, dtype: torch.dtype | None, device: Any) -> None:
+    def _setup(self, spec: SiteSpec, n: int, k: int, channels: int, bias: bool, dtype: torch.dtype | None, device: Any) -> None:
         """Register empty storage of the right shapes. Called instead of the torch class's own ``__init__``."""
         nn.Module.__init__(self)  # type: ignore[arg-type]
         module: Any = self
         module.spec, module.n, module.k = spec, n, k
-        module.basis = Basis.of(spec, channels)
-        module.noise = None
+        module.ways = ways_of(spec, "linear" if isinstance(self, nn.Linear) else "conv", channels)
+        module.finest = max(module.ways, key=lambda name: module.ways[name].spec.weight.bits)
+        module.noise, module.steps = {}, None
         dtype = dtype or torch.get_default_dtype()
         device = torch.get_default_device() if device is None else device
         tensors = empty(layer_layout(spec, n, k, channels), device)
-        for name in BUFFERS:
-            module.register_buffer(name, tensors.get(name))
+        for suffix in dict.fromkeys(way.suffix for way in module.ways.values()):
+            for name in BUFFERS:
+                module.register_buffer(name + suffix, tensors.get(name + suffix))
         module.register_parameter(
             "bias", nn.Parameter(torch.empty(n, dtype=dtype, device=device), requires_grad=False) if bias else None
         )
@@ -70,8 +74,8 @@ class Quantized:
     def fill(self, tensors: Mapping[str, Tensor], bias: Tensor | None) -> None:
         """Put the solver's result in place: exactly the buffers that the spec has, in their shapes and dtypes."""
         module: Any = self
-        for name in BUFFERS:
-            wanted, given = getattr(module, name), tensors.get(name)
+        for name, wanted in list(module._buffers.items()):
+            given = tensors.get(name)
             assert (wanted is None) == (given is None), name
             if given is not None:
                 assert (wanted.shape, wanted.dtype) == (given.shape, given.dtype), name
@@ -81,30 +85,51 @@ class Quantized:
 
     @property
     def edges(self) -> tuple[float, ...]:
-        """Between the intervals of the noise level that this layer tells apart; none for most layers."""
-        granularity = None if self.spec.input is None else self.spec.input.granularity
-        return granularity.edges if isinstance(granularity, PerLevel) else ()
+        """Between the intervals of the noise level with different ranges of the input; none for most layers."""
+        module: Any = self
+        return next((edges for way in module.ways.values() if (edges := level_edges(way.spec))), ())
 
     def follow(self, denoiser: nn.Module) -> None:
         """Know the noise level of this denoiser's calls from now on, if anything here depends on it."""
         module: Any = self
-        module.noise = following(denoiser, self.edges) if self.edges else None
+        known = {way.suffix: edges for way in module.ways.values() if (edges := level_edges(way.spec))}
+        module.noise = {suffix: following(denoiser, edges) for suffix, edges in known.items()}
+        module.steps = choosing(denoiser, self.spec) if isinstance(self.spec, ByLevel) else None
 
-    def input_tables(self) -> tuple[Tensor | None, Tensor | None]:
+    def way(self) -> Way:
+        """How the call in progress is computed. Raises ``ValueError`` for a layer with several ways that stands in no denoiser."""
+        module: Any = self
+        if module.steps is not None:
+            return module.ways[module.steps.kind]
+        if len(module.ways) > 1:
+            raise self._lost(f"{len(module.ways)} specs, one per kind of noise level")
+        return module.ways["0"]
+
+    def _lost(self, what: str) -> ValueError:
+        return ValueError(
+            f"{type(self).__name__}: the layer must follow a denoiser's calls, as it has {what}; got none. "
+            "Call layer.follow(denoiser), or load the whole model."
+        )
+
+    def part(self, name: str, way: Way) -> Tensor | None:
+        """One of ``BUFFERS`` as this way reads it."""
+        return getattr(self, name + way.suffix)
+
+    def input_tables(self, way: Way | None = None) -> tuple[Tensor | None, Tensor | None]:
         """``input_scale`` and ``input_zero`` [1] for the call in progress.
 
         Raises ``ValueError`` for a layer with a table that stands in no denoiser.
         """
+        way = way or self.way()
+        if not way.static:
+            return None, None
         module: Any = self
-        scale, zero = module.input_scale, module.input_zero
+        scale, zero = self.part("input_scale", way), self.part("input_zero", way)
         if scale is None or len(scale) == 1:
             return scale, zero
-        if module.noise is None:
-            raise ValueError(
-                f"{type(self).__name__}: the layer must follow a denoiser's calls, as its input has {len(scale)} scales, one per "
-                "interval of the noise level; got none. Call layer.follow(denoiser), or load the whole model."
-            )
-        index = module.noise.index(scale.device)
+        if way.suffix not in module.noise:
+            raise self._lost(f"{len(scale)} scales of its input, one per interval of the noise level")
+        index = module.noise[way.suffix].index(scale.device)
         return scale.index_select(0, index), None if zero is None else zero.index_select(0, index)
 
     @property
@@ -137,23 +162,35 @@ class Quantized:
         module: Any = self
         return (module.n, module.k)
 
-    def decoding(self) -> Decoding:
-        """How the stored codes become numbers, as the ops take it."""
+    @property
+    def basis(self) -> Basis:
+        """Of the finest weight."""
         module: Any = self
-        return Decoding.of(Packed(**{name: getattr(module, name) for name in WEIGHT}), self.spec.weight)
+        return module.ways[module.finest].basis
 
-    def stored_matrix(self, dtype: torch.dtype = torch.float32) -> Tensor:
+    def decoding(self, way: Way | None = None) -> Decoding:
+        """How the stored codes become numbers, as the ops take it; of the finest weight where there are several."""
+        module: Any = self
+        way = way or module.ways[module.finest]
+        return Decoding.of(Packed(**{name: self.part(name, way) for name in WEIGHT}), way.spec.weight)  # type: ignore[arg-type]
+
+    def stored_matrix(self, dtype: torch.dtype = torch.float32, way: Way | None = None) -> Tensor:
         """The stored weight [N, K] in ``dtype``, in the basis of the transformed input and without the branch."""
         module: Any = self
-        return decode_weight(module.qweight, *self.decoding().arguments(), module.k, dtype)
+        way = way or module.ways[module.finest]
+        return decode_weight(self.part("qweight", way), *self.decoding(way).arguments(), module.k, dtype)
 
     def dequantize_matrix(self) -> Tensor:
-        """The weight that this layer stands for, float32 [N, K]: stored codes and branch, in the basis of the layer's own input."""
+        """The weight that this layer stands for, float32 [N, K]: stored codes and branch, in the basis of the layer's own input.
+
+        Where there are several weights for different noise levels, the finest.
+        """
         module: Any = self
-        weight = self.stored_matrix()
-        if module.down is not None:
-            weight = weight + module.up.float() @ module.down.float()
-        return module.basis.undo(weight, module.smooth, module.signs)
+        way = module.ways[module.finest]
+        weight, down, up = self.stored_matrix(way=way), self.part("down", way), self.part("up", way)
+        if down is not None and up is not None:
+            weight = weight + up.float() @ down.float()
+        return way.basis.undo(weight, self.part("smooth", way), self.part("signs", way))
 
     def dequantize(self) -> Tensor:
         """The weight that this layer stands for, in its logical shape and the compute dtype."""
@@ -165,7 +202,7 @@ class Quantized:
         base = base_class(type(self))
         new: Any = base.__new__(base)
         nn.Module.__init__(new)
-        skip = ("spec", "n", "k", "basis", "noise")
+        skip = ("spec", "n", "k", "ways", "finest", "noise", "steps")
         new.__dict__.update({name: value for name, value in vars(module).items() if not name.startswith("_") and name not in skip})
         if isinstance(new, nn.modules.conv._ConvNd):
             padding: Any = new.padding
@@ -177,23 +214,25 @@ class Quantized:
     @property
     def op(self) -> str:
         """What ``forward`` runs; see ``ops.py``."""
-        return op_of(self.spec, "linear" if isinstance(self, nn.Linear) else "conv")
+        return self.way().op
 
     def kernel(self) -> str:
         """What runs, in words: ``linear_int8: integer matmul through torch._int_mm``."""
         module: Any = self
-        return f"{self.op}: {report_of(self.op, module.qweight.device.type)}"
+        ops = dict.fromkeys(way.op for way in module.ways.values())
+        return "; ".join(f"{op}: {report_of(op, module.qweight.device.type)}" for op in ops)
 
     @property
     def stored_width(self) -> int:
-        """Bits per stored code."""
-        return self.spec.weight.bits
+        """Bits per stored code, of the finest weight."""
+        module: Any = self
+        return module.ways[module.finest].spec.weight.bits
 
     def _apply(self, fn, recurse: bool = True):
         # Module.to(dtype) casts every floating buffer (and Module.type every buffer); codes and scales keep their exact values and
         # only change device.
         module: Any = self
-        kept = {name: tensor for name in BUFFERS if (tensor := getattr(module, name)) is not None}
+        kept = {name: tensor for name, tensor in module._buffers.items() if tensor is not None}
         nn.Module._apply(module, fn, recurse)
         for name, tensor in kept.items():
             moved = getattr(module, name)
@@ -212,12 +251,12 @@ class Quantized:
 class QuantLinear(Quantized, nn.Linear):
     """``y = Q(x) Q(W)^T + b``. Buffers: module docstring."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, spec: LayerSpec, dtype=None, device=None):
+    def __init__(self, in_features: int, out_features: int, bias: bool, spec: SiteSpec, dtype=None, device=None):
         self._setup(spec, out_features, in_features, in_features, bias, dtype, device)
         self.in_features, self.out_features = in_features, out_features
 
     @classmethod
-    def like(cls, layer: nn.Linear, spec: LayerSpec, dtype=None, device=None) -> "QuantLinear":
+    def like(cls, layer: nn.Linear, spec: SiteSpec, dtype=None, device=None) -> "QuantLinear":
         """Empty storage for the same layer."""
         new = cls(
             layer.in_features,
@@ -232,36 +271,36 @@ class QuantLinear(Quantized, nn.Linear):
     def forward(self, input: Tensor, activation: str = "none", active_from: int = 0) -> Tensor:  # noqa: A002, torch's name
         """[..., N]. ``activation``, one of ``kernels.ACTIVATIONS``, is applied to the outputs from ``active_from`` on."""
         module: Any = self
+        way = self.way()
+        smooth, signs, down = (self.part(name, way) for name in ("smooth", "signs", "down"))
         trains = torch.is_grad_enabled() and (input.requires_grad or (module.bias is not None and module.bias.requires_grad))
-        if self.op == "linear_int8" and module.signs is None and module.down is None and not trains:
-            return self._product(input, module.smooth, activation, active_from)  # all in one pass
-        return activated(self._linear(input), activation, active_from)
+        if way.op == "linear_int8" and signs is None and down is None and not trains:
+            return self._product(input, way, smooth, activation, active_from)  # all in one pass
+        z = way.basis.apply(input, smooth, signs)
+        y = self._product(z, way).to(input.dtype)
+        up = self.part("up", way)
+        if down is not None and up is not None:
+            y = y + F.linear(F.linear(z, down.to(z.dtype)), up.to(z.dtype))
+        return activated(y, activation, active_from)
 
-    def _linear(self, input: Tensor) -> Tensor:  # noqa: A002
-        module: Any = self
-        z = module.basis.apply(input, module.smooth, module.signs)
-        y = self._product(z).to(input.dtype)
-        if module.down is None:
-            return y
-        return y + F.linear(F.linear(z, module.down.to(z.dtype)), module.up.to(z.dtype))
-
-    def _product(self, z: Tensor, smooth: Tensor | None = None, activation: str = "none", active_from: int = 0) -> Tensor:
+    def _product(self, z: Tensor, way: Way, smooth: Tensor | None = None, activation: str = "none", active_from: int = 0) -> Tensor:
         """Q(z) Q(W)^T + bias by the layer's op; what else may be asked for is left to integer kernels."""
         module: Any = self
-        bias, op = module.bias, self.op
-        input_scale, input_zero = self.input_tables()
-        if op == "linear_int8":
-            scales = (module.scale, module.group_scale, bias, input_scale, input_zero)
-            return linear_int8(z, module.qweight, *scales, self.stored_width, smooth, activation, active_from)
-        if op == "linear_fp8":
-            return linear_fp8(z, module.qweight, module.scale, bias, input_scale)
-        if op == "weight_only":
-            return linear_decoded(z, module.qweight, bias, *self.decoding().arguments())
+        bias, qweight, scale = module.bias, self.part("qweight", way), self.part("scale", way)
+        assert qweight is not None
+        input_scale, input_zero = self.input_tables(way)
+        if way.op == "linear_int8":
+            scales = (scale, self.part("group_scale", way), bias, input_scale, input_zero)
+            return linear_int8(z, qweight, *scales, way.spec.weight.bits, smooth, activation, active_from)
+        if way.op == "linear_fp8":
+            return linear_fp8(z, qweight, scale, bias, input_scale)
+        if way.op == "weight_only":
+            return linear_decoded(z, qweight, bias, *self.decoding(way).arguments())
         # Rounded numbers and their products are float32, as in kernels, autocast or not.
-        assert self.spec.input is not None
-        z = round_input(z.float(), self.spec.input, input_scale, input_zero, z.ndim - 1)
+        assert way.spec.input is not None
+        z = round_input(z.float(), way.spec.input, input_scale, input_zero, z.ndim - 1)
         with torch.autocast(z.device.type, enabled=False):
-            return F.linear(z, self.stored_matrix(), None if bias is None else bias.float())
+            return F.linear(z, self.stored_matrix(way=way), None if bias is None else bias.float())
 
 
 class _QuantConv(Quantized):
@@ -274,10 +313,11 @@ class _QuantConv(Quantized):
         return base_class(cls)(*args, **kwargs) if args or kwargs else super().__new__(cls)
 
     @classmethod
-    def like(cls, layer, spec: LayerSpec, dtype=None, device=None):
+    def like(cls, layer, spec: SiteSpec, dtype=None, device=None):
         """Empty storage for the same layer. Raises ``ValueError`` for what convolutions do not have: a low-rank branch."""
-        if spec.low_rank is not None:
-            raise ValueError(f"{cls.__name__}: low_rank must be None for convolutions, got {spec.low_rank}. Leave it out.")
+        branch = next((part.low_rank for part in kinds_of(spec) if part.low_rank is not None), None)
+        if branch is not None:
+            raise ValueError(f"{cls.__name__}: low_rank must be None for convolutions, got {branch}. Leave it out.")
         new: Any = cls.__new__(cls)
         k = layer.in_channels * math.prod(layer.kernel_size)
         bias, dtype, device = layer.bias is not None, dtype or layer.weight.dtype, device or layer.weight.device
@@ -300,37 +340,39 @@ class _QuantConv(Quantized):
         module: Any = self
         dims = len(module.kernel_size)
         x = input if input.ndim > dims + 1 else input[None]
-        if self.spec.transforms:
-            x = module.basis.apply(x.movedim(1, -1), module.smooth, module.signs).movedim(-1, 1)
-        y = self._convolved(x, dims)
+        way = self.way()
+        if way.basis.transforms:
+            x = way.basis.apply(x.movedim(1, -1), self.part("smooth", way), self.part("signs", way)).movedim(-1, 1)
+        y = self._convolved(x, dims, way)
         return y if input.ndim > dims + 1 else y[0]
 
-    def _convolved(self, x: Tensor, dims: int) -> Tensor:
+    def _convolved(self, x: Tensor, dims: int, way: Way) -> Tensor:
         module: Any = self
-        input_scale, input_zero = self.input_tables()
-        if self.op == "conv_int8":
+        input_scale, input_zero = self.input_tables(way)
+        if way.op == "conv_int8":
             return conv_int8(
                 x,
-                module.qweight,
-                module.scale,
-                module.group_scale,
+                self.part("qweight", way),
+                self.part("scale", way),
+                self.part("group_scale", way),
                 module.bias,
                 input_scale,
                 input_zero,
-                self.stored_width,
+                way.spec.weight.bits,
                 list(module.kernel_size),
                 list(module.stride),
                 list(module.padding),
                 list(module.dilation),
             )
         conv, where = (F.conv1d, F.conv2d, F.conv3d)[dims - 1], (module.stride, module.padding, module.dilation)
-        dtype = x.dtype if self.spec.input is None else torch.float32
-        weight = from_matrix(self.stored_matrix(dtype), module.kernel_size)
+        given = way.spec.input
+        dtype = x.dtype if given is None else torch.float32
+        weight = from_matrix(self.stored_matrix(dtype, way), module.kernel_size)
         bias = None if module.bias is None else module.bias.to(dtype)
-        if self.spec.input is None:
+        if given is None:
             return conv(x, weight, bias, *where)
         # A sample is a token: convolution inputs have no others.
-        rounded = round_input(x.movedim(1, -1).float(), self.spec.input, input_scale, input_zero).movedim(-1, 1)
+        rounded = round_input(x.movedim(1, -1).float(), given, input_scale, input_zero).movedim(-1, 1)
         with torch.autocast(x.device.type, enabled=False):
             return conv(rounded, weight, bias, *where).to(x.dtype)
 

@@ -7,23 +7,39 @@ input_zero    int32 [L]                       static integer inputs; x ~ input_s
 smooth        bfloat16 [K]                    what the input's channels are multiplied with
 signs         uint8 [ceil(K / 8)]             bit 1: the channel is negated before the Hadamard matrix
 down, up      bfloat16 [R, K], [N, R]         the branch, on the transformed and not rounded input
+
+A layer with several weights for intervals of the noise level (``ByLevel``) has all of these once per weight, with _2, _3 ... behind
+the names of the second and those that follow.
 """
 
 import torch
 
-from dqtk.spec import Float, Hadamard, Int, LayerSpec, PerLevel, Smooth
+from dqtk.spec import ByLevel, Float, Hadamard, Int, PerLevel, SiteSpec, Smooth
 
 from .packing import Layout, bytes_of, count_groups, layout, packed_width
 
 BUFFERS = ("qweight", "scale", "group_scale", "zero", "selector", "input_scale", "input_zero", "smooth", "signs", "down", "up")
 
 
-def layer_layout(spec: LayerSpec, n: int, k: int, channels: int) -> Layout:
+def suffix_of(index: int) -> str:
+    """What stands behind the names of a layer's weight number ``index`` and of what belongs to it."""
+    return f"_{index + 1}" if index else ""
+
+
+def layer_layout(spec: SiteSpec, n: int, k: int, channels: int) -> Layout:
     """Name -> (shape, dtype) of a layer with a weight matrix [n, k].
 
     ``channels``: of the input; k, unless it is a convolution. Raises ``ValueError`` if a group size does not divide.
     """
-    found = layout(spec.weight, n, k)
+    if isinstance(spec, ByLevel):
+        found: Layout = {}
+        for index, weight in enumerate(spec.weights):
+            mine = layer_layout(weight[0], n, k, channels)
+            found |= {name + suffix_of(index): part for name, part in mine.items()}
+            for other in weight[1:]:
+                layer_layout(other, n, k, channels)  # raises for groups of its input
+        return found
+    found = dict(layout(spec.weight, n, k))
     if spec.input is not None:
         count_groups(spec.input, channels)
     if spec.input is not None and spec.needs_ranges:
@@ -44,6 +60,6 @@ def layer_layout(spec: LayerSpec, n: int, k: int, channels: int) -> Layout:
     return found
 
 
-def layer_bytes(spec: LayerSpec, n: int, k: int, channels: int) -> int:
+def layer_bytes(spec: SiteSpec, n: int, k: int, channels: int) -> int:
     """Bytes of all of them: what the file holds for the layer, bias aside."""
     return bytes_of(layer_layout(spec, n, k, channels))

@@ -8,6 +8,7 @@ Shapes are given for a weight seen as a matrix [N, K]: N output features, K inpu
 the channel innermost, so that a group lies along C_in at one tap.
 """
 
+from .by_level import ByLevel, SiteSpec, describe, each_of, kinds_of, level_edges, weights_of
 from .formats import (
     GROUPS,
     MSE,
@@ -32,7 +33,7 @@ from .formats import (
     TwoLevel,
 )
 from .frozen import frozen
-from .layer import GPTQ, RTN, AdaRound, Hadamard, LayerSpec, LowRank, Smooth, Solver, Transform, describe
+from .layer import GPTQ, RTN, AdaRound, Hadamard, LayerSpec, LowRank, Smooth, Solver, Transform
 from .text import canonical, did_you_mean, from_json, to_json
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "AbsMax",
     "AdaRound",
     "BestFloat",
+    "ByLevel",
     "Codebook",
     "Dynamic",
     "E4M3Group",
@@ -61,6 +63,7 @@ __all__ = [
     "PerTensor",
     "PerToken",
     "Range",
+    "SiteSpec",
     "Smooth",
     "Solver",
     "TensorSpec",
@@ -69,7 +72,11 @@ __all__ = [
     "canonical",
     "describe",
     "did_you_mean",
+    "each_of",
     "from_json",
     "frozen",
+    "kinds_of",
+    "level_edges",
     "to_json",
+    "weights_of",
 ]

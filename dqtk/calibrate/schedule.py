@@ -1,0 +1,76 @@
+"""The times at which a pipeline calls its denoiser in a run, in the denoiser's own unit, found without denoising.
+
+The pipeline is called and stopped at its first denoiser call: by then it has told its scheduler all that the times depend on
+(number of steps, shift of the picture's size, sigmas of its own), and the one time that the denoiser was given says in which unit
+the scheduler's timesteps reach it. That costs the text encoders' part of a run.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import torch
+from torch import nn
+
+from dqtk.calls import call_arguments, denoisers, given_arguments, prompt_argument, time_of
+
+
+class _First(Exception):
+    """The first denoiser call was reached."""
+
+
+@torch.no_grad()
+def run_times(pipe: Any, prompts: Sequence[str] | None = None, call_kwargs: Mapping[str, Any] | None = None) -> list[float]:
+    """The denoiser's time at every step of a run, in order.
+
+    Args:
+        pipe: pipeline with real weights.
+        prompts: the first is used; None: the number 0 as text or as class.
+        call_kwargs: as for ``calibrate``; the number of steps is the pipeline's own unless it is given here.
+    Raises:
+        ValueError: a bare module, a denoiser that is not called or has no time, a unit that is none of the scheduler's timestep t,
+            t / 1000 and 1 - t / 1000 (1000: the steps that it was trained with).
+    """
+    if isinstance(pipe, nn.Module) or not hasattr(pipe, "scheduler"):
+        raise ValueError(
+            f"step_policy: shares of a run must be found with a pipeline, got {type(pipe).__name__}. "
+            "Give edges in the denoiser's own time."
+        )
+    seen: list[float] = []
+
+    def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        time = time_of(given_arguments(module, args, kwargs))
+        if time is not None:
+            seen.append(float(time.detach().float().reshape(-1)[0]))
+        raise _First
+
+    kwargs = call_arguments(pipe, call_kwargs) | {"output_type": "latent", "generator": torch.Generator().manual_seed(0)}
+    with ExitStack() as hooks:
+        for part in denoisers(pipe).values():
+            hooks.callback(part.register_forward_pre_hook(stop, with_kwargs=True).remove)
+        with suppress(_First):
+            pipe(**prompt_argument(pipe, [prompts[0] if prompts else "0"], "step_policy"), **kwargs)
+    timesteps = [float(t) for t in torch.as_tensor(pipe.scheduler.timesteps).double()]
+    if not seen or not timesteps:
+        raise ValueError(
+            f"step_policy: {type(pipe).__name__} must call its denoiser with a time, got none. "
+            "Give edges in the denoiser's own time."
+        )
+    trained = float(getattr(pipe.scheduler.config, "num_train_timesteps", 1000))
+    units = {"t": lambda t: t, "t / trained": lambda t: t / trained, "1 - t / trained": lambda t: 1 - t / trained}
+    gaps = {name: abs(unit(timesteps[0]) - seen[0]) for name, unit in units.items()}
+    best = min(gaps, key=lambda name: gaps[name])
+    if gaps[best] > 0.01 * max(1.0, abs(seen[0])):  # what bfloat16 may do to a time
+        raise ValueError(
+            f"step_policy: the denoiser's time must be the scheduler's timestep t, t / {trained:g} or 1 - t / {trained:g}, got "
+            f"{seen[0]:g} for t = {timesteps[0]:g}. Give edges in the denoiser's own time."
+        )
+    return [units[best](t) for t in timesteps]
+
+
+def time_at(times: Sequence[float], share: float) -> float:
+    """The time at a share of a run: step i of n stands in the middle of i / n and (i + 1) / n, and between steps time is linear."""
+    position = min(max(share * len(times) - 0.5, 0.0), len(times) - 1.0)
+    low = min(int(position), len(times) - 2) if len(times) > 1 else 0
+    rest = position - low
+    return times[low] + (times[min(low + 1, len(times) - 1)] - times[low]) * rest
