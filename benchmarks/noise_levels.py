@@ -1,6 +1,6 @@
-"""What knowing the noise level is worth: a calibrated range per interval of it, and a correction of the output.
+"""What knowing the noise level is worth: a calibrated range per interval of it, a correction of the output, where to calibrate.
 
-    python benchmarks/noise_levels.py [MODEL ...] [--only ranges correction] [--num-prompts 16] [--steps 8 20 50]
+    python benchmarks/noise_levels.py [MODEL ...] [--only ranges correction placement] [--num-prompts 16] [--steps 8 20 50]
         [--schedulers own ddim]
 
 MODEL is a pipeline, or an embedded one with ``-stressed`` behind its name. Everything is calibrated once, at 20 steps of the
@@ -21,6 +21,8 @@ from methods import CALIBRATION, PROMPTS, load
 from rows import append
 
 import dqtk
+from dqtk.calibrate.intervals import by_drift
+from dqtk.calibrate.placement import Around, Evenly, Every
 from dqtk.prompt_sets import read_prompts
 from dqtk.recipes import recipe_named
 from dqtk.report.generate import image_seed
@@ -72,7 +74,23 @@ def errors(exact: torch.Tensor, got: torch.Tensor) -> torch.Tensor:
     return (got - exact).square().flatten(1).mean(1) / exact.square().flatten(1).mean(1)
 
 
-COMPARISONS = {"ranges": ranges, "correction": correction}
+def placement() -> dict[str, dqtk.Recipe]:
+    """One recipe that learns from kept calls, by where these lie; ``quantized`` reads the name."""
+    return {f"w4a8, calls kept {where}": recipe_named("w4a8") for where in ("evenly", "around 0.4", "by drift", "at every step")}
+
+
+def placed(name: str, pipe, captions: list[str]) -> dict:
+    """Arguments of ``calibrate``: five steps per run, or all."""
+    if name.endswith("by drift"):
+        kwargs = {"num_inference_steps": STEPS}
+        seen = dqtk.calibrate(pipe, captions[:2], dqtk.plan(pipe, ONE), call_kwargs=kwargs, progress=False)
+        return {"steps_per_run": 5, "placement": by_drift(seen)}
+    if name.endswith("at every step"):
+        return {"steps_per_run": STEPS, "placement": Every()}
+    return {"steps_per_run": 5, "placement": Around() if name.endswith("around 0.4") else Evenly()}
+
+
+COMPARISONS = {"ranges": ranges, "correction": correction, "placement": placement}
 
 
 def quantized(model: str, recipes: dict[str, dqtk.Recipe], captions: list[str]) -> dict:
@@ -82,10 +100,10 @@ def quantized(model: str, recipes: dict[str, dqtk.Recipe], captions: list[str]) 
         pipe = load(model)
         plan = dqtk.plan(pipe, recipe)
         corrects = name.endswith(CORRECTED)
-        if (kind := (plan.needs_stats, corrects)) not in stats:
+        if (kind := (plan.needs_stats, corrects, name if "calls kept" in name else "")) not in stats:
             kwargs = {"num_inference_steps": STEPS}
             how = {"batch_size": 4, "call_kwargs": kwargs, "keep_calls": corrects, "progress": False}
-            stats[kind] = dqtk.calibrate(pipe, captions, plan, **how)
+            stats[kind] = dqtk.calibrate(pipe, captions, plan, **how, **(placed(name, pipe, captions) if kind[2] else {}))
         used = stats[kind] if plan.needs_stats or corrects else None
         made[name] = dqtk.quantize(pipe, plan, used, correct=corrects, progress=False)
     return made

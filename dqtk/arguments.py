@@ -104,6 +104,10 @@ def _allocation(verb: argparse.ArgumentParser) -> None:
         "--content-score", metavar="NAME", help="of pictures, for the content group, such as ssim (default: as quality)"
     )
     verb.add_argument("--ratio", type=float, help="content's share of 16 bits over quality's (default: one program for all)")
+    verb.add_argument("--sweep", action="store_true", help="try ten ratios, and take the best by pictures of 8 of the prompts")
+    verb.add_argument(
+        "--switch", type=_positive, metavar="N", help="then try N exchanges of levels between layers, judged on calls of their own"
+    )
     verb.add_argument("--protect", type=float, metavar="SCORE", help="keep layers at 16 bits whose best score is below")
     verb.add_argument("--costs", type=Path, metavar="FILE", help="times for a budget in ms, from bench --layers --output")
     verb.add_argument("--stats", type=Path, help="statistics written by calibrate --recipe w4a8, in place of prompts")

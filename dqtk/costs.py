@@ -25,6 +25,7 @@ from .spec import (
     PerTensor,
     Smooth,
     TensorSpec,
+    Transform,
     canonical,
     describe,
     from_json,
@@ -41,7 +42,7 @@ def timed_as(spec: LayerSpec | None) -> LayerSpec | None:
     """
     if spec is None:
         return None
-    transforms = tuple(Smooth() if isinstance(t, Smooth) else _any_seed(t) for t in spec.transforms)
+    transforms = tuple(_plain(transform) for transform in spec.transforms)
     branch = None if spec.low_rank is None else LowRank(rank=spec.low_rank.rank)
     return LayerSpec(
         weight=_any_range(spec.weight),
@@ -52,8 +53,10 @@ def timed_as(spec: LayerSpec | None) -> LayerSpec | None:
     )
 
 
-def _any_seed(transform: Hadamard) -> Hadamard:
-    return replace(transform, seed=0)
+def _plain(transform: Transform) -> Transform:
+    if isinstance(transform, Smooth):
+        return Smooth()
+    return replace(transform, seed=0) if isinstance(transform, Hadamard) else transform
 
 
 def _any_range(tensor: TensorSpec) -> TensorSpec:

@@ -36,6 +36,7 @@ from .nn.activated import FUSED, fuses
 from .nn.correction import remove_correction
 from .nn.noise import forget
 from .nn.steps import forget_steps
+from .numerics.storage import is_stored
 
 
 class Method(enum.StrEnum):
@@ -100,8 +101,7 @@ class DqtkQuantizer(DiffusersQuantizer):
 
     def check_if_quantized_param(self, model, param_value, param_name: str, state_dict, **kwargs) -> bool:
         path, _, name = param_name.rpartition(".")
-        layer: Any = model.get_submodule(path)
-        return isinstance(layer, Quantized) and name in layer._buffers  # type: ignore[attr-defined]
+        return is_stored(name) and isinstance(model.get_submodule(path), Quantized)
 
     def check_quantized_param_shape(self, param_name: str, current_param, loaded_param) -> None:
         raise ValueError(

@@ -16,6 +16,7 @@ from .spec import (
     GROUPS,
     RTN,
     ByLevel,
+    ConstantToken,
     Dynamic,
     E4M3Group,
     E8M0Group,
@@ -319,6 +320,9 @@ def _fit(spec: LayerSpec, site: Site, notes: list[str]) -> LayerSpec:
     if spec.input is not None and isinstance(spec.input.granularity, PerLevel) and TEXT_ENCODERS.fullmatch(site.component):
         spec = replace(spec, input=replace(spec.input, granularity=PerTensor()))
         notes.append("one range: runs once, before there is noise")
+    if site.kind == "conv" and ConstantToken() in spec.transforms:
+        spec = replace(spec, transforms=tuple(t for t in spec.transforms if not isinstance(t, ConstantToken)))
+        notes.append("no constant token: convolution")
     if site.kind == "conv" and spec.low_rank is not None:
         spec = replace(spec, low_rank=None)
         notes.append("no low-rank branch: convolution")

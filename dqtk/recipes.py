@@ -14,6 +14,7 @@ from .spec import (
     AbsMax,
     AdaRound,
     BestFloat,
+    ConstantToken,
     Dynamic,
     E4M3Group,
     E8M0Group,
@@ -27,6 +28,7 @@ from .spec import (
     PerLevel,
     PerTensor,
     PerToken,
+    ShortcutSplit,
     SiteSpec,
     Smooth,
     TensorSpec,
@@ -151,6 +153,50 @@ def viditq_w4a8() -> Recipe:
     return Recipe(name="viditq-w4a8", rules=(*rules, Rule(spec=spec, why="viditq-w4a8: default")))
 
 
+def viditq_w8a8() -> Recipe:
+    """ViDiT-Q's W8A8 (arXiv 2406.02540): INT8 weights per channel, INT8 inputs per token; text keys and values stay at 16 bits.
+
+    The authors' settings for PixArt-Sigma, but weights without a zero point, as integer kernels take them.
+    """
+    keep = {
+        **KEPT_ROLES,
+        "modulation": "kept: as in the paper",
+        "cross_attn.k": "kept: keys of the text, as in the paper",
+        "cross_attn.v": "kept: values of the text, as in the paper",
+    }
+    rules = tuple(Rule(roles=(role,), spec=None, why=why) for role, why in keep.items())
+    return Recipe(name="viditq-w8a8", rules=(*rules, Rule(spec=LayerSpec(weight=_W8, input=_A8), why="viditq-w8a8: default")))
+
+
+def _mixdq(name: str, weight: TensorSpec) -> Recipe:
+    """MixDQ's static quantization (arXiv 2405.17873) of one width: everything but the inputs of the first and last layer."""
+    edges = Rule(
+        roles=("patch_embedding", "output_projection"),
+        spec=LayerSpec(weight=_W8),
+        why="8-bit weight, 16-bit input: first and last layer, as in the paper",
+    )
+    text = Rule(
+        roles=("cross_attn.k", "cross_attn.v"),
+        spec=LayerSpec(weight=weight, input=_A8_STATIC, transforms=(ConstantToken(), ShortcutSplit())),
+        why=f"{name}: a token that is the same for every prompt is not rounded",
+    )
+    rest = Rule(
+        spec=LayerSpec(weight=weight, input=_A8_STATIC, transforms=(ShortcutSplit(),)),
+        why=f"{name}: a concatenated input has scales per part",
+    )
+    return Recipe(name=name, rules=(edges, text, rest))
+
+
+def mixdq_w8a8() -> Recipe:
+    """INT8 weights per channel, INT8 inputs per tensor, calibrated; constant text token and concatenated inputs apart (MixDQ)."""
+    return _mixdq("mixdq-w8a8", _W8)
+
+
+def mixdq_w4a8() -> Recipe:
+    """``mixdq-w8a8`` with INT4 weights per channel, rounded to nearest. The paper's W4A8 mixes 2, 4, 8: ``dqtk allocate``."""
+    return _mixdq("mixdq-w4a8", TensorSpec(format=Int(bits=4), granularity=PerChannel()))
+
+
 def llm_fp4() -> Recipe:
     """LLM-FP4 (arXiv 2310.16836): FP4 weights and static FP4 inputs, splits and ranges searched, input exponents shifted."""
     search = MSE(steps=56, least=0.1, most=1.2)
@@ -187,6 +233,9 @@ RECIPES = {
     "w4a4-svd": w4a4_svd,
     "w4a4-rot": w4a4_rot,
     "viditq-w4a8": viditq_w4a8,
+    "viditq-w8a8": viditq_w8a8,
+    "mixdq-w8a8": mixdq_w8a8,
+    "mixdq-w4a8": mixdq_w4a8,
     "llm-fp4": llm_fp4,
 }
 

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from .calibrate import Stats
 from .calibrate.gather import Inputs, gather, gram_bytes, input_name
 from .calibrate.intervals import ranges_at
+from .calibrate.look import looked
 from .calibrate.replay import order_of
 from .kernels import to_matrix
 from .methods.by_level import solve_site
 from .methods.solve import Solution
 from .plan import Choice
-from .spec import LayerSpec, level_edges
+from .spec import ConstantToken, LayerSpec, level_edges
 
 Solved = list[tuple[Choice, Solution]]
 
@@ -46,19 +47,20 @@ def solutions(
         solved: told how many layers have just been solved, which may be long before they are yielded.
     """
     for component, mine in groupby(work, key=lambda choice: choice.site.component):
-        groups = _groups(parts[component], component, list(mine), stats)
+        choices, tokens = looked(parts[component], stats.calls if stats else (), list(mine))
+        groups = _groups(parts[component], component, choices, stats)
         learning = [group for group in groups if _learns(group)]
         if sequential:
             for stage in _stages(groups, max_memory, by_block=True):
-                yield from list(_solved(parts[component], stage, stats, solved))
+                yield from list(_solved(parts[component], stage, stats, tokens, solved))
             continue
         held: list[Solved] = []
         for stage in _stages(learning, max_memory, by_block=False):
-            held += _solved(parts[component], stage, stats, solved)
+            held += _solved(parts[component], stage, stats, tokens, solved)
         yield from held
         for group in groups:
             if not _learns(group):
-                yield from _solved(parts[component], [group], stats, solved)
+                yield from _solved(parts[component], [group], stats, tokens, solved)
 
 
 def _learns(group: Sequence[Choice]) -> bool:
@@ -107,22 +109,39 @@ def _block(path: str) -> str:
 
 @torch.no_grad()
 def _solved(
-    module: nn.Module, stage: Sequence[list[Choice]], stats: Stats | None, solved: Callable[[int], object]
+    module: nn.Module,
+    stage: Sequence[list[Choice]],
+    stats: Stats | None,
+    tokens: Mapping[str, Tensor],
+    solved: Callable[[int], object],
 ) -> Iterator[Solved]:
     sites = [choice.site for group in stage if _learns(group) for choice in group]
     assert stats is not None or not sites
     asked = {input_name(group[0].site) for group in stage if _needs_moments(group)}
-    inputs: Mapping[str, Inputs] = {}
+    apart = {input_name(group[0].site) for group in stage if _has_token(group)}
+    inputs: dict[bool, Mapping[str, Inputs]] = {True: {}, False: {}}
     if stats is not None and sites:
         without = {input_name(site) for site in sites} - asked
-        inputs = gather(module, stats.calls, sites, without_moments=without)
+        whole = [choice.site for group in stage if not _has_token(group) for choice in group if input_name(choice.site) in apart]
+        mine = {name: tokens[name] for name in apart}
+        found = gather(module, stats.calls, [s for s in sites if s not in whole], without_moments=without, tokens=mine)
+        inputs = {True: found, False: found}
+        if whole:  # an input that one layer sees without its token, another with it
+            inputs[False] = {**found, **gather(module, stats.calls, whole, without_moments=without)}
     for group in stage:
-        found = _solve_group(module, group, inputs, stats)
-        solved(len(found))
-        yield found
+        constant = tokens[input_name(group[0].site)] if _has_token(group) else None
+        solution = _solve_group(module, group, inputs[_has_token(group)], stats, constant)
+        solved(len(solution))
+        yield solution
 
 
-def _solve_group(module: nn.Module, group: list[Choice], inputs: Mapping[str, Inputs], stats: Stats | None) -> Solved:
+def _has_token(group: Sequence[Choice]) -> bool:
+    return isinstance(group[0].spec, LayerSpec) and ConstantToken() in group[0].spec.transforms
+
+
+def _solve_group(
+    module: nn.Module, group: list[Choice], inputs: Mapping[str, Inputs], stats: Stats | None, token: Tensor | None
+) -> Solved:
     site, spec = group[0].site, group[0].spec
     assert spec is not None
 
@@ -139,6 +158,7 @@ def _solve_group(module: nn.Module, group: list[Choice], inputs: Mapping[str, In
         inputs.get(input_name(site)) if spec.needs_inputs else None,
         channels=site.channels,
         range_for=range_for,
+        token=token,
     )
     return list(zip(group, found, strict=True))
 

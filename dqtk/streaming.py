@@ -291,7 +291,7 @@ class _Part:
                 spec, layer = from_json(record["spec"], "quantize: journal"), self.module.get_submodule(path)
                 assert isinstance(spec, LayerSpec | ByLevel)
                 assert isinstance(layer, Quantized)
-                layer.spec = spec
+                layer.spec = spec  # type: ignore[assignment]  # of a stepped layer
                 site = self.choices[path].site
                 for name, (_, dtype) in layer_layout(spec, site.n, site.k, site.channels).items():
                     dtypes[self.written[f"{path}.{name}"]] = dtype

@@ -35,6 +35,8 @@ ALLOCATION = [
     "--quality",
     "--content-score",
     "--ratio",
+    "--sweep",
+    "--switch",
     "--protect",
     "--costs",
     "--stats",
@@ -358,6 +360,22 @@ def test_allocate_then_quantize(folder, say, tmp_path, capsys):
     assert set(json.loads((tmp_path / "choices.json").read_text())["choices"].values()) == {2, 4}
 
 
+def test_allocate_swept_and_switched(folder, say, tmp_path):
+    """Ratios are ranked, exchanges tried; whatever comes out keeps the budget; judgements are not taken twice."""
+    words = ["--widths", 2, 8, "--keep", "*.[1-9].*", "--keep", "*attn*", "--steps", 1, "--num-prompts", 1]
+    words += ["--prompts", *(f"{i} circles" for i in range(8)), "--sweep", "--switch", 3, "--budget", "15bits"]
+    text = say("allocate", folder, *words, "--output", tmp_path / "plan.json")
+    assert re.search(r"one program +-?\d+\.\d\d dB", text)
+    assert "exchanges: 3 tried" in text
+    plan = Plan.from_json(json.loads((tmp_path / "plan.json").read_text()))
+    assert 8 * sum(c.bytes_after for c in plan.choices) <= 15 * sum(c.site.num_weights for c in plan.choices)
+    journals = {path: path.read_text() for path in tmp_path.glob("plan-sensitivity*/done-0.jsonl")}
+    assert {path.parent.name.removeprefix("plan-sensitivity") for path in journals} == {"", "-search", "-confirm", "-pictures"}
+    (tmp_path / "plan.json").unlink()
+    assert say("allocate", folder, *words, "--output", tmp_path / "plan.json") == text
+    assert {path: path.read_text() for path in journals} == journals
+
+
 def test_allocate_with_pictures_for_content(folder, say, tmp_path):
     words = ["--widths", 4, "--keep", "*.[1-9].*", "--keep", "*attn*", "--prompts", "a circle", "--steps", 1, "--batch-size", 1]
     say(
@@ -394,7 +412,11 @@ def test_allocate_with_pictures_for_content(folder, say, tmp_path):
         (["nowhere", "--loss", "noise"], "--loss must stand without a MODEL, got nowhere"),
         (["nowhere", "--recipes", "w8a8", "--widths", "4"], "--recipes must stand without --widths"),
         (["nowhere", "--stats", "s", "--prompts", "p"], "--stats must stand without --prompts"),
-        (["nowhere", "--content-score", "ssim"], "--content-score must come with --ratio, got none"),
+        (["nowhere", "--content-score", "ssim"], "--content-score must come with --ratio or --sweep, got none"),
+        (["nowhere", "--sweep", "--ratio", "1", "--prompts", "p"], "--sweep must stand without --ratio"),
+        (["nowhere", "--switch", "5", "--stats", "s"], "--sweep and --switch must come with --prompts in place of --stats"),
+        (["nowhere", "--switch", "5", "--prompts", "p"], "--prompts must be at least 8 for --sweep and --switch, got 1"),
+        (["--sensitivity", "a", "--sizes", "a", "--sweep"], "--sweep must come with a MODEL"),
         (["nowhere", "--content-score", "ssim", "--ratio", "1", "--around", "w8a8"], "--content-score must come without --around"),
         (["FOLDER", "--around", "none.json"], "--around: file must exist, got none.json"),
         (["nowhere", "--content-score", "ssim", "--ratio", "1", "--stats", "s"], "--content-score must come with --prompts"),

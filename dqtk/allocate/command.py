@@ -20,18 +20,23 @@ from dqtk.sources import find_device, load_pipeline, meta_pipeline, read_json, r
 from dqtk.spec import canonical, did_you_mean
 
 from .from_logs import Chosen, allocate_from_logs
-from .from_plans import Made, allocate_plans
+from .from_plans import Made, Offers
 from .groups import CONTENT, QUALITY, check_globs, group_of
 from .logs import WIDTHS, read_sensitivity, read_sizes, write_sensitivity, write_sizes
 from .prices import shapes_of_a_step
 from .probes import OutputSQNR, PictureScore, Probe
 from .reliability import describe_reliability
-from .sensitivity import Sensitivity, measure
+from .search import exchanged, ranked, swept, table
+from .sensitivity import Sensitivity, dtypes, measure
+from .whole import Judge, Judged, Layers, OutputNoise, Pictures
 
 CHOICES = (2, 3, 4, 8)  # weight bits of a model's candidates
 STEPS = 5  # of every pipeline run whose calls are kept
 EMBEDDED = 4  # prompts where none are given
 LEARNING = "w4a8"  # a recipe that makes calibrate keep calls
+JUDGED = 8  # prompts that whole plans are judged on
+OTHER_NOISE = 1_000_003  # added to the seed: noises that no layer was scored on
+SCORE = "psnr"  # of their pictures
 
 
 def choices_from_logs(options: argparse.Namespace) -> Chosen:
@@ -39,7 +44,7 @@ def choices_from_logs(options: argparse.Namespace) -> Chosen:
     for name, value in (("--sensitivity", options.sensitivity), ("--sizes", options.sizes)):
         if value is None:
             raise ValueError(f"allocate: {name} must be given where there is no MODEL, got none. Add it, or name a model.")
-    for name in ("recipes", "around", "keep", "quality", "content_score", "costs", "stats", "prompts"):
+    for name in ("recipes", "around", "keep", "quality", "content_score", "costs", "stats", "prompts", "sweep", "switch"):
         if getattr(options, name):
             raise ValueError(
                 f"allocate: --{name.replace('_', '-')} must come with a MODEL, got none. A log holds names and numbers only."
@@ -68,7 +73,7 @@ def plan_from_model(options: argparse.Namespace, call_kwargs: Callable[[argparse
     sites = [choice.site for choice in plans[0].choices]
     check_globs([*options.content, *options.quality], [site.id for site in sites])
     groups = {site.id: group_of(site, options.content, options.quality) for site in sites}
-    table = None if options.costs is None else CostTable.load(options.costs)
+    costs = None if options.costs is None else CostTable.load(options.costs)
     folder = options.output.with_name(f"{options.output.stem}-sensitivity")
     folder.parent.mkdir(parents=True, exist_ok=True)
     pipe = load_pipeline(options.model, options.dtype, find_device(options.device))
@@ -81,14 +86,62 @@ def plan_from_model(options: argparse.Namespace, call_kwargs: Callable[[argparse
     total = len({(c.site.id, canonical(c.spec)) for c in quantized}) + (
         0 if around is None else len({c.site.id for c in quantized})
     )
+    layers = Layers(parts)
     with tqdm(total=total, desc="allocate", unit="score") as bar:
-        found = measure(pipe, plans, stats, probes, groups, folder=folder, around=around, told=lambda site: bar.update())
+        kept: dict[str, Any] = {"layers": layers} if options.sweep or options.switch else {}
+        found = measure(pipe, plans, stats, probes, groups, folder=folder, around=around, told=lambda site: bar.update(), **kept)
     print(describe_reliability(plans, found))
     _write_logs(folder, plans, found)
     calls = shapes_of_a_step(parts, stats.calls, sites) if options.budget.unit == "bops" else None
     losses = {group: probe.loss for group, probe in probes.items()}
-    how: dict[str, Any] = {"ratio": options.ratio, "protect": options.protect, "calls": calls, "table": table}
-    return allocate_plans(plans, found, options.budget, losses, groups, **how)
+    offers = Offers.of(plans, found, options.budget, losses, groups, protect=options.protect, calls=calls, table=costs)
+    if not (options.sweep or options.switch):
+        return offers.allocated(options.ratio)
+    layers.complete(plans, stats)
+    return _searched(options, pipe, kwargs, offers, layers, folder)
+
+
+def _searched(
+    options: argparse.Namespace, pipe: Any, kwargs: Mapping[str, Any], offers: Offers, layers: Layers, folder: Path
+) -> Made:
+    """Ratios and exchanges, as asked for; what came out is printed."""
+    prompts = _judging(options)
+    learning = make_plan(pipe, LEARNING, overrides=dict.fromkeys(options.keep))
+    how: dict[str, Any] = {"seed": options.seed + OTHER_NOISE, "batch_size": min(options.batch_size, JUDGED // 2)}
+    output = folder.with_name(f"{folder.name}-judges.safetensors")
+    stats = calibrate(pipe, prompts, learning, call_kwargs=kwargs, steps_per_run=STEPS, output=output, **how)
+    half = (1 + max(call.run for call in stats.calls)) // 2
+    calls = {"search": [c for c in stats.calls if c.run < half], "confirm": [c for c in stats.calls if c.run >= half]}
+    task = {"run": stats.run, "dtypes": dtypes(layers.parts)}
+
+    def judged(name: str, judge: Judge) -> Judged:
+        return Judged(layers, judge, folder.with_name(f"{folder.name}-{name}"), task)
+
+    search = judged("search", OutputNoise(layers.parts, calls["search"]))
+    start = None if options.sweep else offers.allocated(options.ratio)
+    if start is None:
+        score = PictureScore(pipe, prompts, scores()[SCORE], seed=how["seed"], batch_size=options.batch_size, call_kwargs=kwargs)
+        entries = ranked(swept(offers), search, judged("pictures", Pictures(score)))
+        print(table(entries, score.name))
+        start = entries[0].made
+    if options.switch:
+        confirm = judged("confirm", OutputNoise(layers.parts, calls["confirm"]))
+        with tqdm(total=options.switch, desc="exchanges", unit="plan") as bar:
+            trials: dict[str, Any] = {"trials": options.switch, "seed": options.seed, "told": lambda least: bar.update()}
+            start, said = exchanged(offers, start, search, confirm, **trials)
+        print(said)
+    return start
+
+
+def _judging(options: argparse.Namespace) -> list[str]:
+    """The last prompts, of an embedded pipeline: of all its own."""
+    own = options.model in embedded_names() and not options.prompts
+    found = read_prompts([str(embedded_prompts(options.model))], None) if own else read_prompts(options.prompts, None)
+    if len(found) < JUDGED:
+        raise ValueError(
+            f"allocate: --prompts must be at least {JUDGED} for --sweep and --switch, got {len(found)}. Fewer cannot rank plans."
+        )
+    return found[-JUDGED:]
 
 
 def _around(options: argparse.Namespace, keep: Mapping[str, Any]) -> Plan:
@@ -110,8 +163,19 @@ def _check_options(options: argparse.Namespace) -> None:
             raise ValueError(f"allocate: --recipes must find ranges at every call, got {name}, whose are calibrated. Use another.")
     if options.stats and options.prompts:
         raise ValueError("allocate: --stats must stand without --prompts, got both. Statistics have seen theirs.")
-    if options.content_score and options.ratio is None:
-        raise ValueError("allocate: --content-score must come with --ratio, got none. Two kinds of scores do not add up.")
+    if options.sweep and options.ratio is not None:
+        raise ValueError("allocate: --sweep must stand without --ratio, got both. It tries ten ratios.")
+    if options.sweep or options.switch:
+        if options.stats:
+            raise ValueError(
+                "allocate: --sweep and --switch must come with --prompts in place of --stats. They judge on other calls."
+            )
+        if options.prompts or options.model in embedded_names():
+            _judging(options)  # too few prompts are found before anything is measured
+    if options.content_score and options.ratio is None and not options.sweep:
+        raise ValueError(
+            "allocate: --content-score must come with --ratio or --sweep, got none. Two kinds of scores do not add up."
+        )
     if options.content_score and options.around:
         raise ValueError(
             "allocate: --content-score must come without --around, got both. Pictures are those of the whole pipeline."

@@ -2,8 +2,9 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from dqtk.costs import CostTable
@@ -12,9 +13,9 @@ from dqtk.spec import SiteSpec, canonical, describe
 
 from .budget import Budget
 from .from_logs import LOSSES
-from .groups import Grouped, allocate_groups
+from .groups import ALL, Grouped, allocate_groups
 from .prices import Calls, price
-from .program import Candidate
+from .program import Candidate, total
 from .sensitivity import Sensitivity
 
 Spec = SiteSpec | None
@@ -29,6 +30,16 @@ class Made:
     budget: Budget
     num_weights: int
     expected: float | None
+
+    @property
+    def picked(self) -> dict[str, Spec]:
+        """Site id -> its spec, None at 16 bits."""
+        return {choice.site.id: choice.spec for choice in self.plan.choices}
+
+    @property
+    def cost(self) -> float:
+        """What was spent, in the unit of the budget's total."""
+        return math.fsum(group.allocation.cost for group in self.groups.values())
 
     def to_json(self) -> dict[str, Any]:
         """The plan's."""
@@ -72,37 +83,95 @@ def allocate_plans(
     Raises:
         ValueError: plans of different sites, unlike losses and no ratio, and what program and prices raise.
     """
-    rows = _rows(plans)
-    kinds = _kinds({groups[choices[0].site.id] for choices in rows}, losses, ratio)
-    priced: dict[str, Any] = {"unit": budget.unit, "calls": calls, "table": table}
-    options: dict[str, list[Spec]] = {}
-    candidates: dict[str, list[Candidate]] = {}
-    for choices in rows:
-        site, loss = choices[0].site, losses[groups[choices[0].site.id]]
-        options[site.id] = _specs(choices, found, protect, stay=loss == "noise")
-        candidates[site.id] = [
-            Candidate(cost=_cost(choices, spec, priced), loss=_loss(loss, found.of(site, spec))) for spec in options[site.id]
-        ]
-    full = {choices[0].site.id: _cost(choices, None, priced) for choices in rows}
-    num_weights = sum(choices[0].site.num_weights for choices in rows)
-    made = allocate_groups(candidates, budget.total(num_weights), groups, ratio, full, lambda cost: budget.words(cost, num_weights))
-    picked = {site: options[site][index] for group in made.values() for site, index in group.allocation.chosen.items()}
-    chosen = tuple(_chosen(choices, picked[choices[0].site.id], found, budget) for choices in rows)
-    return Made(
-        plan=replace(plans[0], recipe=f"allocated {budget}", choices=chosen),
-        groups=made,
-        budget=budget,
-        num_weights=num_weights,
-        expected=_expected(rows, picked, found) if kinds == {"noise"} else None,
-    )
+    offers = Offers.of(plans, found, budget, losses, groups, protect=protect, calls=calls, table=table)
+    return offers.allocated(ratio)
 
 
-def _kinds(used: Iterable[str], losses: Mapping[str, str], ratio: float | None) -> set[str]:
-    """The kinds of losses of the groups in use. Raises ``ValueError`` where they would have to be added up and cannot."""
-    kinds = {losses[group] for group in used}
-    if ratio is None and len(kinds) > 1:
-        raise ValueError("allocate: groups with different metrics must have a ratio, got none. Their losses do not add up.")
-    return kinds
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Offers:
+    """What each site may become, for how much, and what it would lose: the program, filled.
+
+    specs and candidates: site id -> in one order. full: site id -> cost at 16 bits. kinds: of the losses.
+    """
+
+    rows: list[tuple[Choice, ...]]
+    plans: Sequence[Plan]
+    found: Sensitivity
+    budget: Budget
+    groups: Mapping[str, str]
+    kinds: Mapping[str, str]
+    specs: dict[str, list[Spec]]
+    candidates: dict[str, list[Candidate]]
+    full: dict[str, float]
+
+    @staticmethod
+    def of(
+        plans: Sequence[Plan],
+        found: Sensitivity,
+        budget: Budget,
+        losses: Mapping[str, str],
+        groups: Mapping[str, str],
+        *,
+        protect: float | None = None,
+        calls: Calls | None = None,
+        table: CostTable | None = None,
+    ) -> "Offers":
+        """Arguments and errors as of ``allocate_plans``."""
+        rows = _rows(plans)
+        priced: dict[str, Any] = {"unit": budget.unit, "calls": calls, "table": table}
+        specs: dict[str, list[Spec]] = {}
+        candidates: dict[str, list[Candidate]] = {}
+        for choices in rows:
+            site, loss = choices[0].site, losses[groups[choices[0].site.id]]
+            specs[site.id] = _specs(choices, found, protect, stay=loss == "noise")
+            candidates[site.id] = [
+                Candidate(cost=_cost(choices, spec, priced), loss=_loss(loss, found.of(site, spec))) for spec in specs[site.id]
+            ]
+        full = {choices[0].site.id: _cost(choices, None, priced) for choices in rows}
+        kinds = {group: losses[group] for group in dict.fromkeys(groups[choices[0].site.id] for choices in rows)}
+        how: dict[str, Any] = {"specs": specs, "candidates": candidates, "full": full, "kinds": kinds}
+        return Offers(rows=rows, plans=plans, found=found, budget=budget, groups=groups, **how)
+
+    @property
+    def num_weights(self) -> int:
+        """Of all sites."""
+        return sum(choices[0].site.num_weights for choices in self.rows)
+
+    @property
+    def total(self) -> float:
+        """The budget of all sites together."""
+        return self.budget.total(self.num_weights)
+
+    def allocated(self, ratio: float | None = None) -> Made:
+        """The optimum; ``ratio`` as of ``allocate_groups``. Raises ``ValueError`` for unlike losses without a ratio, and a budget
+        that is too small."""
+        if ratio is None and len(set(self.kinds.values())) > 1:
+            raise ValueError("allocate: groups with different metrics must have a ratio, got none. Their losses do not add up.")
+        said = partial(self.budget.words, num_weights=self.num_weights)
+        return self._made(allocate_groups(self.candidates, self.total, self.groups, ratio, self.full, said))
+
+    def chosen(self, indices: Mapping[str, int]) -> Made:
+        """What any choice of candidates makes."""
+        return self._made({ALL: Grouped(budget=self.total, allocation=total(self.candidates, indices))})
+
+    def indices(self, picked: Mapping[str, Spec]) -> dict[str, int]:
+        """The inverse of ``picked``."""
+        return {site: self.specs[site].index(spec) for site, spec in picked.items()}
+
+    def picked(self, indices: Mapping[str, int]) -> dict[str, Spec]:
+        """Site id -> the spec of its candidate."""
+        return {site: self.specs[site][index] for site, index in indices.items()}
+
+    def _made(self, groups: dict[str, Grouped]) -> Made:
+        picked = self.picked({site: index for group in groups.values() for site, index in group.allocation.chosen.items()})
+        choices = tuple(_chosen(choices, picked[choices[0].site.id], self.found, self.budget) for choices in self.rows)
+        return Made(
+            plan=replace(self.plans[0], recipe=f"allocated {self.budget}", choices=choices),
+            groups=groups,
+            budget=self.budget,
+            num_weights=self.num_weights,
+            expected=_expected(self.rows, picked, self.found) if set(self.kinds.values()) == {"noise"} else None,
+        )
 
 
 def _cost(choices: Sequence[Choice], spec: Spec, priced: Mapping[str, Any]) -> float:

@@ -71,7 +71,7 @@ class OutputSQNR:
         return mine
 
     def _score(self, component: str, found: Sequence[Tensor]) -> float:
-        ratios = [_noise(y_hat, y) for y_hat, y in zip(found, self.references[component], strict=True)]
+        ratios = [noise(y_hat, y) for y_hat, y in zip(found, self.references[component], strict=True)]
         mean = math.fsum(ratios) / len(ratios)
         if not math.isfinite(mean):
             return -LARGEST  # a layer that overflows: as bad as can be
@@ -96,7 +96,7 @@ class PictureScore:
         self.name = f"{score.name} of {len(self.prompts)} pictures"
         self.references = self._pictures()
 
-    def __call__(self, component: str, module: nn.Module | None = None) -> float:
+    def __call__(self, component: str = "", module: nn.Module | None = None) -> float:
         if module is not None and module is not self.pipe.components[component]:
             raise ValueError("allocate: pictures must be those of the pipeline's own modules, got another. Score them around none.")
         pairs = zip(self._pictures(), self.references, strict=True)
@@ -123,7 +123,8 @@ class PictureScore:
         return found
 
 
-def _noise(approximation: Tensor, reference: Tensor) -> float:
+def noise(approximation: Tensor, reference: Tensor) -> float:
+    """Power of the error, as the reference's share."""
     y = reference.double()
     return float((approximation.double() - y).square().sum() / y.square().sum())
 

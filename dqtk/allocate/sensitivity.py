@@ -27,6 +27,7 @@ from dqtk.spec import SiteSpec, canonical
 from dqtk.stages import solutions
 
 from .probes import Probe
+from .whole import Layers
 
 _FLOOR, _BASE = "floor ", "base "
 
@@ -56,6 +57,7 @@ def measure(
     *,
     folder: Path,
     around: Plan | None = None,
+    layers: Layers | None = None,
     max_memory: int = MAX_MEMORY,
     told: Callable[[str], object] = lambda site: None,
 ) -> Sensitivity:
@@ -68,6 +70,7 @@ def measure(
         probes, groups: group -> probe, site id -> group.
         folder: of the journal; new, or that of this same measurement.
         around: what the rest of the model is meanwhile; None: unquantized. 16 bits are scored too then.
+        layers: get every layer that is made.
         max_memory, told: as of ``quantize``; called with every site that has just been scored.
     Raises:
         ValueError: plans of another model, a folder of another measurement.
@@ -93,7 +96,10 @@ def measure(
         for choice, solution in _all(parts, plans, stats, how, lambda c: _key(c) in rows, around is not None):
             probe, component = probes[groups[choice.site.id]], choice.site.component
             layer: nn.Module = parts[component].get_submodule(choice.site.path)
-            with replaced(probed[component], choice.site.path, layer if solution is None else runtime_layer(layer, solution)):
+            new = layer if solution is None else runtime_layer(layer, solution)
+            if layers is not None and solution is not None:
+                layers.add(choice, new)
+            with replaced(probed[component], choice.site.path, new):
                 keep(_key(choice), {probe.name: probe(component, probed[component])})
             told(choice.site.id)
     return _gathered(plans, rows, probes, groups)
@@ -167,8 +173,12 @@ def _task(
     parts: Mapping[str, nn.Module], stats: Stats, probes: Mapping[str, Probe], groups: Mapping[str, str], around: Plan | None
 ) -> dict[str, Any]:
     """What scores depend on, beside site and spec: the rest is measured anew when it changes."""
-    dtypes = {name: str(next(p.dtype for p in part.parameters() if p.is_floating_point())) for name, part in parts.items()}
     names = {group: probe.name for group, probe in probes.items()}
     moved = sorted(site for site, group in groups.items() if group == "content") if len(set(names.values())) > 1 else []
     rest = "unquantized" if around is None else around.hash
-    return {"verb": "allocate", "run": stats.run, "dtypes": dtypes, "probes": names, "content": moved, "around": rest}
+    return {"verb": "allocate", "run": stats.run, "dtypes": dtypes(parts), "probes": names, "content": moved, "around": rest}
+
+
+def dtypes(parts: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Component -> its float dtype, in words."""
+    return {name: str(next(p.dtype for p in part.parameters() if p.is_floating_point())) for name, part in parts.items()}

@@ -18,8 +18,9 @@ from dqtk.costs import timed_as
 from dqtk.kernels import to_matrix
 from dqtk.methods.format_search import concrete
 from dqtk.methods.rtn import rtn
+from dqtk.methods.shortcut_split import columns_of
 from dqtk.methods.solve import Solution
-from dqtk.numerics.storage import layer_layout
+from dqtk.numerics.storage import Part, layer_layout, parts_of, stored_name, tensor_name
 from dqtk.plan import Choice
 from dqtk.quantize import runtime_layer
 from dqtk.spec import ByLevel, LayerSpec
@@ -84,18 +85,22 @@ def data_free(layer: Any, spec: LayerSpec) -> nn.Module:
     assert plain is not None
     matrix = layer.weight.detach() if layer.weight.ndim == 2 else to_matrix(layer.weight.detach())
     plain = replace(plain, weight=concrete(matrix, plain.weight))
-    tensors = rtn(matrix, plain.weight).tensors()
     (n, k), channels = matrix.shape, layer.weight.shape[1]
+    tensors: dict[str, Tensor] = {}
+    for part in parts_of(plain, channels) or (Part(0, plain, 0, channels),):
+        columns = matrix[:, columns_of(part, k, channels)]
+        tensors |= {stored_name(name, part.index): tensor for name, tensor in rtn(columns, plain.weight).tensors().items()}
     for name, (shape, dtype) in layer_layout(plain, n, k, channels).items():
         if name not in tensors:
             tensors[name] = _stand_in(name, shape, dtype).to(matrix.device)
     return runtime_layer(layer, Solution(spec=plain, tensors=tensors))
 
 
-def _stand_in(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _stand_in(stored: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    name = tensor_name(stored)
     if name == "input_scale":
         return torch.full(shape, INPUT_SCALE, dtype=dtype)
-    if name == "input_zero":
+    if name in ("input_zero", "token", "token_output"):
         return torch.zeros(shape, dtype=dtype)
     if name == "smooth":
         return torch.ones(shape, dtype=dtype)

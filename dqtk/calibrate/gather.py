@@ -6,7 +6,7 @@ of guidance count alike. They are drawn at random, seeded: every fixed stride di
 tokens in every call.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dqtk.kernels.conv import gather_windows
+from dqtk.nn.constant_token import multiples, without
 from dqtk.sites import Site
 
 from .levels import at_level
@@ -105,11 +106,13 @@ def gather(
     sites: Sequence[Site],
     *,
     without_moments: Collection[str] = (),
+    tokens: Mapping[str, Tensor] | None = None,
     max_rows: int = MAX_ROWS,
 ) -> dict[str, Inputs]:
     """Inputs of these sites by ``input_name``, over all calls of their component.
 
-    ``without_moments``: names of inputs whose second moments nobody needs.
+    ``without_moments``: names of inputs whose second moments nobody needs. ``tokens``: [K] by name, which inputs are taken without
+    (``nn/constant_token.py``).
 
     Raises:
         ValueError: no calls, a site that no call reaches, or NaN and infinities (names the site and the noise level).
@@ -125,6 +128,9 @@ def gather(
         def see(x: Tensor, call: Call) -> None:
             if x.numel():
                 name = input_name(site)
+                if tokens is not None and name in tokens:
+                    token = tokens[name].to(x.device)
+                    x = without(x, token, multiples(x, token))
                 if name not in sums:
                     sums[name] = _Sum.empty(site.k, name not in without_moments, x.device)
                 draw = torch.Generator().manual_seed(sums[name].calls)

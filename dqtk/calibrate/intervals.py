@@ -9,9 +9,11 @@ Scales per step: EfficientDM (He et al. 2023, arXiv 2310.03270); a finite set of
 Intervals chosen by drift, here in place of one per step, need no table as long as the schedule and do not depend on its length.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from torch import Tensor
 from dqtk.plan import Choice
 from dqtk.spec import LayerSpec, PerLevel, PerTensor, each_of, kinds_of
 
+from .placement import ByDrift
 from .stats import Stats
 
 SMALL_DRIFT = 1.1  # of the squared ratio, mean over intervals: below it one range costs a layer hardly anything
@@ -108,6 +111,33 @@ def drift(stats: Stats, sites: Sequence[str], edges: Sequence[float]) -> Tensor:
         own = torch.maximum(_width(low, high), _LEAST * whole)
         found.append(_ratio(whole, own).mean())
     return torch.stack(found)
+
+
+def by_drift(stats: Stats) -> ByDrift:
+    """A placement that follows the drift of these ranges: mean over sites of |log of the range's ratio|, per bucket of the level.
+
+    Half of what lies between two buckets that were called counts for each of them; buckets between them share it. Raises
+    ``ValueError`` for statistics of fewer than two levels.
+    """
+    found, count = torch.zeros(stats.num_buckets, dtype=torch.float64), 0
+    for component in sorted({component for component, _ in stats.times}):
+        sites = sorted({key.site for key in stats.inputs if key.site.startswith(component + ":")})
+        buckets = sorted(bucket for name, bucket in stats.times if name == component)
+        low, high, calls = _table(stats, sites, buckets)
+        for width, seen in zip(_width(low, high), calls, strict=True):
+            known = [(b, value) for b, value, share in zip(buckets, width.tolist(), seen.tolist(), strict=True) if share and value]
+            for (left, before), (right, after) in pairwise(known):
+                way = abs(math.log(after / before)) / (right - left)
+                found[left] += way / 2
+                found[left + 1 : right] += way
+                found[right] += way / 2
+            count += len(known) > 1
+    if not count:
+        raise ValueError(
+            "calibrate: statistics must hold ranges at two noise levels at least, got none. "
+            "Calibrate a static recipe, such as w8a8-static, at ten steps or more."
+        )
+    return ByDrift(moved=tuple((found / count).tolist()))
 
 
 def _by_time(stats: Stats, component: str) -> list[int]:

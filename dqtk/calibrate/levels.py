@@ -73,7 +73,17 @@ def bucket_of(level: float, num_buckets: int) -> int:
 
     In equal intervals of the level itself half the steps of a variance-preserving schedule lie in one.
     """
-    return min(int(math.asin(min(max(level, 0.0), 1.0)) / (math.pi / 2) * num_buckets), num_buckets - 1)
+    return min(int(angle_of(level) / (math.pi / 2) * num_buckets), num_buckets - 1)
+
+
+def level_of_bucket(bucket: int, num_buckets: int) -> float:
+    """The level in the middle of a bucket."""
+    return math.sin((bucket + 0.5) / num_buckets * math.pi / 2)
+
+
+def angle_of(level: float) -> float:
+    """asin(level), from 0 to pi / 2; levels outside of [0, 1] count as its ends."""
+    return math.asin(min(max(level, 0.0), 1.0))
 
 
 def at_level(level: float | None) -> str:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from dqtk.calibrate.gather import Inputs
-from dqtk.numerics.storage import suffix_of
+from dqtk.numerics.storage import stored_name
 from dqtk.spec import ByLevel, LayerSpec, SiteSpec
 
 from .solve import Solution, solve
@@ -24,12 +24,13 @@ def solve_site(
     *,
     channels: int | None = None,
     range_for: Callable[[LayerSpec], Range | None] = lambda spec: None,
+    token: Tensor | None = None,
 ) -> list[Solution]:
     """As ``solve``, one solution per weight. ``range_for``: the ``input_range`` of a spec, where it needs one."""
 
     def solved(part: LayerSpec) -> list[Solution]:
         mine = inputs if part.needs_inputs else None
-        return solve(weights, part, mine, channels=channels, input_range=range_for(part))
+        return solve(weights, part, mine, channels=channels, input_range=range_for(part), token=token)
 
     if isinstance(spec, LayerSpec):
         return solved(spec)
@@ -45,7 +46,7 @@ def _joined(spec: ByLevel, parts: Sequence[tuple[tuple[LayerSpec, ...], Solution
         found = solution.spec
         assert isinstance(found, LayerSpec)
         answers |= {part: replace(part, weight=found.weight) for part in weight[1:]} | {weight[0]: found}
-        tensors |= {name + suffix_of(index): tensor for name, tensor in solution.tensors.items()}
+        tensors |= {stored_name(name, index): tensor for name, tensor in solution.tensors.items()}
     made = spec.each(lambda part: answers[part])
     assert isinstance(made, ByLevel)
     assert [weight[0] for weight in made.weights] == [answers[weight[0]] for weight, _ in parts]

@@ -1,8 +1,8 @@
 """Sites that share an input -> the tensors of their layers. The one place that picks solvers and transforms, by the type of the
 choice.
 
-The order is fixed: transforms as the spec lists them, format search, low-rank branch, solver on what is left, bias. Transforms
-act on the weights and on the statistics of the input, so one calibration serves them all.
+The order is fixed: constant token, parts of the input, transforms as the spec lists them, format search, low-rank branch, solver
+on what is left, bias. Transforms act on the weights and on the statistics of the input, so one calibration serves them all.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,12 +17,14 @@ from dqtk.numerics.affine import scale_of_range
 from dqtk.numerics.hadamard import pack_signs, random_signs, rotate
 from dqtk.numerics.inputs import round_input
 from dqtk.numerics.packing import Packed, dequantize
+from dqtk.numerics.storage import parts_of, stored_name
 from dqtk.numerics.weight_grid import fit_grid
 from dqtk.spec import (
     GPTQ,
     RTN,
     STATIC,
     AdaRound,
+    ConstantToken,
     Float,
     Hadamard,
     Int,
@@ -33,14 +35,17 @@ from dqtk.spec import (
     Smooth,
     TensorSpec,
     Transform,
+    each_of,
 )
 
 from .adaround import adaround
+from .constant_token import token_tensors
 from .format_search import concrete
 from .gptq import Factor, gptq
 from .level_tables import intervals_of, tables
 from .low_rank import low_rank
 from .rtn import rtn
+from .shortcut_split import columns_of, inputs_of
 from .smooth import smoothing
 
 SEARCH_ROWS = 512  # of a weight, evenly: on them smoothing is searched
@@ -62,6 +67,7 @@ def solve(
     *,
     channels: int | None = None,
     input_range: tuple[Tensor, Tensor] | None = None,
+    token: Tensor | None = None,
 ) -> list[Solution]:
     """Quantize the weights of layers that share an input and a spec.
 
@@ -71,12 +77,17 @@ def solve(
         inputs: statistics of the input; needed if ``spec.needs_inputs``.
         channels: input channels, where K counts the taps of a convolution too.
         input_range: least and largest input [L], [L], of every interval of the noise level where the spec tells them apart; needed
-            if ``spec.needs_ranges`` and the range is not searched.
+            if ``spec.needs_ranges`` and ``inputs`` are not given.
+        token: [K], which the spec keeps out of rounding; ``inputs`` are without it.
     Returns:
         One solution per weight.
     """
     assert inputs is not None or not spec.needs_inputs
     channels = weights[0].shape[1] if channels is None else channels
+    if token is not None:
+        return _solve_without_token(weights, spec, inputs, token)
+    if parts_of(spec, channels):
+        return _solve_parts(weights, spec, inputs, channels)
     device = weights[0].device
     inputs = None if inputs is None else inputs.to(device)
     input_range = None if input_range is None else (input_range[0].to(device), input_range[1].to(device))
@@ -109,6 +120,41 @@ def solve(
             shift = _bias_shift(weight, packed, spec, inputs, shared)
         solutions.append(Solution(spec=spec, tensors=tensors, bias_shift=shift))
     return solutions
+
+
+def _solve_without_token(weights: Sequence[Tensor], spec: LayerSpec, inputs: Inputs | None, token: Tensor) -> list[Solution]:
+    """The rest of the spec, and what every layer stores of the token."""
+    first, *others = spec.transforms
+    assert first == ConstantToken()
+    solved = solve(weights, replace(spec, transforms=tuple(others)), inputs)
+    return [
+        replace(
+            found,
+            spec=each_of(found.spec, lambda rest: replace(rest, transforms=(first, *rest.transforms))),
+            tensors=found.tensors | token_tensors(weight, token),
+        )
+        for weight, found in zip(weights, solved, strict=True)
+    ]
+
+
+def _solve_parts(weights: Sequence[Tensor], spec: LayerSpec, inputs: Inputs | None, channels: int) -> list[Solution]:
+    """Every part of the input by itself, in formats that are found for the whole."""
+    spec = replace(spec, weight=concrete(weights[0] if len(weights) == 1 else torch.cat(list(weights)), spec.weight))
+    if spec.searches_input:
+        assert spec.input is not None
+        assert inputs is not None
+        spec = replace(spec, input=tables(inputs.sample, inputs.times, spec.input, inputs)[0])
+    merged: list[dict[str, Tensor]] = [{} for _ in weights]
+    shifts: list[Tensor | None] = [None for _ in weights]
+    for part in parts_of(spec, channels):
+        columns = columns_of(part, weights[0].shape[1], channels).to(weights[0].device)
+        own = None if inputs is None else inputs_of(part, inputs, channels)
+        solved = solve([weight[:, columns] for weight in weights], part.spec, own, channels=part.stop - part.start)
+        for index, found in enumerate(solved):
+            merged[index] |= {stored_name(name, part.index): tensor for name, tensor in found.tensors.items()}
+            before = shifts[index]
+            shifts[index] = found.bias_shift if before is None or found.bias_shift is None else before + found.bias_shift
+    return [Solution(spec=spec, tensors=tensors, bias_shift=shift) for tensors, shift in zip(merged, shifts, strict=True)]
 
 
 def _branches(weights: list[Tensor], spec: LayerSpec, inputs: Inputs, noise: Tensor | None) -> list[tuple[Tensor, Tensor]]:
@@ -204,8 +250,7 @@ def _static_input(
     """The spec with its input's format found, and what the layer stores of a static input; nothing for dynamic ones."""
     if spec.input is None or not spec.needs_ranges:
         return spec, {}
-    if spec.needs_inputs and (spec.transforms or spec.searches_input):
-        assert inputs is not None
+    if inputs is not None and (spec.transforms or spec.searches_input or input_range is None):
         found, scale, zero = tables(inputs.sample, inputs.times, spec.input, inputs)
         return replace(spec, input=found), _stored_input(found, scale, zero)
     assert input_range is not None

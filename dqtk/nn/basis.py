@@ -22,7 +22,7 @@ class Basis:
 
     @staticmethod
     def of(spec: LayerSpec, channels: int) -> "Basis":
-        return Basis(spec.transforms, channels)
+        return Basis(tuple(t for t in spec.transforms if isinstance(t, Smooth | Hadamard)), channels)
 
     def apply(self, x: Tensor, smooth: Tensor | None, signs: Tensor | None) -> Tensor:
         """Input [..., channels] in the basis of the stored weight, same dtype."""

@@ -7,10 +7,9 @@ changes. Beside them, in the compute dtype:
     anchor       parameter [0], if it has none
 
 ``bias`` or ``anchor`` is the layer's one floating parameter: its dtype is the compute dtype. ``weight`` is a read-only view that
-decodes when used (``lazy_weight.py``); no forward touches it. Where the noise level decides how a layer computes (``ByLevel``),
-every different way is a ``Way``, and the denoiser's hook says which one serves the call in progress (``steps.py``).
+decodes when used (``lazy_weight.py``); no forward touches it.
 
-forward:  x -> smooth -> rotate -> z;   y = Q(z) Q(W)^T + (z down^T) up^T + bias
+forward:  x -> constant token apart -> parts -> smooth -> rotate -> z;   y = Q(z) Q(W)^T + (z down^T) up^T + bias
 """
 
 import math
@@ -18,53 +17,44 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dqtk.kernels import (
-    Decoding,
-    activated,
-    conv_int8,
-    decode_weight,
-    from_matrix,
-    linear_decoded,
-    linear_fp8,
-    linear_int8,
-    report_of,
-)
-from dqtk.numerics.inputs import round_input
-from dqtk.numerics.packing import Packed, empty
-from dqtk.numerics.storage import BUFFERS, layer_layout
-from dqtk.spec import ByLevel, SiteSpec, describe, kinds_of, level_edges
+from dqtk.kernels import activated, from_matrix, report_of
+from dqtk.numerics.packing import empty
+from dqtk.numerics.storage import BUFFERS, layer_layout, parts_of, stored_name
+from dqtk.spec import STATIC, ByLevel, LayerSpec, SiteSpec, describe, kinds_of, level_edges
 
 from .basis import Basis
+from .constant_token import multiples, without
 from .lazy_weight import LazyWeight, read_only
 from .noise import following
-from .steps import choosing
-from .ways import Way, ways_of
+from .products import ConvPart, ConvProduct, LinearPart, LinearProduct, Stored, joined
 
-WEIGHT = tuple(Packed.__slots__)  # type: ignore[attr-defined]
+STEPPED: dict[type, Any] = {}
+"""Runtime class -> its subclass for a layer whose precision depends on the noise level (``stepped.py`` fills it)."""
 
 
-class Quantized:
+class Quantized(Stored):
     """What quantized linears and convolutions share; mixed in before the torch class."""
 
-    spec: SiteSpec
+    _part: Any
+    """Class of a part of a split layer."""
 
-    def _setup(self, spec: SiteSpec, n: int, k: int, channels: int, bias: bool, dtype: torch.dtype | None, device: Any) -> None:
+    def _setup(self, spec: LayerSpec, n: int, k: int, channels: int, bias: bool, dtype: torch.dtype | None, device: Any) -> None:
         """Register empty storage of the right shapes. Called instead of the torch class's own ``__init__``."""
         nn.Module.__init__(self)  # type: ignore[arg-type]
         module: Any = self
         module.spec, module.n, module.k = spec, n, k
-        module.ways = ways_of(spec, "linear" if isinstance(self, nn.Linear) else "conv", channels)
-        module.finest = max(module.ways, key=lambda name: module.ways[name].spec.weight.bits)
-        module.noise, module.steps = {}, None
+        module.basis = Basis.of(spec, channels)
+        module.noise = None
         dtype = dtype or torch.get_default_dtype()
         device = torch.get_default_device() if device is None else device
+        module.taps = k // channels
+        module.parts = tuple(self._part(module, part, module.taps) for part in parts_of(spec, channels))
         tensors = empty(layer_layout(spec, n, k, channels), device)
-        for suffix in dict.fromkeys(way.suffix for way in module.ways.values()):
-            for name in BUFFERS:
-                module.register_buffer(name + suffix, tensors.get(name + suffix))
+        module.stored = tuple(stored_name(name, index) for index in range(max(1, len(module.parts))) for name in BUFFERS)
+        for name in module.stored:
+            module.register_buffer(name, tensors.get(name))
         module.register_parameter(
             "bias", nn.Parameter(torch.empty(n, dtype=dtype, device=device), requires_grad=False) if bias else None
         )
@@ -74,8 +64,8 @@ class Quantized:
     def fill(self, tensors: Mapping[str, Tensor], bias: Tensor | None) -> None:
         """Put the solver's result in place: exactly the buffers that the spec has, in their shapes and dtypes."""
         module: Any = self
-        for name, wanted in list(module._buffers.items()):
-            given = tensors.get(name)
+        for name in module.stored:
+            wanted, given = getattr(module, name), tensors.get(name)
             assert (wanted is None) == (given is None), name
             if given is not None:
                 assert (wanted.shape, wanted.dtype) == (given.shape, given.dtype), name
@@ -85,52 +75,13 @@ class Quantized:
 
     @property
     def edges(self) -> tuple[float, ...]:
-        """Between the intervals of the noise level with different ranges of the input; none for most layers."""
-        module: Any = self
-        return next((edges for way in module.ways.values() if (edges := level_edges(way.spec))), ())
+        """Between the intervals of the noise level that this layer tells apart; none for most layers."""
+        return level_edges(self.spec)
 
     def follow(self, denoiser: nn.Module) -> None:
         """Know the noise level of this denoiser's calls from now on, if anything here depends on it."""
         module: Any = self
-        known = {way.suffix: edges for way in module.ways.values() if (edges := level_edges(way.spec))}
-        module.noise = {suffix: following(denoiser, edges) for suffix, edges in known.items()}
-        module.steps = choosing(denoiser, self.spec) if isinstance(self.spec, ByLevel) else None
-
-    def way(self) -> Way:
-        """How the call in progress is computed. Raises ``ValueError`` for a layer with several ways that stands in no denoiser."""
-        module: Any = self
-        if module.steps is not None:
-            return module.ways[module.steps.kind]
-        if len(module.ways) > 1:
-            raise self._lost(f"{len(module.ways)} specs, one per kind of noise level")
-        return module.ways["0"]
-
-    def _lost(self, what: str) -> ValueError:
-        return ValueError(
-            f"{type(self).__name__}: the layer must follow a denoiser's calls, as it has {what}; got none. "
-            "Call layer.follow(denoiser), or load the whole model."
-        )
-
-    def part(self, name: str, way: Way) -> Tensor | None:
-        """One of ``BUFFERS`` as this way reads it."""
-        return getattr(self, name + way.suffix)
-
-    def input_tables(self, way: Way | None = None) -> tuple[Tensor | None, Tensor | None]:
-        """``input_scale`` and ``input_zero`` [1] for the call in progress.
-
-        Raises ``ValueError`` for a layer with a table that stands in no denoiser.
-        """
-        way = way or self.way()
-        if not way.static:
-            return None, None
-        module: Any = self
-        scale, zero = self.part("input_scale", way), self.part("input_zero", way)
-        if scale is None or len(scale) == 1:
-            return scale, zero
-        if way.suffix not in module.noise:
-            raise self._lost(f"{len(scale)} scales of its input, one per interval of the noise level")
-        index = module.noise[way.suffix].index(scale.device)
-        return scale.index_select(0, index), None if zero is None else zero.index_select(0, index)
+        module.noise = following(denoiser, self.edges) if self.edges else None
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -162,35 +113,17 @@ class Quantized:
         module: Any = self
         return (module.n, module.k)
 
-    @property
-    def basis(self) -> Basis:
-        """Of the finest weight."""
+    def stored_matrix(self, dtype: torch.dtype = torch.float32) -> Tensor:
         module: Any = self
-        return module.ways[module.finest].basis
-
-    def decoding(self, way: Way | None = None) -> Decoding:
-        """How the stored codes become numbers, as the ops take it; of the finest weight where there are several."""
-        module: Any = self
-        way = way or module.ways[module.finest]
-        return Decoding.of(Packed(**{name: self.part(name, way) for name in WEIGHT}), way.spec.weight)  # type: ignore[arg-type]
-
-    def stored_matrix(self, dtype: torch.dtype = torch.float32, way: Way | None = None) -> Tensor:
-        """The stored weight [N, K] in ``dtype``, in the basis of the transformed input and without the branch."""
-        module: Any = self
-        way = way or module.ways[module.finest]
-        return decode_weight(self.part("qweight", way), *self.decoding(way).arguments(), module.k, dtype)
+        if not module.parts:
+            return super().stored_matrix(dtype)
+        return joined([part.stored_matrix(dtype) for part in module.parts], module.taps)
 
     def dequantize_matrix(self) -> Tensor:
-        """The weight that this layer stands for, float32 [N, K]: stored codes and branch, in the basis of the layer's own input.
-
-        Where there are several weights for different noise levels, the finest.
-        """
         module: Any = self
-        way = module.ways[module.finest]
-        weight, down, up = self.stored_matrix(way=way), self.part("down", way), self.part("up", way)
-        if down is not None and up is not None:
-            weight = weight + up.float() @ down.float()
-        return way.basis.undo(weight, self.part("smooth", way), self.part("signs", way))
+        if not module.parts:
+            return super().dequantize_matrix()
+        return joined([part.dequantize_matrix() for part in module.parts], module.taps)
 
     def dequantize(self) -> Tensor:
         """The weight that this layer stands for, in its logical shape and the compute dtype."""
@@ -202,7 +135,7 @@ class Quantized:
         base = base_class(type(self))
         new: Any = base.__new__(base)
         nn.Module.__init__(new)
-        skip = ("spec", "n", "k", "ways", "finest", "noise", "steps")
+        skip = ("spec", "n", "k", "basis", "noise", "taps", "parts", "stored")
         new.__dict__.update({name: value for name, value in vars(module).items() if not name.startswith("_") and name not in skip})
         if isinstance(new, nn.modules.conv._ConvNd):
             padding: Any = new.padding
@@ -211,28 +144,17 @@ class Quantized:
         new.register_parameter("bias", module.bias)
         return new
 
-    @property
-    def op(self) -> str:
-        """What ``forward`` runs; see ``ops.py``."""
-        return self.way().op
-
     def kernel(self) -> str:
         """What runs, in words: ``linear_int8: integer matmul through torch._int_mm``."""
         module: Any = self
-        ops = dict.fromkeys(way.op for way in module.ways.values())
-        return "; ".join(f"{op}: {report_of(op, module.qweight.device.type)}" for op in ops)
-
-    @property
-    def stored_width(self) -> int:
-        """Bits per stored code, of the finest weight."""
-        module: Any = self
-        return module.ways[module.finest].spec.weight.bits
+        said = f"{self.op}: {report_of(self.op, module.qweight.device.type)}"
+        return f"{said}, summed over {len(module.parts)} parts of the input" if module.parts else said
 
     def _apply(self, fn, recurse: bool = True):
         # Module.to(dtype) casts every floating buffer (and Module.type every buffer); codes and scales keep their exact values and
         # only change device.
         module: Any = self
-        kept = {name: tensor for name, tensor in module._buffers.items() if tensor is not None}
+        kept = {name: tensor for name in module.stored if (tensor := getattr(module, name)) is not None}
         nn.Module._apply(module, fn, recurse)
         for name, tensor in kept.items():
             moved = getattr(module, name)
@@ -248,17 +170,20 @@ class Quantized:
         """Nothing: codes come from a solver or a checkpoint, never from an initializer."""
 
 
-class QuantLinear(Quantized, nn.Linear):
+class QuantLinear(Quantized, LinearProduct, nn.Linear):
     """``y = Q(x) Q(W)^T + b``. Buffers: module docstring."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, spec: SiteSpec, dtype=None, device=None):
+    _part = LinearPart
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, spec: LayerSpec, dtype=None, device=None):
         self._setup(spec, out_features, in_features, in_features, bias, dtype, device)
         self.in_features, self.out_features = in_features, out_features
 
     @classmethod
     def like(cls, layer: nn.Linear, spec: SiteSpec, dtype=None, device=None) -> "QuantLinear":
         """Empty storage for the same layer."""
-        new = cls(
+        kind: Any = STEPPED.get(cls, cls) if isinstance(spec, ByLevel) else cls
+        new = kind(
             layer.in_features,
             layer.out_features,
             layer.bias is not None,
@@ -271,43 +196,40 @@ class QuantLinear(Quantized, nn.Linear):
     def forward(self, input: Tensor, activation: str = "none", active_from: int = 0) -> Tensor:  # noqa: A002, torch's name
         """[..., N]. ``activation``, one of ``kernels.ACTIVATIONS``, is applied to the outputs from ``active_from`` on."""
         module: Any = self
-        way = self.way()
-        smooth, signs, down = (self.part(name, way) for name in ("smooth", "signs", "down"))
         trains = torch.is_grad_enabled() and (input.requires_grad or (module.bias is not None and module.bias.requires_grad))
-        if way.op == "linear_int8" and signs is None and down is None and not trains:
-            return self._product(input, way, smooth, activation, active_from)  # all in one pass
-        z = way.basis.apply(input, smooth, signs)
-        y = self._product(z, way).to(input.dtype)
-        up = self.part("up", way)
-        if down is not None and up is not None:
-            y = y + F.linear(F.linear(z, down.to(z.dtype)), up.to(z.dtype))
+        plain = module.signs is None and module.down is None and module.token is None and not module.parts
+        if self.op == "linear_int8" and plain and not trains:
+            return self.product(input, module.smooth, activation, active_from)  # all in one pass
+        y = self._whole(input) if module.token is None else self._with_token(input)
         return activated(y, activation, active_from)
 
-    def _product(self, z: Tensor, way: Way, smooth: Tensor | None = None, activation: str = "none", active_from: int = 0) -> Tensor:
-        """Q(z) Q(W)^T + bias by the layer's op; what else may be asked for is left to integer kernels."""
+    def _whole(self, x: Tensor, alone: bool = False) -> Tensor:
         module: Any = self
-        bias, qweight, scale = module.bias, self.part("qweight", way), self.part("scale", way)
-        assert qweight is not None
-        input_scale, input_zero = self.input_tables(way)
-        if way.op == "linear_int8":
-            scales = (scale, self.part("group_scale", way), bias, input_scale, input_zero)
-            return linear_int8(z, qweight, *scales, way.spec.weight.bits, smooth, activation, active_from)
-        if way.op == "linear_fp8":
-            return linear_fp8(z, qweight, scale, bias, input_scale)
-        if way.op == "weight_only":
-            return linear_decoded(z, qweight, bias, *self.decoding(way).arguments())
-        # Rounded numbers and their products are float32, as in kernels, autocast or not.
-        assert way.spec.input is not None
-        z = round_input(z.float(), way.spec.input, input_scale, input_zero, z.ndim - 1)
-        with torch.autocast(z.device.type, enabled=False):
-            return F.linear(z, self.stored_matrix(way=way), None if bias is None else bias.float())
+        if not module.parts:
+            return self.linear(x, alone)
+        outputs = [part.linear(part.of(x, -1), alone) for part in module.parts]
+        return sum(outputs[1:], outputs[0])
+
+    def _with_token(self, x: Tensor) -> Tensor:
+        """[..., T, N] of [..., T, K]. The first row never meets the calibrated range, which its kind was not calibrated for: it is
+        rounded by itself, whatever it is."""
+        module: Any = self
+        times = multiples(x, module.token)
+        z = without(x, module.token, times)
+        if x.ndim > 2 and self.spec.input is not None and isinstance(self.spec.input.granularity, STATIC):
+            y = torch.cat([self._whole(z[..., :1, :], alone=True), self._whole(z[..., 1:, :])], dim=-2)
+        else:
+            y = self._whole(z)
+        return (y + times * module.token_output.float()).to(x.dtype)
 
 
-class _QuantConv(Quantized):
+class _QuantConv(Quantized, ConvProduct):
     """Forward and construction of the three convolution classes. ``like`` makes one.
 
     Called with a convolution's arguments, the class makes an ordinary convolution: PEFT builds adapters from ``type(layer)``.
     """
+
+    _part = ConvPart
 
     def __new__(cls, *args, **kwargs) -> Any:
         return base_class(cls)(*args, **kwargs) if args or kwargs else super().__new__(cls)
@@ -318,7 +240,8 @@ class _QuantConv(Quantized):
         branch = next((part.low_rank for part in kinds_of(spec) if part.low_rank is not None), None)
         if branch is not None:
             raise ValueError(f"{cls.__name__}: low_rank must be None for convolutions, got {branch}. Leave it out.")
-        new: Any = cls.__new__(cls)
+        kind: Any = STEPPED.get(cls, cls) if isinstance(spec, ByLevel) else cls
+        new: Any = kind.__new__(kind)
         k = layer.in_channels * math.prod(layer.kernel_size)
         bias, dtype, device = layer.bias is not None, dtype or layer.weight.dtype, device or layer.weight.device
         new._setup(spec, layer.out_channels, k, layer.in_channels, bias, dtype, device)
@@ -340,41 +263,12 @@ class _QuantConv(Quantized):
         module: Any = self
         dims = len(module.kernel_size)
         x = input if input.ndim > dims + 1 else input[None]
-        way = self.way()
-        if way.basis.transforms:
-            x = way.basis.apply(x.movedim(1, -1), self.part("smooth", way), self.part("signs", way)).movedim(-1, 1)
-        y = self._convolved(x, dims, way)
+        if module.parts:
+            outputs = [part.convolved(part.of(x, 1)) for part in module.parts]
+            y = sum(outputs[1:], outputs[0])
+        else:
+            y = self.convolved(x)
         return y if input.ndim > dims + 1 else y[0]
-
-    def _convolved(self, x: Tensor, dims: int, way: Way) -> Tensor:
-        module: Any = self
-        input_scale, input_zero = self.input_tables(way)
-        if way.op == "conv_int8":
-            return conv_int8(
-                x,
-                self.part("qweight", way),
-                self.part("scale", way),
-                self.part("group_scale", way),
-                module.bias,
-                input_scale,
-                input_zero,
-                way.spec.weight.bits,
-                list(module.kernel_size),
-                list(module.stride),
-                list(module.padding),
-                list(module.dilation),
-            )
-        conv, where = (F.conv1d, F.conv2d, F.conv3d)[dims - 1], (module.stride, module.padding, module.dilation)
-        given = way.spec.input
-        dtype = x.dtype if given is None else torch.float32
-        weight = from_matrix(self.stored_matrix(dtype, way), module.kernel_size)
-        bias = None if module.bias is None else module.bias.to(dtype)
-        if given is None:
-            return conv(x, weight, bias, *where)
-        # A sample is a token: convolution inputs have no others.
-        rounded = round_input(x.movedim(1, -1).float(), given, input_scale, input_zero).movedim(-1, 1)
-        with torch.autocast(x.device.type, enabled=False):
-            return conv(rounded, weight, bias, *where).to(x.dtype)
 
 
 class QuantConv1d(_QuantConv, nn.Conv1d):

@@ -24,8 +24,8 @@ class Line:
     values: tuple[float, ...]
 
 
-def line_chart(title: str, x_label: str, y_label: str, lines: Sequence[Line]) -> str:
-    """An SVG with axes, grid and one polyline per line, steps counted from 1."""
+def line_chart(title: str, x_label: str, y_label: str, lines: Sequence[Line], names: Sequence[str] = ()) -> str:
+    """An SVG with axes, grid and one polyline per line, steps counted from 1 or by their ``names``."""
     finite = [value for line in lines for value in line.values if math.isfinite(value)]
     num_steps = max((len(line.values) for line in lines), default=0)
     if not finite or not num_steps:
@@ -44,7 +44,8 @@ def line_chart(title: str, x_label: str, y_label: str, lines: Sequence[Line]) ->
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
         parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{text}</text>')
     for step in _step_ticks(num_steps):
-        parts.append(f'<text class="tick" x="{x(step):.1f}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">{step}</text>')
+        name = escape(names[step - 1]) if names else step
+        parts.append(f'<text class="tick" x="{x(step):.1f}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">{name}</text>')
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
     parts.append(f'<text class="axis" x="{middle}" y="{_HEIGHT - 5}" text-anchor="middle">{escape(x_label)}</text>')
     parts.append(f'<text class="axis" x="11" y="{_TOP + 92}" text-anchor="middle" transform="rotate(-90 11 {_TOP + 92})">')

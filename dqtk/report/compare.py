@@ -16,6 +16,7 @@ else was made, the first batch is made again twice by both.
 import io
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from dqtk.calls import call_arguments, denoisers
+from dqtk.sites import find_sites
 
 from . import environment
 from .comparison import Comparison, Curve, OracleScore, Row, SizePair, Timing
 from .generate import Batch, Task, check_call_kwargs, check_call_names, generate, make_tasks, to_tensor
 from .measures import curve_of, score_measures, step_measures
+from .ranges import Widths, range_curves, ranges_seen
 from .rounding import check_rounding, other_rounding
 from .scores import DEFAULT_SCORES, ImageScore, one_per_picture, resolve_scores
 from .sizes import pipeline_sizes
@@ -71,6 +74,7 @@ class _Found:
     rows: list[Row] = field(default_factory=list)
     seconds: list[tuple[float, float, bool]] = field(default_factory=list)
     turn: int = 0
+    widths: Widths = field(default_factory=dict)
 
     def add(
         self, reference: Any, others: Mapping[str, Any], batch: list[Task], kwargs: dict[str, Any], *, hooked: bool
@@ -80,8 +84,13 @@ class _Found:
         pipes = {"reference": reference, **others}
         made = {}
         for name in list(pipes) if self.turn % 2 else reversed(pipes):
-            with other_rounding(self.rounding if name == "floor" else None):
+            first = hooked and name == "reference" and not self.widths
+            with (
+                other_rounding(self.rounding if name == "floor" else None),
+                ranges_seen(pipes[name]) if first else nullcontext({}) as seen,
+            ):
                 made[name] = _run(pipes[name], batch, kwargs, hooked=hooked, inputs=name == "reference")
+            self.widths |= seen
         if hooked:
             for name, pipe in others.items():
                 with other_rounding(self.rounding if name == "floor" else None):
@@ -189,6 +198,7 @@ def compare(
         hardware=environment.hardware(getattr(candidate, "_execution_device", "cpu")),
         created=environment.now(),
         plan_summary=dict(plan_summary) if plan_summary is not None else None,
+        ranges=range_curves(found.widths, [s for name, part in denoisers(reference).items() for s in find_sites(part, name)]),
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .ledger import records_of
+from .ranges import RangeCurve
 from .records import Record, append_records
 from .sizes import ComponentSize
 from .table import as_text
@@ -120,7 +121,7 @@ class SizePair:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
     """Everything that ``compare`` found. ``rows`` are in the order of the prompts; ``worst_first`` sorts them. ``dtype``: what the
-    original computed in; ``floor_dtype``: what its noise floor did (``None``: the same)."""
+    original computed in; ``floor_dtype``: what its noise floor did (``None``: the same); ``ranges``: of the original's layers."""
 
     reference_name: str
     candidate_name: str
@@ -139,6 +140,7 @@ class Comparison:
     created: str
     plan_summary: dict[str, Any] | None = None
     floor_dtype: str | None = None
+    ranges: tuple[RangeCurve, ...] = ()
 
     @property
     def num_prompts(self) -> int:

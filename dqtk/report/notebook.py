@@ -15,7 +15,21 @@ from html import escape
 import numpy as np
 from PIL import Image, ImageDraw
 
+from dqtk.calibrate import Stats
+from dqtk.sites import Site
+
+from .ranges import range_curves, widths_of
+from .sections import range_chart, range_lines
+
 _LABEL = 16  # pixels of height
+
+# A picture that stands alone has no page to take colours from.
+_CHART_STYLE = (
+    "text{font:11.5px system-ui,sans-serif;fill:#5f646b}.grid{stroke:#e4e1db}.line{fill:none;stroke-width:2;stroke:#1c1e21}"
+    ".line.r0{stroke:#b3491b}.dot.r0{fill:#b3491b}.line.r1{stroke:#4a78b5;stroke-dasharray:7 3}.dot.r1{fill:#4a78b5}"
+    ".line.r2{stroke:#1f7a6d;stroke-dasharray:2 4}.dot.r2{fill:#1f7a6d}.line.r3{stroke-dasharray:9 3 2 3}"
+    ".line.r4{stroke:#7a8087}.dot.r4{fill:#7a8087}.line.r5{stroke:#1f5fa8;stroke-dasharray:1 3}.dot.r5{fill:#1f5fa8}"
+)
 
 
 def grid(images: Sequence[Image.Image], labels: Sequence[str] = (), *, columns: int = 4, scale: int = 2) -> Image.Image:
@@ -83,6 +97,34 @@ class Slider:
             f'<span class="over">{second}</span></div>'
             f'<div>{labels[0]} | {labels[1]}</div><input type="range" value="50" hidden style="width:{width}px" '
             f'aria-label="{labels[0]} to {labels[1]}"><script>{script}</script></div>'
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Ranges:
+    """How far ranges of inputs move with the noise level, by role: statistics of a static recipe, and the sites of its plan."""
+
+    stats: Stats
+    sites: Sequence[Site]
+
+    def _repr_svg_(self) -> str:
+        curves = range_curves(widths_of(self.stats), self.sites)
+        if not curves:
+            raise ValueError(
+                "Ranges: stats must hold ranges at two noise levels at least, got none. "
+                "Calibrate a static recipe, such as w8a8-static."
+            )
+        lines = range_lines(curves)
+        rows = "".join(
+            f'<line class="line {line.style}" x1="46" x2="76" y1="{265 + 17 * i}" y2="{265 + 17 * i}"/>'
+            f'<text x="84" y="{269 + 17 * i}">{escape(line.label)}</text>'
+            for i, line in enumerate(lines)
+        )
+        chart = range_chart(curves).replace("<svg ", '<svg width="440" height="250" ', 1)
+        height = 270 + 17 * len(lines)
+        return (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 440 {height}" width="620"><style>{_CHART_STYLE}</style>'
+            f'<rect width="440" height="{height}" fill="#fcfbf9"/>{chart}{rows}</svg>'
         )
 
 

@@ -19,7 +19,7 @@ from . import environment
 from .comparison import Comparison, Estimate, Measure
 from .markup import number, plural, row, section, table
 from .numbers import DASH, TIMES, bytes_text, number_text, range_text, ratio_text
-from .sections import bits_section, curves_section, pairs_section, plan_section, reproduce_section
+from .sections import bits_section, curves_section, pairs_section, plan_section, ranges_section, reproduce_section
 from .verdict import verdict
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -86,6 +86,7 @@ def render_page(
         _scores(comparison),
         pairs_section(comparison, max_pairs),
         curves_section(comparison),
+        ranges_section(comparison.ranges),
         _cost(comparison, plan),
         bits_section(plan),
         plan_section(plan),

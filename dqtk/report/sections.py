@@ -5,7 +5,7 @@ import json
 import math
 import struct
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -13,6 +13,7 @@ from .charts import Line, bits_chart, legend, line_chart
 from .comparison import Comparison, Row
 from .markup import folded, number, plural, row, section, table, text
 from .numbers import DASH, MINUS, TIMES, bytes_text, ratio_text
+from .ranges import MOST, RangeCurve
 
 _UPSCALED_BELOW = 256  # pixels: smaller pictures are enlarged without smoothing
 _NAMES = {"psnr": "PSNR", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "lpips": "LPIPS"}
@@ -111,6 +112,48 @@ def curves_section(comparison: Comparison) -> str:
     figures = "".join(f"<figure><figcaption>{caption}</figcaption>{chart}</figure>" for caption, chart in charts)
     numbers = folded("Error per step as a table", _curve_table(comparison))
     return section("steps", "Error per step", words, f'{legend(sqnr)}<div class="charts">{figures}</div>{numbers}')
+
+
+def ranges_section(curves: Sequence[RangeCurve]) -> str:
+    """Ranges over the noise level by role, as a chart and as a table; empty where none were seen at several levels."""
+    if not curves:
+        return ""
+    words = (
+        "What the inputs of the original's layers span moves with the noise level. Bits that one calibrated range for all levels "
+        "leaves unused at each of them, the median over a role's layers: where a curve is high, a static scale is too coarse. "
+        "Ranges found at every call, or per interval of the level, follow them."
+    )
+    chart = f'{legend(range_lines(curves))}<div class="charts"><figure>{range_chart(curves)}</figure></div>'
+    numbers = folded("Every role as a table", _ranges_table(curves))
+    return section("ranges", "Ranges over the noise level", words, chart + numbers)
+
+
+def range_lines(curves: Sequence[RangeCurve]) -> list[Line]:
+    """The roles whose ranges move most, of those seen at the levels of the first."""
+    drawn = [curve for curve in curves if curve.levels == curves[0].levels][:MOST]
+    return [
+        Line(label=f"{curve.role} ({plural(curve.num_layers, 'layer')})", style=f"r{index}", values=curve.unused)
+        for index, curve in enumerate(drawn)
+    ]
+
+
+def range_chart(curves: Sequence[RangeCurve]) -> str:
+    """Their unused bits over the level, from noise to picture."""
+    names = [f"{level:.2f}".removeprefix("0") for level in curves[0].levels]
+    words = "Unused bits over the noise level", "noise level, from noise to picture", "unused bits"
+    return line_chart(*words, range_lines(curves), names)
+
+
+def _ranges_table(curves: Sequence[RangeCurve]) -> str:
+    levels = sorted({level for curve in curves for level in curve.levels}, reverse=True)
+    rows = []
+    for curve in curves:
+        known = dict(zip(curve.levels, curve.unused, strict=True))
+        cells = [number(f"{known[level]:.1f}" if level in known else DASH) for level in levels]
+        rows.append(row(curve.role, [number(str(curve.num_layers)), *cells]))
+    return table(
+        "Unused bits by role and noise level", ("Role", "Layers", *(f"{level:.2f}" for level in levels)), rows, style="dense"
+    )
 
 
 def _distance(cosine: tuple[float, ...]) -> tuple[float, ...]:

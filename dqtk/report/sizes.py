@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from dqtk.nn import Quantized
+from dqtk.numerics.storage import is_stored
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".msgpack", ".h5", ".onnx", ".gguf")
 
@@ -50,7 +51,7 @@ def bytes_at_16_bit(module: nn.Module) -> int:
     seen: dict[int, int] = {}
     for part in module.modules():
         for name, tensor in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)):
-            kept = isinstance(part, Quantized) and name in part._buffers
+            kept = isinstance(part, Quantized) and is_stored(name)
             if tensor.is_floating_point() and tensor.element_size() > 2 and not kept and not _inner_names(tensor):
                 seen[id(tensor)] = tensor.numel() * (tensor.element_size() - 2)
     return stored - sum(seen.values())

@@ -33,7 +33,19 @@ from .formats import (
     TwoLevel,
 )
 from .frozen import frozen
-from .layer import GPTQ, RTN, AdaRound, Hadamard, LayerSpec, LowRank, Smooth, Solver, Transform
+from .layer import (
+    GPTQ,
+    RTN,
+    AdaRound,
+    ConstantToken,
+    Hadamard,
+    LayerSpec,
+    LowRank,
+    ShortcutSplit,
+    Smooth,
+    Solver,
+    Transform,
+)
 from .text import canonical, did_you_mean, from_json, to_json
 
 __all__ = [
@@ -47,6 +59,7 @@ __all__ = [
     "BestFloat",
     "ByLevel",
     "Codebook",
+    "ConstantToken",
     "Dynamic",
     "E4M3Group",
     "E8M0Group",
@@ -63,6 +76,7 @@ __all__ = [
     "PerTensor",
     "PerToken",
     "Range",
+    "ShortcutSplit",
     "SiteSpec",
     "Smooth",
     "Solver",

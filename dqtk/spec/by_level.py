@@ -57,6 +57,12 @@ class ByLevel:
                     "ByLevel: specs with one weight must have at most one calibrated input, got "
                     f"{' and '.join(map(str, several))}. Make one Dynamic."
                 )
+        looks = next((spec for spec in self.specs if spec.looks), None)
+        if looks is not None:
+            raise ValueError(
+                f"ByLevel: specs must have no ConstantToken and no ShortcutSplit, got {looks}. "
+                "They are looked for in layers of one spec only."
+            )
         if any(spec.correct_bias for spec in self.specs):
             raise ValueError("ByLevel: correct_bias must be False, got True. Layers have one bias for all noise levels.")
 
@@ -114,6 +120,11 @@ class ByLevel:
     def needs_inputs(self) -> bool:
         """As ``LayerSpec.needs_inputs``, of any spec."""
         return any(spec.needs_inputs for spec in self.specs)
+
+    @property
+    def looks(self) -> bool:
+        """False: see ``_check_weights``."""
+        return False
 
     @property
     def needs_moments(self) -> bool:

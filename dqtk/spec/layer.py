@@ -3,6 +3,8 @@
 The order is fixed: transforms in the order given, then the low-rank branch, then the solver on what is left, then the bias.
 """
 
+from itertools import pairwise
+
 from .formats import (
     GROUPS,
     MSE,
@@ -108,7 +110,34 @@ class Hadamard:
             raise ValueError(f"Hadamard: block must be an integer of at least 4 or None, got {self.block!r}. Usual: 64 to 256.")
 
 
-Transform = Smooth | Hadamard
+@frozen
+class ShortcutSplit:
+    """Scales of its own for every part of an input that is a concatenation; weights and inputs (MixDQ, arXiv 2405.17873, sec. 4.1).
+
+    at: input channels where parts begin, ascending. Empty: found by watching calibration calls; a layer whose input is no
+    concatenation stays whole.
+    """
+
+    at: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        bounds = (0, *self.at)
+        if any(a >= b for a, b in pairwise(bounds)):
+            raise ValueError(f"ShortcutSplit: at must be ascending channels above 0, got {self.at}. Empty: they are found.")
+
+
+@frozen
+class ConstantToken:
+    """Keep a token that is the same for every prompt, such as CLIP's first, out of rounding (MixDQ, arXiv 2405.17873, section 4.1).
+
+    The layer stores the token and what the exact weight makes of it; only what differs from it is rounded. Looked for at the first
+    place of a linear's input in calibration calls; a layer where it differs from prompt to prompt does without.
+    """
+
+
+Transform = Smooth | Hadamard | ShortcutSplit | ConstantToken
+FIRST = (ConstantToken, ShortcutSplit)
+"""Kinds of transforms that come before others, in this order."""
 
 
 @frozen
@@ -160,6 +189,12 @@ class LayerSpec:
         kinds = [type(transform) for transform in self.transforms]
         if len(set(kinds)) != len(kinds):
             raise ValueError(f"LayerSpec: transforms must be of different kinds, got {self.transforms}. Drop one.")
+        first = [kind for kind in FIRST if kind in kinds]
+        if kinds[: len(first)] != first:
+            raise ValueError(
+                f"LayerSpec: transforms must begin with {' and '.join(kind.__name__ for kind in first)}, got {self.transforms}. "
+                "The others act on what these leave."
+            )
 
     def _check_weight(self) -> None:
         form, granularity = self.weight.format, self.weight.granularity
@@ -215,7 +250,12 @@ class LayerSpec:
         """Whether calibration must keep what this layer learns from: a sample of its inputs, and perhaps their second moments."""
         smooth = any(isinstance(transform, Smooth) for transform in self.transforms)
         moved = self.needs_ranges and bool(self.transforms)  # the range of a transformed input is not that of the input
-        return self.needs_moments or smooth or moved or self.correct_bias or self.searches_input
+        return self.needs_moments or smooth or self.looks or moved or self.correct_bias or self.searches_input
+
+    @property
+    def looks(self) -> bool:
+        """Whether calls must be watched for what the weights do not tell: a constant token, where an input is concatenated."""
+        return ConstantToken() in self.transforms or ShortcutSplit() in self.transforms
 
     @property
     def needs_moments(self) -> bool:
@@ -273,6 +313,10 @@ def describe(spec: LayerSpec | None) -> str:
 def _name(transform: Transform) -> str:
     if isinstance(transform, Smooth):
         return "shift" if transform.power_of_two else "smooth" + ("" if transform.alpha is None else f" {transform.alpha:g}")
+    if isinstance(transform, ShortcutSplit):
+        return "split" + "".join(f" {channel}" for channel in transform.at)
+    if isinstance(transform, ConstantToken):
+        return "constant token"
     return "rotated" + ("" if transform.block is None else f" {transform.block}")
 
 

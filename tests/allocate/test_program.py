@@ -6,6 +6,7 @@ import random
 
 import numpy as np
 import pytest
+from scipy.optimize import Bounds, LinearConstraint, milp
 
 from dqtk.allocate import Candidate, allocate, protected
 from dqtk.allocate.program import total
@@ -82,6 +83,29 @@ def test_794_sites(bits):
             ways.append(np.concatenate([np.full(spent, np.inf), least])[: len(least)] + option.loss)
         least = np.min(ways, axis=0)
     assert found.loss == pytest.approx(least[-1], abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+def test_another_solver_finds_no_better(seed, share):
+    """Costs without a common unit, against HiGHS: 60 sites, four candidates each."""
+    draw = random.Random(seed)
+    sizes = [draw.uniform(1, 100) for _ in range(60)]
+    candidates = {
+        f"site{i}": [Candidate(cost=size * b, loss=draw.lognormvariate(0, 1) * 4.0**-b) for b in (2, 3, 4, 8)]
+        for i, size in enumerate(sizes)
+    }
+    budget = sum(sizes) * (2 + 6 * share)
+    found = allocate(candidates, budget)
+    flat = [option for options in candidates.values() for option in options]
+    one_each = LinearConstraint(np.kron(np.eye(60), np.ones(4)), 1, 1)
+    within = LinearConstraint(np.array([[option.cost for option in flat]]), -np.inf, budget)
+    losses = np.array([option.loss for option in flat])
+    other = milp(
+        losses, integrality=np.ones(240), bounds=Bounds(0, 1), constraints=[one_each, within], options={"mip_rel_gap": 0.0}
+    )
+    assert found.cost <= budget * (1 + 1e-12)
+    assert found.loss <= other.fun * (1 + 1e-4)
 
 
 def test_more_budget_is_never_worse():

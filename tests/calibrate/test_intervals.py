@@ -1,11 +1,12 @@
 """Intervals of the noise level: the cuts are the best there are, ranges are those of the calls in them, no drift means no table."""
 
+import math
 from itertools import combinations, pairwise
 
 import pytest
 import torch
 
-from dqtk.calibrate.intervals import _cuts, drift, edges_of, ranges_at, settled
+from dqtk.calibrate.intervals import _cuts, by_drift, drift, edges_of, ranges_at, settled
 from dqtk.calibrate.stats import InputStat, Key, Stats
 from dqtk.plan import Choice
 from dqtk.sites import Site
@@ -128,3 +129,23 @@ def test_spans_of_merged_statistics_that_overlap():
         stats.saw("unet", bucket, stats.times["unet", bucket][0], high)
     edges = edges_of(stats, "unet", ["unet:a"], 3)
     assert list(edges) == sorted(set(edges))
+
+
+def test_drift_lies_where_ranges_move():
+    """A range that doubles between two buckets moves by log 2, half of it in each; unseen buckets share what lies between."""
+    stats = stats_of({"a": [(-1, 1)] * 3 + [(-2, 2)] * 2})
+    moved = by_drift(stats).moved
+    assert len(moved) == stats.num_buckets
+    assert moved[2] == moved[3] == pytest.approx(math.log(2) / 2)
+    assert sum(moved) == pytest.approx(math.log(2))
+
+    gap = Stats()
+    for bucket, end in ((0, 1.0), (4, 16.0)):
+        gap.add(Key("unet:a", bucket, "all"), InputStat(torch.tensor([-end]), torch.tensor([end]), torch.ones(4), 10))
+        gap.saw("unet", bucket, 100.0 * bucket, 100.0 * bucket)
+    assert by_drift(gap).moved[:5] == pytest.approx([math.log(2) / 2, *[math.log(2)] * 3, math.log(2) / 2])
+
+
+def test_drift_of_one_level_is_refused():
+    with pytest.raises(ValueError, match=r"ranges at two noise levels at least, got none\. Calibrate a static recipe"):
+        by_drift(stats_of({"a": [(-1, 1)]}))

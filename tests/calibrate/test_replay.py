@@ -1,5 +1,6 @@
 """Calls that are kept and made again: copies, their choice, where a replay ends, and their files."""
 
+import math
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from dqtk.calibrate import Stats
-from dqtk.calibrate.placement import Around, Evenly, Every
+from dqtk.calibrate.placement import Around, ByDrift, Evenly, Every
 from dqtk.calibrate.replay import Call, capturing, kept, order_of, replay
 
 
@@ -366,3 +367,38 @@ def test_around_a_level_prefers_it_and_every_takes_all():
 def test_around_what_cannot_be(fields):
     with pytest.raises(ValueError, match="Around: level must be from 0 to 1 and spread positive"):
         Around(**fields)
+
+
+@pytest.mark.parametrize("num", [1, 3, 7, 19, 20])
+def test_steps_by_drift_are_as_many_as_asked_for_and_lie_where_ranges_move(num):
+    levels = [math.sin(math.pi / 2 * (1 - (i + 0.5) / 20)) for i in range(20)]  # one per bucket, from noise to picture
+    still = ByDrift(moved=(1.0,) * 20)
+    moving = ByDrift(moved=(0.0,) * 15 + (8.0,) * 5, floor=0.1)  # near the noise
+    early = []
+    for run in range(20):
+        for placement in (still, moving):
+            chosen = placement.choose(levels, num, run)
+            assert chosen == sorted(set(chosen)) == placement.choose(levels, num, run)
+            assert len(chosen) == num
+            assert chosen[0] >= 0
+            assert chosen[-1] < 20
+        early += [index < 5 for index in moving.choose(levels, num, run)]
+    share = sum(early) / len(early)
+    assert share >= min(0.85, 5 / num - 0.1)
+    assert share > 5 / 20 or num == 20
+
+
+def test_steps_by_drift_of_nothing_that_moves_are_even():
+    levels = [math.sin(math.pi / 2 * (1 - (i + 0.5) / 20)) for i in range(20)]
+    counts = [0] * 20
+    for run in range(40):
+        for index in ByDrift(moved=(0.0,) * 20).choose(levels, 5, run):
+            counts[index] += 1
+    assert min(counts) >= 6
+    assert max(counts) <= 15
+
+
+@pytest.mark.parametrize("fields", [{"moved": ()}, {"moved": (-1.0,)}, {"moved": (math.nan,)}, {"moved": (1.0,), "floor": 0.0}])
+def test_drift_that_cannot_be_is_refused(fields):
+    with pytest.raises(ValueError, match="ByDrift: moved must be at least one number from 0 up"):
+        ByDrift(**fields)

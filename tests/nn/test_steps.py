@@ -132,7 +132,7 @@ def test_the_finest_weight_stands_for_the_layer():
     fine = quantized(POLICIES["two weights"][0])
     assert torch.equal(model.linear.dequantize(), fine.linear.dequantize())
     assert torch.equal(model.conv.plain()(X), fine.conv.plain()(X))
-    assert not set(vars(model.linear.plain())) & {"ways", "steps", "finest", "noise"}
+    assert not set(vars(model.linear.plain())) & {"ways", "steps", "finest", "stored"}
     assert model.linear.kernel().count(":") == 2
 
 
@@ -144,7 +144,7 @@ def test_what_cannot_be_chosen_by():
         model(X, None)
     layer = copy.deepcopy(model.linear)
     layer.steps = None
-    with pytest.raises(ValueError, match="QuantLinear: the layer must follow a denoiser's calls, as it has 2 specs"):
+    with pytest.raises(ValueError, match="SteppedLinear: the layer must follow a denoiser's calls, as it has 2 specs"):
         layer(X.movedim(1, -1))
     with pytest.raises(ValueError, match=r"step_policy: edges must be known in the denoiser's own time, got shares \[0.5\] only"):
         choosing(model, ByLevel(specs=POLICIES["one weight"], shares=(0.5,)))

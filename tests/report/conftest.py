@@ -12,6 +12,7 @@ from PIL import Image
 
 from dqtk.report.comparison import Comparison, Curve, OracleScore, Row, SizePair, Timing
 from dqtk.report.measures import score_measures
+from dqtk.report.ranges import RangeCurve
 from dqtk.report.scores import resolve_scores
 from dqtk.report.sizes import ComponentSize
 
@@ -138,6 +139,11 @@ def made_up(plan_summary):
             "hardware": {"processor": "test", "threads": "1"},
             "created": "2026-01-01T00:00:00+00:00",
             "plan_summary": plan_summary,
+            "ranges": (
+                RangeCurve(role="ff.<down>", num_layers=3, levels=(1.0, 0.7, 0.2), unused=(1.5, 0.5, 0.0)),
+                RangeCurve(role="conv", num_layers=1, levels=(1.0, 0.7, 0.2), unused=(0.0, 0.25, 0.5)),
+                RangeCurve(role="cross_attn.q", num_layers=2, levels=(1.0, 0.2), unused=(0.0, 0.125)),
+            ),
         }
         return Comparison(**(fields | changes))
 

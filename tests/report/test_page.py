@@ -55,7 +55,7 @@ def prompts_in(page):
 
 def test_well_formed_with_everything_and_with_almost_nothing(made_up):
     Checker(render_page(made_up(), command="dqtk compare a b"))
-    bare = made_up(curves=(), sizes=(), floor_name=None, plan_summary=None, measures=())
+    bare = made_up(curves=(), ranges=(), sizes=(), floor_name=None, plan_summary=None, measures=())
     Checker(render_page(bare, max_pairs=0))
 
 
@@ -205,3 +205,13 @@ def test_steps_above_the_cap_are_said(made_up):
     measures = step_measures({"candidate": {"own": steps, "same": None}, "floor": {"own": steps}}, [0, 1], 0)
     page = render_page(made_up(measures=tuple(measures)))
     assert "1 image above 100 dB, counted as that; 1 image of the noise floor above 100 dB, counted as that" in page
+
+
+def test_ranges_are_drawn_where_levels_are_shared_and_listed_whole(made_up):
+    page = render_page(made_up())
+    part = page[page.index('id="ranges"') : page.index('id="cost"')]
+    assert part.count("<polyline") == 2  # the third was seen at other levels
+    assert "ff.&lt;down&gt; (3 layers)" in part
+    assert "cross_attn.q" in part
+    assert "0.1</td>" in part
+    assert 'id="ranges"' not in render_page(made_up(ranges=()))

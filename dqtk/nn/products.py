@@ -1,0 +1,180 @@
+"""Products of an input with stored codes: of a whole layer, or of one part of a layer whose input is split.
+
+A part reads its buffers, its bias and its noise level from the layer that it belongs to, so a split layer is one module with one
+set of buffers (``numerics/storage.py``), and its output the sum of its parts' outputs.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dqtk.kernels import Decoding, conv_int8, decode_weight, from_matrix, linear_decoded, linear_fp8, linear_int8, op_of
+from dqtk.numerics.inputs import round_input
+from dqtk.numerics.packing import Packed
+from dqtk.numerics.storage import BUFFERS, Part, stored_name
+from dqtk.spec import STATIC, LayerSpec
+
+from .basis import Basis
+
+WEIGHT = tuple(Packed.__slots__)  # type: ignore[attr-defined]
+
+
+class Stored:
+    """Buffers and what they decode to. ``spec``, ``basis``, ``n`` and ``k`` say what they are."""
+
+    spec: LayerSpec
+    kind: str
+    """"linear" or "conv"."""
+
+    def input_tables(self) -> tuple[Tensor | None, Tensor | None]:
+        """``input_scale`` and ``input_zero`` [1] for the call in progress.
+
+        Raises ``ValueError`` for a layer with a table that stands in no denoiser.
+        """
+        module: Any = self
+        scale, zero = module.input_scale, module.input_zero
+        if scale is None or len(scale) == 1:
+            return scale, zero
+        if module.noise is None:
+            raise ValueError(
+                f"{type(self).__name__}: the layer must follow a denoiser's calls, as its input has {len(scale)} scales, one per "
+                "interval of the noise level; got none. Call layer.follow(denoiser), or load the whole model."
+            )
+        index = module.noise.index(scale.device)
+        return scale.index_select(0, index), None if zero is None else zero.index_select(0, index)
+
+    def decoding(self) -> Decoding:
+        """How the stored codes become numbers, as the ops take it."""
+        module: Any = self
+        return Decoding.of(Packed(**{name: getattr(module, name) for name in WEIGHT}), self.spec.weight)
+
+    def stored_matrix(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The stored weight [N, K] in ``dtype``, in the basis of the transformed input and without the branch."""
+        module: Any = self
+        return decode_weight(module.qweight, *self.decoding().arguments(), module.k, dtype)
+
+    def dequantize_matrix(self) -> Tensor:
+        """The weight that this stands for, float32 [N, K]: stored codes and branch, in the basis of the input as it comes."""
+        module: Any = self
+        weight = self.stored_matrix()
+        if module.down is not None:
+            weight = weight + module.up.float() @ module.down.float()
+        return module.basis.undo(weight, module.smooth, module.signs)
+
+    @property
+    def op(self) -> str:
+        """What ``forward`` runs; see ``ops.py``."""
+        return op_of(self.spec, self.kind)
+
+    @property
+    def stored_width(self) -> int:
+        """Bits per stored code."""
+        return self.spec.weight.bits
+
+
+class LinearProduct(Stored):
+    """x [..., K] -> [..., N]."""
+
+    kind = "linear"
+
+    def linear(self, x: Tensor, alone: bool = False) -> Tensor:
+        """Transforms, rounding, product, branch and bias. ``alone``: see ``product``."""
+        module: Any = self
+        z = module.basis.apply(x, module.smooth, module.signs)
+        y = self.product(z, alone=alone).to(x.dtype)
+        if module.down is None:
+            return y
+        return y + F.linear(F.linear(z, module.down.to(z.dtype)), module.up.to(z.dtype))
+
+    def product(
+        self, z: Tensor, smooth: Tensor | None = None, activation: str = "none", active_from: int = 0, alone: bool = False
+    ) -> Tensor:
+        """Q(z) Q(W)^T + bias by the layer's op; ``smooth`` and ``activation`` are left to integer kernels.
+
+        alone: each row of a static input by its own range and not by the calibrated one; where no kernel can, it is not rounded.
+        """
+        module: Any = self
+        bias, op = module.bias, self.op
+        input_scale, input_zero = (None, None) if alone else self.input_tables()
+        if op == "linear_int8":
+            scales = (module.scale, module.group_scale, bias, input_scale, input_zero)
+            return linear_int8(z, module.qweight, *scales, self.stored_width, smooth, activation, active_from)
+        if op == "linear_fp8":
+            return linear_fp8(z, module.qweight, module.scale, bias, input_scale)
+        if op == "weight_only":
+            return linear_decoded(z, module.qweight, bias, *self.decoding().arguments())
+        # Rounded numbers and their products are float32, as in kernels, autocast or not.
+        assert self.spec.input is not None
+        z = z.float()
+        if not (alone and isinstance(self.spec.input.granularity, STATIC)):
+            z = round_input(z, self.spec.input, input_scale, input_zero, z.ndim - 1)
+        with torch.autocast(z.device.type, enabled=False):
+            return F.linear(z, self.stored_matrix(), None if bias is None else bias.float())
+
+
+class ConvProduct(Stored):
+    """x [B, C, *S] -> [B, N, *S_out]."""
+
+    kind = "conv"
+
+    def convolved(self, x: Tensor) -> Tensor:
+        """Transforms, rounding, convolution and bias."""
+        module: Any = self
+        if module.basis.transforms:
+            x = module.basis.apply(x.movedim(1, -1), module.smooth, module.signs).movedim(-1, 1)
+        input_scale, input_zero = self.input_tables()
+        kernel, where = list(module.kernel_size), (list(module.stride), list(module.padding), list(module.dilation))
+        if self.op == "conv_int8":
+            scales = (module.scale, module.group_scale, module.bias, input_scale, input_zero)
+            return conv_int8(x, module.qweight, *scales, self.stored_width, kernel, *where)
+        conv = (F.conv1d, F.conv2d, F.conv3d)[len(kernel) - 1]
+        dtype = x.dtype if self.spec.input is None else torch.float32
+        weight = from_matrix(self.stored_matrix(dtype), kernel)
+        bias = None if module.bias is None else module.bias.to(dtype)
+        if self.spec.input is None:
+            return conv(x, weight, bias, *where)
+        # A sample is a token: convolution inputs have no others.
+        rounded = round_input(x.movedim(1, -1).float(), self.spec.input, input_scale, input_zero).movedim(-1, 1)
+        with torch.autocast(x.device.type, enabled=False):
+            return conv(rounded, weight, bias, *where).to(x.dtype)
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+class _PartOf:
+    """One part of a split layer. What it has no attribute for is its layer's: sizes of a kernel, and buffers by the part's name."""
+
+    def __init__(self, layer: Any, part: Part, taps: int):
+        self.layer, self.part, self.spec = layer, part, part.spec
+        channels = part.stop - part.start
+        self.k, self.basis = taps * channels, Basis.of(part.spec, channels)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's, of the first part."""
+        return self.layer.bias if self.part.index == 0 else None
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("layer", "part"):  # of copying, before there is anything
+            raise AttributeError(name)
+        return getattr(self.layer, stored_name(name, self.part.index) if name in BUFFERS else name)
+
+    def of(self, x: Tensor, dim: int) -> Tensor:
+        """The part's channels of an input."""
+        return x.narrow(dim, self.part.start, self.part.stop - self.part.start)
+
+
+class LinearPart(_PartOf, LinearProduct):
+    """A part of a linear."""
+
+
+class ConvPart(_PartOf, ConvProduct):
+    """A part of a convolution."""
+
+
+def joined(matrices: list[Tensor], taps: int) -> Tensor:
+    """The matrix [N, K] of a layer from those of its parts, K = (taps, channels)."""
+    return torch.cat([matrix.unflatten(1, (taps, -1)) for matrix in matrices], dim=2).flatten(1)
