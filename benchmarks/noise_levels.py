@@ -1,7 +1,8 @@
-"""What knowing the noise level is worth: a calibrated range per interval of it, a correction of the output, where to calibrate.
+"""What knowing the noise level is worth: a calibrated range per interval of it, a correction of the output, where to calibrate,
+distillation.
 
-    python benchmarks/noise_levels.py [MODEL ...] [--only ranges correction placement] [--num-prompts 16] [--steps 8 20 50]
-        [--schedulers own ddim]
+    python benchmarks/noise_levels.py [MODEL ...] [--only ranges correction placement distillation] [--num-prompts 16]
+        [--steps 8 20 50] [--schedulers own ddim]
 
 MODEL is a pipeline, or an embedded one with ``-stressed`` behind its name. Everything is calibrated once, at 20 steps of the
 pipeline's own scheduler, on 16 other captions, and then judged at other numbers of steps and with another scheduler. Error: mean
@@ -17,7 +18,7 @@ from dataclasses import replace
 import torch
 from diffusers import DDIMScheduler
 from dqtk.metrics.bootstrap import paired_bootstrap
-from methods import CALIBRATION, PROMPTS, load
+from methods import CALIBRATION, PROMPTS, SETTINGS, load, plan_for
 from rows import append
 
 import dqtk
@@ -27,11 +28,12 @@ from dqtk.prompt_sets import read_prompts
 from dqtk.recipes import recipe_named
 from dqtk.report.generate import image_seed
 from dqtk.resolve import call_kwargs_for
-from dqtk.spec import PerLevel
+from dqtk.spec import Distill, Int, LayerSpec, PerLevel
 
 STEPS = 20  # of calibration
 ONE = "w8a8-static"
-CORRECTED = ", corrected"
+CORRECTED, DISTILLED = ", corrected", ", distilled"
+PAIRED = ("correction", "distillation")  # every second variant is judged against the one before
 
 
 def ranges() -> dict[str, dqtk.Recipe]:
@@ -51,6 +53,14 @@ def correction() -> dict[str, dqtk.Recipe]:
     """Recipes with and without a corrected output."""
     names = ("w4a8-rtn", "w8a8-static")
     return {name + more: recipe_named(name) for name in names for more in ("", CORRECTED)}
+
+
+def distillation() -> dict[str, LayerSpec]:
+    """Linear layers as the best without training in ``methods.py`` has them, with and without it."""
+    smoothed = SETTINGS["W4A8 INT"]["smooth + gptq"]
+    three = replace(smoothed, weight=replace(smoothed.weight, format=Int(bits=3)))
+    specs = {"w4a8 smooth": smoothed, "w4a4 rotate 64": SETTINGS["W4A4 INT"]["rotate 64 + gptq"], "w3a8 smooth": three}
+    return {name + more: spec for name, spec in specs.items() for more in ("", DISTILLED)}
 
 
 def scheduled(pipe, own, name: str):
@@ -90,22 +100,24 @@ def placed(name: str, pipe, captions: list[str]) -> dict:
     return {"steps_per_run": 5, "placement": Around() if name.endswith("around 0.4") else Evenly()}
 
 
-COMPARISONS = {"ranges": ranges, "correction": correction, "placement": placement}
+COMPARISONS = {"ranges": ranges, "correction": correction, "placement": placement, "distillation": distillation}
 
 
-def quantized(model: str, recipes: dict[str, dqtk.Recipe], captions: list[str]) -> dict:
+def quantized(model: str, recipes: dict[str, dqtk.Recipe | LayerSpec], captions: list[str], iterations: int) -> dict:
     """Pipelines by name, from calibration at ``STEPS`` steps with its own scheduler."""
     made, stats = {}, {}
     for name, recipe in recipes.items():
         pipe = load(model)
-        plan = dqtk.plan(pipe, recipe)
+        plan = plan_for(pipe, recipe) if isinstance(recipe, LayerSpec) else dqtk.plan(pipe, recipe)
         corrects = name.endswith(CORRECTED)
         if (kind := (plan.needs_stats, corrects, name if "calls kept" in name else "")) not in stats:
             kwargs = {"num_inference_steps": STEPS}
-            how = {"batch_size": 4, "call_kwargs": kwargs, "keep_calls": corrects, "progress": False}
+            batch = 2 if isinstance(recipe, LayerSpec) else 4  # of training too: an iteration is a call
+            how = {"batch_size": batch, "call_kwargs": kwargs, "keep_calls": corrects, "progress": False}
             stats[kind] = dqtk.calibrate(pipe, captions, plan, **how, **(placed(name, pipe, captions) if kind[2] else {}))
         used = stats[kind] if plan.needs_stats or corrects else None
-        made[name] = dqtk.quantize(pipe, plan, used, correct=corrects, progress=False)
+        refine = Distill(iterations=iterations) if name.endswith(DISTILLED) else None
+        made[name] = dqtk.quantize(pipe, plan, used, correct=corrects, refine=refine, progress=False)
     return made
 
 
@@ -114,14 +126,14 @@ def run(model: str, comparison: str, options) -> None:
     prompts = everything[: options.num_prompts]
     reference = load(model)
     own = reference.scheduler
-    made = quantized(model, COMPARISONS[comparison](), everything[CALIBRATION])
+    made = quantized(model, COMPARISONS[comparison](), everything[CALIBRATION], options.iterations)
     for steps in options.steps:
         for scheduler in options.schedulers:
             exact = latents(scheduled(reference, own, scheduler), prompts, steps)
             first = None
             for name, pipe in made.items():
                 found = errors(exact, latents(scheduled(pipe, own, scheduler), prompts, steps))
-                first = found if first is None or (comparison == "correction" and CORRECTED not in name) else first
+                first = found if first is None or (comparison in PAIRED and not name.endswith((CORRECTED, DISTILLED))) else first
                 gain = paired_bootstrap(torch.log10(first / found))
                 row = {"benchmark": "noise_levels", "model": model, "steps": steps, "scheduler": scheduler, "variant": name}
                 row |= {"num_prompts": len(prompts), "error": float(found.mean()), "gain": [gain.estimate, gain.low, gain.high]}
@@ -137,6 +149,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[8, 20, 50])
     parser.add_argument("--schedulers", nargs="+", choices=("own", "ddim"), default=["own", "ddim"])
     parser.add_argument("--only", nargs="+", choices=tuple(COMPARISONS), default=list(COMPARISONS))
+    parser.add_argument("--iterations", type=int, default=Distill().iterations, help="of distillation")
     options = parser.parse_args()
     for model in options.models:
         for comparison in options.only:

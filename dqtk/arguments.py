@@ -35,6 +35,11 @@ def parser() -> argparse.ArgumentParser:
     quant.add_argument("--stats", type=Path, help="statistics written by calibrate, in place of prompts")
     quant.add_argument("--sequential", action="store_true", help="solvers see inputs of the model as it is quantized so far")
     quant.add_argument("--correct", action="store_true", help="correct the output per noise level where that helps unseen prompts")
+    quant.add_argument(
+        "--refine", choices=("distill",), help="then train it on the original's answers, where unseen prompts confirm it"
+    )
+    quant.add_argument("--iterations", type=_positive, metavar="N", help="of --refine (default: its own number)")
+    quant.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="state of --refine; an interrupted run goes on from it")
     quant.add_argument("--max-memory", type=float, default=2, metavar="GIB", help="of input statistics (%(default)s)")
     quant.add_argument("--stream", action="store_true", help="a layer at a time, for models larger than memory; resumes")
     quant.add_argument("--output", type=Path, required=True, help="folder for the quantized pipeline; new or empty")

@@ -33,6 +33,7 @@ from .recipes import RECIPES, recipe_named
 from .report.rounding import check_rounding
 from .resolve import oracle_for
 from .sources import find_device, load_pipeline, local_folder, meta_pipeline, meta_target, read_json, readable
+from .spec import Distill
 from .streaming import quantize_folder
 
 
@@ -165,8 +166,12 @@ def _allocate(options: argparse.Namespace, command: str) -> None:
 def _quantize(options: argparse.Namespace, command: str) -> None:
     check_output(options.output, "quantize")
     _check_writable(options.output, "quantize")
-    if options.stream and (options.prompts or options.stats or options.sequential or options.correct):
-        raise ValueError("--stream must stand without --prompts, --stats, --sequential and --correct, got one. It learns nothing.")
+    learning = ("prompts", "stats", "sequential", "correct", "refine")
+    if options.stream and any(getattr(options, name) for name in learning):
+        flags = ", ".join(f"--{name}" for name in learning[:-1])
+        raise ValueError(f"--stream must stand without {flags} and --refine, got one. It learns nothing.")
+    if options.refine is None and (options.iterations or options.checkpoint):
+        raise ValueError("--iterations and --checkpoint must come with --refine, got one without. Nothing else trains.")
     if options.plan is None:
         meta = meta_target(options.model) if options.stream else meta_pipeline(options.model)
         plan = _plan_for(options, meta)  # wrong names and patterns fail before any weight is read
@@ -188,18 +193,22 @@ def _quantize(options: argparse.Namespace, command: str) -> None:
 def _quantize_in_memory(options: argparse.Namespace, plan: Plan) -> None:
     prompts = read_prompts(options.prompts, options.num_prompts) if options.prompts else None
     stats = _read_stats(options.stats) if options.stats else None
-    calibrated = plan.needs_stats or options.correct
+    taught = options.correct or options.refine is not None
+    calibrated = plan.needs_stats or taught
     if calibrated and stats is None and prompts is None:
-        what = f"recipe {plan.recipe}" if plan.needs_stats else "--correct"
+        what = f"recipe {plan.recipe}" if plan.needs_stats else "--correct" if options.correct else "--refine"
         raise ValueError(f"--prompts or --stats must be given for {what}, got neither. It is calibrated.")
     if stats is not None and not calibrated:
         raise ValueError(f"--stats must be left out for recipe {plan.recipe}, got {options.stats}. It learns nothing from inputs.")
     pipe = load_pipeline(options.model, options.dtype, find_device(options.device))
     if calibrated and stats is None and prompts is not None:
-        how: dict[str, Any] = {"seed": options.seed, "batch_size": options.batch_size, "keep_calls": options.correct}
+        how: dict[str, Any] = {"seed": options.seed, "batch_size": options.batch_size, "keep_calls": taught}
         stats = run_calibrate(pipe, prompts, plan, call_kwargs=_call_kwargs(options, pipe), **how)
     memory = int(options.max_memory * 2**30)
-    quantize(pipe, plan, stats, sequential=options.sequential, max_memory=memory, correct=options.correct)
+    more = {} if options.iterations is None else {"iterations": options.iterations}
+    refine = None if options.refine is None else Distill(**more)
+    trained: dict[str, Any] = {"correct": options.correct, "refine": refine, "checkpoint": options.checkpoint}
+    quantize(pipe, plan, stats, sequential=options.sequential, max_memory=memory, **trained)
     save(pipe, options.output)
 
 

@@ -18,21 +18,23 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .calibrate import Stats, calibrate
+from .calibrate.answers import exact_outputs
 from .calibrate.gather import calls_of
 from .calibrate.intervals import settled
 from .calibrate.run import check_model
 from .checkpoint import replace_layer, save_module, written_whole
-from .correct.output import correct_output, exact_outputs
+from .correct.output import check_correctable, correct_output
 from .hosts import backend_of
 from .methods.solve import Solution
 from .nn import Quantized, runtime_class
 from .plan import Choice, Plan, Recipe, Rule, check_fit, resolve
 from .policy import StepPolicy, combined, fixed_choices
 from .recipes import recipe_named
+from .refine.distill import distill
 from .resolve import adapters
 from .sites import DENOISERS, Site, components_of, find_sites
 from .sources import model_class, readable, stored_dtype
-from .spec import ByLevel, LayerSpec, SiteSpec, describe
+from .spec import ByLevel, Distill, LayerSpec, SiteSpec, describe
 from .stages import solutions
 
 MAX_MEMORY = 2 * 2**30  # bytes of second moments held at a time
@@ -126,6 +128,8 @@ def quantize(
     sequential: bool = False,
     max_memory: int = MAX_MEMORY,
     correct: bool = False,
+    refine: Distill | None = None,
+    checkpoint: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> Any:
     """Replace planned layers by packed ones, in place, layer by layer.
@@ -141,6 +145,9 @@ def quantize(
         max_memory: bytes that the second moments of inputs may take at a time; more means fewer replays of the kept calls.
         correct: correct the denoisers' outputs by a gain and a shift per noise level and channel, where calls that they were not
             fitted on confirm them (``correct/output.py``).
+        refine: train the quantized denoisers on what the original answers to the kept calls (``refine/``), before ``correct``; kept
+            only where calls that were not learned from confirm it.
+        checkpoint: folder for the state of what trains; an interrupted run goes on from it, with the same result.
         progress: show a bar.
     Returns:
         ``target``.
@@ -156,7 +163,15 @@ def quantize(
     parts = components_of(target)
     work = [choice for choice in made.choices if choice.spec is not None]
     check_fit(made, parts)
-    if (made.needs_stats or correct) and stats is None:
+    taught = correct or refine is not None
+    if checkpoint is not None and refine is None:
+        raise ValueError(f"quantize: checkpoint must be left out without refine, got {str(checkpoint)!r}. Nothing else trains.")
+    if refine is not None and any(isinstance(choice.spec, ByLevel) for choice in work):
+        raise ValueError(
+            "quantize: refine must be left out for a plan with a step policy, got one. Weights that serve some noise levels only do "
+            "not learn yet."
+        )
+    if (made.needs_stats or taught) and stats is None:
         if prompts is None:
             raise ValueError(
                 f"quantize: recipe {made.recipe!r} must have statistics of its inputs, got none. "
@@ -164,7 +179,7 @@ def quantize(
             )
         for choice in work:
             check_numbers(choice.site.id, *_numbers(parts[choice.site.component].get_submodule(choice.site.path)))
-        stats = calibrate(target, prompts, made, call_kwargs=call_kwargs, keep_calls=correct, progress=progress)
+        stats = calibrate(target, prompts, made, call_kwargs=call_kwargs, keep_calls=taught, progress=progress)
     if made.needs_stats and stats is not None:
         check_model(stats, target, made)
         work = settled(work, stats)
@@ -172,19 +187,28 @@ def quantize(
     for choice in work:
         _check_layer(parts[choice.site.component].get_submodule(choice.site.path), choice, stats)
     touched = dict.fromkeys(choice.site.component for choice in work)
-    corrected = {name: parts[name] for name in touched if correct and DENOISERS.fullmatch(name)}
-    if correct and not corrected:
-        raise ValueError("quantize: correct must be False where no denoiser of a pipeline is quantized, got True. Leave it out.")
-    exact = exact_outputs(corrected, stats) if corrected and stats is not None else {}
+    students = {name: parts[name] for name in touched if taught and DENOISERS.fullmatch(name)}
+    if taught and not students:
+        raise ValueError(
+            "quantize: correct and refine must be left out where no denoiser of a pipeline is quantized, got one. Leave it out."
+        )
+    exact = exact_outputs(students, stats) if stats is not None else {}
+    if correct and stats is not None:
+        check_correctable(students, stats, exact)
     try:
         with tqdm(total=len(work), desc="quantize", unit="layer", disable=not progress) as bar:
             how: dict[str, Any] = {"sequential": sequential, "max_memory": max_memory, "solved": bar.update}
             for solved in solutions(parts, work, stats, **how):
                 for choice, solution in solved:
                     _install(parts[choice.site.component], choice.site, solution)
-        for name, part in corrected.items():
+        for name, part in students.items():
             assert stats is not None
-            correct_output(part, stats, name, exact[name])
+            if refine is not None:
+                file = None if checkpoint is None else Path(checkpoint) / f"{name}.safetensors"
+                calls = calls_of(stats.calls, name)
+                distill(part, calls, exact[name], refine, name=name, file=file, progress=progress)
+            if correct:
+                correct_output(part, stats, name, exact[name])
     finally:
         for name in touched:
             _make_saveable(parts[name], made.recipe)

@@ -22,6 +22,7 @@ from dqtk.cli import main, parser
 from dqtk.costs import CostTable
 from dqtk.plan import Plan
 
+LEARNING = ["--correct", "--refine", "--iterations", "--checkpoint"]
 PLANNING = ["--keep", "--recipe", "--set", "--text-encoders"]
 SAMPLING = ["--batch-size", "--device", "--dtype", "--guidance", "--num-prompts", "--prompts", "--seed", "--steps"]
 BENCH = ["--batch", "--height", "--num-frames", "--repeats", "--size", "--threads", "--width"]
@@ -46,7 +47,7 @@ GOLDEN_FLAGS = {
     "calibrate": sorted(["MODEL", *PLANNING, *SAMPLING, "--output"]),
     "allocate": sorted(["MODEL", *ALLOCATION, *SAMPLING, "--sensitivity", "--sizes", "--loss", "--output"]),
     "quantize": sorted(
-        ["MODEL", *PLANNING, *SAMPLING, "--plan", "--stats", "--sequential", "--correct", "--max-memory", "--stream", "--output"]
+        ["MODEL", *PLANNING, *SAMPLING, *LEARNING, "--plan", "--stats", "--sequential", "--max-memory", "--stream", "--output"]
     ),
     "generate": sorted(["MODEL", *SAMPLING, "--output"]),
     "compare": sorted(["REFERENCE", "CANDIDATE", *SAMPLING, "--output", "--floor", "--lpips-weights"]),

@@ -19,6 +19,7 @@ from dqtk.spec import (
     BestFloat,
     ByLevel,
     Codebook,
+    Distill,
     Dynamic,
     E4M3Group,
     E8M0Group,
@@ -67,6 +68,7 @@ EVERYTHING = LayerSpec(
 W4A8 = LayerSpec(weight=W4_TWO_LEVEL, input=A8)
 
 EVERY_TYPE = [
+    Distill(iterations=3, rank=8),
     Int(bits=3, symmetric=False),
     Float(),
     Float(exponent=3, mantissa=5, signed=False),

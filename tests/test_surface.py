@@ -24,7 +24,7 @@ GOLDEN = {
     "find_sites": "(module, component, adapter)",
     "load": "(path, **kwargs)",
     "plan": "(target, recipe, *, text_encoders, overrides, policy)",
-    "quantize": "(target, plan, stats, *, prompts, call_kwargs, sequential, max_memory, correct, progress)",
+    "quantize": "(target, plan, stats, *, prompts, call_kwargs, sequential, max_memory, correct, refine, checkpoint, progress)",
     "save": "(pipe, path)",
 }
 

@@ -18,41 +18,21 @@ import torch
 from torch import Tensor, nn
 
 from dqtk.calibrate import Stats
+from dqtk.calibrate.answers import outputs
 from dqtk.calibrate.gather import calls_of
-from dqtk.calibrate.replay import Call, made
-from dqtk.nn.correction import OutputCorrection, correction_of, output_of
+from dqtk.nn.correction import OutputCorrection, correction_of
 
 MOST = 8  # intervals
 
 
-def outputs(module: nn.Module, calls: Sequence[Call]) -> list[Tensor]:
-    """What a denoiser returns for these calls, on the CPU."""
-    return [output_of(found).detach().cpu() for found in made(module, calls)]
-
-
-def exact_outputs(parts: Mapping[str, nn.Module], stats: Stats) -> dict[str, list[Tensor]]:
-    """Outputs of the kept calls of these denoisers, not yet quantized, by name.
-
-    Raises:
-        ValueError: a denoiser that is corrected already, has no time or returns no tensor; calls of fewer than two runs, which
-            could confirm nothing.
-    """
-    found = {}
+def check_correctable(parts: Mapping[str, nn.Module], stats: Stats, exact: Mapping[str, Sequence[Tensor]]) -> None:
+    """Raises ``ValueError`` for a denoiser that is corrected already, has no time, or whose channels cannot be told."""
     for name, part in parts.items():
-        calls = [call for call in stats.calls if call.component == name]
-        runs = len({call.run for call in calls})
         if correction_of(part) is not None:
             raise ValueError(f"quantize: output of {name} must not be corrected yet, got {correction_of(part)}. Load the original.")
-        if runs < 2:
-            raise ValueError(
-                f"quantize: output correction must have calls of at least two calibration runs of {name}, got {runs}. "
-                "Calibrate with keep_calls=True and more prompts, or a smaller batch."
-            )
-        if any(call.time is None for call in calls):
+        if any(call.time is None for call in stats.calls if call.component == name):
             raise ValueError(f"quantize: {name} must be called with a time for its output to be corrected by it, got none.")
-        found[name] = outputs(part, calls)
-        channel_dim(part, found[name][0])
-    return found
+        channel_dim(part, exact[name][0])
 
 
 def correct_output(module: nn.Module, stats: Stats, name: str, exact: Sequence[Tensor]) -> OutputCorrection | None:
@@ -64,7 +44,7 @@ def correct_output(module: nn.Module, stats: Stats, name: str, exact: Sequence[T
         name: of the denoiser.
         exact: outputs of the unquantized denoiser, [B, ...] each.
     Raises:
-        ValueError: as ``exact_outputs``.
+        ValueError: as ``check_correctable``.
     """
     calls = calls_of(stats.calls, name)
     got = outputs(module, calls)

@@ -4,6 +4,7 @@ A part reads its buffers, its bias and its noise level from the layer that it be
 set of buffers (``numerics/storage.py``), and its output the sum of its parts' outputs.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ class Stored:
     spec: LayerSpec
     kind: str
     """"linear" or "conv"."""
+    learned: Callable[[], Tensor] | None = None
+    """The stored weight while it learns (``refine/trained.py``), float32 [N, K]; no kernel computes with it."""
 
     def input_tables(self) -> tuple[Tensor | None, Tensor | None]:
         """``input_scale`` and ``input_zero`` [1] for the call in progress.
@@ -53,6 +56,8 @@ class Stored:
     def stored_matrix(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The stored weight [N, K] in ``dtype``, in the basis of the transformed input and without the branch."""
         module: Any = self
+        if self.learned is not None:
+            return self.learned().to(dtype)
         return decode_weight(module.qweight, *self.decoding().arguments(), module.k, dtype)
 
     def dequantize_matrix(self) -> Tensor:
@@ -66,7 +71,7 @@ class Stored:
     @property
     def op(self) -> str:
         """What ``forward`` runs; see ``ops.py``."""
-        return op_of(self.spec, self.kind)
+        return op_of(self.spec, self.kind) if self.learned is None else "emulated"
 
     @property
     def stored_width(self) -> int:
@@ -105,8 +110,9 @@ class LinearProduct(Stored):
             return linear_fp8(z, module.qweight, module.scale, bias, input_scale)
         if op == "weight_only":
             return linear_decoded(z, module.qweight, bias, *self.decoding().arguments())
+        if self.spec.input is None:
+            return F.linear(z, self.stored_matrix(z.dtype), None if bias is None else bias.to(z.dtype))
         # Rounded numbers and their products are float32, as in kernels, autocast or not.
-        assert self.spec.input is not None
         z = z.float()
         if not (alone and isinstance(self.spec.input.granularity, STATIC)):
             z = round_input(z, self.spec.input, input_scale, input_zero, z.ndim - 1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dqtk.kernels import Decoding, activated, report_of
 from dqtk.numerics.packing import empty
 from dqtk.numerics.storage import BUFFERS, Part, layer_layout, stored_name
-from dqtk.spec import ByLevel, level_edges
+from dqtk.spec import level_edges
 
 from .layers import STEPPED, QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear
 from .noise import following

@@ -46,6 +46,7 @@ from .layer import (
     Solver,
     Transform,
 )
+from .refine import Distill, Refiner
 from .text import canonical, did_you_mean, from_json, to_json
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
     "ByLevel",
     "Codebook",
     "ConstantToken",
+    "Distill",
     "Dynamic",
     "E4M3Group",
     "E8M0Group",
@@ -76,6 +78,7 @@ __all__ = [
     "PerTensor",
     "PerToken",
     "Range",
+    "Refiner",
     "ShortcutSplit",
     "SiteSpec",
     "Smooth",

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 import dqtk
+from dqtk.calibrate.answers import exact_outputs, outputs
 from dqtk.calibrate.replay import Call
 from dqtk.calibrate.stats import Stats
-from dqtk.correct.output import channel_dim, correct_output, edges_between, exact_outputs, fit, outputs
+from dqtk.correct.output import channel_dim, check_correctable, correct_output, edges_between, fit
 from dqtk.nn.correction import OutputCorrection, correction_of, output_of, remove_correction
 from dqtk.nn.noise import noise_states
 from dqtk.resolve import call_kwargs_for
@@ -118,7 +119,7 @@ def test_channels_are_found(shape, config, dim):
 
 def test_one_run_confirms_nothing_and_lists_are_no_outputs():
     with pytest.raises(
-        ValueError, match=r"quantize: output correction must have calls of at least two calibration runs of unet, got 1"
+        ValueError, match=r"quantize: correct and refine must have calls of at least two calibration runs of unet, got 1"
     ):
         exact_outputs({"unet": Denoiser()}, Stats(calls=calls(runs=1)))
     with pytest.raises(ValueError, match="must have calls of at least two calibration runs of unet, got 0"):
@@ -141,15 +142,15 @@ def test_copies_dtypes_and_taking_it_out():
 
 
 def test_what_cannot_be_corrected_is_refused_before_anything_is_touched(bare):
-    module, _, stats, _ = corrected(lambda y, t: y * 2)
+    module, _, stats, exact = corrected(lambda y, t: y * 2)
     with pytest.raises(
         ValueError, match=r"quantize: output of unet must not be corrected yet, got OutputCorrection\(corrects 3 of 3"
     ):
-        exact_outputs({"unet": module}, stats)
+        check_correctable({"unet": module}, stats, {"unet": exact})
     timeless = [Call("unet", (), {"sample": c.kwargs["sample"], "timestep": None}, 0.0, c.run) for c in stats.calls]
     with pytest.raises(ValueError, match="quantize: unet must be called with a time for its output to be corrected by it"):
-        exact_outputs({"unet": Denoiser()}, Stats(calls=timeless))
-    with pytest.raises(ValueError, match="quantize: correct must be False where no denoiser of a pipeline is quantized"):
+        check_correctable({"unet": Denoiser()}, Stats(calls=timeless), {"unet": exact})
+    with pytest.raises(ValueError, match="quantize: correct and refine must be left out where no denoiser"):
         dqtk.quantize(bare, "w8a16", Stats(calls=stats.calls), correct=True, progress=False)
     module = Denoiser()
     module.config = type("Config", (), {"out_channels": 16})

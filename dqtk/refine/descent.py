@@ -1,0 +1,154 @@
+"""The loop that refiners share: Adam with a rate that rises briefly and then falls to zero, resumable to the same bits.
+
+Everything that an iteration does is a function of its number: which call it takes, and its rates. So a file of the learned numbers,
+Adam's moments and the number of iterations is all that resuming needs.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+WARMUP = 0.05  # of the iterations
+SAVES = 20  # of the file while it runs, at most
+
+
+def rate_at(iteration: int, iterations: int) -> float:
+    """What learning rates are multiplied with: up to 1 in the first twentieth, then half a cosine down to 0."""
+    rise = min(1.0, (iteration + 1) / (WARMUP * iterations))
+    return rise * (1 + math.cos(math.pi * iteration / iterations)) / 2
+
+
+def call_at(iteration: int, num: int, seed: int) -> int:
+    """Which of ``num`` calls an iteration takes: all in a drawn order, then all in another."""
+    turn, place = divmod(iteration, num)
+    draw = torch.Generator().manual_seed(seed * 1_000_003 + turn)
+    return int(torch.randperm(num, generator=draw)[place])
+
+
+class Kept:
+    """A parameter of the host that learns (bias, norm, table): the learned numbers in float32, the parameter in its own dtype."""
+
+    def __init__(self, parameter: nn.Parameter):
+        self.parameter, self.start = parameter, parameter.detach().clone()
+        self.learned = nn.Parameter(parameter.detach().float().clone())
+
+    def pull(self) -> None:
+        """Take the gradient over."""
+        grad = self.parameter.grad
+        self.learned.grad = None if grad is None else grad.float()
+        self.parameter.grad = None
+
+    @torch.no_grad()
+    def push(self) -> None:
+        """Give the parameter what was learned."""
+        self.parameter.copy_(self.learned)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """The parameter as it was."""
+        self.parameter.copy_(self.start)
+
+
+class Descent:
+    """Adam over groups of named numbers.
+
+    groups: rate -> name -> parameter, float32. kept: those of them that stand for parameters of the host.
+    """
+
+    def __init__(self, groups: list[tuple[float, Mapping[str, nn.Parameter]]], kept: list[Kept], iterations: int):
+        self.kept, self.iterations, self.done = kept, iterations, 0
+        self.named = {name: parameter for _, mine in groups for name, parameter in mine.items()}
+        self.rates = [rate for rate, _ in groups]
+        self.adam = torch.optim.Adam([{"params": list(mine.values()), "lr": rate} for rate, mine in groups])
+
+    def run(self, loss_of: Callable[[int], Tensor], file: Path | None, identity: str, words: str, progress: bool) -> None:
+        """All iterations that are left. ``loss_of``: iteration -> scalar.
+
+        Raises:
+            ValueError: a loss that is no number, or a file of another run.
+        """
+        if file is not None and file.exists():
+            self._load(file, identity)
+        every = max(1, self.iterations // SAVES)
+        with tqdm(total=self.iterations, initial=self.done, desc=words, unit="step", disable=not progress) as bar:
+            while self.done < self.iterations:
+                loss = self._step(loss_of)
+                self.done += 1
+                bar.update()
+                if file is not None and (self.done % every == 0 or self.done == self.iterations):
+                    self._save(file, identity)
+                    bar.set_postfix_str(f"loss {loss:.3g}", refresh=False)
+
+    def _step(self, loss_of: Callable[[int], Tensor]) -> float:
+        for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
+            group["lr"] = rate * rate_at(self.done, self.iterations)
+        self.adam.zero_grad()
+        loss = loss_of(self.done)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise ValueError(f"refine: loss must be a number, got {value} at iteration {self.done}. Lower the rates.")
+        loss.backward()
+        for mine in self.kept:
+            mine.pull()
+        self.adam.step()
+        for mine in self.kept:
+            mine.push()
+        return value
+
+    # --- files -------------------------------------------------------------------------------------------------------
+
+    def _save(self, file: Path, identity: str) -> None:
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.named.items():
+            state = self.adam.state.get(parameter, {})
+            tensors[f"{name}|learned"] = parameter.detach()
+            tensors |= {f"{name}|{what}": state[what] for what in ("step", "exp_avg", "exp_avg_sq") if what in state}
+        partial = file.with_name(f".{file.name}.partial")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            facts = {"done": str(self.done), "identity": identity}
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=facts)
+            os.replace(partial, file)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @torch.no_grad()
+    def _load(self, file: Path, identity: str) -> None:
+        try:
+            stored = safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"refine: {file} must be a file of an interrupted run, got {error}. Remove it.") from error
+        with stored:
+            facts = stored.metadata() or {}
+            if facts.get("identity") != identity:
+                raise ValueError(
+                    f"refine: {file} must belong to this model, these calls and this choice ({identity}), got "
+                    f"{facts.get('identity')}. Remove it, or choose another name."
+                )
+            for name, parameter in self.named.items():
+                parameter.copy_(stored.get_tensor(f"{name}|learned"))
+                found = {
+                    what: stored.get_tensor(f"{name}|{what}")
+                    for what in ("step", "exp_avg", "exp_avg_sq")
+                    if f"{name}|{what}" in stored.keys()  # noqa: SIM118, not a mapping
+                }
+                if found:
+                    self.adam.state[parameter] = {
+                        what: tensor if what == "step" else tensor.to(parameter.device) for what, tensor in found.items()
+                    }
+            self.done = int(facts["done"])
+        for mine in self.kept:
+            mine.push()
+
+
+def identity_of(**facts: object) -> str:
+    """Facts as the file keeps them."""
+    return json.dumps(facts, sort_keys=True, default=str)
