@@ -168,7 +168,7 @@ def quantize(
         raise ValueError(f"quantize: checkpoint must be left out without refine, got {str(checkpoint)!r}. Nothing else trains.")
     if refine is not None and any(isinstance(choice.spec, ByLevel) for choice in work):
         raise ValueError(
-            "quantize: refine must be left out for a plan with a step policy, got one. Weights that serve some noise levels only do "
+            "quantize: refine must be left out for a plan with a step policy, got one. Weights of some noise levels only do "
             "not learn yet."
         )
     if (made.needs_stats or taught) and stats is None:
