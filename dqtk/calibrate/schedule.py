@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dqtk.calls import call_arguments, denoisers, given_arguments, prompt_argument, time_of
+from dqtk.calls import call_arguments, denoisers, prompt_argument
+
+from .replay import Call, capturing
 
 
 class _First(Exception):
@@ -36,36 +38,40 @@ def run_times(pipe: Any, prompts: Sequence[str] | None = None, call_kwargs: Mapp
             f"step_policy: shares of a run must be found with a pipeline, got {type(pipe).__name__}. "
             "Give edges in the denoiser's own time."
         )
-    seen: list[float] = []
-
-    def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        time = time_of(given_arguments(module, args, kwargs))
-        if time is not None:
-            seen.append(float(time.detach().float().reshape(-1)[0]))
-        raise _First
-
-    kwargs = call_arguments(pipe, call_kwargs) | {"output_type": "latent", "generator": torch.Generator().manual_seed(0)}
-    with ExitStack() as hooks:
-        for part in denoisers(pipe).values():
-            hooks.callback(part.register_forward_pre_hook(stop, with_kwargs=True).remove)
-        with suppress(_First):
-            pipe(**prompt_argument(pipe, [prompts[0] if prompts else "0"], "step_policy"), **kwargs)
+    time = first_call(pipe, prompts[0] if prompts else "0", call_kwargs).time
     timesteps = [float(t) for t in torch.as_tensor(pipe.scheduler.timesteps).double()]
-    if not seen or not timesteps:
+    if time is None or not timesteps:
         raise ValueError(
             f"step_policy: {type(pipe).__name__} must call its denoiser with a time, got none. "
             "Give edges in the denoiser's own time."
         )
     trained = float(getattr(pipe.scheduler.config, "num_train_timesteps", 1000))
     units = {"t": lambda t: t, "t / trained": lambda t: t / trained, "1 - t / trained": lambda t: 1 - t / trained}
-    gaps = {name: abs(unit(timesteps[0]) - seen[0]) for name, unit in units.items()}
+    gaps = {name: abs(unit(timesteps[0]) - time) for name, unit in units.items()}
     best = min(gaps, key=lambda name: gaps[name])
-    if gaps[best] > 0.01 * max(1.0, abs(seen[0])):  # what bfloat16 may do to a time
+    if gaps[best] > 0.01 * max(1.0, abs(time)):  # what bfloat16 may do to a time
         raise ValueError(
             f"step_policy: the denoiser's time must be the scheduler's timestep t, t / {trained:g} or 1 - t / {trained:g}, got "
-            f"{seen[0]:g} for t = {timesteps[0]:g}. Give edges in the denoiser's own time."
+            f"{time:g} for t = {timesteps[0]:g}. Give edges in the denoiser's own time."
         )
     return [units[best](t) for t in timesteps]
+
+
+@torch.no_grad()
+def first_call(pipe: Any, prompt: str, call_kwargs: Mapping[str, Any] | None = None) -> Call:
+    """The first denoiser call of a run, which is not made. Raises ``ValueError`` for a pipeline that makes none."""
+    kwargs = call_arguments(pipe, call_kwargs) | {"output_type": "latent", "generator": torch.Generator().manual_seed(0)}
+    with capturing(denoisers(pipe), lambda name, module, given: None) as calls, ExitStack() as hooks, suppress(_First):
+        for part in denoisers(pipe).values():
+            hooks.callback(part.register_forward_pre_hook(_stop).remove)
+        pipe(**prompt_argument(pipe, [prompt], "first_call"), **kwargs)
+    if not calls:
+        raise ValueError(f"first_call: {type(pipe).__name__} must call its denoiser, got no call. Is it a pipeline that denoises?")
+    return calls[0]
+
+
+def _stop(module: nn.Module, args: tuple) -> None:
+    raise _First
 
 
 def time_at(times: Sequence[float], share: float) -> float:
