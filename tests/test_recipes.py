@@ -25,10 +25,22 @@ GOLDEN = {
     "w4a4-svd": "W4 group 64, A4 group 64, smooth, rank 32, GPTQ",
     "w4a4-rot": "W4 group 64, A4 group 64, rotated, GPTQ",
     "viditq-w4a8": "W4 per channel asym, A8 per token, smooth 0.01, rotated",
+    "viditq-w8a8": "W8 per channel, A8 per token",
+    "mixdq-w8a8": "W8 per channel, A8 per tensor asym, split",
+    "mixdq-w4a8": "W4 per channel, A8 per tensor asym, split",
     "llm-fp4": "WFP4 per channel, AFP4 per tensor, shift",
 }
-LEARNING = {"w4a8", "fp4", "w4a4-svd", "w4a4-rot", "viditq-w4a8", "llm-fp4"}  # from inputs seen on prompts
-RANGES = {"w8a8-static", "w8a8-levels", "fp8-static", "llm-fp4"}
+LEARNING = {
+    "w4a8",
+    "fp4",
+    "w4a4-svd",
+    "w4a4-rot",
+    "viditq-w4a8",
+    "llm-fp4",
+    "mixdq-w8a8",
+    "mixdq-w4a8",
+}  # from inputs seen on prompts
+RANGES = {"w8a8-static", "w8a8-levels", "fp8-static", "llm-fp4", "mixdq-w8a8", "mixdq-w4a8"}
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -46,17 +58,31 @@ def test_no_other_names():
     assert set(RECIPES) == set(GOLDEN)
 
 
-@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize("name", [name for name in GOLDEN if not name.startswith("mixdq")])
 def test_same_roles_are_kept_and_modulation_keeps_its_input(name, load_tiny):
     plan = dqtk.plan(load_tiny("sdxl"), name)
     for choice in plan.choices:
         if choice.site.role in KEPT_ROLES:
             assert (choice.spec, choice.why) == (None, KEPT_ROLES[choice.site.role])
         elif choice.site.role == "modulation":
-            assert describe(choice.spec) == ("16 bit" if name == "viditq-w4a8" else "W8 per channel, A16")
+            assert describe(choice.spec) == ("16 bit" if name.startswith("viditq") else "W8 per channel, A16")
+        elif name == "viditq-w8a8" and choice.site.role in ("cross_attn.k", "cross_attn.v"):
+            assert choice.spec is None
         else:
             assert choice.spec is not None, choice.site.id
     assert set(KEPT_ROLES) <= set(ROLES)
+
+
+@pytest.mark.parametrize("name", ["mixdq-w8a8", "mixdq-w4a8"])
+def test_mixdq_rounds_everything_but_the_inputs_of_both_ends(name, load_tiny):
+    """One static range per tensor; keys and values of the text look for a constant token, everything for a concatenated input."""
+    bits = int(name[7])
+    for choice in dqtk.plan(load_tiny("sdxl"), name).choices:
+        if choice.site.role in ("patch_embedding", "output_projection"):
+            assert describe(choice.spec) == "W8 per channel, A16"
+            continue
+        token = "constant token, " if choice.site.role in ("cross_attn.k", "cross_attn.v") else ""
+        assert describe(choice.spec) == f"W{bits} per channel, A8 per tensor asym, {token}split"
 
 
 def test_suggestion_for_an_unknown_name():

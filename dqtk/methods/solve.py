@@ -49,6 +49,7 @@ from .shortcut_split import columns_of, inputs_of
 from .smooth import smoothing
 
 SEARCH_ROWS = 512  # of a weight, evenly: on them smoothing is searched
+FINAL_ROWS = 64  # on them it is judged once more, behind a solver that learns
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,8 +193,13 @@ def _transformed(
     assert isinstance(transform, Smooth)
     assert inputs is not None
     rest = replace(spec, transforms=spec.transforms[index + 1 :])
-    judged = [weight[:: -(-weight.shape[0] // SEARCH_ROWS)] for weight in weights]
+    judged = _some_rows(weights, SEARCH_ROWS)
     multiplier = smoothing(weights, inputs, transform, channels, lambda m: _smooth_error(judged, inputs, rest, m, channels))
+    none = torch.ones_like(multiplier)
+    if transform.alpha is None and not isinstance(spec.solver, RTN) and not torch.equal(multiplier, none):
+        few = _some_rows(weights, FINAL_ROWS)
+        smoothed, plain = (_solved_error(few, inputs, rest, m, channels) for m in (multiplier, none))
+        multiplier = multiplier if smoothed <= plain else none
     taps = multiplier.repeat(weights[0].shape[1] // channels)
     return [weight / taps for weight in weights], inputs.scaled(taps), {"smooth": multiplier.bfloat16()}
 
@@ -218,6 +224,34 @@ def _smooth_error(weights: list[Tensor], inputs: Inputs, rest: LayerSpec, multip
     for weight, moved in zip(weights, scaled, strict=True):
         form = concrete(moved, rest.weight)
         total += float((q @ fit_grid(moved, form).round(moved).T - inputs.sample @ weight.T).square().sum())
+    return total
+
+
+def _some_rows(weights: list[Tensor], most: int) -> list[Tensor]:
+    """Rows of every weight, evenly."""
+    return [weight[:: -(-weight.shape[0] // most)] for weight in weights]
+
+
+def _solved_error(weights: list[Tensor], inputs: Inputs, rest: LayerSpec, multiplier: Tensor, channels: int) -> float:
+    """The same with weights as GPTQ leaves them, whatever learns.
+
+    Rounding to nearest does not tell: where one token is huge, its error hides what smoothing does to the others, and what it does
+    to the token itself (equal channels that cancel round alike, unequal ones do not) shows once the weights are learned.
+    """
+    taps = multiplier.repeat(weights[0].shape[1] // channels)
+    moved, given = [weight / taps for weight in weights], inputs.scaled(taps)
+    for transform in rest.transforms:
+        if isinstance(transform, Hadamard):
+            turned = _rotation(transform, channels)
+            moved, given = [turned(weight) for weight in moved], given.mapped(turned)
+    form = concrete(moved[0] if len(moved) == 1 else torch.cat(moved), rest.weight)
+    spec, shared = _static_input(replace(rest, weight=form, transforms=()), given, None)
+    q = _rounded_sample(given, spec, shared)
+    solver = spec.solver if isinstance(spec.solver, GPTQ) else GPTQ()
+    factor, total = Factor.of(given.gram, solver), 0.0
+    for weight, rows in zip(weights, moved, strict=True):
+        stored = dequantize(gptq(rows, form, given, solver, factor), form, rows.shape[1])
+        total += float((q @ stored.T - inputs.sample @ weight.T).square().sum())
     return total
 
 

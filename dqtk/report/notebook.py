@@ -100,12 +100,15 @@ class Slider:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Ranges:
     """How far ranges of inputs move with the noise level, by role: statistics of a static recipe, and the sites of its plan."""
 
     stats: Stats
     sites: Sequence[Site]
+
+    def __repr__(self) -> str:
+        return f"Ranges({len({key.site for key in self.stats.inputs})} layers, {self.stats.num_prompts} prompts)"
 
     def _repr_svg_(self) -> str:
         curves = range_curves(widths_of(self.stats), self.sites)

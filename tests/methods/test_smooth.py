@@ -1,5 +1,7 @@
 """Smoothing: the formula, what is searched, and that the layer's function stays."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from dqtk.methods.solve import _smooth_error, solve
 from dqtk.numerics.inputs import round_input
 from dqtk.numerics.packing import Packed, dequantize
 from dqtk.spec import (
+    GPTQ,
     Dynamic,
     Float,
     Hadamard,
@@ -184,3 +187,20 @@ def test_convolutions_have_one_factor_per_channel(seeded, stats_of):
     torch.testing.assert_close(solution.tensors["smooth"].float(), found)
     stored = dequantize(Packed(qweight=solution.tensors["qweight"], scale=solution.tensors["scale"]), W8, 24)
     assert (stored * found.repeat(6) - matrix).norm() < 0.04 * matrix.norm()
+
+
+def test_a_search_by_rounding_to_nearest_is_checked_behind_the_solver(seeded, stats_of):
+    """A huge token of equal channels, cancelled by a weight's rows: learned weights keep that, unequal rounding does not."""
+    x = seeded(300, 64) * torch.exp2(seeded(64, seed=1))
+    x[::30] = 500.0
+    weight = seeded(96, 64, seed=2)
+    weight -= weight.mean(1, keepdim=True)
+    plain = LayerSpec(weight=W4, input=TensorSpec(format=Float(), granularity=PerToken(), range=Dynamic()), solver=GPTQ())
+    smooth = replace(plain, transforms=(Smooth(),))
+    inputs = stats_of(x)
+    searched = smoothing([weight], inputs, Smooth(), 64, lambda m: _smooth_error([weight], inputs, plain, m, 64))
+    assert not torch.equal(searched, torch.ones(64))  # rounding to nearest would smooth
+    without, found = (output_error(weight, x, spec, solve([weight], spec, inputs)[0]) for spec in (plain, smooth))
+    forced = Smooth(alpha=0.5)
+    harmed = output_error(weight, x, plain, solve([weight], replace(plain, transforms=(forced,)), inputs)[0])
+    assert found <= without * 1.01 < harmed

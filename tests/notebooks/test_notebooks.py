@@ -10,7 +10,7 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NAMES = sorted(path.name for path in FOLDER.glob("*.ipynb"))
-PICTURES = {"01_quantize_in_three_lines.ipynb": 2, "02_compare_images.ipynb": 4, "03_batch_metrics.ipynb": 2, "04_methods.ipynb": 1}
+PICTURES = {"01_quantize_in_three_lines.ipynb": 2, "02_compare_images.ipynb": 4, "03_batch_metrics.ipynb": 2, "04_methods.ipynb": 2}
 
 
 def outputs(notebook):
