@@ -8,8 +8,8 @@ MODEL is a pipeline, or an embedded one with ``-stressed`` behind its name. Ever
 pipeline's own scheduler, on 16 other captions, and then judged at other numbers of steps and with another scheduler. Error: mean
 square between final latents of the same prompt and noise, as the original's share; ``gain``: mean over prompts of the logarithm
 (base 10) of the first variant's error over this one's, with its interval (0.3: half the error). Policies protect a tenth of the
-steps: the first or last ones, or those that ``sensitive_steps`` finds on two calibration captions; their cost is the mean product of
-weight and input bits over a run and the stored bytes, both as the first variant's share. Appends JSON lines to results.jsonl.
+steps: the first or last ones, or those that ``sensitive_steps`` finds on two calibration captions. Their cost, as the first
+variant's share: the mean product of weight and input bits over a run, and the stored bytes. Appends JSON lines to results.jsonl.
 """
 
 import argparse
