@@ -70,7 +70,8 @@ class ModulationTable(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N] for [B, K], or [B, 1, N] for [B, 1, K]. Raises ``ValueError`` for another batch where rows differed."""
-        found = self.rows.index_select(0, self.known.index(self.rows.device))[0]
+        module: Any = self
+        found = module.rows.index_select(0, module.known.index(module.rows.device))[0]
         if found.shape[0] not in (1, x.shape[0]):
             raise ValueError(
                 f"modulation: batch must be {found.shape[0]}, as when the tables were made, got {x.shape[0]}. "
@@ -79,7 +80,7 @@ class ModulationTable(nn.Module):
         return found.view(found.shape[0], *[1] * (x.ndim - 2), -1).expand(*x.shape[:-1], -1)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {len(self.rows)} times"
+        return f"{self.in_features}, {self.out_features}, {len(self.known.times)} times"
 
 
 def _refuse(module: nn.Module, prefix: str, keep_vars: bool) -> None:
