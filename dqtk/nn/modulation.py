@@ -65,6 +65,7 @@ class ModulationTable(nn.Module):
         self.register_buffer("rows", rows_SRN, persistent=False)
         self.register_buffer("weight", rows_SRN.new_empty(0), persistent=False)  # hosts read its dtype
         self.bias = None
+        known.index(rows_SRN.device)  # made now, as a compiler would trace it
         self.register_state_dict_pre_hook(_refuse)
         self.train(like.training)
 
