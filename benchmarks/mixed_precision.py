@@ -106,13 +106,9 @@ class World:
         return found
 
     def paint(self, picked) -> SimpleNamespace:
-        """The pictures of all prompts, with a plan's layers in the model: tensor [P, 3, H, W], the oracle's means [P]."""
-        tasks, images = make_tasks(self.prompts, 0, 1), []
+        """What is painted with a plan's layers in the model."""
         with self.layers.put(picked):
-            for start in range(0, len(tasks), 8):
-                images += generate(self.pipe, tasks[start : start + 8], self.kwargs).images
-        said = [self.oracle(image, prompt).mean for image, prompt in zip(images, self.prompts, strict=True)]
-        return SimpleNamespace(images=to_tensor(images), oracle=torch.tensor(said, dtype=torch.float64))
+            return painted(self.pipe, self.prompts, self.kwargs, self.oracle)
 
     def judged(self, picked) -> SimpleNamespace:
         """PSNR of every prompt [P], and the oracle's changes [P]."""
@@ -195,6 +191,15 @@ def run(model: str, options, work: Path) -> None:
             said = f"PSNR {row['psnr']} gain {row['gain']} oracle {row['oracle_change']} {row['stored_bits']} bits stored"
             print(f"{model:22} {bits:5} {variant:22} {said}", flush=True)
             append(row)
+
+
+def painted(pipe, prompts: list[str], kwargs: dict, oracle) -> SimpleNamespace:
+    """The pictures of all prompts: tensor [P, 3, H, W], and the oracle's means [P]."""
+    tasks, images = make_tasks(prompts, 0, 1), []
+    for start in range(0, len(tasks), 8):
+        images += generate(pipe, tasks[start : start + 8], kwargs).images
+    said = [oracle(image, prompt).mean for image, prompt in zip(images, prompts, strict=True)]
+    return SimpleNamespace(images=to_tensor(images), oracle=torch.tensor(said, dtype=torch.float64))
 
 
 def dqtk_choice(world: World, site: str, spec):

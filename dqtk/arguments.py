@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .allocate.budget import Budget, parse_budget
 from .allocate.from_logs import LOSSES
-from .recipes import RECIPES
+from .recipes import RECIPES, SEARCHES
 from .report.rounding import ROUNDINGS
 
 FLOORS = ("bfloat16", *ROUNDINGS)
@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     quant.add_argument("--sequential", action="store_true", help="solvers see inputs of the model as it is quantized so far")
     quant.add_argument("--correct", action="store_true", help="correct the output per noise level where that helps unseen prompts")
     quant.add_argument(
-        "--refine", choices=("distill",), help="then train it on the original's answers, where unseen prompts confirm it"
+        "--refine", choices=("distill", "blocks"), help="then train it on the original's answers, where unseen prompts confirm it"
     )
     quant.add_argument("--iterations", type=_positive, metavar="N", help="of --refine (default: its own number)")
     quant.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="state of --refine; an interrupted run goes on from it")
@@ -90,13 +90,21 @@ def _allocation(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "model", metavar="MODEL", nargs="?", help="is measured, and the output is its plan; or none, and --sensitivity"
     )
-    verb.add_argument("--budget", type=_budget, required=True, help="such as 4.5bits (average per weight), 300MB, 2TBOPs or 12ms")
+    verb.add_argument("--budget", type=_budget, help="such as 4.5bits (average per weight), 300MB, 2TBOPs or 12ms")
+    verb.add_argument("--search", metavar="NAME", help=f"recipe with a budget and candidates of its own: {', '.join(SEARCHES)}")
     verb.add_argument(
         "--widths",
         type=_positive,
         nargs="+",
         metavar="BITS",
         help="of weights, to choose among (2 3 4 8), or columns of the log (2 4 8)",
+    )
+    verb.add_argument(
+        "--input-widths",
+        type=_positive,
+        nargs="+",
+        metavar="BITS",
+        help="of inputs, each with each of the weights' (8; 16: as they are); for budgets in BOPs or ms",
     )
     verb.add_argument("--recipes", nargs="+", metavar="NAME", help="to choose among, in place of --widths")
     verb.add_argument(

@@ -33,7 +33,7 @@ from .recipes import RECIPES, recipe_named
 from .report.rounding import check_rounding
 from .resolve import oracle_for
 from .sources import find_device, load_pipeline, local_folder, meta_pipeline, meta_target, read_json, readable
-from .spec import Distill
+from .spec import Distill, Reconstruct
 from .streaming import quantize_folder
 
 
@@ -157,10 +157,18 @@ def _calibrate(options: argparse.Namespace, command: str) -> None:
 def _allocate(options: argparse.Namespace, command: str) -> None:
     _check_new_file(options.output, "allocate")
     _check_writable(options.output, "allocate")
-    made = choices_from_logs(options) if options.model is None else plan_from_model(options, _call_kwargs)
+    if options.model is None:
+        chosen = choices_from_logs(options)
+        _write_json(options.output, chosen.to_json())
+        print(f"{chosen.table()}\n{options.output}: the choices")
+        return
+    from .report.allocation import write_allocation
+
+    made = plan_from_model(options, _call_kwargs)
     _write_json(options.output, made.to_json())
-    print(made.table())
-    print(f"{options.output}: {'the choices' if options.model is None else 'the plan'}")
+    folder = options.output.with_name(f"{options.output.stem}-sensitivity")
+    page = write_allocation(made, folder / "page.html", options.model, command)
+    print(f"{made.table()}\n{options.output}: the plan; {page}: what other budgets would buy")
 
 
 def _quantize(options: argparse.Namespace, command: str) -> None:
@@ -206,7 +214,8 @@ def _quantize_in_memory(options: argparse.Namespace, plan: Plan) -> None:
         stats = run_calibrate(pipe, prompts, plan, call_kwargs=_call_kwargs(options, pipe), **how)
     memory = int(options.max_memory * 2**30)
     more = {} if options.iterations is None else {"iterations": options.iterations}
-    refine = None if options.refine is None else Distill(**more)
+    kinds = {None: None, "distill": Distill(**more), "blocks": Reconstruct(**more)}
+    refine = kinds[options.refine]
     trained: dict[str, Any] = {"correct": options.correct, "refine": refine, "checkpoint": options.checkpoint}
     quantize(pipe, plan, stats, sequential=options.sequential, max_memory=memory, **trained)
     save(pipe, options.output)

@@ -30,11 +30,11 @@ from .nn import Quantized, runtime_class
 from .plan import Choice, Plan, Recipe, Rule, check_fit, resolve
 from .policy import StepPolicy, combined, fixed_choices
 from .recipes import recipe_named
-from .refine.distill import distill
+from .refine.refine import refined
 from .resolve import adapters
 from .sites import DENOISERS, Site, components_of, find_sites
 from .sources import model_class, readable, stored_dtype
-from .spec import ByLevel, Distill, LayerSpec, SiteSpec, describe
+from .spec import ByLevel, LayerSpec, Reconstruct, Refiner, SiteSpec, describe
 from .stages import solutions
 
 MAX_MEMORY = 2 * 2**30  # bytes of second moments held at a time
@@ -128,7 +128,7 @@ def quantize(
     sequential: bool = False,
     max_memory: int = MAX_MEMORY,
     correct: bool = False,
-    refine: Distill | None = None,
+    refine: Refiner | None = None,
     checkpoint: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> Any:
@@ -145,8 +145,8 @@ def quantize(
         max_memory: bytes that the second moments of inputs may take at a time; more means fewer replays of the kept calls.
         correct: correct the denoisers' outputs by a gain and a shift per noise level and channel, where calls that they were not
             fitted on confirm them (``correct/output.py``).
-        refine: train the quantized denoisers on what the original answers to the kept calls (``refine/``), before ``correct``; kept
-            only where calls that were not learned from confirm it.
+        refine: train the quantized denoisers on what the original answers to the kept calls (``refine/``), as a whole or block by
+            block, before ``correct``; kept only where calls that were not learned from confirm it.
         checkpoint: folder for the state of what trains; an interrupted run goes on from it, with the same result.
         progress: show a bar.
     Returns:
@@ -195,24 +195,31 @@ def quantize(
     exact = exact_outputs(students, stats) if stats is not None else {}
     if correct and stats is not None:
         check_correctable(students, stats, exact)
+    originals: dict[str, dict[str, nn.Module]] = {name: {} for name in touched}
     try:
         with tqdm(total=len(work), desc="quantize", unit="layer", disable=not progress) as bar:
             how: dict[str, Any] = {"sequential": sequential, "max_memory": max_memory, "solved": bar.update}
             for solved in solutions(parts, work, stats, **how):
                 for choice, solution in solved:
+                    if isinstance(refine, Reconstruct):
+                        originals[choice.site.component][choice.site.path] = _layer_of(parts, choice)
                     _install(parts[choice.site.component], choice.site, solution)
         for name, part in students.items():
             assert stats is not None
             if refine is not None:
-                file = None if checkpoint is None else Path(checkpoint) / f"{name}.safetensors"
+                folder = None if checkpoint is None else Path(checkpoint)
                 calls = calls_of(stats.calls, name)
-                distill(part, calls, exact[name], refine, name=name, file=file, progress=progress)
+                refined(part, refine, calls, exact[name], originals[name], name=name, folder=folder, progress=progress)
             if correct:
                 correct_output(part, stats, name, exact[name])
     finally:
         for name in touched:
             _make_saveable(parts[name], made.recipe)
     return target
+
+
+def _layer_of(parts: Mapping[str, nn.Module], choice: Choice) -> nn.Module:
+    return parts[choice.site.component].get_submodule(choice.site.path)
 
 
 def _install(module: nn.Module, site: Site, solution: Solution) -> None:

@@ -34,6 +34,7 @@ from .spec import (
     TensorSpec,
     TwoLevel,
     did_you_mean,
+    frozen,
 )
 
 KEPT_ROLES = {
@@ -205,16 +206,73 @@ def llm_fp4() -> Recipe:
     return _uniform("llm-fp4", LayerSpec(weight=weight, input=given, transforms=(Smooth(alpha=1.0, power_of_two=True),)))
 
 
-def of_width(bits: int) -> Recipe:
+def of_width(bits: int, inputs: int = 8) -> Recipe:
     """``bits``-bit weights that multiply INT8 inputs as integers: in groups of 64 up to 4 bits, per channel above; no prompts.
 
-    What allocation chooses among. 4 and 8 are ``w4a8-rtn`` and ``w8a8``. Raises ``ValueError`` for a width outside 2 to 8.
+    What allocation chooses among. 4 and 8 are ``w4a8-rtn`` and ``w8a8``. ``inputs``: their bits, 2 to 8 per token, or 16: as they
+    are. Raises ``ValueError`` for a width outside 2 to 8.
     """
     if not 2 <= bits <= 8:
         raise ValueError(f"recipe: weight bits must be from 2 to 8, got {bits}. Integer kernels take nothing else.")
+    if inputs != 16 and not 2 <= inputs <= 8:
+        raise ValueError(f"recipe: input bits must be from 2 to 8, or 16, got {inputs}. Integer kernels take nothing else.")
     granularity = TwoLevel(size=64) if bits <= 4 else PerChannel()
     weight = TensorSpec(format=Int(bits=bits), granularity=granularity, range=AbsMax())
-    return _uniform(f"w{bits}a8", LayerSpec(weight=weight, input=_A8))
+    given = None if inputs == 16 else TensorSpec(format=Int(bits=inputs), granularity=PerToken(), range=Dynamic())
+    return _uniform(f"w{bits}a{inputs}", LayerSpec(weight=weight, input=given))
+
+
+CONTENT_ROLES = (*(f"cross_attn.{part}" for part in ("q", "k", "v", "out")), "ff.up", "ff.down")
+"""MixDQ's content group: what a picture shows. Everything else is its quality group."""
+
+
+@frozen
+class Search:
+    """A recipe with a budget: what every layer may become, and how many bits per weight all may take (``dqtk allocate --search``).
+
+    bits: stored, on average over all planned layers, kept ones at 16. content_score: of pictures, for the content group. sweep: of
+    the ratio between the groups' budgets. switch: exchanges of levels to try.
+    """
+
+    name: str
+    candidates: tuple[Recipe, ...]
+    bits: float
+    content_score: str | None = None
+    sweep: bool = False
+    switch: int | None = None
+
+
+def auto() -> Search:
+    """Ours: smoothed and learned weights of 2, 3 and 4 bits, or INT8, with INT8 inputs, at 4.5 bits; 100 exchanges."""
+    narrow = []
+    for bits in (2, 3):
+        weight = replace(_W4_INTEGER, format=Int(bits=bits))
+        narrow.append(_uniform(f"w{bits}a8", LayerSpec(weight=weight, input=_A8, solver=GPTQ(), transforms=(Smooth(),))))
+    return Search(name="auto", candidates=(*narrow, w4a8(), w8a8()), bits=4.5, switch=100)
+
+
+def mixdq_w3_66a16() -> Search:
+    """MixDQ (arXiv 2405.17873): weights per channel of 2, 4 or 8 bits in its content group, 4 or 8 elsewhere, at 3.66 bits.
+
+    Content by SSIM of pictures, the ratio of the groups' budgets swept, as in the paper; nothing is kept. Quality layers minimise a
+    sum of noise powers, where the paper maximises one of decibels.
+    """
+    found = []
+    for bits in (2, 4, 8):
+        wide, narrow = (LayerSpec(weight=TensorSpec(format=Int(bits=b), granularity=PerChannel())) for b in (max(bits, 4), bits))
+        rules = (Rule(roles=CONTENT_ROLES, spec=narrow, why="mixdq: content"), Rule(spec=wide, why="mixdq: quality"))
+        found.append(Recipe(name=f"mixdq-w{bits}a16", rules=rules))
+    return Search(name="mixdq-w3.66a16", candidates=tuple(found), bits=3.66, content_score="ssim", sweep=True)
+
+
+def viditq_mp_w4a8() -> Search:
+    """ViDiT-Q's mixed W4A8 (arXiv 2406.02540): ``viditq-w4a8`` with 4 or 8 bits per layer, at 6 bits.
+
+    The authors' plan for PixArt-Sigma was made by hand (8 bits for the feed-forwards and both end blocks); 6 bits are its average.
+    """
+    four = viditq_w4a8()
+    rules = tuple(rule if rule.spec is None else replace(rule, spec=replace(rule.spec, weight=_W8)) for rule in four.rules)
+    return Search(name="viditq-mp-w4a8", candidates=(four, Recipe(name="viditq-w8a8", rules=rules)), bits=6.0)
 
 
 RECIPES = {
@@ -240,8 +298,23 @@ RECIPES = {
 }
 
 
+SEARCHES = {"auto": auto, "mixdq-w3.66a16": mixdq_w3_66a16, "viditq-mp-w4a8": viditq_mp_w4a8}
+
+
+def search_named(name: str) -> Search:
+    """A recipe with a budget. Raises ``ValueError`` with a suggestion for an unknown name."""
+    if name not in SEARCHES:
+        raise ValueError(f"allocate: search must be one of {', '.join(SEARCHES)}, got {name!r}.{did_you_mean(name, SEARCHES)}")
+    return SEARCHES[name]()
+
+
 def recipe_named(name: str) -> Recipe:
-    """A generic recipe. Raises ``ValueError`` with a suggestion for an unknown name."""
+    """A generic recipe. Raises ``ValueError`` with a suggestion for an unknown name, and for one that is a search."""
+    if name in SEARCHES:
+        raise ValueError(
+            f"recipe: name must be of a recipe without a budget, got {name!r}, which measures layers first. "
+            f"dqtk allocate MODEL --search {name} --output plan.json, then dqtk quantize --plan plan.json."
+        )
     if name not in RECIPES:
         raise ValueError(f"recipe: name must be one of {', '.join(RECIPES)}, got {name!r}.{did_you_mean(name, RECIPES)}")
     return RECIPES[name]()

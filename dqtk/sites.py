@@ -266,6 +266,12 @@ def _shared_input(component: str, path: str, role: str) -> str | None:
     return None
 
 
+def repeated_block(path: str) -> str:
+    """The repeated block around a layer: ``down_blocks.1.attentions.0.transformer_blocks.2``; elsewhere the part it stands in."""
+    found = re.match(r"(.*?(?:blocks?|layers?)\.\d+(?:\.(?:\w*blocks|attentions|resnets|layers)\.\d+)*)(\.|$)", path)
+    return found[1] if found else path.split(".")[0]
+
+
 def meta(factory: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
     """Build a module without memory: ``meta(UNet2DConditionModel, **config)``."""
     with torch.device("meta"):

@@ -6,7 +6,6 @@ unquantized model (everything is solved before anything is replaced), or, ``sequ
 far, block by block.
 """
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 
@@ -22,6 +21,7 @@ from .kernels import to_matrix
 from .methods.by_level import solve_site
 from .methods.solve import Solution
 from .plan import Choice
+from .sites import repeated_block
 from .spec import ConstantToken, LayerSpec, level_edges
 
 Solved = list[tuple[Choice, Solution]]
@@ -91,7 +91,7 @@ def _stages(groups: Sequence[list[Choice]], max_memory: int, *, by_block: bool) 
     taken, block = 0, None
     for group in groups:
         mine = gram_bytes(group[0].site) if _needs_moments(group) else 0
-        here = _block(group[0].site.path) if by_block else None
+        here = repeated_block(group[0].site.path) if by_block else None
         if stage and (taken + mine > max_memory or here != block):
             yield stage
             stage, taken = [], 0
@@ -99,12 +99,6 @@ def _stages(groups: Sequence[list[Choice]], max_memory: int, *, by_block: bool) 
         taken, block = taken + mine, here
     if stage:
         yield stage
-
-
-def _block(path: str) -> str:
-    """The repeated block around a layer: ``down_blocks.1.attentions.0.transformer_blocks.2``."""
-    found = re.match(r"(.*?(?:blocks?|layers?)\.\d+(?:\.(?:\w*blocks|attentions|resnets|layers)\.\d+)*)(\.|$)", path)
-    return found[1] if found else path.split(".")[0]
 
 
 @torch.no_grad()

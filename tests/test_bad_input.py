@@ -189,6 +189,8 @@ def set_weight(folder, value):
         (["--plan", "nowhere.json"], "--plan: file must exist, got nowhere.json."),
         (["--plan", "x", "--recipe", "w8a8"], "--plan must stand alone, got --recipe, --text-encoders, --keep or --set too."),
         (["--plan", "x", "--keep", "a"], "--plan must stand alone, got --recipe, --text-encoders, --keep or --set too."),
+        (["--recipe", "w8a8", "--refine", "distill"], "--prompts or --stats must be given for --refine, got neither."),
+        (["--recipe", "w8a8", "--iterations", "5"], "--iterations and --checkpoint must come with --refine, got one without."),
     ],
 )
 def test_words(shell, folder, tmp_path, words, says):

@@ -27,9 +27,11 @@ PLANNING = ["--keep", "--recipe", "--set", "--text-encoders"]
 SAMPLING = ["--batch-size", "--device", "--dtype", "--guidance", "--num-prompts", "--prompts", "--seed", "--steps"]
 BENCH = ["--batch", "--height", "--num-frames", "--repeats", "--size", "--threads", "--width"]
 ALLOCATION = [
+    "--search",
     "--around",
     "--budget",
     "--widths",
+    "--input-widths",
     "--recipes",
     "--keep",
     "--content",
@@ -343,6 +345,7 @@ def test_allocate_then_quantize(folder, say, tmp_path, capsys):
     text = say(*words, "--budget", "15bits", "--output", tmp_path / "plan.json")
     assert "scores rise with the bits of the weight at 2 of 2 sites" in text
     assert f"{tmp_path / 'plan.json'}: the plan" in text
+    assert "What other budgets would buy" in (tmp_path / "plan-sensitivity" / "page.html").read_text()
     plan = Plan.from_json(json.loads((tmp_path / "plan.json").read_text()))
     assert plan.recipe == "allocated 15 bits"
     journal = tmp_path / "plan-sensitivity" / "done-0.jsonl"
@@ -359,6 +362,29 @@ def test_allocate_then_quantize(folder, say, tmp_path, capsys):
     files = ["--sensitivity", log / "scores.yaml", "--sizes", log / "sizes.yaml", "--widths", 2, 4, "--loss", "noise"]
     say("allocate", *files, "--budget", "3bits", "--output", tmp_path / "choices.json")
     assert set(json.loads((tmp_path / "choices.json").read_text())["choices"].values()) == {2, 4}
+
+
+def test_allocate_among_calibrated_inputs(folder, say, tmp_path):
+    """Recipes with calibrated ranges are candidates: their ranges come with the kept calls, and quantize takes both."""
+    words = [
+        "--recipes",
+        "w8a8-static",
+        "w4a8-rtn",
+        "--keep",
+        "*.[1-9].*",
+        "--keep",
+        "*attn*",
+        "--prompts",
+        "a circle",
+        "--steps",
+        1,
+    ]
+    text = say("allocate", folder, *words, "--budget", "15.2bits", "--output", tmp_path / "plan.json")
+    assert "scores rise with the bits of the weight at 2 of 2 sites" in text
+    plan = Plan.from_json(json.loads((tmp_path / "plan.json").read_text()))
+    assert plan.needs_stats
+    stats = ["--stats", tmp_path / "plan-sensitivity.safetensors"]
+    assert plan.hash in say("quantize", folder, "--plan", tmp_path / "plan.json", *stats, "--output", tmp_path / "out")
 
 
 def test_allocate_swept_and_switched(folder, say, tmp_path):
@@ -425,6 +451,13 @@ def test_allocate_with_pictures_for_content(folder, say, tmp_path):
         (["FOLDER"], "--prompts or --stats must be given for"),
         (["FOLDER", "--content", "*.mlp.*"], "a group's pattern must match one of"),
         (["FOLDER", "--widths", "1"], "weight bits must be from 2 to 8, got 1"),
+        (["nowhere", "--search", "auto", "--widths", "4"], "--search must stand without --widths, got both"),
+        (
+            ["nowhere", "--search", "atuo"],
+            "search must be one of auto, mixdq-w3.66a16, viditq-mp-w4a8, got 'atuo'. Did you mean 'auto'",
+        ),
+        (["--sensitivity", "a", "--sizes", "a", "--search", "auto"], "--search must come with a MODEL"),
+        (["nowhere", "--input-widths", "4", "8"], "--input-widths must come with a budget in BOPs or ms, got 4 bits"),
     ],
 )
 def test_allocate_refuses(words, said, folder, tmp_path, capsys):

@@ -5,7 +5,7 @@ import re
 import pytest
 
 import dqtk
-from dqtk.recipes import KEPT_ROLES, RECIPES, recipe_named
+from dqtk.recipes import KEPT_ROLES, RECIPES, SEARCHES, recipe_named, search_named
 from dqtk.sites import ROLES
 from dqtk.spec import describe
 
@@ -88,3 +88,32 @@ def test_mixdq_rounds_everything_but_the_inputs_of_both_ends(name, load_tiny):
 def test_suggestion_for_an_unknown_name():
     with pytest.raises(ValueError, match=r"recipe: name must be one of .*, got 'w8a8static'\. Did you mean 'w8a8-static'\?"):
         recipe_named("w8a8static")
+
+
+SEARCHED = {
+    "auto": ["W2", "W3", "W4", "W8"],
+    "mixdq-w3.66a16": ["W4", "W4", "W8"],  # of the last rule: quality
+    "viditq-mp-w4a8": ["W4", "W8"],
+}
+
+
+@pytest.mark.parametrize("name", SEARCHED)
+def test_searches_are_recipes_with_a_budget(name, load_tiny):
+    search = search_named(name)
+    assert search.name == name
+    assert [describe(candidate.main_spec()).partition(" ")[0] for candidate in search.candidates] == SEARCHED[name]
+    plans = [dqtk.plan(load_tiny("sdxl"), candidate) for candidate in search.candidates]
+    stored = [8 * sum(c.bytes_after for c in plan.choices) / sum(c.site.num_weights for c in plan.choices) for plan in plans]
+    assert stored == sorted(stored)
+    with pytest.raises(
+        ValueError, match=rf"must be of a recipe without a budget, got '{name}'.*dqtk allocate MODEL --search {name}"
+    ):
+        recipe_named(name)
+
+
+def test_mixdq_gives_two_bits_to_content_only(load_tiny):
+    assert set(SEARCHED) == set(SEARCHES)
+    plan = dqtk.plan(load_tiny("sdxl"), search_named("mixdq-w3.66a16").candidates[0])
+    narrow = {choice.site.role for choice in plan.choices if choice.spec.weight.bits == 2}
+    assert narrow == {"cross_attn.q", "cross_attn.k", "cross_attn.v", "cross_attn.out", "ff.up", "ff.down"}
+    assert {choice.spec.weight.bits for choice in plan.choices if choice.site.role not in narrow} == {4}

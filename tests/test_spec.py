@@ -34,6 +34,7 @@ from dqtk.spec import (
     PerLevel,
     PerTensor,
     PerToken,
+    Reconstruct,
     ShortcutSplit,
     Smooth,
     TensorSpec,
@@ -71,6 +72,7 @@ W4A8 = LayerSpec(weight=W4_TWO_LEVEL, input=A8)
 
 EVERY_TYPE = [
     Distill(iterations=3, rank=8),
+    Reconstruct(drop=0.25),
     Int(bits=3, symmetric=False),
     Float(),
     Float(exponent=3, mantissa=5, signed=False),

@@ -15,8 +15,8 @@ from dqtk.calibrate.record import observe
 from dqtk.calibrate.replay import Call
 from dqtk.checkpoint import digest, quantized_layers
 from dqtk.plan import Recipe, Rule
+from dqtk.sites import repeated_block
 from dqtk.spec import GPTQ, Dynamic, Int, LayerSpec, LowRank, PerChannel, PerGroup, PerTensor, PerToken, Smooth, TensorSpec
-from dqtk.stages import _block
 
 stages = importlib.import_module("dqtk.stages")
 
@@ -259,7 +259,7 @@ def test_the_first_block_is_the_same_either_way(model, stats):
     ],
 )
 def test_blocks_by_their_names(path, block):
-    assert _block(path) == block
+    assert repeated_block(path) == block
 
 
 # --- errors and interruptions ----------------------------------------------------------------------------------------

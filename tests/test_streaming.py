@@ -431,7 +431,7 @@ def test_a_plan_that_learns(folder, tmp_path, capsys):
         stream(folder, tmp_path / "q", dqtk.plan(meta_pipeline(str(folder)), "w8a8"), text_encoders="w8a8")
     words = ["quantize", str(folder), "--recipe", "w8a8", "--stream", "--output", str(tmp_path / "q")]
     assert main([*words, "--prompts", "a cat"]) == 2
-    assert "--stream must stand without --prompts, --stats, --sequential and --correct" in capsys.readouterr().err
+    assert "--stream must stand without --prompts, --stats, --sequential, --correct and --refine" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [folder]
 
 

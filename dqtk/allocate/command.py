@@ -2,23 +2,28 @@
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from tqdm import tqdm
 
 from dqtk.calibrate import Stats, calibrate
+from dqtk.calibrate.intervals import settled
+from dqtk.calibrate.look import looked
 from dqtk.calibrate.run import check_model
 from dqtk.costs import CostTable
-from dqtk.plan import Plan
+from dqtk.plan import Choice, Plan, Recipe
 from dqtk.prompt_sets import read_prompts
 from dqtk.quantize import plan as make_plan
-from dqtk.recipes import of_width, recipe_named
+from dqtk.recipes import of_width, recipe_named, search_named
 from dqtk.resolve import embedded_names, embedded_prompts, scores
 from dqtk.sites import components_of
 from dqtk.sources import find_device, load_pipeline, meta_pipeline, read_json, readable
 from dqtk.spec import canonical, did_you_mean
 
+from .budget import Budget
 from .from_logs import Chosen, allocate_from_logs
 from .from_plans import Made, Offers
 from .groups import CONTENT, QUALITY, check_globs, group_of
@@ -37,14 +42,20 @@ LEARNING = "w4a8"  # a recipe that makes calibrate keep calls
 JUDGED = 8  # prompts that whole plans are judged on
 OTHER_NOISE = 1_000_003  # added to the seed: noises that no layer was scored on
 SCORE = "psnr"  # of their pictures
+ONLY_WITH_A_MODEL = (
+    *("search", "recipes", "input_widths", "around", "keep", "quality", "content_score"),
+    *("sweep", "switch", "costs", "stats", "prompts"),
+)
 
 
 def choices_from_logs(options: argparse.Namespace) -> Chosen:
     """Without a MODEL. Raises ``ValueError`` for options that only a MODEL has."""
+    if options.budget is None:
+        raise ValueError("allocate: --budget must be given, got none. For example 4.5bits.")
     for name, value in (("--sensitivity", options.sensitivity), ("--sizes", options.sizes)):
         if value is None:
             raise ValueError(f"allocate: {name} must be given where there is no MODEL, got none. Add it, or name a model.")
-    for name in ("recipes", "around", "keep", "quality", "content_score", "costs", "stats", "prompts", "sweep", "switch"):
+    for name in ONLY_WITH_A_MODEL:
         if getattr(options, name):
             raise ValueError(
                 f"allocate: --{name.replace('_', '-')} must come with a MODEL, got none. A log holds names and numbers only."
@@ -63,8 +74,8 @@ def choices_from_logs(options: argparse.Namespace) -> Chosen:
 
 def plan_from_model(options: argparse.Namespace, call_kwargs: Callable[[argparse.Namespace, Any], Mapping[str, Any]]) -> Made:
     """With a MODEL: measure it, or go on measuring, and allocate. Also writes the scores as a log into NAME-sensitivity."""
+    recipes = _candidates(options)
     _check_options(options)
-    recipes = [recipe_named(name) for name in options.recipes or ()] or [of_width(bits) for bits in options.widths or CHOICES]
     keep: dict[str, Any] = dict.fromkeys(options.keep)
     plans = [
         make_plan(meta_pipeline(options.model), recipe, overrides=keep) for recipe in recipes
@@ -78,8 +89,9 @@ def plan_from_model(options: argparse.Namespace, call_kwargs: Callable[[argparse
     folder.parent.mkdir(parents=True, exist_ok=True)
     pipe = load_pipeline(options.model, options.dtype, find_device(options.device))
     kwargs = call_kwargs(options, pipe)
-    stats = _stats(options, pipe, keep, kwargs, folder.with_name(f"{folder.name}.safetensors"))
+    stats = _stats(options, pipe, _watching(pipe, plans, keep), kwargs, folder.with_name(f"{folder.name}.safetensors"))
     parts = {component.name: components_of(pipe)[component.name] for component in plans[0].components}
+    plans = [_answered(plan, parts, stats) for plan in plans]
     probe = OutputSQNR(parts, stats.calls)
     probes: dict[str, Probe] = {CONTENT: _content(options, pipe, kwargs) or probe, QUALITY: probe}
     quantized = [choice for plan in plans for choice in plan.choices if choice.spec is not None]
@@ -144,6 +156,25 @@ def _judging(options: argparse.Namespace) -> list[str]:
     return found[-JUDGED:]
 
 
+def _candidates(options: argparse.Namespace) -> list[Recipe]:
+    """What is chosen among. Of a search also its budget, score, sweep and exchanges become options where none are given."""
+    if options.search is not None:
+        for name in ("recipes", "widths", "input_widths"):
+            if getattr(options, name):
+                raise ValueError(f"allocate: --search must stand without --{name.replace('_', '-')}, got both. It has its own.")
+        search = search_named(options.search)
+        options.budget = options.budget or Budget(amount=search.bits, unit="bits")
+        options.content_score = options.content_score or search.content_score
+        options.sweep = options.sweep or (search.sweep and options.ratio is None)
+        options.switch = options.switch or search.switch
+        return list(search.candidates)
+    if options.budget is None:
+        raise ValueError("allocate: --budget must be given where there is no --search, got none. For example 4.5bits.")
+    if options.recipes:
+        return [recipe_named(name) for name in options.recipes]
+    return [of_width(bits, given) for given in options.input_widths or [8] for bits in options.widths or CHOICES]
+
+
 def _around(options: argparse.Namespace, keep: Mapping[str, Any]) -> Plan:
     """The plan of the rest: that of a file, or of a recipe."""
     if options.around.endswith(".json"):
@@ -157,10 +188,9 @@ def _check_options(options: argparse.Namespace) -> None:
             raise ValueError(f"allocate: --{name} must stand without a MODEL, got {options.model}. A model is measured.")
     if options.recipes and options.widths:
         raise ValueError("allocate: --recipes must stand without --widths, got both. A recipe has its own.")
-    for name in options.recipes or ():
-        spec = recipe_named(name).main_spec()
-        if spec is not None and spec.needs_ranges:
-            raise ValueError(f"allocate: --recipes must find ranges at every call, got {name}, whose are calibrated. Use another.")
+    if options.input_widths and (options.recipes or options.budget.unit in ("bits", "bytes")):
+        got = "--recipes too" if options.recipes else str(options.budget)
+        raise ValueError(f"allocate: --input-widths must come with a budget in BOPs or ms, got {got}. Inputs are not stored.")
     if options.stats and options.prompts:
         raise ValueError("allocate: --stats must stand without --prompts, got both. Statistics have seen theirs.")
     if options.sweep and options.ratio is not None:
@@ -186,24 +216,39 @@ def _check_options(options: argparse.Namespace) -> None:
         raise ValueError(f"allocate: --costs must come with a budget in ms and only then, got {options.budget}. See dqtk bench.")
 
 
-def _stats(
-    options: argparse.Namespace,
-    pipe: Any,
-    keep: Mapping[str, Any],
-    kwargs: Mapping[str, Any],
-    output: Path,
-) -> Stats:
-    """Kept calls: from a file, or from prompts (of an embedded pipeline: its own)."""
+def _watching(pipe: Any, plans: Sequence[Plan], keep: Mapping[str, Any]) -> Plan:
+    """A plan by which calibration keeps calls, and ranges of the inputs for which some plan needs them."""
     learning = make_plan(pipe, LEARNING, overrides=keep)
+    static = {c.site.id: c.spec for plan in plans for c in plan.choices if c.spec is not None and c.spec.needs_ranges}
+    choices = []
+    for choice in learning.choices:
+        if (spec := static.get(choice.site.id)) is not None:
+            spec = spec if choice.spec is None else replace(choice.spec, input=spec.input)
+        choices.append(choice if spec is None else replace(choice, spec=spec))
+    return replace(learning, choices=tuple(choices))
+
+
+def _answered(plan: Plan, parts: Mapping[str, nn.Module], stats: Stats) -> Plan:
+    """The plan with everything found that its specs leave to statistics and calls: what solving would find, so that it is the same
+    spec that is scored, chosen and written down."""
+    found = settled(plan.choices, stats)
+    choices: list[Choice] = []
+    for name, part in parts.items():
+        choices += looked(part, stats.calls, [choice for choice in found if choice.site.component == name])[0]
+    return replace(plan, choices=tuple(choices))
+
+
+def _stats(options: argparse.Namespace, pipe: Any, watching: Plan, kwargs: Mapping[str, Any], output: Path) -> Stats:
+    """Kept calls and ranges: from a file, or from prompts (of an embedded pipeline: its own)."""
     if options.stats is not None:
         with readable(f"--stats: {options.stats}", "a file written by dqtk calibrate"):
             stats = Stats.load(options.stats)
-        check_model(stats, pipe, learning)
+        check_model(stats, pipe, watching)
         return stats
     return calibrate(
         pipe,
         _prompts(options),
-        learning,
+        watching,
         seed=options.seed,
         batch_size=options.batch_size,
         call_kwargs=kwargs,

@@ -15,7 +15,7 @@ from .budget import Budget
 from .from_logs import LOSSES
 from .groups import ALL, Grouped, allocate_groups
 from .prices import Calls, price
-from .program import Candidate, total
+from .program import Candidate, allocate, total
 from .sensitivity import Sensitivity
 
 Spec = SiteSpec | None
@@ -23,13 +23,14 @@ Spec = SiteSpec | None
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Made:
-    """plan: as chosen. groups: of ``allocate_groups``. unit and num_weights: of the budget, for words."""
+    """plan: as chosen. groups: of ``allocate_groups``. unit and num_weights: of the budget, for words. offers: what there was."""
 
     plan: Plan
     groups: dict[str, Grouped]
     budget: Budget
     num_weights: int
     expected: float | None
+    offers: "Offers"
 
     @property
     def picked(self) -> dict[str, Spec]:
@@ -150,6 +151,10 @@ class Offers:
         said = partial(self.budget.words, num_weights=self.num_weights)
         return self._made(allocate_groups(self.candidates, self.total, self.groups, ratio, self.full, said))
 
+    def at(self, total: float) -> Made:
+        """The optimum of one program within another total, in the same unit."""
+        return self._made({ALL: Grouped(budget=total, allocation=allocate(self.candidates, total))})
+
     def chosen(self, indices: Mapping[str, int]) -> Made:
         """What any choice of candidates makes."""
         return self._made({ALL: Grouped(budget=self.total, allocation=total(self.candidates, indices))})
@@ -171,6 +176,7 @@ class Offers:
             budget=self.budget,
             num_weights=self.num_weights,
             expected=_expected(self.rows, picked, self.found) if set(self.kinds.values()) == {"noise"} else None,
+            offers=self,
         )
 
 

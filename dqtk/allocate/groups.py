@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from dqtk.recipes import CONTENT_ROLES
 from dqtk.sites import Site
 
 from .budget import divided
 from .program import Allocation, Candidates, allocate
 
 CONTENT, QUALITY, ALL = "content", "quality", "all"
-CONTENT_ROLES = {*(f"cross_attn.{part}" for part in ("q", "k", "v", "out")), "ff.up", "ff.down"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,7 +4,7 @@ A multiple-choice knapsack, as in MixDQ (arXiv 2405.17873, section 4.3), which m
 sign turned. Solved exactly: a price per unit of the budget gives a bound on what any choice loses, a known choice is near it, and
 what the gap between them leaves open is enumerated site by site, of equal or greater cost only what loses less (Pisinger, A minimal
 algorithm for the multiple-choice knapsack problem, EJOR 83, 1995). A general solver does not see this structure: HiGHS
-took 0.1 s for most programs of 794 sites, even behind the bound, and two minutes for one.
+on what the bound left took 0.1 s for most programs of 794 sites, and seconds for some (notebooks/LOG.md).
 
 In the code: S sites, J candidates of a site in order of cost (filled up with infinite losses).
 """
@@ -190,8 +190,8 @@ def _enumerated(
         cost, dearer = costs[stay], dearers[stay]
         fit = cost <= room
         gap = min(gap, (dearer + price * (room - cost))[fit].min(initial=gap))
-    fit = np.flatnonzero(cost <= room)
-    state = fit[(dearer - price * cost)[fit].argmin()]
+    ends = np.flatnonzero(cost <= room)
+    state = ends[(dearer - price * cost)[ends].argmin()]
     chosen = best.copy()
     for site, before, index in reversed(steps):
         chosen[site], state = index[state], before[state]

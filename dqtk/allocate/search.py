@@ -7,6 +7,7 @@ are judged on some of these calls and taken only if the others confirm them.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -90,7 +91,7 @@ def exchanged(
         return noise(offers.picked(indices), limit)
 
     first = offers.indices(start.picked)
-    how = {"trials": trials, "seed": seed, "told": told}
+    how: dict[str, Any] = {"trials": trials, "seed": seed, "told": told}
     found: Picked = offers.picked(switched(first, offers.candidates, max(offers.total, start.cost), loss, **how))
     moved = sum(found[site] != spec for site, spec in start.picked.items())
     before, after = confirm(start.picked), confirm(found)

@@ -9,13 +9,12 @@ no number. Scales learn by a factor exp(s) and are rounded to their stored dtype
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from dqtk.checkpoint import quantized_layers
 from dqtk.nn import Quantized
 from dqtk.nn.products import WEIGHT, Stored
 from dqtk.numerics.affine import encode, levels, nearest_level
@@ -100,13 +99,13 @@ class Trained:
 
 
 @contextmanager
-def training(module: nn.Module, rank: int | None, draw: torch.Generator) -> Iterator[dict[str, Trained]]:
-    """While open, the quantized layers of a module compute with what they learn; by path. Afterwards with what they store.
+def training(layers: Mapping[str, Quantized], rank: int | None, draw: torch.Generator) -> Iterator[dict[str, Trained]]:
+    """While open, layers (by path) compute with what they learn. Afterwards with what they store.
 
     A layer whose input is split learns in parts: ``path``, ``path_2`` and so on.
     """
     learning = {}
-    for path, layer in quantized_layers(module).items():
+    for path, layer in layers.items():
         for index, stored in enumerate(_any(layer).parts or (layer,)):
             learning[stored_name(path, index)] = Trained(layer, stored, index, rank, draw)
     try:

@@ -64,9 +64,12 @@ def write_page(
     """
     if max_pairs < 0:
         raise ValueError(f"write_page: max_pairs must be at least 0, got {max_pairs}. 0 leaves the pictures out.")
-    path = Path(path)
+    return write_whole(Path(path), render_page(comparison, plan_summary, command, max_pairs=max_pairs))
+
+
+def write_whole(path: Path, text: str) -> Path:
+    """A page that appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = render_page(comparison, plan_summary, command, max_pairs=max_pairs)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         temporary.write_text(text, encoding="utf-8")

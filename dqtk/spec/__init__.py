@@ -46,7 +46,7 @@ from .layer import (
     Solver,
     Transform,
 )
-from .refine import Distill, Refiner
+from .refine import Distill, Reconstruct, Refiner
 from .text import canonical, did_you_mean, from_json, to_json
 
 __all__ = [
@@ -78,6 +78,7 @@ __all__ = [
     "PerTensor",
     "PerToken",
     "Range",
+    "Reconstruct",
     "Refiner",
     "ShortcutSplit",
     "SiteSpec",

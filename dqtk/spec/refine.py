@@ -21,14 +21,44 @@ class Distill:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "rank"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, int) and value >= 1):
-                raise ValueError(f"Distill: {name} must be a positive integer, got {value!r}. See dqtk/spec/refine.py.")
-        for name in ("weight_rate", "scale_rate", "bias_rate"):
-            value = getattr(self, name)
-            if not 0 <= value < 1:
-                raise ValueError(f"Distill: {name} must be from 0 to 1, got {value!r}. 0 leaves those numbers as they are.")
+        _check(self)
 
 
-Refiner = Distill
+@frozen
+class Reconstruct:
+    """Train codes, scales and biases of one block after the other, on what the original block answers (BRECQ, Li et al. 2021, arXiv
+    2102.05426), at all noise levels.
+
+    iterations: Adam steps per block, one call each. drop: share of a block's input numbers that are taken from the original model,
+    drawn anew at every step (QDrop, Wei et al. 2022, arXiv 2203.05740); the rest are those of the quantized model. The others are
+    those of ``Distill``.
+    """
+
+    iterations: int = 100
+    rank: int | None = None
+    drop: float = 0.5
+    weight_rate: float = 0.02
+    scale_rate: float = 0.001
+    bias_rate: float = 0.001
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if not 0 <= self.drop <= 1:
+            raise ValueError(f"Reconstruct: drop must be from 0 to 1, got {self.drop!r}. The usual value is 0.5.")
+
+
+def _check(choice: Distill | Reconstruct) -> None:
+    for name in ("iterations", "rank"):
+        value = getattr(choice, name)
+        if value is not None and not (isinstance(value, int) and value >= 1):
+            raise ValueError(f"{type(choice).__name__}: {name} must be a positive integer, got {value!r}. See dqtk/spec/refine.py.")
+    for name in ("weight_rate", "scale_rate", "bias_rate"):
+        value = getattr(choice, name)
+        if not 0 <= value < 1:
+            raise ValueError(
+                f"{type(choice).__name__}: {name} must be from 0 to 1, got {value!r}. 0 leaves those numbers as they are."
+            )
+
+
+Refiner = Distill | Reconstruct

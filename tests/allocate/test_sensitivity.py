@@ -14,6 +14,7 @@ from dqtk.allocate.reliability import describe_reliability, monotone
 from dqtk.allocate.sensitivity import Sensitivity, measure
 from dqtk.nn import Quantized
 from dqtk.plan import Plan
+from dqtk.recipes import of_width
 from dqtk.spec import canonical
 
 
@@ -162,6 +163,17 @@ def test_scores_out_of_order_are_seen(measured):
         assert monotone(measured.plans, found) == (2, 3)
     text = describe_reliability(measured.plans, found)
     assert text.endswith("transformer in another float dtype scores 8.0; 3 of 9 scores are no worse than that")
+
+
+def test_wider_inputs_are_better_too(measured, run, tmp_path):
+    """Weights and inputs are two axes: each is compared at an equal width of the other."""
+    plans = [dqtk.plan(measured.pipe, of_width(bits, given)) for bits in (2, 8) for given in (3, 8)]
+    found = run(plans=plans, folder=tmp_path / "both")
+    assert len(found.scores) == 3 * 4
+    assert monotone(plans, found) == (3, 3)
+    assert "rise with the bits of weight and input at 3 of 3 sites" in describe_reliability(plans, found)
+    crossed = [plans[1], plans[2]]  # W2A8 and W8A3: neither is the wider
+    assert monotone(crossed, found) == (0, 0)
 
 
 def test_around_a_plan_the_rest_is_as_it_says(measured, run, probe, originals, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from dqtk.checkpoint import quantized_layers
 from dqtk.methods.solve import solve
 from dqtk.nn import Quantized
 from dqtk.numerics.codebook import bitmod, nf4
@@ -143,7 +144,7 @@ def test_a_split_input_learns_in_parts():
     layer = quantized(nn.Linear(96, 24), spec)
     module, x = nn.Sequential(layer), torch.randn(3, 96)
     before = layer(x)
-    with training(module, 4, torch.Generator().manual_seed(0)) as parts:
+    with training(quantized_layers(module), 4, torch.Generator().manual_seed(0)) as parts:
         assert [(name, part.k) for name, part in parts.items()] == [("0", 32), ("0_2", 64)]
         assert torch.allclose(module(x), before, atol=1e-5)
         for part in parts.values():
@@ -162,7 +163,7 @@ def test_layers_are_their_own_again_afterwards():
     module = nn.Sequential(quantized(nn.Linear(64, 64), spec), nn.SiLU(), quantized(nn.Linear(64, 8), spec))
     x, before = torch.randn(3, 64), copy.deepcopy(module.state_dict())
     y = module(x)
-    with training(module, None, torch.Generator()) as layers:
+    with training(quantized_layers(module), None, torch.Generator()) as layers:
         assert list(layers) == ["0", "2"]
         for mine in layers.values():
             moved(mine)
