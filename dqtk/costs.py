@@ -42,7 +42,7 @@ def timed_as(spec: LayerSpec | None) -> LayerSpec | None:
     """
     if spec is None:
         return None
-    transforms = tuple(_plain(transform) for transform in spec.transforms)
+    transforms = tuple(_any_strength(transform) for transform in spec.transforms)
     branch = None if spec.low_rank is None else LowRank(rank=spec.low_rank.rank)
     return LayerSpec(
         weight=_any_range(spec.weight),
@@ -53,7 +53,7 @@ def timed_as(spec: LayerSpec | None) -> LayerSpec | None:
     )
 
 
-def _plain(transform: Transform) -> Transform:
+def _any_strength(transform: Transform) -> Transform:
     if isinstance(transform, Smooth):
         return Smooth()
     return replace(transform, seed=0) if isinstance(transform, Hadamard) else transform

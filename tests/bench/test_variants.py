@@ -1,5 +1,7 @@
 """Variants of a module: what they share, what they are made of, and that stand-ins change the function by rounding only."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers.models.activations import GELU
@@ -13,7 +15,7 @@ from dqtk.diffusers_backend import FusedGELU
 from dqtk.plan import Recipe, Rule
 from dqtk.recipes import RECIPES, recipe_named
 from dqtk.report.sizes import bytes_in_memory
-from dqtk.spec import Hadamard, LayerSpec, LowRank, Smooth
+from dqtk.spec import ConstantToken, Hadamard, LayerSpec, LowRank, ShortcutSplit, Smooth
 
 
 def pointers(module):
@@ -105,3 +107,14 @@ def test_activations_run_where_a_quantized_pipeline_has_them(load_tiny):
     assert FusedGELU not in kinds(module)
     assert FusedGELU not in kinds(unpacked(made))
     assert FusedGELU in kinds(made)
+
+
+def test_parts_and_tokens_are_really_there():
+    """Timed with stand-ins for what calls would have shown."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(24, 8)
+    transforms = (ConstantToken(), ShortcutSplit(at=(8,)))
+    made = data_free(layer, replace(recipe_named("w8a8-static").main_spec(), transforms=transforms))
+    assert made.spec.transforms == transforms
+    assert made.qweight_2.shape == (8, 16)
+    assert made(torch.randn(2, 3, 24)).shape == (2, 3, 8)
