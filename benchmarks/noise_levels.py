@@ -1,14 +1,15 @@
 """What knowing the noise level is worth: a calibrated range per interval of it, a correction of the output, where to calibrate,
-distillation.
+distillation, another precision in some steps.
 
-    python benchmarks/noise_levels.py [MODEL ...] [--only ranges correction placement distillation] [--num-prompts 16]
-        [--steps 8 20 50] [--schedulers own ddim]
+    python benchmarks/noise_levels.py [MODEL ...] [--only ranges correction placement distillation policy]
+        [--num-prompts 16] [--steps 8 20 50] [--schedulers own ddim]
 
 MODEL is a pipeline, or an embedded one with ``-stressed`` behind its name. Everything is calibrated once, at 20 steps of the
 pipeline's own scheduler, on 16 other captions, and then judged at other numbers of steps and with another scheduler. Error: mean
 square between final latents of the same prompt and noise, as the original's share; ``gain``: mean over prompts of the logarithm
-(base 10) of the first variant's error over this one's, with its interval (0.3: half the error). Appends JSON lines to
-results.jsonl.
+(base 10) of the first variant's error over this one's, with its interval (0.3: half the error). Policies protect a tenth of the
+steps: the first or last ones, or those that ``sensitive_steps`` finds on two calibration captions. Their cost, as the first
+variant's share: the mean product of weight and input bits over a run, and the stored bytes. Appends JSON lines to results.jsonl.
 """
 
 import argparse
@@ -24,11 +25,16 @@ from rows import append
 import dqtk
 from dqtk.calibrate.intervals import by_drift
 from dqtk.calibrate.placement import Around, Evenly, Every
+from dqtk.calls import denoisers
+from dqtk.checkpoint import quantized_layers
+from dqtk.correct.sensitive_steps import sensitive_steps
+from dqtk.numerics.storage import layer_bytes
+from dqtk.policy import protecting
 from dqtk.prompt_sets import read_prompts
 from dqtk.recipes import recipe_named
 from dqtk.report.generate import image_seed
 from dqtk.resolve import call_kwargs_for
-from dqtk.spec import Distill, Int, LayerSpec, PerLevel
+from dqtk.spec import ByLevel, Distill, Int, LayerSpec, PerLevel
 
 STEPS = 20  # of calibration
 ONE = "w8a8-static"
@@ -101,6 +107,43 @@ def placed(name: str, pipe, captions: list[str]) -> dict:
 
 
 COMPARISONS = {"ranges": ranges, "correction": correction, "placement": placement, "distillation": distillation}
+BASE = "w4a4-rot"
+PROTECTIONS = {"16-bit inputs": None, "w8a8": "w8a8", "w8a16": "w8a16"}
+
+
+def policies(model: str, captions: list[str]) -> dict:
+    """``BASE`` alone, and with a tenth of the steps of a run protected: pipelines by name."""
+    pipe = load(model)
+    kwargs = {"num_inference_steps": STEPS}
+    stats = dqtk.calibrate(pipe, captions, dqtk.plan(pipe, BASE), call_kwargs=kwargs, progress=False)
+    plain = dqtk.quantize(pipe, BASE, stats, progress=False)
+    ranked = sensitive_steps(load(model), plain, captions[:2], num_intervals=STEPS, call_kwargs=kwargs)
+    said = ", ".join(f"{part.begin:.2f} {part.error:.2e}" for part in ranked)
+    print(f"{model}: steps by error, begin and error: {said}", flush=True)
+    worst = [(part.begin, part.end) for part in ranked[: -(-STEPS // 10)]]
+    made = {BASE: plain}
+    for where, intervals in {"worst tenth": worst, "first tenth": [(0.0, 0.1)], "last tenth": [(0.9, 1.0)]}.items():
+        for what, recipe in PROTECTIONS.items():
+            if where != "worst tenth" and what != "w8a8":
+                continue
+            pipe = load(model)
+            plan = dqtk.plan(pipe, BASE, policy=protecting(intervals, recipe))
+            made[f"{BASE}, {where} {what}"] = dqtk.quantize(pipe, plan, stats, call_kwargs=kwargs, progress=False)
+    return made
+
+
+def cost(pipe) -> dict[str, float]:
+    """Mean over a run of weight bits times input bits, weighed by weights; stored bytes of the quantized layers."""
+    products = weights = stored = 0.0
+    for part in denoisers(pipe).values():
+        for layer in quantized_layers(part).values():
+            parts = (
+                zip(layer.spec.specs, layer.spec.widths, strict=True) if isinstance(layer.spec, ByLevel) else ((layer.spec, 1.0),)
+            )
+            mean = sum(width * spec.weight.bits * (16 if spec.input is None else spec.input.bits) for spec, width in parts)
+            products, weights = products + mean * layer.n * layer.k, weights + layer.n * layer.k
+            stored += layer_bytes(layer.spec, layer.n, layer.k, layer.k // layer.taps)
+    return {"bops": products / weights, "bytes": stored}
 
 
 def quantized(model: str, recipes: dict[str, dqtk.Recipe | LayerSpec], captions: list[str], iterations: int) -> dict:
@@ -126,7 +169,12 @@ def run(model: str, comparison: str, options) -> None:
     prompts = everything[: options.num_prompts]
     reference = load(model)
     own = reference.scheduler
-    made = quantized(model, COMPARISONS[comparison](), everything[CALIBRATION], options.iterations)
+    captions = everything[CALIBRATION]
+    if comparison == "policy":
+        made = policies(model, captions)
+    else:
+        made = quantized(model, COMPARISONS[comparison](), captions, options.iterations)
+    base = cost(next(iter(made.values()))) if comparison == "policy" else {}
     for steps in options.steps:
         for scheduler in options.schedulers:
             exact = latents(scheduled(reference, own, scheduler), prompts, steps)
@@ -137,7 +185,8 @@ def run(model: str, comparison: str, options) -> None:
                 gain = paired_bootstrap(torch.log10(first / found))
                 row = {"benchmark": "noise_levels", "model": model, "steps": steps, "scheduler": scheduler, "variant": name}
                 row |= {"num_prompts": len(prompts), "error": float(found.mean()), "gain": [gain.estimate, gain.low, gain.high]}
-                said = f"{model:22} {steps:3} {scheduler:5} {name:26} {row['error']:.3e}"
+                row |= {f"{kind}_share": value / base[kind] for kind, value in cost(pipe).items()} if base else {}
+                said = f"{model:22} {steps:3} {scheduler:5} {name:38} {row['error']:.3e}"
                 print(f"{said} gain {gain.estimate:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})", flush=True)
                 append(row)
 
@@ -148,7 +197,7 @@ def main() -> None:
     parser.add_argument("--num-prompts", type=int, default=16)
     parser.add_argument("--steps", type=int, nargs="+", default=[8, 20, 50])
     parser.add_argument("--schedulers", nargs="+", choices=("own", "ddim"), default=["own", "ddim"])
-    parser.add_argument("--only", nargs="+", choices=tuple(COMPARISONS), default=list(COMPARISONS))
+    parser.add_argument("--only", nargs="+", choices=(*COMPARISONS, "policy"), default=[*COMPARISONS, "policy"])
     parser.add_argument("--iterations", type=int, default=Distill().iterations, help="of distillation")
     options = parser.parse_args()
     for model in options.models:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .resolve import call_kwargs_for
 from .sites import DENOISERS
 
-_TIME_NAMES = ("timestep", "timesteps", "t")
+TIME_NAMES = ("timestep", "timesteps", "t")
 
 
 def call_arguments(pipe: Any, given: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -57,5 +57,5 @@ def given_arguments(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -
 
 def time_of(arguments: Mapping[str, Any]) -> Tensor | None:
     """The time that a denoiser was called with, as the caller gave it; None for one without time."""
-    found = next((arguments[name] for name in _TIME_NAMES if arguments.get(name) is not None), None)
+    found = next((arguments[name] for name in TIME_NAMES if arguments.get(name) is not None), None)
     return None if found is None else torch.as_tensor(found)

@@ -5,6 +5,9 @@ Configuration (``quantization_config`` in config.json)::
     {"quant_method": "dqtk", "format_version": 2, "recipe": "w4a8", "hash": "...",
      "specs": {"s0": {...}}, "modules": {"transformer_blocks.0.attn1.to_q": "s0", ...}}
 
+Layers whose precision depends on the noise level carry their intervals in their specs; ``runtime.diffusion_step_policy`` says
+the same for other engines, where their schema can (``nn/steps.py``).
+
 It is derived from the layers that are really in the model, so it is true whatever happened before. Every safetensors file carries a
 digest of every tensor of the component in its metadata (``dqtk_digests``; a tensor that shares another's memory, as T5's embedding
 does, carries ``=name`` of that other instead). Loading compares names and contents, so a missing, superfluous, truncated or edited
@@ -29,7 +32,8 @@ from torch import Tensor, nn
 from .nn import Quantized, runtime_class
 from .nn.activated import fit
 from .nn.correction import NAME, OutputCorrection, correction_of
-from .spec import LayerSpec, canonical, from_json, to_json
+from .nn.steps import first_last_policy
+from .spec import ByLevel, LayerSpec, SiteSpec, canonical, from_json, to_json
 
 FORMAT_VERSION = 2
 METHOD = "dqtk"
@@ -51,6 +55,7 @@ def config_of(module: nn.Module, recipe: str) -> dict[str, Any]:
     texts = {canonical(spec): spec for spec in layers.values()}
     names = {text: f"s{i}" for i, text in enumerate(texts)}
     found = correction_of(module)
+    policy = first_last_policy(layers.values(), "unet" if "UNet" in type(module).__name__ else "transformer")
     return {
         "quant_method": METHOD,
         "format_version": FORMAT_VERSION,
@@ -59,6 +64,7 @@ def config_of(module: nn.Module, recipe: str) -> dict[str, Any]:
         "specs": {names[text]: to_json(spec) for text, spec in texts.items()},
         "modules": {path: names[canonical(spec)] for path, spec in layers.items()},
         **({} if found is None else {NAME: found.to_json()}),
+        **({} if policy is None else {"runtime": {"diffusion_step_policy": policy}}),
     }
 
 
@@ -74,14 +80,14 @@ def install_correction(module: nn.Module, config: Mapping[str, Any], where: str)
     found.attach(module)
 
 
-def _hash(layers: Mapping[str, LayerSpec], correction: Any = None) -> str:
+def _hash(layers: Mapping[str, SiteSpec], correction: Any = None) -> str:
     text = json.dumps(sorted([path, canonical(spec)] for path, spec in layers.items()))
     if correction is not None:
         text += json.dumps(correction, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def read_config(config: Mapping[str, Any], where: str = "quantization_config") -> dict[str, LayerSpec]:
+def read_config(config: Mapping[str, Any], where: str = "quantization_config") -> dict[str, SiteSpec]:
     """Path -> spec.
 
     Raises:
@@ -99,7 +105,7 @@ def read_config(config: Mapping[str, Any], where: str = "quantization_config") -
     specs = {name: from_json(data, f"{where}.specs.{name}") for name, data in config["specs"].items()}
     layers = {}
     for path, name in config["modules"].items():
-        if not isinstance(specs.get(name), LayerSpec):
+        if not isinstance(specs.get(name), LayerSpec | ByLevel):
             raise ValueError(f"{where}: spec of {path} must be one of {sorted(specs)}, got {name!r}. The file was edited.")
         layers[path] = specs[name]
     hashed = _hash(layers, config.get(NAME))
@@ -108,7 +114,7 @@ def read_config(config: Mapping[str, Any], where: str = "quantization_config") -
     return layers
 
 
-def install(module: nn.Module, layers: Mapping[str, LayerSpec], where: str) -> None:
+def install(module: nn.Module, layers: Mapping[str, SiteSpec], where: str) -> None:
     """Replace layers by empty runtime layers that a checkpoint will fill. The meta device is the usual place.
 
     Raises:

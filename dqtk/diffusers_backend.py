@@ -35,6 +35,7 @@ from .nn import Quantized
 from .nn.activated import FUSED, fuses
 from .nn.correction import remove_correction
 from .nn.noise import forget
+from .nn.steps import forget_steps
 from .numerics.storage import is_stored
 
 
@@ -146,6 +147,7 @@ class DqtkQuantizer(DiffusersQuantizer):
             replace_layer(model, path, layer.plain())
         remove_correction(model)
         forget(model)
+        forget_steps(model)
         # diffusers leaves the entry in the config, and a plain model saved with it cannot be loaded.
         model._internal_dict = FrozenDict({key: value for key, value in model.config.items() if key != "quantization_config"})
         return model

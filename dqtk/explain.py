@@ -5,7 +5,7 @@ from typing import Any
 
 from .ops import op_of, report_of
 from .plan import Plan
-from .spec import describe
+from .spec import SiteSpec, describe, kinds_of, weights_of
 
 
 def human(num_bytes: float) -> str:
@@ -54,7 +54,7 @@ def explain(plan: Plan, sites: bool = True) -> str:
 def totals(plan: Plan) -> str:
     """One line per component and their sum: size against bf16, how many layers got which bits."""
     sizes = {component.name: plan.sizes(component.name) for component in plan.components}
-    bits = {name: Counter(c.spec.weight.bits if c.spec else 16 for c in plan.of(name).choices) for name in sizes}
+    bits = {name: Counter(width for c in plan.of(name).choices for width in _widths(c.spec)) for name in sizes}
     if len(sizes) > 1:
         keys = ("bytes_before", "bytes_after", "num_parameters")
         total = {key: sum(size[key] for size in sizes.values()) for key in keys}
@@ -78,12 +78,17 @@ def totals(plan: Plan) -> str:
 
 def runs(plan: Plan) -> str:
     """What serves the quantized layers on which device; what is only emulated is called so."""
-    ops = Counter(op_of(c.spec, c.site.kind) for c in plan.choices if c.spec is not None)
+    ops = Counter(op for c in plan.choices for op in {op_of(spec, c.site.kind): 1 for spec in kinds_of(c.spec)})
     rows = []
     for device in ("cpu", "cuda"):
         for op, num in ops.most_common():
             rows.append([device, op, str(num), report_of(op, device)])
     return table(["device", "op", "layers", "runs as"], rows)
+
+
+def _widths(spec: SiteSpec | None) -> list[int]:
+    """Bits of every weight that a layer stores."""
+    return [16] if spec is None else [weight[0].weight.bits for weight in weights_of(spec)]
 
 
 def _role_rows(choices: list[Any]) -> list[list[str]]:

@@ -9,7 +9,7 @@ from .nn import Quantized
 from .plan import Choice, Component, Plan
 from .resolve import adapters
 from .sites import components_of, find_sites
-from .spec import describe
+from .spec import describe, kinds_of, weights_of
 
 
 def installed_plan(target: Any) -> Plan:
@@ -54,8 +54,8 @@ def summary(target: Any) -> dict[str, Any] | None:
                 "id": choice.site.id,
                 "role": choice.site.role,
                 "shape": list(choice.site.shape),
-                "weight_bits": choice.spec.weight.bits if choice.spec else None,
-                "input_bits": choice.spec.input.bits if choice.spec and choice.spec.input else None,
+                "weight_bits": sum(weight[0].weight.bits for weight in weights_of(choice.spec)) if choice.spec else None,
+                "input_bits": min((spec.input.bits for spec in kinds_of(choice.spec) if spec.input), default=None),
                 "spec": describe(choice.spec),
                 "why": choice.why,
             }

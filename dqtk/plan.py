@@ -15,6 +15,7 @@ from .sites import ROLES, TEXT_ENCODERS, Adapter, Site, components_of, find_site
 from .spec import (
     GROUPS,
     RTN,
+    ByLevel,
     ConstantToken,
     Dynamic,
     E4M3Group,
@@ -27,10 +28,12 @@ from .spec import (
     PerLevel,
     PerTensor,
     PerToken,
+    SiteSpec,
     TensorSpec,
     canonical,
     describe,
     did_you_mean,
+    each_of,
     from_json,
     frozen,
     to_json,
@@ -48,7 +51,7 @@ class Rule:
     pattern: glob on ``path`` or ``component:path``. roles: role names. Both given: both must match. Neither: every site.
     """
 
-    spec: LayerSpec | None
+    spec: SiteSpec | None
     why: str
     pattern: str | None = None
     roles: tuple[str, ...] = ()
@@ -73,7 +76,7 @@ class Recipe:
     name: str
     rules: tuple[Rule, ...]
 
-    def main_spec(self) -> LayerSpec | None:
+    def main_spec(self) -> SiteSpec | None:
         """The spec of an ordinary linear layer: that of the last rule."""
         return self.rules[-1].spec if self.rules else None
 
@@ -83,7 +86,7 @@ class Choice:
     """The decision for one site."""
 
     site: Site
-    spec: LayerSpec | None
+    spec: SiteSpec | None
     why: str
 
     @property
@@ -299,9 +302,17 @@ def _choose(site: Site, rules: Sequence[Rule], explicit: int) -> Choice:
     return Choice(site=site, spec=None, why="no rule")
 
 
-def fit(spec: LayerSpec, site: Site) -> tuple[LayerSpec, str]:
+def fit(spec: SiteSpec, site: Site) -> tuple[SiteSpec, str]:
     """Adjust a spec to what a layer admits, with a note that says so (empty when nothing changed)."""
     notes: list[str] = []
+    if isinstance(spec, ByLevel) and TEXT_ENCODERS.fullmatch(site.component):
+        notes.append("one spec: runs once, before there is noise")
+        spec = spec.longest
+    adjusted = each_of(spec, lambda part: _fit(part, site, notes))
+    return adjusted, "; ".join(dict.fromkeys(notes))
+
+
+def _fit(spec: LayerSpec, site: Site, notes: list[str]) -> LayerSpec:
     spec = replace(spec, weight=_fit_group(spec.weight, site, "8 bit per channel", notes))
     if spec.input is not None and isinstance(spec.input.granularity, GROUPS):
         given = _fit_group(spec.input, site, "8 bit per token", notes)
@@ -328,7 +339,7 @@ def fit(spec: LayerSpec, site: Site) -> tuple[LayerSpec, str]:
     if spec.correct_bias and not site.bias:
         spec = replace(spec, correct_bias=False)
         notes.append("no bias to correct")
-    return spec, "; ".join(notes)
+    return spec
 
 
 def _fit_group(tensor: TensorSpec, site: Site, otherwise: str, notes: list[str]) -> TensorSpec:

@@ -28,12 +28,13 @@ from .hosts import backend_of
 from .methods.solve import Solution
 from .nn import Quantized, runtime_class
 from .plan import Choice, Plan, Recipe, Rule, check_fit, resolve
+from .policy import StepPolicy, combined, fixed_choices
 from .recipes import recipe_named
 from .refine.refine import refined
 from .resolve import adapters
 from .sites import DENOISERS, Site, components_of, find_sites
 from .sources import model_class, readable, stored_dtype
-from .spec import LayerSpec, Reconstruct, Refiner, describe
+from .spec import ByLevel, LayerSpec, Reconstruct, Refiner, SiteSpec, describe
 from .stages import solutions
 
 MAX_MEMORY = 2 * 2**30  # bytes of second moments held at a time
@@ -44,7 +45,8 @@ def plan(
     recipe: str | Recipe,
     *,
     text_encoders: str | Recipe | None = None,
-    overrides: Mapping[str, LayerSpec | str | None] | None = None,
+    overrides: Mapping[str, SiteSpec | str | None] | None = None,
+    policy: StepPolicy | None = None,
 ) -> Plan:
     """Decide what happens to every site. Costs nothing; works on the meta device.
 
@@ -53,6 +55,7 @@ def plan(
         recipe: name or ``Recipe`` for the denoisers.
         text_encoders: the same for text encoders; None leaves them as they are.
         overrides: glob on the site's path -> spec, recipe name, or None (keep 16 bits); before the recipe's rules, in order.
+        policy: intervals of a run in which the denoisers have another precision. Overrides are for all intervals.
     Raises:
         ValueError: unknown recipe, a pattern that matches nothing, a model without sites.
     """
@@ -62,7 +65,11 @@ def plan(
     rules = [_override(pattern, wish) for pattern, wish in (overrides or {}).items()]
     theirs = [] if text_encoders is None else _matching(rules, parts, encoders)
     mine = [rule for rule in rules if rule not in theirs or _matching([rule], parts, denoisers)]
-    made = resolve(_recipe(recipe), target, only=denoisers, overrides=mine, adapters=adapters())
+    how: dict[str, Any] = {"only": denoisers, "overrides": mine, "adapters": adapters()}
+    made = resolve(_recipe(recipe), target, **how)
+    if policy is not None:
+        others = [None if part.recipe is None else resolve(_recipe(part.recipe), target, **how) for part in policy.intervals]
+        made = combined(made, list(zip(policy.intervals, others, strict=True)))
     if text_encoders is not None:
         if not encoders:
             raise ValueError(
@@ -102,11 +109,11 @@ def _matching(rules: Sequence[Rule], parts: Mapping[str, nn.Module], names: Sequ
     return [rule for rule in rules if any(rule.matches(site) for site in sites)]
 
 
-def _override(pattern: str, wish: LayerSpec | str | None) -> Rule:
+def _override(pattern: str, wish: SiteSpec | str | None) -> Rule:
     if wish is None:
         return Rule(pattern=pattern, spec=None, why="kept by request")
     spec = recipe_named(wish).main_spec() if isinstance(wish, str) else wish
-    if not isinstance(spec, LayerSpec):
+    if not isinstance(spec, LayerSpec | ByLevel):
         raise ValueError(f"plan: override of {pattern!r} must be a LayerSpec, a recipe's name or None, got {wish!r}. Wrap it.")
     return Rule(pattern=pattern, spec=spec, why="set by request")
 
@@ -132,7 +139,7 @@ def quantize(
         plan: a plan, or a recipe (name) to plan with.
         stats: calibration result or its file; needed by plans with static inputs and by what learns from inputs.
         prompts: calibrate with these when ``stats`` is missing.
-        call_kwargs: pipeline arguments for calibrating, over those that its family needs.
+        call_kwargs: pipeline arguments for calibrating and for the times of a run, over those that its family needs.
         sequential: solvers that learn from inputs see those of the model as it is quantized so far, not of the original. Inputs
             that are NaN are then found when their block's turn comes; the blocks before it stay quantized.
         max_memory: bytes that the second moments of inputs may take at a time; more means fewer replays of the kept calls.
@@ -145,8 +152,8 @@ def quantize(
     Returns:
         ``target``.
     Raises:
-        ValueError: the plan does not fit the model, statistics are missing, or a weight is packed already, NaN, infinite,
-            integer or on the meta device. Nothing was changed then.
+        ValueError: the plan does not fit the model, statistics are missing, a policy's times cannot be found, or a weight is packed
+            already, NaN, infinite, integer or on the meta device. Nothing was changed then.
     """
     made = plan if isinstance(plan, Plan) else _make_plan(target, plan)
     if max_memory <= 0:
@@ -159,6 +166,11 @@ def quantize(
     taught = correct or refine is not None
     if checkpoint is not None and refine is None:
         raise ValueError(f"quantize: checkpoint must be left out without refine, got {str(checkpoint)!r}. Nothing else trains.")
+    if refine is not None and any(isinstance(choice.spec, ByLevel) for choice in work):
+        raise ValueError(
+            "quantize: refine must be left out for a plan with a step policy, got one. Weights of some noise levels only do "
+            "not learn yet."
+        )
     if (made.needs_stats or taught) and stats is None:
         if prompts is None:
             raise ValueError(
@@ -171,6 +183,7 @@ def quantize(
     if made.needs_stats and stats is not None:
         check_model(stats, target, made)
         work = settled(work, stats)
+    work = fixed_choices(work, target, prompts, call_kwargs)
     for choice in work:
         _check_layer(parts[choice.site.component].get_submodule(choice.site.path), choice, stats)
     touched = dict.fromkeys(choice.site.component for choice in work)

@@ -29,6 +29,7 @@ from .spec import (
     PerTensor,
     PerToken,
     ShortcutSplit,
+    SiteSpec,
     Smooth,
     TensorSpec,
     TwoLevel,
@@ -59,7 +60,7 @@ _W4_GROUP = TensorSpec(format=Int(bits=4), granularity=PerGroup(size=64), range=
 _A4_GROUP = TensorSpec(format=Int(bits=4), granularity=PerGroup(size=64), range=Dynamic())
 
 
-def _uniform(name: str, spec: LayerSpec) -> Recipe:
+def _uniform(name: str, spec: SiteSpec) -> Recipe:
     keep = tuple(Rule(roles=(role,), spec=None, why=why) for role, why in KEPT_ROLES.items())
     modulation = Rule(roles=("modulation",), spec=LayerSpec(weight=_W8), why="modulation: 8-bit weight, 16-bit input")
     return Recipe(name=name, rules=(*keep, modulation, Rule(spec=spec, why=f"{name}: default")))

@@ -18,10 +18,11 @@ from .calibrate.intervals import ranges_at
 from .calibrate.look import looked
 from .calibrate.replay import order_of
 from .kernels import to_matrix
-from .methods.solve import Solution, solve
+from .methods.by_level import solve_site
+from .methods.solve import Solution
 from .plan import Choice
 from .sites import repeated_block
-from .spec import ConstantToken, PerLevel
+from .spec import ConstantToken, LayerSpec, level_edges
 
 Solved = list[tuple[Choice, Solution]]
 
@@ -129,7 +130,7 @@ def _solved(
 
 
 def _has_token(group: Sequence[Choice]) -> bool:
-    return group[0].spec is not None and ConstantToken() in group[0].spec.transforms
+    return isinstance(group[0].spec, LayerSpec) and ConstantToken() in group[0].spec.transforms
 
 
 def _solve_group(
@@ -137,18 +138,20 @@ def _solve_group(
 ) -> Solved:
     site, spec = group[0].site, group[0].spec
     assert spec is not None
-    ranges = None
-    if spec.needs_ranges and not (spec.searches_input or spec.transforms):
+
+    def range_for(part: LayerSpec) -> tuple[Tensor, Tensor] | None:
+        if not part.needs_ranges or part.searches_input or part.transforms:
+            return None
         assert stats is not None
-        given = spec.input
-        levels = given.granularity.edges if given is not None and isinstance(given.granularity, PerLevel) else ()
-        ranges = ranges_at(stats, site.id, levels) if levels else stats.input_range(site.id)
-    found = solve(
+        edges = level_edges(part)
+        return ranges_at(stats, site.id, edges) if edges else stats.input_range(site.id)
+
+    found = solve_site(
         [_matrix(module, choice) for choice in group],
         spec,
         inputs.get(input_name(site)) if spec.needs_inputs else None,
         channels=site.channels,
-        input_range=ranges,
+        range_for=range_for,
         token=token,
     )
     return list(zip(group, found, strict=True))

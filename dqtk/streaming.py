@@ -24,7 +24,7 @@ from .checkpoint import FORMAT_VERSION, check_output, digest, install
 from .hosts import backend_of
 from .journal import Journal, claim, done
 from .kernels import to_matrix
-from .methods.solve import solve
+from .methods.by_level import solve_site
 from .nn import Quantized
 from .numerics.storage import layer_layout
 from .plan import Choice, Plan, Recipe
@@ -34,7 +34,7 @@ from .quantize import plan as make_plan
 from .shards import LaidOutTensors, StoredTensors, room_for, same_tensors
 from .sites import components_of
 from .sources import meta_target, model_folder, read_json, stored_dtype
-from .spec import LayerSpec, from_json, to_json
+from .spec import ByLevel, LayerSpec, SiteSpec, from_json, to_json
 
 WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".onnx_data")
 
@@ -45,7 +45,7 @@ def quantize_folder(
     plan: Plan | Recipe | str,
     *,
     text_encoders: str | Recipe | None = None,
-    overrides: Mapping[str, LayerSpec | str | None] | None = None,
+    overrides: Mapping[str, SiteSpec | str | None] | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
     progress: bool = True,
@@ -122,7 +122,7 @@ def _planned(
     target: Any,
     plan: Plan | Recipe | str,
     text_encoders: str | Recipe | None,
-    overrides: Mapping[str, LayerSpec | str | None] | None,
+    overrides: Mapping[str, SiteSpec | str | None] | None,
 ) -> Plan:
     """The plan to carry out. Raises ``ValueError`` for one that needs statistics or does not fit."""
     if not isinstance(plan, Plan):
@@ -135,6 +135,12 @@ def _planned(
             "Choose another recipe (w8a8, w4a8-rtn, ...), or quantize in memory."
         )
     check_fit(plan, components_of(target))
+    open_ = next((c for c in plan.choices if isinstance(c.spec, ByLevel) and not c.spec.edges), None)
+    if open_ is not None:
+        raise ValueError(
+            f"quantize: a streamed plan must know the noise levels of its step policy, got shares of a run for {open_.site.id}. "
+            "Fix it with dqtk.policy.fixed(plan, pipe), or quantize in memory."
+        )
     return plan
 
 
@@ -264,13 +270,13 @@ class _Part:
             "spec": None if spec is None else to_json(spec),
         }
 
-    def _solved(self, path: str, choice: Choice, device: torch.device) -> tuple[LayerSpec, dict[str, Tensor]]:
+    def _solved(self, path: str, choice: Choice, device: torch.device) -> tuple[SiteSpec, dict[str, Tensor]]:
         assert choice.spec is not None
         weight = self._read(f"{path}.weight").to(device)
         bias = self._read(f"{path}.bias") if choice.site.bias else None
         check_numbers(choice.site.id, weight, bias)
         matrix = weight if weight.ndim == 2 else to_matrix(weight)
-        (solution,) = solve([matrix], choice.spec, channels=choice.site.channels)
+        (solution,) = solve_site([matrix], choice.spec, channels=choice.site.channels)
         rest = {"anchor": torch.empty(0, dtype=weight.dtype)} if bias is None else {"bias": bias}
         return solution.spec, {f"{path}.{name}": tensor for name, tensor in {**solution.tensors, **rest}.items()}
 
@@ -283,9 +289,9 @@ class _Part:
             digests |= record["digests"]
             if record["spec"] is not None:
                 spec, layer = from_json(record["spec"], "quantize: journal"), self.module.get_submodule(path)
-                assert isinstance(spec, LayerSpec)
+                assert isinstance(spec, LayerSpec | ByLevel)
                 assert isinstance(layer, Quantized)
-                layer.spec = spec
+                layer.spec = spec  # type: ignore[assignment]  # of a stepped layer
                 site = self.choices[path].site
                 for name, (_, dtype) in layer_layout(spec, site.n, site.k, site.channels).items():
                     dtypes[self.written[f"{path}.{name}"]] = dtype

@@ -24,6 +24,7 @@ quantize
 stages | processes | shards | journal
 installed | sources | prompt_sets
 recipes
+policy
 correct | refine
 methods
 calibrate

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+from dataclasses import replace
 
 import pytest
 
@@ -15,7 +17,9 @@ from dqtk.spec import (
     AbsMax,
     AdaRound,
     BestFloat,
+    ByLevel,
     Codebook,
+    ConstantToken,
     Distill,
     Dynamic,
     E4M3Group,
@@ -31,6 +35,7 @@ from dqtk.spec import (
     PerTensor,
     PerToken,
     Reconstruct,
+    ShortcutSplit,
     Smooth,
     TensorSpec,
     TwoLevel,
@@ -63,9 +68,12 @@ EVERYTHING = LayerSpec(
     low_rank=LowRank(rank=16, iterations=2),
     correct_bias=True,
 )
+W4A8 = LayerSpec(weight=W4_TWO_LEVEL, input=A8)
 
 EVERY_TYPE = [
     Distill(iterations=3, rank=8),
+    ShortcutSplit(at=(64,)),
+    ConstantToken(),
     Reconstruct(drop=0.25),
     Int(bits=3, symmetric=False),
     Float(),
@@ -95,6 +103,9 @@ EVERY_TYPE = [
     Smooth(alpha=0, power_of_two=True),
     Hadamard(),
     Hadamard(block=16, regular=True, seed=5),
+    ConstantToken(),
+    ShortcutSplit(),
+    ShortcutSplit(at=(64,)),
     LowRank(),
     W4_GROUP,
     NVFP4,
@@ -104,6 +115,8 @@ EVERY_TYPE = [
     LayerSpec(weight=W4_TWO_LEVEL, input=A8),
     LayerSpec(weight=W8, input=A8_STATIC),
     LayerSpec(weight=WFP8, input=AFP8),
+    ByLevel(specs=(LayerSpec(weight=W8), LayerSpec(weight=W8, input=A8)), shares=(0.5,)),
+    ByLevel(specs=(LayerSpec(weight=W8), W4A8), shares=(0.25,), edges=(0.5,), rising=True, num_steps=20),
 ]
 
 
@@ -221,7 +234,7 @@ def layer_with(**changes):
         ),
         (layer_with(transforms=None), r"spec\.transforms: value must be a list, got None\."),
         (layer_with(transforms=[{"type": "Smoth"}]), r"spec\.transforms\[0\]: type must be one of .*Did you mean 'Smooth'\?"),
-        (layer_with(transforms=[{"type": "RTN"}]), r"spec\.transforms\[0\]: value must be Smooth or Hadamard, got"),
+        (layer_with(transforms=[{"type": "RTN"}]), r"spec\.transforms\[0\]: value must be Smooth or Hadamard or .*, got"),
         (
             layer_with(transforms=[{"type": "Smooth"}, {"type": "Hadamard", "block": 2}]),
             r"spec\.transforms\[1\]: Hadamard: block must",
@@ -433,6 +446,46 @@ def test_the_same_kind_of_transform_twice():
         LayerSpec(weight=W8, transforms=(Hadamard(), Hadamard(block=64)))
 
 
+A16, MORE = LayerSpec(weight=W8), LayerSpec(weight=W8, input=A8)
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"specs": (A16,)}, "specs must be at least two, neighbours different, got 1"),
+        ({"specs": (A16, A16)}, "specs must be at least two, neighbours different, got 2"),
+        ({"shares": ()}, "shares or edges must be given, 1 for 2 specs, got [] and []"),
+        ({"shares": (0.2, 0.5)}, "shares or edges must be given, 1 for 2 specs"),
+        ({"shares": (0.0,)}, "shares must ascend between 0 and 1, got [0.0]"),
+        ({"specs": (A16, MORE, A16), "shares": (0.5, 0.5)}, "shares must ascend between 0 and 1"),
+        ({"specs": (A16, MORE, A16), "shares": (), "edges": (1.0, 2.0)}, "edges must be finite and descend along the run"),
+        ({"specs": (A16, MORE, A16), "shares": (), "edges": (2.0, 1.0), "rising": True}, "edges must be finite and ascend"),
+        (
+            {"specs": (LayerSpec(weight=W8, input=A8_STATIC), LayerSpec(weight=W8, input=replace(A8_STATIC, range=MSE())))},
+            "specs with one weight must have at most one calibrated input, got W8 per channel, A8 per tensor",
+        ),
+        ({"specs": (replace(A16, correct_bias=True), MORE)}, "correct_bias must be False, got True"),
+    ],
+)
+def test_impossible_policies(fields, text):
+    with pytest.raises(ValueError, match=f"ByLevel: {re.escape(text)}"):
+        ByLevel(**({"specs": (A16, MORE), "shares": (0.5,)} | fields))
+
+
+def test_kinds_and_weights_of_a_policy():
+    spec = ByLevel(specs=(A16, MORE, W4A8, A16), shares=(0.1, 0.2, 0.9), edges=(9.0, 8.0, 1.0))
+    assert spec.kinds == (A16, MORE, W4A8)
+    assert spec.weights == ((MORE, A16), (W4A8,))
+    assert spec.ascending == ((1.0, 8.0, 9.0), (0, 2, 1, 0))
+    assert replace(spec, edges=(1.0, 8.0, 9.0), rising=True).ascending == ((1.0, 8.0, 9.0), (0, 1, 2, 0))
+    assert spec.longest == W4A8
+    joined = spec.each(lambda part: MORE if part == A16 else part)
+    assert (joined.specs, joined.shares, joined.edges) == ((MORE, W4A8, MORE), (0.2, 0.9), (8.0, 1.0))
+    assert spec.each(lambda part: A16) == A16
+    with pytest.raises(ValueError, match="ByLevel: shares must be known to weigh its specs"):
+        _ = replace(spec, shares=()).longest
+
+
 @pytest.mark.parametrize("weight", [W8, W4_GROUP, W4_TWO_LEVEL, WFP8, NVFP4, MXFP4], ids=lambda w: str(LayerSpec(weight=w)))
 @pytest.mark.parametrize(
     "given",
@@ -503,6 +556,14 @@ def test_what_calibration_must_find(spec, ranges, inputs):
             "W8 per channel, A16, rotated, smooth, AdaRound",
         ),
         (LayerSpec(weight=W8, transforms=(Smooth(power_of_two=True),)), "W8 per channel, A16, shift"),
+        (
+            ByLevel(specs=(A16, MORE, A16), shares=(0.1, 0.95)),
+            "W8 per channel, A16 to 10 % / A8 per token to 95 % / A16",
+        ),
+        (
+            ByLevel(specs=(W4A8, A16), edges=(200.0,)),
+            "W4 group 64 two-level, A8 per token to time 200; then W8 per channel, A16",
+        ),
     ],
 )
 def test_short_names(spec, text):
@@ -532,7 +593,7 @@ GOOD = {"weight": TensorSpec(format=Int(bits=8), granularity=PerChannel())}
         (lambda: LayerSpec(**GOOD, low_rank=16), "LayerSpec: low_rank must be LowRank or None, got 16"),
         (
             lambda: LayerSpec(**GOOD, transforms=(Smooth,)),
-            r"LayerSpec: transforms must be Smooth or Hadamard, got .* Write Smooth\(",
+            r"LayerSpec: transforms must be Smooth or Hadamard or .*, got .* Write Smooth\(",
         ),
         (lambda: LayerSpec(**GOOD, correct_bias="yes"), "LayerSpec: correct_bias must be bool, got 'yes'"),
         (lambda: TensorSpec(format=Int, granularity=PerChannel()), r"TensorSpec: format must be Int or .* Write Int\("),

@@ -9,7 +9,7 @@ from typing import Any
 
 from dqtk.costs import CostTable
 from dqtk.plan import Choice, Plan
-from dqtk.spec import LayerSpec, canonical, describe
+from dqtk.spec import SiteSpec, canonical, describe
 
 from .budget import Budget
 from .from_logs import LOSSES
@@ -18,7 +18,7 @@ from .prices import Calls, price
 from .program import Candidate, allocate, total
 from .sensitivity import Sensitivity
 
-Spec = LayerSpec | None
+Spec = SiteSpec | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

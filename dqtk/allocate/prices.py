@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import takewhile
+from typing import Any
 
 from torch import nn
 
@@ -10,7 +11,7 @@ from dqtk.calibrate.replay import Call
 from dqtk.costs import CostTable, LayerShape, shape_of
 from dqtk.numerics.storage import layer_bytes
 from dqtk.sites import Site
-from dqtk.spec import LayerSpec
+from dqtk.spec import ByLevel, SiteSpec
 
 from .probes import outputs
 
@@ -19,22 +20,26 @@ FULL = 16  # bits of a weight or an input that stays as it is
 Calls = Mapping[str, Sequence[LayerShape]]
 
 
-def price(site: Site, spec: LayerSpec | None, unit: str, *, calls: Calls | None = None, table: CostTable | None = None) -> float:
+def price(site: Site, spec: SiteSpec | None, unit: str, *, calls: Calls | None = None, table: CostTable | None = None) -> float:
     """Cost of a site; spec None: it stays at 16 bits.
 
     Args:
         site: whose weights are counted.
         spec: what happens to it.
         unit: "bits" and "bytes": all that the layer stores, scales and branches too. "bops": multiplications of one step, times
-            the bits of both factors. "ms": milliseconds of one step.
+            the bits of both factors. "ms": milliseconds of one step. Both are means over a run where the noise level decides.
         calls: site id -> shapes in which one step calls it; needed for "bops".
         table: measured times; needed for "ms".
     Raises:
-        ValueError: no calls or table where they are needed, a site that no step reached, a spec that was not timed.
+        ValueError: no calls or table where they are needed, a site that no step reached, a spec that was not timed, a step
+            policy whose shares of a run are not known.
     """
     if unit in ("bits", "bytes"):
         stored = 2 * site.num_weights if spec is None else layer_bytes(spec, site.n, site.k, site.channels)
         return stored * (8 if unit == "bits" else 1)
+    if isinstance(spec, ByLevel):
+        how: Any = {"calls": calls, "table": table}
+        return sum(share * price(site, part, unit, **how) for part, share in zip(spec.specs, spec.widths, strict=True))
     if unit == "bops":
         if calls is None or site.id not in calls:
             raise ValueError(f"allocate: {site.id} must be called in a step for a budget in BOPs, got no call. Measure it again.")

@@ -23,7 +23,7 @@ from dqtk.methods.solve import Solution
 from dqtk.plan import Choice, Plan
 from dqtk.quantize import MAX_MEMORY, check_fit, runtime_layer
 from dqtk.sites import Site, components_of
-from dqtk.spec import LayerSpec, canonical
+from dqtk.spec import SiteSpec, canonical
 from dqtk.stages import solutions
 
 from .probes import Probe
@@ -43,7 +43,7 @@ class Sensitivity:
     floors: dict[str, float]
     base: dict[str, float] = field(default_factory=dict)
 
-    def of(self, site: Site, spec: LayerSpec | None) -> float:
+    def of(self, site: Site, spec: SiteSpec | None) -> float:
         """Score of a site with a spec. Of 16 bits (None) where that was not measured: infinite."""
         return self.scores.get((site.id, canonical(spec)), math.inf) if spec is None else self.scores[site.id, canonical(spec)]
 

@@ -22,12 +22,12 @@ from dqtk.journal import Journal, claim, done
 from dqtk.nn.correction import output_of
 from dqtk.plan import Choice, Plan
 from dqtk.quantize import MAX_MEMORY, runtime_layer
-from dqtk.spec import LayerSpec, canonical
+from dqtk.spec import SiteSpec, canonical
 from dqtk.stages import solutions
 
 from .probes import PictureScore, noise
 
-Picked = Mapping[str, LayerSpec | None]  # site id -> what it becomes
+Picked = Mapping[str, SiteSpec | None]  # site id -> what it becomes
 
 
 class Layers:

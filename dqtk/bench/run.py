@@ -21,7 +21,7 @@ from dqtk.quantize import plan as make_plan
 from dqtk.report.environment import hardware, now, versions
 from dqtk.report.sizes import bytes_in_memory
 from dqtk.sources import MetaPipeline
-from dqtk.spec import LayerSpec
+from dqtk.spec import LayerSpec, kinds_of
 
 from .ceilings import Ceilings, measure_ceilings
 from .layers import half_of, is_emulated, measure_costs, name_of
@@ -222,7 +222,7 @@ class _Work:
 
     def emulated(self, plan: Plan) -> list[Choice]:
         chosen = [choice for choice in plan.choices if choice.spec is not None]
-        return [c for c in chosen if c.spec is not None and is_emulated(c.spec, c.site.kind, self.step.device)]
+        return [c for c in chosen if any(is_emulated(spec, c.site.kind, self.step.device) for spec in kinds_of(c.spec))]
 
     # --- what runs together ------------------------------------------------------------------------------------------
 
@@ -325,7 +325,7 @@ class _Work:
 
     def _specs(self, name: str) -> Mapping[str, LayerSpec | None]:
         plan = self.plans.get(name)
-        return {} if plan is None else {choice.site.path: choice.spec for choice in plan.choices}
+        return {} if plan is None else {choice.site.path: next(iter(kinds_of(choice.spec)), None) for choice in plan.choices}
 
     def _roofline(self, name: str, ceilings: Ceilings) -> float | None:
         """Least time of the watched layers over their time, the median of the profiles."""
@@ -353,8 +353,7 @@ class _Work:
         for plan in self.plans.values():
             for choice in plan.choices:
                 for shape in calls.get(choice.site.id, ()):
-                    if choice.spec is not None and choice.spec not in wanted[shape]:
-                        wanted[shape].append(choice.spec)
+                    wanted[shape] += [spec for spec in kinds_of(choice.spec) if spec not in wanted[shape]]
         return wanted
 
     @property

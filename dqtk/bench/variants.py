@@ -23,7 +23,7 @@ from dqtk.methods.solve import Solution
 from dqtk.numerics.storage import Part, layer_layout, parts_of, stored_name, tensor_name
 from dqtk.plan import Choice
 from dqtk.quantize import runtime_layer
-from dqtk.spec import LayerSpec
+from dqtk.spec import ByLevel, LayerSpec
 
 INPUT_SCALE = 8 / 255  # of static inputs: 8 standard deviations of a normal distribution in 8 bits
 
@@ -40,6 +40,11 @@ def quantized(module: nn.Module, choices: Iterable[Choice]) -> nn.Module:
     for choice in choices:
         if choice.spec is not None:
             layer = module.get_submodule(choice.site.path)
+            if isinstance(choice.spec, ByLevel):
+                raise ValueError(
+                    f"bench: {choice.site.id} must have one spec for all noise levels, got a step policy. "
+                    "Bench the recipes of its intervals."
+                )
             replace_layer(made, choice.site.path, data_free(layer, choice.spec))
     return made
 

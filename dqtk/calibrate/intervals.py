@@ -12,13 +12,14 @@ Intervals chosen by drift, here in place of one per step, need no table as long 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from dqtk.plan import Choice
-from dqtk.spec import PerLevel, PerTensor
+from dqtk.spec import LayerSpec, PerLevel, PerTensor, each_of, kinds_of
 
 from .placement import ByDrift
 from .stats import Stats
@@ -32,28 +33,31 @@ def settled(work: Sequence[Choice], stats: Stats) -> list[Choice]:
 
     Raises ``ValueError`` where statistics do not say at which times a denoiser was called.
     """
-    alike: dict[tuple[str, int], list[Choice]] = {}
+    alike: dict[tuple[str, int], list[str]] = {}
     for choice in work:
-        granularity = _open(choice)
-        if granularity is not None:
-            alike.setdefault((choice.site.component, granularity.most), []).append(choice)
-    answers: dict[str, Choice] = {}
-    for (component, most), mine in alike.items():
-        edges = edges_of(stats, component, [choice.site.id for choice in mine], most)
-        gains = drift(stats, [choice.site.id for choice in mine], edges)
-        for choice, gain in zip(mine, gains.tolist(), strict=True):
-            found = PerLevel(most=most, edges=edges) if edges and gain >= SMALL_DRIFT else PerTensor()
-            assert choice.spec is not None
-            assert choice.spec.input is not None
-            answers[choice.site.id] = replace(
-                choice, spec=replace(choice.spec, input=replace(choice.spec.input, granularity=found))
-            )
-    return [answers.get(choice.site.id, choice) for choice in work]
+        for most in {granularity.most for spec in kinds_of(choice.spec) if (granularity := _open(spec))}:
+            alike.setdefault((choice.site.component, most), []).append(choice.site.id)
+    answers: dict[tuple[str, int], PerLevel | PerTensor] = {}
+    for (component, most), sites in alike.items():
+        edges = edges_of(stats, component, sites, most)
+        for site, gain in zip(sites, drift(stats, sites, edges).tolist(), strict=True):
+            answers[site, most] = PerLevel(most=most, edges=edges) if edges and gain >= SMALL_DRIFT else PerTensor()
+
+    def answered(site: str, spec: LayerSpec) -> LayerSpec:
+        granularity = _open(spec)
+        if granularity is None or spec.input is None:
+            return spec
+        return replace(spec, input=replace(spec.input, granularity=answers[site, granularity.most]))
+
+    return [
+        choice if choice.spec is None else replace(choice, spec=each_of(choice.spec, partial(answered, choice.site.id)))
+        for choice in work
+    ]
 
 
-def _open(choice: Choice) -> PerLevel | None:
-    """The granularity of a choice whose edges are to be found."""
-    granularity = None if choice.spec is None or choice.spec.input is None else choice.spec.input.granularity
+def _open(spec: LayerSpec) -> PerLevel | None:
+    """The granularity of an input whose edges are to be found."""
+    granularity = None if spec.input is None else spec.input.granularity
     return granularity if isinstance(granularity, PerLevel) and not granularity.edges else None
 
 

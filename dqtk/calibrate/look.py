@@ -36,12 +36,12 @@ def looked(module: nn.Module, calls: Sequence[Call], work: Sequence[Choice]) -> 
 
     Warns (``UserWarning``) of a layer whose parts do not fit its groups.
     """
-    asked = [choice for choice in work if choice.spec is not None and choice.spec.looks]
+    asked = [choice for choice in work if isinstance(choice.spec, LayerSpec) and choice.spec.looks]
     if not asked:
         return list(work), {}
     mine = calls_of(calls, asked[0].site.component)
-    split = [choice.site for choice in asked if choice.spec and ShortcutSplit() in choice.spec.transforms]
-    token = [choice.site for choice in asked if choice.spec and ConstantToken() in choice.spec.transforms]
+    split = [choice.site for choice in asked if isinstance(choice.spec, LayerSpec) and ShortcutSplit() in choice.spec.transforms]
+    token = [choice.site for choice in asked if isinstance(choice.spec, LayerSpec) and ConstantToken() in choice.spec.transforms]
     at = concatenations(module, mine[0], split)
     tokens = first_tokens(module, mine, token)
     return [_answered(choice, at, tokens) if choice in asked else choice for choice in work], tokens
@@ -49,7 +49,7 @@ def looked(module: nn.Module, calls: Sequence[Call], work: Sequence[Choice]) -> 
 
 def _answered(choice: Choice, at: Mapping[str, tuple[int, ...]], tokens: Mapping[str, Tensor]) -> Choice:
     spec = choice.spec
-    assert spec is not None
+    assert isinstance(spec, LayerSpec)
     found: list[Transform] = []
     for transform in spec.transforms:
         if isinstance(transform, ShortcutSplit) and not transform.at:

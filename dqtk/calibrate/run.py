@@ -15,7 +15,7 @@ from dqtk.calls import call_arguments, prompt_argument
 from dqtk.checkpoint import digest
 from dqtk.plan import Plan, check_fit
 from dqtk.sites import DENOISERS, components_of, find_sites
-from dqtk.spec import LayerSpec
+from dqtk.spec import SiteSpec
 
 from .levels import at_level
 from .placement import Evenly, Placement
@@ -169,7 +169,7 @@ def _steps(num: int, placement: Placement) -> str:
     return f"{num} steps" if placement == Evenly() else f"{num} steps, {placement}"
 
 
-def _kept(spec: LayerSpec, steps: str) -> str:
+def _kept(spec: SiteSpec, steps: str) -> str:
     """What is kept for a site beside, or in place of, its range."""
     if not spec.needs_inputs:
         return ""

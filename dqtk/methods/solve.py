@@ -31,9 +31,11 @@ from dqtk.spec import (
     LayerSpec,
     PerLevel,
     PerToken,
+    SiteSpec,
     Smooth,
     TensorSpec,
     Transform,
+    each_of,
 )
 
 from .adaround import adaround
@@ -54,7 +56,7 @@ FINAL_ROWS = 64  # on them it is judged once more, behind a solver that learns
 class Solution:
     """What one layer becomes: its spec with every search answered, the tensors it stores, and what its bias gains (float32 [N])."""
 
-    spec: LayerSpec
+    spec: SiteSpec
     tensors: dict[str, Tensor]
     bias_shift: Tensor | None = None
 
@@ -129,7 +131,7 @@ def _solve_without_token(weights: Sequence[Tensor], spec: LayerSpec, inputs: Inp
     return [
         replace(
             found,
-            spec=replace(found.spec, transforms=(first, *found.spec.transforms)),
+            spec=each_of(found.spec, lambda rest: replace(rest, transforms=(first, *rest.transforms))),
             tensors=found.tensors | token_tensors(weight, token),
         )
         for weight, found in zip(weights, solved, strict=True)

@@ -22,13 +22,16 @@ from torch import Tensor, nn
 from dqtk.kernels import activated, from_matrix, report_of
 from dqtk.numerics.packing import empty
 from dqtk.numerics.storage import BUFFERS, layer_layout, parts_of, stored_name
-from dqtk.spec import STATIC, LayerSpec, PerLevel, describe
+from dqtk.spec import STATIC, ByLevel, LayerSpec, SiteSpec, describe, kinds_of, level_edges
 
 from .basis import Basis
 from .constant_token import multiples, without
 from .lazy_weight import LazyWeight, read_only
 from .noise import following
 from .products import ConvPart, ConvProduct, LinearPart, LinearProduct, Stored, joined
+
+STEPPED: dict[type, Any] = {}
+"""Runtime class -> its subclass for a layer whose precision depends on the noise level (``stepped.py`` fills it)."""
 
 
 class Quantized(Stored):
@@ -73,8 +76,7 @@ class Quantized(Stored):
     @property
     def edges(self) -> tuple[float, ...]:
         """Between the intervals of the noise level that this layer tells apart; none for most layers."""
-        granularity = None if self.spec.input is None else self.spec.input.granularity
-        return granularity.edges if isinstance(granularity, PerLevel) else ()
+        return level_edges(self.spec)
 
     def follow(self, denoiser: nn.Module) -> None:
         """Know the noise level of this denoiser's calls from now on, if anything here depends on it."""
@@ -178,9 +180,10 @@ class QuantLinear(Quantized, LinearProduct, nn.Linear):
         self.in_features, self.out_features = in_features, out_features
 
     @classmethod
-    def like(cls, layer: nn.Linear, spec: LayerSpec, dtype=None, device=None) -> "QuantLinear":
+    def like(cls, layer: nn.Linear, spec: SiteSpec, dtype=None, device=None) -> "QuantLinear":
         """Empty storage for the same layer."""
-        new = cls(
+        kind: Any = STEPPED.get(cls, cls) if isinstance(spec, ByLevel) else cls
+        new = kind(
             layer.in_features,
             layer.out_features,
             layer.bias is not None,
@@ -232,11 +235,13 @@ class _QuantConv(Quantized, ConvProduct):
         return base_class(cls)(*args, **kwargs) if args or kwargs else super().__new__(cls)
 
     @classmethod
-    def like(cls, layer, spec: LayerSpec, dtype=None, device=None):
+    def like(cls, layer, spec: SiteSpec, dtype=None, device=None):
         """Empty storage for the same layer. Raises ``ValueError`` for what convolutions do not have: a low-rank branch."""
-        if spec.low_rank is not None:
-            raise ValueError(f"{cls.__name__}: low_rank must be None for convolutions, got {spec.low_rank}. Leave it out.")
-        new: Any = cls.__new__(cls)
+        branch = next((part.low_rank for part in kinds_of(spec) if part.low_rank is not None), None)
+        if branch is not None:
+            raise ValueError(f"{cls.__name__}: low_rank must be None for convolutions, got {branch}. Leave it out.")
+        kind: Any = STEPPED.get(cls, cls) if isinstance(spec, ByLevel) else cls
+        new: Any = kind.__new__(kind)
         k = layer.in_channels * math.prod(layer.kernel_size)
         bias, dtype, device = layer.bias is not None, dtype or layer.weight.dtype, device or layer.weight.device
         new._setup(spec, layer.out_channels, k, layer.in_channels, bias, dtype, device)

@@ -11,7 +11,8 @@ token         bfloat16 [K]                    an input row that is the same for 
 token_output  bfloat16 [N]                    what the exact weight makes of it, without the bias
 
 A layer whose input is split stores the tensors of every part, as of a layer with the part's channels. Those of the first have these
-names, those of the second the same with ``_2`` behind them, and so on. The token is the whole layer's.
+names, those of the second the same with ``_2`` behind them, and so on. The token is the whole layer's. A layer with several weights
+for intervals of the noise level (``ByLevel``) stores the tensors of every weight in the same way; it has no parts and no token.
 """
 
 import re
@@ -20,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from dqtk.spec import ConstantToken, Float, Hadamard, Int, LayerSpec, PerLevel, ShortcutSplit, Smooth
+from dqtk.spec import ByLevel, ConstantToken, Float, Hadamard, Int, LayerSpec, PerLevel, ShortcutSplit, SiteSpec, Smooth
 
 from .packing import Layout, bytes_of, count_groups, layout, packed_width
 
@@ -66,7 +67,7 @@ def parts_of(spec: LayerSpec, channels: int) -> tuple[Part, ...]:
 
 
 def stored_name(name: str, index: int) -> str:
-    """Name of a part's tensor in its layer."""
+    """Name of a part's (or weight's) tensor in its layer."""
     return name if index == 0 else f"{name}_{index + 1}"
 
 
@@ -80,14 +81,19 @@ def is_stored(name: str) -> bool:
     return tensor_name(name) in BUFFERS
 
 
-def layer_layout(spec: LayerSpec, n: int, k: int, channels: int) -> Layout:
+def layer_layout(spec: SiteSpec, n: int, k: int, channels: int) -> Layout:
     """Name -> (shape, dtype) of a layer with a weight matrix [n, k].
 
     ``channels``: of the input; k, unless it is a convolution. Raises ``ValueError`` if a group size does not divide.
     """
+    found: Layout = {}
+    if isinstance(spec, ByLevel):
+        for index, weight in enumerate(spec.weights):
+            layouts = [layer_layout(kind, n, k, channels) for kind in weight]  # of all: raises for groups of any input
+            found |= {stored_name(name, index): what for name, what in layouts[0].items()}
+        return found
     parts = parts_of(spec, channels)
     if parts:
-        found: Layout = {}
         for part in parts:
             width = part.stop - part.start
             own = layer_layout(part.spec, n, k // channels * width, width)
@@ -119,6 +125,6 @@ def _token_layout(spec: LayerSpec, n: int, k: int) -> Layout:
     return {"token": ((k,), torch.bfloat16), "token_output": ((n,), torch.bfloat16)} if constant else {}
 
 
-def layer_bytes(spec: LayerSpec, n: int, k: int, channels: int) -> int:
+def layer_bytes(spec: SiteSpec, n: int, k: int, channels: int) -> int:
     """Bytes of all of them: what the file holds for the layer, bias aside."""
     return bytes_of(layer_layout(spec, n, k, channels))

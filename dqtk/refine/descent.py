@@ -7,7 +7,7 @@ Adam's moments and the number of iterations is all that resuming needs.
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -63,7 +63,7 @@ class Descent:
     groups: rate -> name -> parameter, float32. kept: those of them that stand for parameters of the host.
     """
 
-    def __init__(self, groups: list[tuple[float, Mapping[str, nn.Parameter]]], kept: list[Kept], iterations: int):
+    def __init__(self, groups: Sequence[tuple[float, Mapping[str, nn.Parameter]]], kept: list[Kept], iterations: int):
         self.kept, self.iterations, self.done = kept, iterations, 0
         self.named = {name: parameter for _, mine in groups for name, parameter in mine.items()}
         self.rates = [rate for rate, _ in groups]

@@ -16,7 +16,7 @@ else was made, the first batch is made again twice by both.
 import io
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,10 +85,8 @@ class _Found:
         made = {}
         for name in list(pipes) if self.turn % 2 else reversed(pipes):
             first = hooked and name == "reference" and not self.widths
-            with (
-                other_rounding(self.rounding if name == "floor" else None),
-                ranges_seen(pipes[name]) if first else nullcontext({}) as seen,
-            ):
+            ranges: AbstractContextManager[Widths] = ranges_seen(pipes[name]) if first else nullcontext({})
+            with other_rounding(self.rounding if name == "floor" else None), ranges as seen:
                 made[name] = _run(pipes[name], batch, kwargs, hooked=hooked, inputs=name == "reference")
             self.widths |= seen
         if hooked:

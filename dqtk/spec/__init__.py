@@ -8,6 +8,7 @@ Shapes are given for a weight seen as a matrix [N, K]: N output features, K inpu
 the channel innermost, so that a group lies along C_in at one tap.
 """
 
+from .by_level import ByLevel, SiteSpec, describe, each_of, kinds_of, level_edges, weights_of
 from .formats import (
     GROUPS,
     MSE,
@@ -44,7 +45,6 @@ from .layer import (
     Smooth,
     Solver,
     Transform,
-    describe,
 )
 from .refine import Distill, Reconstruct, Refiner
 from .text import canonical, did_you_mean, from_json, to_json
@@ -58,6 +58,7 @@ __all__ = [
     "AbsMax",
     "AdaRound",
     "BestFloat",
+    "ByLevel",
     "Codebook",
     "ConstantToken",
     "Distill",
@@ -80,6 +81,7 @@ __all__ = [
     "Reconstruct",
     "Refiner",
     "ShortcutSplit",
+    "SiteSpec",
     "Smooth",
     "Solver",
     "TensorSpec",
@@ -88,7 +90,11 @@ __all__ = [
     "canonical",
     "describe",
     "did_you_mean",
+    "each_of",
     "from_json",
     "frozen",
+    "kinds_of",
+    "level_edges",
     "to_json",
+    "weights_of",
 ]

@@ -1,0 +1,203 @@
+"""Find the layers that depend on the noise level only, and replace them by tables for a schedule (``ModulationCache``).
+
+TFMQ-DM (Huang et al. 2023, arXiv 2311.16503) treats such layers apart because their inputs are a finite set; its successor
+(arXiv 2407.19547) caches their outputs. They are not known by names but probed: the denoiser is called with two prompts, at two
+sizes and one time, and a linear whose outputs are equal to the bit in all rows of both depends on nothing else. So SDXL's, SD3's
+and Flux's modulation, which mix in pooled text, fail it beyond the time embedding; PixArt's and Wan's pass. With tables a layer is
+exact for the batch it was made with, and its weights can go.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dqtk.calibrate.replay import Call, arguments_for
+from dqtk.calibrate.schedule import first_call, run_times
+from dqtk.calls import TIME_NAMES, denoisers
+from dqtk.checkpoint import replace_layer
+from dqtk.nn.modulation import KnownTimes, ModulationTable
+
+
+class _Enough(Exception):
+    """All that was asked for has been seen."""
+
+
+@torch.no_grad()
+def temporal_layers(module: nn.Module, calls: Sequence[Call]) -> list[str]:
+    """Paths of linears whose outputs depend on the time of a call only, in the order in which a call reaches them.
+
+    Args:
+        module: denoiser.
+        calls: at least two, of other prompts and sizes; they are made at the first one's time, and the first once more at another.
+    """
+    assert len(calls) > 1
+    time = calls[0].time
+    if time is None:
+        raise ValueError(f"modulation: {type(module).__name__} must be called with a time, got none. It has no noise levels.")
+    linears = [path for path, layer in module.named_modules() if isinstance(layer, nn.Linear) and path]
+    first, *others = (_outputs(module, at_time(call, time), linears) for call in calls)
+    later = _outputs(module, at_time(calls[0], time / 2), linears)
+    return [
+        path
+        for path, mine in first.items()
+        if all(_same(mine, theirs.get(path)) for theirs in others) and not _same(mine, later.get(path))
+    ]
+
+
+def _same(mine: list[Tensor], theirs: list[Tensor] | None) -> bool:
+    """Whether all rows of all calls are one row."""
+    rows = [tensor.reshape(-1, tensor.shape[-1]) for tensor in [*mine, *(theirs or [])]]
+    return theirs is not None and len(mine) == len(theirs) == 1 and all(bool((part == rows[0][0]).all()) for part in rows)
+
+
+def _outputs(module: nn.Module, call: Call, paths: Sequence[str], enough: bool = False) -> dict[str, list[Tensor]]:
+    """Outputs of linears in one call, in order; ``enough``: stop behind the last one."""
+    found: dict[str, list[Tensor]] = {}
+    left = set(paths)
+
+    def hook(path: str) -> Any:
+        def see(layer: nn.Module, args: tuple, output: Tensor) -> None:
+            found.setdefault(path, []).append(output.detach().clone())
+            left.discard(path)
+            if enough and not left:
+                raise _Enough
+
+        return see
+
+    with ExitStack() as hooks, suppress(_Enough):
+        for path in paths:
+            hooks.callback(module.get_submodule(path).register_forward_hook(hook(path)).remove)
+        module(**arguments_for(module, call))
+    return found
+
+
+def at_time(call: Call, time: float) -> Call:
+    """The call with another time, in the form in which it was given one."""
+    name = next(name for name in TIME_NAMES if call.kwargs.get(name) is not None)
+    given = call.kwargs[name]
+    moved = torch.full_like(given, time) if isinstance(given, Tensor) else type(given)(time)
+    return replace(call, kwargs={**call.kwargs, name: moved})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModulationCache:
+    """Tables in place of some layers of a denoiser. ``bytes_before``, ``bytes_after``: of those layers, and of their tables."""
+
+    module: nn.Module
+    paths: tuple[str, ...]
+    bytes_before: int
+    bytes_after: int
+    known: KnownTimes
+    kept: Mapping[str, nn.Module] | None
+
+    @property
+    def bytes_saved(self) -> int:
+        """Memory that the denoiser no longer takes, once the layers are evicted; may be negative."""
+        return self.bytes_before - self.bytes_after
+
+    def restore(self) -> None:
+        """Put the layers back. Raises ``ValueError`` where they were evicted."""
+        if self.kept is None:
+            raise ValueError("modulation: layers must have been kept to be restored, got evicted ones. Load the model again.")
+        for path, layer in self.kept.items():
+            replace_layer(self.module, path, layer)
+        for key, hook in list(self.module._forward_pre_hooks.items()):
+            if getattr(hook, "__self__", None) is self.known:
+                del self.module._forward_pre_hooks[key]
+                self.module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+@torch.no_grad()
+def cache_modulation(
+    module: nn.Module, call: Call, times: Sequence[float], paths: Sequence[str], evict: bool = True
+) -> ModulationCache:
+    """Replace layers by tables of their outputs.
+
+    Args:
+        module: denoiser, quantized or not.
+        call: any call of it, with the batch that it will have.
+        times: of the schedule, in the denoiser's own time; of several schedules one behind the other.
+        paths: as ``temporal_layers`` finds them.
+        evict: let go of the layers; else they are kept on the CPU for ``restore``.
+    Raises:
+        ValueError: no layers or times.
+    """
+    if not paths or not times:
+        raise ValueError(
+            f"modulation: layers and times must be given, got {len(paths)} and {len(times)}. "
+            "No layer of this denoiser depends on the noise level only, or the schedule is empty."
+        )
+    # As the denoiser is given them, in the dtype of the call.
+    times = list(dict.fromkeys(at_time(call, time).time or 0.0 for time in times))
+    by_time = [_outputs(module, at_time(call, time), paths, enough=True) for time in times]
+    known = KnownTimes(times)
+    kept: dict[str, nn.Module] = {}
+    before = after = 0
+    for path in paths:
+        rows = torch.stack([found[path][0].flatten(0, -2) for found in by_time])
+        if bool((rows == rows[:, :1]).all()):
+            rows = rows[:, :1].clone()
+        kept[path] = module.get_submodule(path)
+        before += _bytes(kept[path])
+        table = ModulationTable(rows, known, kept[path])  # type: ignore[arg-type]
+        after += _bytes(table)
+        replace_layer(module, path, table)
+        kept[path] = kept[path] if evict else kept[path].cpu()
+    module.register_forward_pre_hook(known.see, with_kwargs=True)
+    return ModulationCache(
+        module=module, paths=tuple(paths), bytes_before=before, bytes_after=after, known=known, kept=None if evict else kept
+    )
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
+
+
+def cache_pipeline(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    call_kwargs: Mapping[str, Any] | None = None,
+    other_size: tuple[int, int] | None = None,
+    evict: bool = True,
+) -> dict[str, ModulationCache]:
+    """Probe the first denoiser of a pipeline and replace what depends on the noise level only, for the schedule of a call.
+
+    Args:
+        pipe: pipeline; the batch is that of one prompt.
+        prompts: two different ones.
+        call_kwargs: as the pipeline will be called, number of steps included.
+        other_size: height and width of the second call of the probe; None: half of the first one's.
+        evict: see ``cache_modulation``.
+    Returns:
+        Name of the denoiser -> what was done; empty where no layer qualifies.
+    Raises:
+        ValueError: fewer than two prompts; as ``run_times``.
+    """
+    if len(prompts) < 2 or prompts[0] == prompts[1]:
+        raise ValueError(
+            f"modulation: prompts must be two different ones, got {list(prompts)[:2]}. One tells nothing from the text."
+        )
+    times = run_times(pipe, prompts, call_kwargs)
+    one = first_call(pipe, prompts[0], call_kwargs)
+    size = other_size or tuple(side // 2 for side in _size(pipe, one))
+    two = first_call(pipe, prompts[1], {**(call_kwargs or {}), "height": size[0], "width": size[1]})
+    module = denoisers(pipe)[one.component]
+    paths = temporal_layers(module, [one, two])
+    return {one.component: cache_modulation(module, one, times, paths, evict)} if paths else {}
+
+
+def _size(pipe: Any, call: Call) -> tuple[int, int]:
+    """Height and width in pixels of a call whose latents are [B, C, H, W] or [B, C, F, H, W]."""
+    latents = max((v for v in call.kwargs.values() if isinstance(v, Tensor) and v.ndim >= 4), key=lambda t: t.ndim, default=None)
+    scale = getattr(pipe, "vae_scale_factor", None) or getattr(pipe, "vae_scale_factor_spatial", None)
+    if latents is None or scale is None:
+        raise ValueError(
+            f"modulation: the size of {type(pipe).__name__} must be readable from its latents, got tokens. "
+            "Give other_size=(height, width)."
+        )
+    return latents.shape[-2] * scale, latents.shape[-1] * scale

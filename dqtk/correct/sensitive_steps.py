@@ -1,0 +1,105 @@
+"""Which part of a run suffers most from quantization: every interval is quantized by itself, the rest of the run is the original.
+
+What is measured is the error of the final latents, because an early error is carried and changed by every step behind it. Two
+pipelines are held at once: the original, and the quantized one, whose denoisers serve the calls of one interval at a time.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dqtk.calibrate.schedule import run_times, time_at
+from dqtk.calls import call_arguments, denoisers, given_arguments, prompt_argument, time_of
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sensitivity:
+    """error: mean squared error of the final latents, as the original's share, when only this part of a run is quantized.
+
+    begin, end: shares of the run, as ``policy.Interval`` has them.
+    """
+
+    begin: float
+    end: float
+    error: float
+
+
+@torch.no_grad()
+def sensitive_steps(
+    pipe: Any,
+    quantized: Any,
+    prompts: Sequence[str],
+    *,
+    num_intervals: int = 20,
+    seed: int = 0,
+    call_kwargs: Mapping[str, Any] | None = None,
+) -> list[Sensitivity]:
+    """Intervals of equal share, the most sensitive first. One run per interval and prompt, and one of the original.
+
+    Args:
+        pipe: the original pipeline.
+        quantized: the same pipeline, quantized.
+        prompts: at least one; prompt i starts from generator seed + i.
+        num_intervals: as many as a run has steps, or fewer.
+        call_kwargs: as for ``calibrate``, with the number of steps.
+    Raises:
+        ValueError: no prompts, denoisers that are not the same, as ``run_times``.
+    """
+    theirs = denoisers(quantized)
+    if not prompts or set(theirs) != set(denoisers(pipe)):
+        raise ValueError(
+            f"sensitive_steps: prompts must be given, and quantized must have the denoisers {sorted(denoisers(pipe))}, got "
+            f"{len(prompts)} prompts and {sorted(theirs)}. Pass both pipelines of one model."
+        )
+    times = run_times(pipe, prompts, call_kwargs)
+    bounds = [index / num_intervals for index in range(num_intervals + 1)]
+    exact = final_latents(pipe, prompts, seed, call_kwargs)
+    found = []
+    for begin, end in pairwise(bounds):
+        with ExitStack() as stack:
+            for name, part in denoisers(pipe).items():
+                stack.enter_context(_served(part, theirs[name], _inside(times, begin, end)))
+            got = final_latents(pipe, prompts, seed, call_kwargs)
+        found.append(Sensitivity(begin=begin, end=end, error=float((got - exact).square().sum() / exact.square().sum())))
+    return sorted(found, key=lambda part: -part.error)
+
+
+def final_latents(pipe: Any, prompts: Sequence[str], seed: int, call_kwargs: Mapping[str, Any] | None) -> Tensor:
+    """float32 [P, ...] on the CPU, a run per prompt."""
+    kwargs = call_arguments(pipe, call_kwargs) | {"output_type": "latent", "return_dict": False}
+    found = []
+    for index, prompt in enumerate(prompts):
+        generator = torch.Generator().manual_seed(seed + index)
+        found.append(pipe(**prompt_argument(pipe, [prompt], "sensitive_steps"), generator=generator, **kwargs)[0].float().cpu())
+    return torch.cat(found)
+
+
+def _inside(times: Sequence[float], begin: float, end: float) -> Callable[[float], bool]:
+    """Whether a time lies in a part of a run; one at an edge lies above it, as in ``nn.steps``."""
+    first, last = (-torch.inf, torch.inf) if times[-1] > times[0] else (torch.inf, -torch.inf)
+    ends = first if begin <= 0 else time_at(times, begin), last if end >= 1 else time_at(times, end)
+    return lambda time: min(ends) <= time < max(ends)
+
+
+@contextmanager
+def _served(module: nn.Module, other: nn.Module, inside: Callable[[float], bool]) -> Iterator[None]:
+    """While open, calls of a denoiser whose time is inside are made by the other one."""
+    own: Any = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        time = time_of(given_arguments(module, args, kwargs))
+        if time is None:
+            raise ValueError(f"sensitive_steps: {type(module).__name__} must be called with a time, got none. It has no steps.")
+        serves = other if inside(float(time.detach().float().reshape(-1)[0])) else own
+        return serves(*args, **kwargs)
+
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward

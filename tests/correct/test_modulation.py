@@ -1,0 +1,174 @@
+"""Layers that depend on the noise level only: found by probing, replaced by tables without changing a bit."""
+
+import copy
+
+import pytest
+import torch
+
+import dqtk
+from dqtk.calibrate.replay import Call
+from dqtk.correct.modulation import cache_modulation, cache_pipeline, temporal_layers
+from dqtk.nn.modulation import ModulationTable
+
+FOUR = {"num_inference_steps": 4}
+PROMPTS = ["a large red circle on a plain blue background", "two small green squares on a striped background"]
+SMALL = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1}
+
+
+def call_of(seed, side, **kinds):
+    """A call with random arguments of these shapes; ``side`` stands for "S"."""
+    draw = torch.Generator().manual_seed(seed)
+    shapes = {
+        name: [side if size == "S" else side * side if size == "T" else size for size in shape] for name, shape in kinds.items()
+    }
+    given = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+    return Call("transformer", (), {**given, "timestep": torch.full((2,), 500.0)}, None)
+
+
+def sd3():
+    from diffusers import SD3Transformer2DModel
+
+    module = SD3Transformer2DModel(
+        **SMALL,
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        joint_attention_dim=16,
+        caption_projection_dim=16,
+        pooled_projection_dim=8,
+    )
+    shapes = {"hidden_states": [2, 4, "S", "S"], "encoder_hidden_states": [2, 5, 16], "pooled_projections": [2, 8]}
+    return module, [call_of(seed, side, **shapes) for seed, side in ((0, 8), (1, 4))]
+
+
+def wan():
+    from diffusers import WanTransformer3DModel
+
+    module = WanTransformer3DModel(**SMALL, in_channels=4, out_channels=4, text_dim=16, freq_dim=16, ffn_dim=32)
+    shapes = {"hidden_states": [2, 4, 1, "S", "S"], "encoder_hidden_states": [2, 5, 16]}
+    return module, [call_of(seed, side, **shapes) for seed, side in ((0, 8), (1, 4))]
+
+
+def flux():
+    from diffusers import FluxTransformer2DModel
+
+    module = FluxTransformer2DModel(
+        **SMALL,
+        num_single_layers=1,
+        in_channels=4,
+        joint_attention_dim=16,
+        pooled_projection_dim=8,
+        guidance_embeds=False,
+        axes_dims_rope=(2, 2, 4),
+    )
+    shapes = {"hidden_states": [2, "T", 4], "encoder_hidden_states": [2, 5, 16], "pooled_projections": [2, 8]}
+    calls = [call_of(seed, side, **shapes) for seed, side in ((0, 4), (1, 2))]
+    for call, side in zip(calls, (4, 2), strict=True):
+        ids = {"img_ids": torch.zeros(side * side, 3), "txt_ids": torch.zeros(5, 3)}
+        call.kwargs.update(ids, timestep=torch.full((2,), 0.5))
+    return module, calls
+
+
+@pytest.mark.parametrize(
+    ("family", "found"),
+    [
+        (
+            wan,
+            [
+                "condition_embedder.time_embedder.linear_1",
+                "condition_embedder.time_embedder.linear_2",
+                "condition_embedder.time_proj",
+            ],
+        ),
+        (sd3, ["time_text_embed.timestep_embedder.linear_1", "time_text_embed.timestep_embedder.linear_2"]),
+        (flux, ["time_text_embed.timestep_embedder.linear_1", "time_text_embed.timestep_embedder.linear_2"]),
+    ],
+)
+def test_where_pooled_text_enters_only_the_time_embedding_qualifies(family, found):
+    torch.manual_seed(0)
+    module, calls = family()
+    assert temporal_layers(module.eval(), calls) == found
+
+
+def test_pixart_keeps_its_bits_and_lets_go_of_its_weights(load_tiny, draw):
+    pipe = load_tiny("pixart")
+    expected = draw(pipe, **FOUR)
+    size = sum(p.numel() * p.element_size() for p in pipe.transformer.parameters())
+    made = cache_pipeline(pipe, PROMPTS, call_kwargs=FOUR)["transformer"]
+    assert made.paths == (
+        "adaln_single.emb.timestep_embedder.linear_1",
+        "adaln_single.emb.timestep_embedder.linear_2",
+        "adaln_single.linear",
+    )
+    assert torch.equal(draw(pipe, **FOUR), expected)
+    left = sum(p.numel() * p.element_size() for p in pipe.transformer.parameters())
+    assert size - left == made.bytes_before
+    assert made.bytes_after == sum(
+        layer.rows.numel() * 4 for layer in pipe.transformer.modules() if isinstance(layer, ModulationTable)
+    )
+    assert 0 < made.bytes_saved == made.bytes_before - made.bytes_after
+    other = copy.deepcopy(pipe.transformer)
+    assert other.adaln_single.linear.known is not pipe.transformer.adaln_single.linear.known
+    with pytest.raises(ValueError, match="modulation: layers must have been kept to be restored, got evicted ones"):
+        made.restore()
+    with pytest.raises(ValueError, match="modulation: time must be one of the 4 that the tables were made for, got 666"):
+        draw(pipe, num_inference_steps=3)
+
+
+def test_a_model_with_tables_is_not_saved(load_tiny, draw, tmp_path):
+    pipe = load_tiny("pixart")
+    expected, before = draw(pipe, **FOUR), dict(pipe.transformer.state_dict())
+    made = cache_pipeline(pipe, PROMPTS, call_kwargs=FOUR, evict=False)["transformer"]
+    with pytest.raises(ValueError, match=r"save: adaln_single.* must have its weights to be saved .*, got a table for a schedule"):
+        dqtk.save(pipe, tmp_path / "p")
+    assert not (tmp_path / "p").exists()
+    made.restore()
+    after = pipe.transformer.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert torch.equal(draw(pipe, **FOUR), expected)
+    draw(pipe, num_inference_steps=3)  # other levels, as ever
+
+
+def test_quantized_modulation_is_cached_too(load_tiny, draw):
+    pipe = load_tiny("pixart", torch.bfloat16)
+    dqtk.quantize(pipe, "w8a8", progress=False)
+    expected = draw(pipe, **FOUR)
+    assert len(cache_pipeline(pipe, PROMPTS, call_kwargs=FOUR)["transformer"].paths) == 3
+    assert torch.equal(draw(pipe, **FOUR), expected)
+
+
+def test_sdxl_qualifies_up_to_the_time_embedding(load_tiny, draw):
+    pipe = load_tiny("sdxl")
+    expected = draw(pipe, **FOUR)
+    made = cache_pipeline(pipe, PROMPTS, call_kwargs=FOUR)["unet"]
+    assert made.paths == ("time_embedding.linear_1", "time_embedding.linear_2")
+    assert torch.equal(draw(pipe, **FOUR), expected)
+
+
+def test_compiled_once_for_all_times():
+    torch.manual_seed(0)
+    module, calls = wan()
+    module.eval().requires_grad_(False)
+    times = [900.0, 500.0, 100.0]
+    cache_modulation(module, calls[0], times, temporal_layers(module, calls))
+    table = module.condition_embedder.time_proj
+    graphs = []
+    table.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward, fullgraph=True)
+    x, seen = torch.zeros(2, 16), []
+    for time in times:
+        table.known.see(module, (), {"timestep": torch.tensor([time])})
+        seen.append(table(x))
+    assert len(graphs) == 1
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_what_cannot_be_cached(load_tiny):
+    with pytest.raises(ValueError, match="modulation: prompts must be two different ones"):
+        cache_pipeline(load_tiny("pixart"), PROMPTS[:1] * 2)
+    module, calls = wan()
+    with pytest.raises(ValueError, match="modulation: layers and times must be given, got 0 and 1"):
+        cache_modulation(module, calls[0], [1.0], [])
+    cache_modulation(module, calls[0], [500.0], temporal_layers(module, calls))
+    with pytest.raises(ValueError, match=r"modulation: WanTransformer3DModel must be called with one time, got \[500.0, 400.0\]"):
+        module(**(calls[0].kwargs | {"timestep": torch.tensor([500.0, 400.0])}))

@@ -1,0 +1,45 @@
+"""Intervals of a run by what quantizing each alone does to the final latents."""
+
+import pytest
+import torch
+
+import dqtk
+from dqtk.correct.sensitive_steps import final_latents, sensitive_steps
+from dqtk.policy import protecting
+
+TWO = {"num_inference_steps": 2}
+PROMPTS = ["a large red circle on a plain blue background"]
+
+
+def quantized(load_tiny, policy=None):
+    pipe = load_tiny("pixart")
+    return dqtk.quantize(pipe, dqtk.plan(pipe, "w8a16", policy=policy), call_kwargs=TWO, progress=False)
+
+
+def error(got, exact):
+    return float((got - exact).square().sum() / exact.square().sum())
+
+
+def test_each_interval_alone(load_tiny):
+    pipe = load_tiny("pixart")
+    found = sensitive_steps(pipe, quantized(load_tiny), PROMPTS, num_intervals=2, call_kwargs=TWO)
+    assert sorted((part.begin, part.end) for part in found) == [(0, 0.5), (0.5, 1)]
+    assert found[0].error >= found[1].error > 0
+    assert "forward" not in vars(pipe.transformer)
+    exact = final_latents(pipe, PROMPTS, 0, TWO)
+    whole = sensitive_steps(pipe, quantized(load_tiny), PROMPTS, num_intervals=1, call_kwargs=TWO)
+    everything = error(final_latents(quantized(load_tiny), PROMPTS, 0, TWO), exact)
+    assert whole[0].error == pytest.approx(everything, rel=0.05)
+
+
+def test_what_cannot_be_ranked(load_tiny):
+    with pytest.raises(ValueError, match=r"sensitive_steps: prompts must be given, .* got 0 prompts"):
+        sensitive_steps(load_tiny("pixart"), load_tiny("pixart"), [])
+    with pytest.raises(ValueError, match=r"must have the denoisers \['transformer'\], got 1 prompts and \['unet'\]"):
+        sensitive_steps(load_tiny("pixart"), load_tiny("sdxl"), PROMPTS)
+
+
+def test_the_ranking_makes_a_policy(load_tiny):
+    found = sensitive_steps(load_tiny("pixart"), quantized(load_tiny), PROMPTS, num_intervals=2, call_kwargs=TWO)
+    policy = protecting([(part.begin, part.end) for part in found[:1]], "w8a8")
+    assert torch.isfinite(final_latents(quantized(load_tiny, policy), PROMPTS, 0, TWO)).all()
