@@ -89,7 +89,7 @@ def data_free(layer: Any, spec: LayerSpec) -> nn.Module:
     tensors: dict[str, Tensor] = {}
     for part in parts_of(plain, channels) or (Part(0, plain, 0, channels),):
         columns = matrix[:, columns_of(part, k, channels)]
-        tensors |= {stored_name(name, part.index): tensor for name, tensor in rtn(columns, plain.weight).tensors().items()}
+        tensors |= {stored_name(name, part.place): tensor for name, tensor in rtn(columns, plain.weight).tensors().items()}
     for name, (shape, dtype) in layer_layout(plain, n, k, channels).items():
         if name not in tensors:
             tensors[name] = _stand_in(name, shape, dtype).to(matrix.device)

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from dqtk.plan import Choice
 from dqtk.sites import Site
-from dqtk.spec import GROUPS, ConstantToken, Hadamard, LayerSpec, ShortcutSplit
+from dqtk.spec import GROUPS, ConstantToken, Hadamard, LayerSpec, ShortcutSplit, Transform
 
 from .gather import calls_of, input_name
 from .replay import Call, replay
@@ -48,8 +48,9 @@ def looked(module: nn.Module, calls: Sequence[Call], work: Sequence[Choice]) -> 
 
 
 def _answered(choice: Choice, at: Mapping[str, tuple[int, ...]], tokens: Mapping[str, Tensor]) -> Choice:
-    spec, found = choice.spec, []
+    spec = choice.spec
     assert isinstance(spec, LayerSpec)
+    found: list[Transform] = []
     for transform in spec.transforms:
         if isinstance(transform, ShortcutSplit) and not transform.at:
             places = at.get(choice.site.path, ())

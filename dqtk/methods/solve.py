@@ -152,7 +152,7 @@ def _solve_parts(weights: Sequence[Tensor], spec: LayerSpec, inputs: Inputs | No
         own = None if inputs is None else inputs_of(part, inputs, channels)
         solved = solve([weight[:, columns] for weight in weights], part.spec, own, channels=part.stop - part.start)
         for index, found in enumerate(solved):
-            merged[index] |= {stored_name(name, part.index): tensor for name, tensor in found.tensors.items()}
+            merged[index] |= {stored_name(name, part.place): tensor for name, tensor in found.tensors.items()}
             before = shifts[index]
             shifts[index] = found.bias_shift if before is None or found.bias_shift is None else before + found.bias_shift
     return [Solution(spec=spec, tensors=tensors, bias_shift=shift) for tensors, shift in zip(merged, shifts, strict=True)]

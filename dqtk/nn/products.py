@@ -161,12 +161,12 @@ class _PartOf:
     @property
     def bias(self) -> Tensor | None:
         """The layer's, of the first part."""
-        return self.layer.bias if self.part.index == 0 else None
+        return self.layer.bias if self.part.place == 0 else None
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name in ("layer", "part"):  # of copying, before there is anything
             raise AttributeError(name)
-        return getattr(self.layer, stored_name(name, self.part.index) if name in BUFFERS else name)
+        return getattr(self.layer, stored_name(name, self.part.place) if name in BUFFERS else name)
 
     def of(self, x: Tensor, dim: int) -> Tensor:
         """The part's channels of an input."""

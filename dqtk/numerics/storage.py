@@ -45,7 +45,7 @@ BUFFERS = (
 class Part(NamedTuple):
     """Channels ``start`` to ``stop`` of a split layer's input, and what happens to them."""
 
-    index: int
+    place: int
     spec: LayerSpec
     start: int
     stop: int
@@ -97,7 +97,7 @@ def layer_layout(spec: SiteSpec, n: int, k: int, channels: int) -> Layout:
         for part in parts:
             width = part.stop - part.start
             own = layer_layout(part.spec, n, k // channels * width, width)
-            found |= {stored_name(name, part.index): what for name, what in own.items()}
+            found |= {stored_name(name, part.place): what for name, what in own.items()}
         return found | _token_layout(spec, n, k)
     found = layout(spec.weight, n, k)
     if spec.input is not None:

@@ -103,7 +103,7 @@ def halves(layer, x, spec, stats_of):
         cut = slice(part.start, part.stop)
         own = type(layer).__new__(type(layer))
         own.__dict__ = layer.__dict__.copy()
-        own._parameters = {"weight": nn.Parameter(layer.weight.detach()[:, cut]), "bias": layer.bias if part.index == 0 else None}
+        own._parameters = {"weight": nn.Parameter(layer.weight.detach()[:, cut]), "bias": layer.bias if part.place == 0 else None}
         width = part.stop - part.start
         own.in_features = own.in_channels = width
         dim = x.ndim - 1 if isinstance(layer, nn.Linear) else 1
