@@ -309,7 +309,7 @@ def fit(spec: SiteSpec, site: Site) -> tuple[SiteSpec, str]:
         notes.append("one spec: runs once, before there is noise")
         spec = spec.longest
     adjusted = each_of(spec, lambda part: _fit(part, site, notes))
-    return adjusted, "; ".join(dict.fromkeys(notes))
+    return adjusted, "; ".join(dict.fromkeys(notes) if isinstance(spec, ByLevel) else notes)
 
 
 def _fit(spec: LayerSpec, site: Site, notes: list[str]) -> LayerSpec:

@@ -197,7 +197,7 @@ class QuantLinear(Quantized, LinearProduct, nn.Linear):
         """[..., N]. ``activation``, one of ``kernels.ACTIVATIONS``, is applied to the outputs from ``active_from`` on."""
         module: Any = self
         trains = torch.is_grad_enabled() and (input.requires_grad or (module.bias is not None and module.bias.requires_grad))
-        plain = module.signs is None and module.down is None and module.token is None and not module.parts
+        plain = module.signs is None and module.down is None and module.token is None and len(module.parts) == 0
         if self.op == "linear_int8" and plain and not trains:
             return self.product(input, module.smooth, activation, active_from)  # all in one pass
         y = self._whole(input) if module.token is None else self._with_token(input)

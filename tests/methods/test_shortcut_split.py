@@ -1,5 +1,7 @@
 """Parts of a concatenated input: the columns and statistics of each, the function, and what scales of their own are worth."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -214,3 +216,18 @@ def test_impossible_splits(transforms, said):
 def test_a_split_behind_the_last_channel():
     with pytest.raises(ValueError, match=r"ShortcutSplit: at must be below the layer's 24 input channels, got \(24,\)"):
         runtime_class(nn.Linear(24, 4)).like(nn.Linear(24, 4), SPECS["w8"])
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_compiled_copied_and_cast(kind, seeded, stats_of):
+    """One graph; a copy has buffers of its own; casts leave every part's codes and scales."""
+    layer, x = layers(seeded)[kind]
+    new = made(layer, x, SPECS["w8a8 static"], stats_of).requires_grad_(False)
+    assert torch.equal(torch.compile(new, backend="eager", fullgraph=True)(x), new(x))
+    other = copy.deepcopy(new)
+    assert torch.equal(other(x), new(x))
+    other.qweight_2.zero_()
+    assert not torch.equal(other(x), new(x))
+    half = copy.deepcopy(new).to(torch.bfloat16)
+    assert half.scale_2.dtype == torch.float32
+    assert half(x.bfloat16()).dtype == torch.bfloat16
