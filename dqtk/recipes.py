@@ -271,7 +271,7 @@ def viditq_mp_w4a8() -> Search:
     The authors' plan for PixArt-Sigma was made by hand (8 bits for the feed-forwards and both end blocks); 6 bits are its average.
     """
     four = viditq_w4a8()
-    rules = tuple(rule if rule.spec is None else replace(rule, spec=replace(rule.spec, weight=_W8)) for rule in four.rules)
+    rules = tuple(replace(r, spec=replace(r.spec, weight=_W8)) if isinstance(r.spec, LayerSpec) else r for r in four.rules)
     return Search(name="viditq-mp-w4a8", candidates=(four, Recipe(name="viditq-w8a8", rules=rules)), bits=6.0)
 
 

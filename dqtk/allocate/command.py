@@ -21,7 +21,7 @@ from dqtk.recipes import of_width, recipe_named, search_named
 from dqtk.resolve import embedded_names, embedded_prompts, scores
 from dqtk.sites import components_of
 from dqtk.sources import find_device, load_pipeline, meta_pipeline, read_json, readable
-from dqtk.spec import canonical, did_you_mean
+from dqtk.spec import LayerSpec, canonical, did_you_mean, kinds_of
 
 from .budget import Budget
 from .from_logs import Chosen, allocate_from_logs
@@ -219,11 +219,12 @@ def _check_options(options: argparse.Namespace) -> None:
 def _watching(pipe: Any, plans: Sequence[Plan], keep: Mapping[str, Any]) -> Plan:
     """A plan by which calibration keeps calls, and ranges of the inputs for which some plan needs them."""
     learning = make_plan(pipe, LEARNING, overrides=keep)
-    static = {c.site.id: c.spec for plan in plans for c in plan.choices if c.spec is not None and c.spec.needs_ranges}
+    kinds = ((c.site.id, spec) for plan in plans for c in plan.choices for spec in kinds_of(c.spec))
+    static = {site: spec for site, spec in kinds if spec.needs_ranges}
     choices = []
     for choice in learning.choices:
         if (spec := static.get(choice.site.id)) is not None:
-            spec = spec if choice.spec is None else replace(choice.spec, input=spec.input)
+            spec = replace(choice.spec, input=spec.input) if isinstance(choice.spec, LayerSpec) else spec
         choices.append(choice if spec is None else replace(choice, spec=spec))
     return replace(learning, choices=tuple(choices))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from dqtk.allocate.from_plans import Made
 from dqtk.allocate.frontier import Point, frontier
+from dqtk.spec import kinds_of, weights_of
 
 from .charts import Line, bits_chart, legend, line_chart
 from .markup import number, row, section, table
@@ -71,8 +72,8 @@ def _sites(made: Made) -> list[dict[str, Any]]:
             "id": choice.site.id,
             "shape": choice.site.shape,
             "why": choice.why,
-            "weight_bits": None if choice.spec is None else choice.spec.weight.bits,
-            "input_bits": None if choice.spec is None or choice.spec.input is None else choice.spec.input.bits,
+            "weight_bits": sum(weight[0].weight.bits for weight in weights_of(choice.spec)) if choice.spec else None,
+            "input_bits": min((spec.input.bits for spec in kinds_of(choice.spec) if spec.input), default=None),
         }
         for choice in made.plan.choices
     ]
