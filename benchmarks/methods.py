@@ -36,6 +36,7 @@ from dqtk.spec import (
     MSE,
     RTN,
     AdaRound,
+    ConstantToken,
     Dynamic,
     E4M3Group,
     E8M0Group,
@@ -104,6 +105,7 @@ SETTINGS = {
         "smooth + rtn": spec(W4, A8, Smooth()),
         "rotate + gptq": spec(W4, A8, Hadamard(), solver=GPTQ()),
         "smooth + gptq": spec(W4, A8, Smooth(), solver=GPTQ()),
+        "constant token + smooth + gptq": spec(W4, A8, ConstantToken(), Smooth(), solver=GPTQ()),
     },
     "W4A8 FP": {
         "rtn": spec(WFP4, AFP8),
@@ -117,6 +119,7 @@ SETTINGS = {
         "smooth + gptq": spec(W4_GROUP, A4, Smooth(), solver=GPTQ()),
         "rotate + gptq": spec(W4_GROUP, A4, Hadamard(), solver=GPTQ()),
         "smooth + rotate + gptq": spec(W4_GROUP, A4, Smooth(), Hadamard(), solver=GPTQ()),
+        "constant token + smooth + gptq": spec(W4_GROUP, A4, ConstantToken(), Smooth(), solver=GPTQ()),
         "rotate 64 + gptq": spec(W4_GROUP, A4, Hadamard(block=64), solver=GPTQ()),
         "smooth + rank 1 + gptq": spec(W4_GROUP, A4, Smooth(), solver=GPTQ(), low_rank=BRANCH),
         "smooth + gptq, weights in groups of 32": spec(W4_SMALL, A4, Smooth(), solver=GPTQ()),

@@ -260,7 +260,7 @@ def test_interrupted_from_the_shell(folder, tmp_path, monkeypatch, capsys):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["dqtk.stages"], "solve", interrupt)
+    monkeypatch.setattr(sys.modules["dqtk.stages"], "solve_site", interrupt)
     assert main(["quantize", str(folder), "--recipe", "w8a8", "--output", str(tmp_path / "out")]) == 130
     assert "interrupted; nothing half-written was left" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pixart"]

@@ -246,7 +246,7 @@ def test_activations_are_fused_where_nobody_looks_in_between(load_tiny, draw, tm
 def test_interrupted_quantize_is_still_true(load_tiny, draw, tmp_path, monkeypatch):
     pipe = load_tiny("pixart")
     module = sys.modules["dqtk.stages"]
-    calls, solve = [], module.solve
+    calls, solve = [], module.solve_site
 
     def interrupt(*args, **kwargs):
         calls.append(args)
@@ -254,7 +254,7 @@ def test_interrupted_quantize_is_still_true(load_tiny, draw, tmp_path, monkeypat
             raise KeyboardInterrupt
         return solve(*args, **kwargs)
 
-    monkeypatch.setattr(module, "solve", interrupt)
+    monkeypatch.setattr(module, "solve_site", interrupt)
     with pytest.raises(KeyboardInterrupt):
         dqtk.quantize(pipe, "w8a8", progress=False)
     assert len(quantized_layers(pipe.transformer)) == 19

@@ -52,13 +52,13 @@ def test_mode_and_dtype_are_kept():
 def test_one_layer_at_a_time(bare, monkeypatch):
     """The weight of a replaced layer is gone before the next is read: the peak is one layer above the model."""
     module, seen = sys.modules["dqtk.stages"], []
-    solve = module.solve
+    solve = module.solve_site
 
     def watch(*args, **kwargs):
         seen.append([isinstance(bare[i], Quantized) for i in (0, 2, 4)])
         return solve(*args, **kwargs)
 
-    monkeypatch.setattr(module, "solve", watch)
+    monkeypatch.setattr(module, "solve_site", watch)
     dqtk.quantize(bare, "w8a16", progress=False)
     assert seen == [[False, False, False], [True, False, False], [True, True, False]]
 

@@ -85,7 +85,7 @@ def planned(model, *rules):
 def watched(monkeypatch):
     """Lists that fill while ``quantize`` runs: paths of every gathering, and (weights, gram) of every solving."""
     gathered, solved = [], []
-    gather, solve = stages.gather, stages.solve
+    gather, solve = stages.gather, stages.solve_site
 
     def see_gather(module, calls, sites, **options):
         gathered.append([site.path for site in sites])
@@ -96,7 +96,7 @@ def watched(monkeypatch):
         return solve(weights, spec, inputs, **options)
 
     monkeypatch.setattr(stages, "gather", see_gather)
-    monkeypatch.setattr(stages, "solve", see_solve)
+    monkeypatch.setattr(stages, "solve_site", see_solve)
     return gathered, solved
 
 

@@ -197,7 +197,7 @@ def test_several_files_on_both_sides(load_tiny, tmp_path, monkeypatch):
 def interrupt_after(num, monkeypatch, error=KeyboardInterrupt):
     """Let the n-th layer after this fail; returns the list of what was solved."""
     module, seen = sys.modules["dqtk.streaming"], []
-    solve = module.solve
+    solve = module.solve_site
 
     def watch(*args, **kwargs):
         if len(seen) == num:
@@ -205,7 +205,7 @@ def interrupt_after(num, monkeypatch, error=KeyboardInterrupt):
         seen.append(args)
         return solve(*args, **kwargs)
 
-    monkeypatch.setattr(module, "solve", watch)
+    monkeypatch.setattr(module, "solve_site", watch)
     return seen
 
 

@@ -46,7 +46,7 @@ def test_close_to_the_unquantized_layer(quantized, layer, spec):
 @pytest.mark.parametrize(("layer", "spec"), [case for case in cases() if case.values[1] in ("w8", "w4", "wfp8")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weight_only_equals_the_plain_layer(quantized, layer, spec, dtype):
-    """``plain()`` is an ordinary torch layer with the same weight, and computes the same; many tokens bit for bit."""
+    """``plain()`` is an ordinary torch layer with the same weight, and computes the same; a linear's many tokens bit for bit."""
     original, new, x = make(quantized, layer, spec, dtype)
     plain = new.plain()
     assert type(plain) is type(original)
@@ -57,7 +57,8 @@ def test_weight_only_equals_the_plain_layer(quantized, layer, spec, dtype):
     if layer.startswith("linear"):
         torch.testing.assert_close(plain(x), new(x))  # a few tokens are multiplied in another order
         x = torch.cat([x] * 5)
-    assert torch.equal(plain(x), new(x))
+        assert torch.equal(plain(x), new(x))
+    torch.testing.assert_close(plain(x), new(x))  # on some CPUs torch picks a convolution by its weight's strides
     assert torch.equal(plain.weight, new.dequantize())
     assert copy.deepcopy(plain).state_dict().keys() == original.state_dict().keys()
 
