@@ -304,13 +304,15 @@ def test_sizes_are_the_bytes_on_disk(load_tiny, tmp_path, recipe):
     stored = file.stat().st_size - header
     if recipe == "w8a8-levels":  # how many ranges a layer needs is found later: the plan promises the most
         assert promised - 64 * len(plan.choices) <= stored <= promised
+    elif recipe.startswith("mixdq"):  # a T5 has no constant token; its place is promised
+        assert 0.99 * promised <= stored <= promised
     else:
         assert stored == promised
     assert header <= 0.03 * promised
     with safe_open(file, framework="pt") as tensors:
         names = set(tensors.keys())
     assert {f"{c.site.path}.qweight" in names for c in plan.choices if c.spec} == {True}
-    assert {f"{c.site.path}.weight" in names for c in plan.choices if not c.spec} == {True}
+    assert all(f"{c.site.path}.weight" in names for c in plan.choices if not c.spec)
 
 
 def test_channels_that_cannot_be_rotated_are_not():
