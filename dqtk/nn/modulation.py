@@ -23,6 +23,8 @@ class KnownTimes:
         self.times = tuple(float(time) for time in times)
         self._index: dict[torch.device, Tensor] = {}
         self._position = 0
+        if not hasattr(KnownTimes.see, "_torchdynamo_disable"):  # not a decorator: that would import the whole compiler with dqtk
+            KnownTimes.see = torch.compiler.disable(KnownTimes.see)  # type: ignore[method-assign]
 
     def index(self, device: torch.device) -> Tensor:
         """int64 [1]: row of the call in progress. One tensor per device, whose content changes."""
@@ -31,7 +33,6 @@ class KnownTimes:
                 self._index[device] = torch.full((1,), self._position, dtype=torch.int64, device=device)
         return self._index[device]
 
-    @torch.compiler.disable
     def see(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """The hook. Raises ``ValueError`` for a time that is not among the known ones, and for times that differ within a call."""
         time = time_of(given_arguments(module, args, kwargs))

@@ -33,8 +33,9 @@ class StepState:
             raise ValueError(f"step_policy: edges must be finite and ascending, got {list(self.edges)}. Quantize again.")
         # A text: compilers make a number that changes into a variable, which could choose no kernel.
         self.kind = "0"
+        if not hasattr(StepState.see, "_torchdynamo_disable"):  # not a decorator: that would import the whole compiler with dqtk
+            StepState.see = torch.compiler.disable(StepState.see)  # type: ignore[method-assign]
 
-    @torch.compiler.disable
     def see(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """The hook. Raises ``ValueError`` for times that differ within a call, and for a call without a time."""
         time = time_of(given_arguments(module, args, kwargs))
