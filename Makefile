@@ -23,8 +23,9 @@ browser:
 demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh benchmarks/demo.sh
 
+# A process per core, each with one thread.
 test: install browser
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 
 check: install
 	$(BIN)/ruff format --check .

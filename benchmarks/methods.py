@@ -315,9 +315,19 @@ def markdown(models: list[str]) -> str:
                 continue
             bits = next((f"{r['bits_per_weight']:.2f}" for r in found if r and r.get("bits_per_weight")), "")
             lines.append(f"| {method.removeprefix('dqtk ')} | {bits} | " + " | ".join(cell(r) for r in found) + " |")
+        lines += refusals([newest.get((setting, method, model)) for method in methods for model in models])
         if setting in NO_PEER:
             lines += ["", f"Peers: {NO_PEER[setting]}."]
     return "\n".join(lines[1:])
+
+
+def refusals(rows: list[dict | None]) -> list[str]:
+    """A line for each thing that a peer said where it could not run, with its models."""
+    said: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row is not None and "not_measured" in row:
+            said.setdefault((row["method"], " ".join(row["not_measured"].split())), []).append(row["model"])
+    return [line for (method, why), models in said.items() for line in ("", f"{method} on {', '.join(models)}: `{why}`")]
 
 
 def cell(row: dict | None) -> str:
@@ -325,7 +335,7 @@ def cell(row: dict | None) -> str:
     if row is None:
         return ""
     if "not_measured" in row:
-        return f"cannot: {row['not_measured'].split(':')[0]}"
+        return "cannot"
     psnr, sqnr, oracle = row["psnr"], row["sqnr_same"], row.get("oracle_change")
     said = "" if oracle is None else f", {oracle[0]:+.2f}"
     return f"{psnr[0]:.1f} ({psnr[1]:.1f} to {psnr[2]:.1f}), {sqnr[0]:.1f}{said}"

@@ -37,6 +37,7 @@ from .spec import (
     from_json,
     frozen,
     to_json,
+    without,
 )
 
 FORMAT_VERSION = 1
@@ -321,7 +322,7 @@ def _fit(spec: LayerSpec, site: Site, notes: list[str]) -> LayerSpec:
         spec = replace(spec, input=replace(spec.input, granularity=PerTensor()))
         notes.append("one range: runs once, before there is noise")
     if site.kind == "conv" and ConstantToken() in spec.transforms:
-        spec = replace(spec, transforms=tuple(t for t in spec.transforms if not isinstance(t, ConstantToken)))
+        spec = without(spec, ConstantToken)
         notes.append("no constant token: convolution")
     if site.kind == "conv" and spec.low_rank is not None:
         spec = replace(spec, low_rank=None)
@@ -331,7 +332,7 @@ def _fit(spec: LayerSpec, site: Site, notes: list[str]) -> LayerSpec:
         notes.append(f"rank {most}: {spec.low_rank.rank} is more than the layer has")
         spec = replace(spec, low_rank=replace(spec.low_rank, rank=most))
     if site.channels % 4 and any(isinstance(transform, Hadamard) for transform in spec.transforms):
-        spec = replace(spec, transforms=tuple(t for t in spec.transforms if not isinstance(t, Hadamard)))
+        spec = without(spec, Hadamard)
         notes.append(f"not rotated: {site.channels} channels are no multiple of 4")
     if spec.needs_moments and site.k > MAX_LEARNED_INPUTS:
         spec = replace(spec, solver=RTN(), low_rank=None)

@@ -13,7 +13,7 @@ from typing import Any
 
 from .calibrate.schedule import run_times, time_at
 from .plan import Choice, Plan, Recipe
-from .spec import ByLevel, LayerSpec, SiteSpec, frozen, kinds_of
+from .spec import ByLevel, ConstantToken, LayerSpec, SiteSpec, frozen, kinds_of, without
 
 
 @frozen
@@ -98,11 +98,13 @@ def _combined(choice: Choice, intervals: Sequence[Interval], others: Sequence[Si
         position = interval.end
     if position < 1:
         pieces.append((position, main))
-    kept = [piece for i, piece in enumerate(pieces) if not i or piece[1] != pieces[i - 1][1]]
+    bare = [(begin, without(spec, ConstantToken)) for begin, spec in pieces]  # layers of several specs do not look for it
+    kept = [piece for i, piece in enumerate(bare) if not i or piece[1] != bare[i - 1][1]]
     if len(kept) == 1:
-        return replace(choice, spec=kept[0][1])
+        return replace(choice, spec=pieces[0][1])
     spec = ByLevel(specs=tuple(spec for _, spec in kept), shares=tuple(begin for begin, _ in kept[1:]))
-    return replace(choice, spec=spec, why=f"{choice.why}; step policy")
+    note = "step policy" if bare == pieces else "step policy, so no constant token"
+    return replace(choice, spec=spec, why=f"{choice.why}; {note}")
 
 
 def _one(spec: SiteSpec, site: str) -> LayerSpec:

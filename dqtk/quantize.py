@@ -156,36 +156,21 @@ def quantize(
             already, NaN, infinite, integer or on the meta device. Nothing was changed then.
     """
     made = plan if isinstance(plan, Plan) else _make_plan(target, plan)
-    if max_memory <= 0:
-        raise ValueError(f"quantize: max_memory must be a positive number of bytes, got {max_memory}. The default is {MAX_MEMORY}.")
     if isinstance(stats, str | os.PathLike):
         stats = Stats.load(Path(stats))
-    parts = components_of(target)
-    work = [choice for choice in made.choices if choice.spec is not None]
-    check_fit(made, parts)
     taught = correct or refine is not None
-    if checkpoint is not None and refine is None:
-        raise ValueError(f"quantize: checkpoint must be left out without refine, got {str(checkpoint)!r}. Nothing else trains.")
-    if refine is not None and any(isinstance(choice.spec, ByLevel) for choice in work):
-        raise ValueError(
-            "quantize: refine must be left out for a plan with a step policy, got one. Weights of some noise levels only do "
-            "not learn yet."
-        )
+    _check_options(made, max_memory=max_memory, refine=refine, checkpoint=checkpoint)
+    parts = components_of(target)
+    check_fit(made, parts)
     if (made.needs_stats or taught) and stats is None:
-        if prompts is None:
-            raise ValueError(
-                f"quantize: recipe {made.recipe!r} must have statistics of its inputs, got none. "
-                "Pass prompts=[...], or stats=dqtk.calibrate(pipe, prompts, plan)."
-            )
-        for choice in work:
-            check_numbers(choice.site.id, *_numbers(parts[choice.site.component].get_submodule(choice.site.path)))
-        stats = calibrate(target, prompts, made, call_kwargs=call_kwargs, keep_calls=taught, progress=progress)
+        stats = _calibrated(target, made, prompts, call_kwargs=call_kwargs, keep_calls=taught, progress=progress)
+    work = [choice for choice in made.choices if choice.spec is not None]
     if made.needs_stats and stats is not None:
         check_model(stats, target, made)
         work = settled(work, stats)
     work = fixed_choices(work, target, prompts, call_kwargs)
     for choice in work:
-        _check_layer(parts[choice.site.component].get_submodule(choice.site.path), choice, stats)
+        _check_layer(_layer_of(parts, choice), choice, stats)
     touched = dict.fromkeys(choice.site.component for choice in work)
     students = {name: parts[name] for name in touched if taught and DENOISERS.fullmatch(name)}
     if taught and not students:
@@ -207,15 +192,41 @@ def quantize(
         for name, part in students.items():
             assert stats is not None
             if refine is not None:
-                folder = None if checkpoint is None else Path(checkpoint)
-                calls = calls_of(stats.calls, name)
-                refined(part, refine, calls, exact[name], originals[name], name=name, folder=folder, progress=progress)
+                how = {"folder": None if checkpoint is None else Path(checkpoint), "progress": progress}
+                refined(part, refine, calls_of(stats.calls, name), exact[name], originals[name], name=name, **how)
             if correct:
                 correct_output(part, stats, name, exact[name])
     finally:
         for name in touched:
             _make_saveable(parts[name], made.recipe)
     return target
+
+
+def _check_options(plan: Plan, *, max_memory: int, refine: Refiner | None, checkpoint: str | os.PathLike | None) -> None:
+    """Raises ``ValueError`` for arguments of ``quantize`` that cannot be, alone or together."""
+    if max_memory <= 0:
+        raise ValueError(f"quantize: max_memory must be a positive number of bytes, got {max_memory}. The default is {MAX_MEMORY}.")
+    if checkpoint is not None and refine is None:
+        raise ValueError(f"quantize: checkpoint must be left out without refine, got {str(checkpoint)!r}. Nothing else trains.")
+    if refine is not None and any(isinstance(choice.spec, ByLevel) for choice in plan.choices):
+        raise ValueError(
+            "quantize: refine must be left out for a plan with a step policy, got one. Weights of some noise levels only do "
+            "not learn yet."
+        )
+
+
+def _calibrated(target: Any, plan: Plan, prompts: Sequence[str] | None, **how: Any) -> Stats:
+    """Statistics of the sites of a plan on these prompts. Raises ``ValueError`` without prompts, and for weights that are NaN."""
+    if prompts is None:
+        raise ValueError(
+            f"quantize: recipe {plan.recipe!r} must have statistics of its inputs, got none. "
+            "Pass prompts=[...], or stats=dqtk.calibrate(pipe, prompts, plan)."
+        )
+    parts = components_of(target)
+    for choice in plan.choices:
+        if choice.spec is not None:
+            check_numbers(choice.site.id, *_numbers(_layer_of(parts, choice)))
+    return calibrate(target, prompts, plan, **how)
 
 
 def _layer_of(parts: Mapping[str, nn.Module], choice: Choice) -> nn.Module:

@@ -60,10 +60,22 @@ _W4_GROUP = TensorSpec(format=Int(bits=4), granularity=PerGroup(size=64), range=
 _A4_GROUP = TensorSpec(format=Int(bits=4), granularity=PerGroup(size=64), range=Dynamic())
 
 
+_TEXT_ROLES = ("cross_attn.k", "cross_attn.v")
+
+
 def _uniform(name: str, spec: SiteSpec) -> Recipe:
     keep = tuple(Rule(roles=(role,), spec=None, why=why) for role, why in KEPT_ROLES.items())
     modulation = Rule(roles=("modulation",), spec=LayerSpec(weight=_W8), why="modulation: 8-bit weight, 16-bit input")
     return Recipe(name=name, rules=(*keep, modulation, Rule(spec=spec, why=f"{name}: default")))
+
+
+def _text_token_apart(recipe: Recipe) -> Recipe:
+    """A recipe of one spec whose text keys and values look for a constant token first."""
+    *before, default = recipe.rules
+    assert isinstance(default.spec, LayerSpec)
+    spec = replace(default.spec, transforms=(ConstantToken(), *default.spec.transforms))
+    text = Rule(roles=_TEXT_ROLES, spec=spec, why=f"{recipe.name}: a token that is the same for every prompt is not rounded")
+    return replace(recipe, rules=(*before, text, default))
 
 
 def w8a16() -> Recipe:
@@ -97,11 +109,16 @@ def w4a8_rtn() -> Recipe:
 
 
 def w4a8() -> Recipe:
-    """``w4a8-rtn`` with smoothing searched and codes chosen by GPTQ and coordinate descent, on prompts: same storage, same kernel.
+    """``w4a8-rtn`` with smoothing searched and codes chosen by GPTQ and coordinate descent, on prompts: same kernel.
 
-    Of the compositions measured at these bytes on the stressed tiny-pixart the best (docs/methods/README.md).
+    A text token that is the same for every prompt stays exact. Of the compositions measured at these bytes the best
+    (docs/methods/comparison.md).
     """
-    return _uniform("w4a8", LayerSpec(weight=_W4_INTEGER, input=_A8, solver=GPTQ(), transforms=(Smooth(),)))
+    return _learned("w4a8", _W4_INTEGER)
+
+
+def _learned(name: str, weight: TensorSpec) -> Recipe:
+    return _text_token_apart(_uniform(name, LayerSpec(weight=weight, input=_A8, solver=GPTQ(), transforms=(Smooth(),))))
 
 
 def fp8() -> Recipe:
@@ -176,16 +193,11 @@ def _mixdq(name: str, weight: TensorSpec) -> Recipe:
         spec=LayerSpec(weight=_W8),
         why="8-bit weight, 16-bit input: first and last layer, as in the paper",
     )
-    text = Rule(
-        roles=("cross_attn.k", "cross_attn.v"),
-        spec=LayerSpec(weight=weight, input=_A8_STATIC, transforms=(ConstantToken(), ShortcutSplit())),
-        why=f"{name}: a token that is the same for every prompt is not rounded",
-    )
     rest = Rule(
         spec=LayerSpec(weight=weight, input=_A8_STATIC, transforms=(ShortcutSplit(),)),
         why=f"{name}: a concatenated input has scales per part",
     )
-    return Recipe(name=name, rules=(edges, text, rest))
+    return _text_token_apart(Recipe(name=name, rules=(edges, rest)))
 
 
 def mixdq_w8a8() -> Recipe:
@@ -244,10 +256,7 @@ class Search:
 
 def auto() -> Search:
     """Ours: smoothed and learned weights of 2, 3 and 4 bits, or INT8, with INT8 inputs, at 4.5 bits; 100 exchanges."""
-    narrow = []
-    for bits in (2, 3):
-        weight = replace(_W4_INTEGER, format=Int(bits=bits))
-        narrow.append(_uniform(f"w{bits}a8", LayerSpec(weight=weight, input=_A8, solver=GPTQ(), transforms=(Smooth(),))))
+    narrow = [_learned(f"w{bits}a8", replace(_W4_INTEGER, format=Int(bits=bits))) for bits in (2, 3)]
     return Search(name="auto", candidates=(*narrow, w4a8(), w8a8()), bits=4.5, switch=100)
 
 

@@ -13,7 +13,7 @@ from dqtk.checkpoint import config_of, quantized_layers
 from dqtk.nn.steps import step_states
 from dqtk.plan import Plan
 from dqtk.policy import Interval, StepPolicy, combined, fixed, has_policy, protecting
-from dqtk.spec import ByLevel, LayerSpec, describe
+from dqtk.spec import ByLevel, ConstantToken, LayerSpec, describe, without
 from dqtk.streaming import quantize_folder
 
 ENDS = protecting([(0, 0.2), (0.8, 1)])
@@ -77,6 +77,21 @@ def test_recipes_may_hold_policies_and_text_encoders_get_one_spec(load_tiny):
     assert {choice.why for choice in encoder} == {"mine; one spec: runs once, before there is noise"}
     with pytest.raises(ValueError, match=r"policy: transformer:.* must have one spec in each plan, got a policy already"):
         dqtk.plan(load_tiny("pixart"), recipe, policy=ENDS)
+
+
+def test_layers_of_several_specs_look_for_no_constant_token(load_tiny):
+    pipe = load_tiny("sdxl")
+    mine = dqtk.plan(pipe, "w4a8", policy=ENDS).of("unet").choices
+    plain = dqtk.plan(pipe, "w4a8").of("unet").choices
+    text = [(choice, before) for choice, before in zip(mine, plain, strict=True) if choice.site.role.startswith("cross_attn.")]
+    assert text
+    for choice, before in text:
+        had = ConstantToken() in before.spec.transforms
+        assert had == (choice.site.role in ("cross_attn.k", "cross_attn.v"))
+        assert choice.spec.specs[1] == without(before.spec, ConstantToken)
+        assert choice.why == before.why + ("; step policy, so no constant token" if had else "; step policy")
+    whole = dqtk.plan(pipe, "w4a8", policy=protecting([(0, 1)], "w4a8"))  # one spec at all levels: nothing is lost
+    assert [choice.spec for choice in whole.choices] == [choice.spec for choice in dqtk.plan(pipe, "w4a8").choices]
 
 
 W8 = dqtk.recipes.recipe_named("w8a8").main_spec().weight

@@ -85,6 +85,12 @@ def test_mixdq_rounds_everything_but_the_inputs_of_both_ends(name, load_tiny):
         assert describe(choice.spec) == f"W{bits} per channel, A8 per tensor asym, {token}split"
 
 
+def test_w4a8_looks_for_a_constant_token_in_text_keys_and_values(load_tiny):
+    for choice in dqtk.plan(load_tiny("sdxl"), "w4a8").choices:
+        text = choice.site.role in ("cross_attn.k", "cross_attn.v")
+        assert ("constant token" in describe(choice.spec)) == text, choice.site.id
+
+
 def test_suggestion_for_an_unknown_name():
     with pytest.raises(ValueError, match=r"recipe: name must be one of .*, got 'w8a8static'\. Did you mean 'w8a8-static'\?"):
         recipe_named("w8a8static")

@@ -72,8 +72,6 @@ W4A8 = LayerSpec(weight=W4_TWO_LEVEL, input=A8)
 
 EVERY_TYPE = [
     Distill(iterations=3, rank=8),
-    ShortcutSplit(at=(64,)),
-    ConstantToken(),
     Reconstruct(drop=0.25),
     Int(bits=3, symmetric=False),
     Float(),

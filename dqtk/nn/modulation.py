@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from dqtk.calls import given_arguments, time_of
 
+from .eager import outside_graphs
+
 TOLERANCE = 1e-6  # of a time, relative: what another order of float32 operations may do to it
 
 
@@ -23,8 +25,7 @@ class KnownTimes:
         self.times = tuple(float(time) for time in times)
         self._index: dict[torch.device, Tensor] = {}
         self._position = 0
-        if not hasattr(KnownTimes.see, "_torchdynamo_disable"):  # not a decorator: that would import the whole compiler with dqtk
-            KnownTimes.see = torch.compiler.disable(KnownTimes.see)  # type: ignore[method-assign]
+        outside_graphs(KnownTimes, "see")
 
     def index(self, device: torch.device) -> Tensor:
         """int64 [1]: row of the call in progress. One tensor per device, whose content changes."""

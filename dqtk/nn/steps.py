@@ -12,11 +12,12 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from dqtk.calls import given_arguments, time_of
 from dqtk.spec import ByLevel, SiteSpec
+
+from .eager import outside_graphs
 
 
 class StepState:
@@ -33,8 +34,7 @@ class StepState:
             raise ValueError(f"step_policy: edges must be finite and ascending, got {list(self.edges)}. Quantize again.")
         # A text: compilers make a number that changes into a variable, which could choose no kernel.
         self.kind = "0"
-        if not hasattr(StepState.see, "_torchdynamo_disable"):  # not a decorator: that would import the whole compiler with dqtk
-            StepState.see = torch.compiler.disable(StepState.see)  # type: ignore[method-assign]
+        outside_graphs(StepState, "see")
 
     def see(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """The hook. Raises ``ValueError`` for times that differ within a call, and for a call without a time."""

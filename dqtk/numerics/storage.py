@@ -16,12 +16,11 @@ for intervals of the noise level (``ByLevel``) stores the tensors of every weigh
 """
 
 import re
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
-from dqtk.spec import ByLevel, ConstantToken, Float, Hadamard, Int, LayerSpec, PerLevel, ShortcutSplit, SiteSpec, Smooth
+from dqtk.spec import ByLevel, ConstantToken, Float, Hadamard, Int, LayerSpec, PerLevel, ShortcutSplit, SiteSpec, Smooth, without
 
 from .packing import Layout, bytes_of, count_groups, layout, packed_width
 
@@ -61,7 +60,7 @@ def parts_of(spec: LayerSpec, channels: int) -> tuple[Part, ...]:
         return ()
     if at[-1] >= channels:
         raise ValueError(f"ShortcutSplit: at must be below the layer's {channels} input channels, got {at}. Leave it empty.")
-    rest = replace(spec, transforms=tuple(t for t in spec.transforms if not isinstance(t, ConstantToken | ShortcutSplit)))
+    rest = without(spec, ConstantToken, ShortcutSplit)
     bounds = (0, *at, channels)
     return tuple(Part(i, rest, bounds[i], bounds[i + 1]) for i in range(len(at) + 1))
 

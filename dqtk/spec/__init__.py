@@ -45,6 +45,7 @@ from .layer import (
     Smooth,
     Solver,
     Transform,
+    without,
 )
 from .refine import Distill, Reconstruct, Refiner
 from .text import canonical, did_you_mean, from_json, to_json
@@ -97,4 +98,5 @@ __all__ = [
     "level_edges",
     "to_json",
     "weights_of",
+    "without",
 ]

@@ -3,6 +3,7 @@
 The order is fixed: transforms in the order given, then the low-rank branch, then the solver on what is left, then the bias.
 """
 
+from dataclasses import replace
 from itertools import pairwise
 
 from .formats import (
@@ -269,6 +270,11 @@ class LayerSpec:
 
     def __str__(self) -> str:
         return describe(self)
+
+
+def without(spec: LayerSpec, *kinds: type[Transform]) -> LayerSpec:
+    """The spec without transforms of these kinds."""
+    return replace(spec, transforms=tuple(transform for transform in spec.transforms if not isinstance(transform, kinds)))
 
 
 def _check_format(where: str, spec: TensorSpec) -> None:

@@ -328,7 +328,9 @@ class Pair(NamedTuple):
 
 
 @pytest.mark.parametrize(
-    ("value", "kind"), [(torch.float32, "dtype"), (object(), "object"), (Pair(1, 2), "Pair"), ({1, 2}, "set")], ids=str
+    ("value", "kind"),
+    [(torch.float32, "dtype"), (object(), "object"), (Pair(1, 2), "Pair"), ({1, 2}, "set")],
+    ids=["dtype", "object", "Pair", "set"],
 )
 def test_arguments_that_no_file_can_hold(value, kind, tmp_path):
     stats = Stats(calls=[Call("transformer", (), {"added": {"what": [value]}}, 0.5)])

@@ -96,7 +96,7 @@ RELATION = Relation(
         (RELATION, {"other_shape": "triangle"}, {"other shape"}),
         (RELATION, {"colour": "green", "background": "plain black"}, {"colour", "background"}),
     ],
-    ids=lambda value: "+".join(value) if isinstance(value, dict | set) else type(value).__name__,
+    ids=lambda value: "+".join(sorted(value)) if isinstance(value, dict | set) else type(value).__name__,
 )
 def test_a_wrong_attribute_costs_that_attribute_only(asked, change, wrong):
     verdict = judge(render(replace(asked, **change)), asked)
