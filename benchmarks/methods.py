@@ -121,6 +121,7 @@ SETTINGS = {
         "smooth + rotate + gptq": spec(W4_GROUP, A4, Smooth(), Hadamard(), solver=GPTQ()),
         "constant token + smooth + gptq": spec(W4_GROUP, A4, ConstantToken(), Smooth(), solver=GPTQ()),
         "rotate 64 + gptq": spec(W4_GROUP, A4, Hadamard(block=64), solver=GPTQ()),
+        "constant token + rotate 64 + gptq": spec(W4_GROUP, A4, ConstantToken(), Hadamard(block=64), solver=GPTQ()),
         "smooth + rank 1 + gptq": spec(W4_GROUP, A4, Smooth(), solver=GPTQ(), low_rank=BRANCH),
         "smooth + gptq, weights in groups of 32": spec(W4_SMALL, A4, Smooth(), solver=GPTQ()),
     },

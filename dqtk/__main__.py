@@ -1,4 +1,4 @@
-"""``python -m dqtk``, and ``accelerate launch -m dqtk``."""
+"""``python -m dqtk``, and ``torchrun -m dqtk``."""
 
 import sys
 

@@ -79,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     _gates(evaluate)
 
     job = verbs.add_parser(
-        "run", help="a batch job from a YAML file; resumes; accelerate launch -m dqtk run JOB uses many processes"
+        "run", help="a batch job from a YAML file; resumes; torchrun -m dqtk run JOB uses many processes"
     )
     job.add_argument("job", metavar="JOB", type=Path)
     _gates(job)

@@ -165,6 +165,8 @@ def _allocate(options: argparse.Namespace, command: str) -> None:
     from .report.allocation import write_allocation
 
     made = plan_from_model(options, _call_kwargs)
+    if made is None:  # one of several processes, and not the first
+        return
     _write_json(options.output, made.to_json())
     folder = options.output.with_name(f"{options.output.stem}-sensitivity")
     page = write_allocation(made, folder / "page.html", options.model, command)

@@ -31,8 +31,11 @@ class Processes:
         return [(index, piece) for index, piece in enumerate(work) if index % self.world == self.rank]
 
 
+ALONE = Processes(0, 1, torch.device("cpu"), lambda: None)
+
+
 def processes() -> Processes:
-    """This process among those that ``accelerate launch`` started; alone without it."""
+    """This process among those that ``torchrun`` or ``accelerate launch`` started; alone without it."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState  # sets up torch.distributed, which a single process does not need
 

@@ -3,6 +3,9 @@
 Kept at 16 bits: what is small, runs once, or is known to break first: entrance and exit layers, the noise-level embedding, the text
 projection. Modulation layers are a quarter of a Flux, so they are not kept: they get 8-bit weights with 16-bit inputs, which costs
 half their bytes; their input is one row per image.
+
+Recipes of our own that learn from prompts keep a text token exact that is the same for every prompt: it is huge in SDXL,
+and changes of basis and rounding of weights do harm there (notebooks/LOG.md).
 """
 
 from dataclasses import replace
@@ -78,6 +81,10 @@ def _text_token_apart(recipe: Recipe) -> Recipe:
     return replace(recipe, rules=(*before, text, default))
 
 
+def _learned(name: str, spec: LayerSpec) -> Recipe:
+    return _text_token_apart(_uniform(name, spec))
+
+
 def w8a16() -> Recipe:
     """INT8 weights per output channel, 16-bit inputs."""
     return _uniform("w8a16", LayerSpec(weight=_W8))
@@ -111,14 +118,14 @@ def w4a8_rtn() -> Recipe:
 def w4a8() -> Recipe:
     """``w4a8-rtn`` with smoothing searched and codes chosen by GPTQ and coordinate descent, on prompts: same kernel.
 
-    A text token that is the same for every prompt stays exact. Of the compositions measured at these bytes the best
+    Of the compositions measured at these bytes the best
     (docs/methods/comparison.md).
     """
-    return _learned("w4a8", _W4_INTEGER)
+    return _learned("w4a8", _integers(_W4_INTEGER))
 
 
-def _learned(name: str, weight: TensorSpec) -> Recipe:
-    return _text_token_apart(_uniform(name, LayerSpec(weight=weight, input=_A8, solver=GPTQ(), transforms=(Smooth(),))))
+def _integers(weight: TensorSpec) -> LayerSpec:
+    return LayerSpec(weight=weight, input=_A8, solver=GPTQ(), transforms=(Smooth(),))
 
 
 def fp8() -> Recipe:
@@ -133,7 +140,7 @@ def fp8_static() -> Recipe:
 
 def fp4() -> Recipe:
     """FP4 E2M1 weights in groups of 64 with learned rounding, FP8 inputs per token (as FP4DiT, arXiv 2503.15465)."""
-    return _uniform("fp4", LayerSpec(weight=_WFP4, input=_AFP8, solver=AdaRound()))
+    return _learned("fp4", LayerSpec(weight=_WFP4, input=_AFP8, solver=AdaRound()))
 
 
 def nvfp4() -> Recipe:
@@ -151,12 +158,12 @@ def mxfp4() -> Recipe:
 def w4a4_svd() -> Recipe:
     """INT4 weights and inputs in groups of 64, smoothed, with a 16-bit branch of rank 32 (SVDQuant, arXiv 2411.05007) and GPTQ."""
     spec = LayerSpec(weight=_W4_GROUP, input=_A4_GROUP, solver=GPTQ(), transforms=(Smooth(),), low_rank=LowRank(rank=32))
-    return _uniform("w4a4-svd", spec)
+    return _learned("w4a4-svd", spec)
 
 
 def w4a4_rot() -> Recipe:
     """INT4 weights and inputs in groups of 64, rotated by Hadamard matrices, GPTQ."""
-    return _uniform("w4a4-rot", LayerSpec(weight=_W4_GROUP, input=_A4_GROUP, solver=GPTQ(), transforms=(Hadamard(),)))
+    return _learned("w4a4-rot", LayerSpec(weight=_W4_GROUP, input=_A4_GROUP, solver=GPTQ(), transforms=(Hadamard(),)))
 
 
 def viditq_w4a8() -> Recipe:
@@ -256,7 +263,7 @@ class Search:
 
 def auto() -> Search:
     """Ours: smoothed and learned weights of 2, 3 and 4 bits, or INT8, with INT8 inputs, at 4.5 bits; 100 exchanges."""
-    narrow = [_learned(f"w{bits}a8", replace(_W4_INTEGER, format=Int(bits=bits))) for bits in (2, 3)]
+    narrow = [_learned(f"w{bits}a8", _integers(replace(_W4_INTEGER, format=Int(bits=bits)))) for bits in (2, 3)]
     return Search(name="auto", candidates=(*narrow, w4a8(), w8a8()), bits=4.5, switch=100)
 
 

@@ -5,7 +5,7 @@ solved and written to its place by itself: the peak is a layer and its solver's 
 that learn nothing from inputs can be made so: inputs would need the model.
 
 What is done is recorded layer by layer in a hidden folder beside the output (``.NAME.streaming``). The same command goes on where
-it stopped; several processes (``accelerate launch``) take every n-th layer each. The folder gets its name when it is whole, and is
+it stopped; several processes (``torchrun``) take every n-th layer each. The folder gets its name when it is whole, and is
 what ``save_pretrained`` writes after ``dqtk.quantize`` in memory, tensor by tensor.
 """
 

@@ -1,6 +1,9 @@
 """Untrained embedded pipelines as saved folders, built once; tests load from them and may change what they loaded."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,6 +61,24 @@ def draw():
         return pipe("a large red circle on a plain blue background", generator=generator, **options).images
 
     return call
+
+
+@pytest.fixture(scope="session")
+def launched():
+    """Function (number of processes, *words of the command line) -> stdout of ``torchrun -m dqtk``, which must succeed.
+
+    Not ``accelerate launch``, which starts one process on a CPU whatever it is asked for (1.15).
+    """
+
+    def run(num, *words):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", num]
+        command = [str(word) for word in (*command, "-m", "dqtk", *words)]
+        one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=400, env=one_thread)
+        assert ran.returncode == 0, ran.stderr[-3000:]
+        return ran.stdout
+
+    return run
 
 
 @pytest.fixture

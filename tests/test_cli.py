@@ -403,6 +403,23 @@ def test_allocate_swept_and_switched(folder, say, tmp_path):
     assert {path: path.read_text() for path in journals} == journals
 
 
+def test_two_processes_allocate_as_one(folder, say, tmp_path, launched):
+    """Candidates that learn, so layers that share an input must be solved together, whoever scores them."""
+    words = ["allocate", folder, "--recipes", "w4a8", "w8a8", "--keep", "*.[1-9].*", "--keep", "*ff*", "--budget", "15bits"]
+    words += ["--steps", 1, "--prompts", "a red circle"]
+    text = say(*words, "--output", tmp_path / "one" / "plan.json")
+    assert launched(2, *words, "--output", tmp_path / "two" / "plan.json") == text.replace("/one/", "/two/")
+    assert (tmp_path / "two" / "plan.json").read_text() == (tmp_path / "one" / "plan.json").read_text()
+    rows = [
+        {row for file in (tmp_path / name / "plan-sensitivity").glob("done-*.jsonl") for row in file.read_text().splitlines()}
+        for name in ("one", "two")
+    ]
+    assert rows[0] == rows[1]
+    shares = [len(file.read_text().splitlines()) for file in (tmp_path / "two" / "plan-sensitivity").glob("done-*.jsonl")]
+    assert len(shares) == 2
+    assert min(shares) > 0
+
+
 def test_allocate_with_pictures_for_content(folder, say, tmp_path):
     words = ["--widths", 4, "--keep", "*.[1-9].*", "--keep", "*attn*", "--prompts", "a circle", "--steps", 1, "--batch-size", 1]
     say(

@@ -85,8 +85,9 @@ def test_mixdq_rounds_everything_but_the_inputs_of_both_ends(name, load_tiny):
         assert describe(choice.spec) == f"W{bits} per channel, A8 per tensor asym, {token}split"
 
 
-def test_w4a8_looks_for_a_constant_token_in_text_keys_and_values(load_tiny):
-    for choice in dqtk.plan(load_tiny("sdxl"), "w4a8").choices:
+@pytest.mark.parametrize("name", ["w4a8", "fp4", "w4a4-svd", "w4a4-rot"])
+def test_text_keys_and_values_look_for_a_constant_token(name, load_tiny):
+    for choice in dqtk.plan(load_tiny("sdxl"), name).choices:
         text = choice.site.role in ("cross_attn.k", "cross_attn.v")
         assert ("constant token" in describe(choice.spec)) == text, choice.site.id
 

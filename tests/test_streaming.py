@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 
 import diffusers
@@ -306,20 +305,11 @@ def test_ctrl_c_in_the_shell(folder, tmp_path, monkeypatch, capsys):
     dqtk.load(tmp_path / "q")
 
 
-def test_two_processes_write_the_bytes_of_one(folder, tmp_path):
+def test_two_processes_write_the_bytes_of_one(folder, tmp_path, launched):
     stream(folder, tmp_path / "one", "w4a8-rtn", text_encoders="w8a8")
-    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    words = ["-m", "dqtk", "quantize", str(folder), "--recipe", "w4a8-rtn", "--text-encoders", "w8a8", "--stream"]
-    ran = subprocess.run(
-        [*launch, *words, "--output", str(tmp_path / "two")],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    assert ran.stdout.count(f"{tmp_path / 'two'}: recipe w4a8-rtn, text encoders w8a8") == 1
+    words = ["quantize", folder, "--recipe", "w4a8-rtn", "--text-encoders", "w8a8", "--stream"]
+    said = launched(2, *words, "--output", tmp_path / "two")
+    assert said.count(f"{tmp_path / 'two'}: recipe w4a8-rtn, text encoders w8a8") == 1
     assert tensors_of(tmp_path / "two") == tensors_of(tmp_path / "one")
     for name in ("transformer", "text_encoder"):
         files = [next((tmp_path / where / name).glob("*.safetensors")).read_bytes() for where in ("one", "two")]

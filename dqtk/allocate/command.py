@@ -15,6 +15,7 @@ from dqtk.calibrate.look import looked
 from dqtk.calibrate.run import check_model
 from dqtk.costs import CostTable
 from dqtk.plan import Choice, Plan, Recipe
+from dqtk.processes import processes
 from dqtk.prompt_sets import read_prompts
 from dqtk.quantize import plan as make_plan
 from dqtk.recipes import of_width, recipe_named, search_named
@@ -72,8 +73,14 @@ def choices_from_logs(options: argparse.Namespace) -> Chosen:
     )
 
 
-def plan_from_model(options: argparse.Namespace, call_kwargs: Callable[[argparse.Namespace, Any], Mapping[str, Any]]) -> Made:
-    """With a MODEL: measure it, or go on measuring, and allocate. Also writes the scores as a log into NAME-sensitivity."""
+def plan_from_model(
+    options: argparse.Namespace, call_kwargs: Callable[[argparse.Namespace, Any], Mapping[str, Any]]
+) -> Made | None:
+    """With a MODEL: measure it, or go on measuring, and allocate. Also writes the scores as a log into NAME-sensitivity.
+
+    Of several processes all measure, and the first one allocates; the others return None.
+    """
+    me = processes()
     recipes = _candidates(options)
     _check_options(options)
     keep: dict[str, Any] = dict.fromkeys(options.keep)
@@ -87,9 +94,14 @@ def plan_from_model(options: argparse.Namespace, call_kwargs: Callable[[argparse
     costs = None if options.costs is None else CostTable.load(options.costs)
     folder = options.output.with_name(f"{options.output.stem}-sensitivity")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    pipe = load_pipeline(options.model, options.dtype, find_device(options.device))
+    pipe = load_pipeline(options.model, options.dtype, find_device(options.device) if options.device else me.device)
     kwargs = call_kwargs(options, pipe)
-    stats = _stats(options, pipe, _watching(pipe, plans, keep), kwargs, folder.with_name(f"{folder.name}.safetensors"))
+    watching = _watching(pipe, plans, keep)
+    if not me.first:
+        me.wait()  # for the first one's file
+    stats = _stats(options, pipe, watching, kwargs, folder.with_name(f"{folder.name}.safetensors"))
+    if me.first:
+        me.wait()
     parts = {component.name: components_of(pipe)[component.name] for component in plans[0].components}
     plans = [_answered(plan, parts, stats) for plan in plans]
     probe = OutputSQNR(parts, stats.calls)
@@ -99,9 +111,12 @@ def plan_from_model(options: argparse.Namespace, call_kwargs: Callable[[argparse
         0 if around is None else len({c.site.id for c in quantized})
     )
     layers = Layers(parts)
-    with tqdm(total=total, desc="allocate", unit="score") as bar:
-        kept: dict[str, Any] = {"layers": layers} if options.sweep or options.switch else {}
-        found = measure(pipe, plans, stats, probes, groups, folder=folder, around=around, told=lambda site: bar.update(), **kept)
+    with tqdm(total=total // me.world, desc="allocate", unit="score", disable=not me.first) as bar:
+        how: dict[str, Any] = {"me": me, "told": lambda site: bar.update()}
+        how |= {"layers": layers} if options.sweep or options.switch else {}
+        found = measure(pipe, plans, stats, probes, groups, folder=folder, around=around, **how)
+    if not me.first:
+        return None
     print(describe_reliability(plans, found))
     _write_logs(folder, plans, found)
     calls = shapes_of_a_step(parts, stats.calls, sites) if options.budget.unit == "bops" else None

@@ -3,7 +3,8 @@
 Nothing else is quantized meanwhile; or (``around``) everything else is, as one plan says. Errors of layers do not simply add up,
 and scores around a plan near the answer have in them what the errors of the others do to a layer's. Nothing is quantized twice.
 The layer that is put in is the one that ``quantize`` would put in, so whatever a spec may hold (inputs, transforms, a branch, a
-solver) is measured with it. Every score is in a journal on the disk before the next is taken; an interrupted measurement goes on.
+solver) is measured with it. Every score is in a journal on the disk before the next is taken: an interrupted measurement goes on,
+and several processes share one.
 """
 
 import copy
@@ -17,10 +18,12 @@ from typing import Any
 from torch import nn
 
 from dqtk.calibrate import Stats
+from dqtk.calibrate.gather import input_name
 from dqtk.checkpoint import replace_layer
 from dqtk.journal import Journal, claim, done
 from dqtk.methods.solve import Solution
 from dqtk.plan import Choice, Plan
+from dqtk.processes import ALONE, Processes
 from dqtk.quantize import MAX_MEMORY, check_fit, runtime_layer
 from dqtk.sites import Site, components_of
 from dqtk.spec import SiteSpec, canonical
@@ -59,6 +62,7 @@ def measure(
     around: Plan | None = None,
     layers: Layers | None = None,
     max_memory: int = MAX_MEMORY,
+    me: Processes = ALONE,
     told: Callable[[str], object] = lambda site: None,
 ) -> Sensitivity:
     """Score every (site, spec) of some plans, each alone.
@@ -70,56 +74,80 @@ def measure(
         probes, groups: group -> probe, site id -> group.
         folder: of the journal; new, or that of this same measurement.
         around: what the rest of the model is meanwhile; None: unquantized. 16 bits are scored too then.
-        layers: get every layer that is made.
-        max_memory, told: as of ``quantize``; called with every site that has just been scored.
+        layers: get every layer that is made, by this process.
+        max_memory: as of ``quantize``.
+        me: of those that share the work in one folder; all return the same.
+        told: called with every site that has just been scored.
     Raises:
         ValueError: plans of another model, a folder of another measurement.
     """
     parts = components_of(target)
     for plan in [*plans, *([] if around is None else [around])]:
         check_fit(plan, parts)
-    claim(folder, _task(parts, stats, probes, groups, around), "allocate")
+    if me.first:
+        claim(folder, _task(parts, stats, probes, groups, around), "allocate")
+    me.wait()
     rows = done(folder, "allocate")
+    me.wait()  # all have read the same journal before anyone goes on writing it
     how: dict[str, Any] = {"sequential": False, "max_memory": max_memory}
     probed = dict(parts) if around is None else _twins(parts, around, stats, how)
-    with Journal(folder, 0) as journal:
+    with Journal(folder, me.rank) as journal:
 
         def keep(key: str, scores: Mapping[str, float | None]) -> None:
             rows[key] = dict(scores)
             journal.record(key, scores)
 
-        for component in dict.fromkeys(choice.site.component for plan in plans for choice in plan.choices):
+        for component in dict.fromkeys(choice.site.component for plan in plans for choice in plan.choices) if me.first else ():
             if _FLOOR + component not in rows:
                 keep(_FLOOR + component, {probe.name: probe.floor(component) for probe in probes.values()})
             if around is not None and _BASE + component not in rows:
                 keep(_BASE + component, {probe.name: probe(component, probed[component]) for probe in probes.values()})
-        for choice, solution in _all(parts, plans, stats, how, lambda c: _key(c) in rows, around is not None):
+        todo = _todo(plans, rows, me, unquantized=around is not None)
+        for choice, solution in _all(parts, todo, stats, how):
             probe, component = probes[groups[choice.site.id]], choice.site.component
             layer: nn.Module = parts[component].get_submodule(choice.site.path)
             new = layer if solution is None else runtime_layer(layer, solution)
             if layers is not None and solution is not None:
                 layers.add(choice, new)
+            if _key(choice) in rows:  # it was solved for the sake of others
+                continue
             with replaced(probed[component], choice.site.path, new):
                 keep(_key(choice), {probe.name: probe(component, probed[component])})
             told(choice.site.id)
+    me.wait()
+    rows = done(folder, "allocate")
     return _gathered(plans, rows, probes, groups)
 
 
-def _all(
-    parts: Mapping[str, nn.Module],
-    plans: Sequence[Plan],
-    stats: Stats,
-    how: Mapping[str, Any],
-    is_done: Callable[[Choice], bool],
-    unquantized: bool,
-) -> Iterator[tuple[Choice, Solution | None]]:
-    """Every different choice of the plans that is left to do, solved; each quantized site's 16 bits (None) too if asked for."""
+def _todo(plans: Sequence[Plan], rows: Mapping[str, Any], me: Processes, *, unquantized: bool) -> list[list[Choice]]:
+    """Of every plan what this process solves; behind them each quantized site's 16 bits if asked for.
+
+    Layers that share an input learn together, so all of them are there where one of them has no score yet.
+    """
+    found: list[list[Choice]] = []
+    given = set(rows)
     for plan in plans:
-        work = [choice for choice in plan.choices if choice.spec is not None and not is_done(choice)]
-        for solved in solutions(parts, work, stats, **how):
+        units: dict[tuple[str, str], list[Choice]] = {}
+        for choice in plan.choices:
+            if choice.spec is not None:
+                units.setdefault((input_name(choice.site), canonical(choice.spec)), []).append(choice)
+        left = [mine for mine in units.values() if any(_key(choice) not in given for choice in mine)]
+        given.update(_key(choice) for mine in left for choice in mine)
+        found.append([choice for _, mine in me.mine(left) for choice in mine])
+    if unquantized:
+        sites = {c.site.id: replace(c, spec=None) for plan in plans for c in plan.choices if c.spec is not None}
+        found.append([choice for _, choice in me.mine([choice for choice in sites.values() if _key(choice) not in rows])])
+    return found
+
+
+def _all(
+    parts: Mapping[str, nn.Module], todo: Sequence[Sequence[Choice]], stats: Stats, how: Mapping[str, Any]
+) -> Iterator[tuple[Choice, Solution | None]]:
+    """Every choice solved, a plan after the other; None for 16 bits."""
+    for work in todo:
+        for solved in solutions(parts, [choice for choice in work if choice.spec is not None], stats, **how):
             yield from solved
-    sites = {c.site.id: replace(c, spec=None) for plan in plans for c in plan.choices if c.spec is not None} if unquantized else {}
-    yield from ((choice, None) for choice in sites.values() if not is_done(choice))
+        yield from ((choice, None) for choice in work if choice.spec is None)
 
 
 def _twins(parts: Mapping[str, nn.Module], around: Plan, stats: Stats, how: Mapping[str, Any]) -> dict[str, nn.Module]:

@@ -1,4 +1,4 @@
-"""``dqtk run job.yaml``: the four stages in order, by one process or by many (``accelerate launch -m dqtk run job.yaml``)."""
+"""``dqtk run job.yaml``: the four stages in order, by one process or by many (``torchrun -m dqtk run job.yaml``)."""
 
 import json
 from collections.abc import Mapping, Sequence

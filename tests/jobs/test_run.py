@@ -4,7 +4,6 @@ import dataclasses
 import html
 import importlib.metadata
 import json
-import os
 import re
 import shutil
 import signal
@@ -138,14 +137,10 @@ def test_a_full_disk_is_one_line_and_resumes(job_file, tmp_path, monkeypatch, ca
 
 
 @pytest.mark.parametrize("num", [2, 3])
-def test_several_processes_give_the_numbers_of_one(job_file, tmp_path, done, num):
+def test_several_processes_give_the_numbers_of_one(job_file, tmp_path, done, num, launched):
     _, _, found = done
     file = job_file("many.yaml", output=str(tmp_path / "many"))
-    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", str(num)]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done_ = subprocess.run([*launch, "-m", "dqtk", "run", str(file)], capture_output=True, text=True, timeout=400, env=environment)
-    assert done_.returncode == 0, done_.stderr[-3000:]
+    launched(num, "run", file)
     assert numbers(tmp_path / "many") == found
 
 
