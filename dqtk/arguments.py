@@ -78,9 +78,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--output", type=Path, required=True, help="folder for results; an earlier one's features are used again")
     _gates(evaluate)
 
-    job = verbs.add_parser(
-        "run", help="a batch job from a YAML file; resumes; torchrun -m dqtk run JOB uses many processes"
-    )
+    job = verbs.add_parser("run", help="a batch job from a YAML file; resumes; torchrun -m dqtk run JOB uses many processes")
     job.add_argument("job", metavar="JOB", type=Path)
     _gates(job)
     return top

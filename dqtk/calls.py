@@ -1,5 +1,6 @@
 """How pipelines and their denoisers are called: prompts or class labels, arguments a family needs, the time of a denoiser call."""
 
+import difflib
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +15,16 @@ TIME_NAMES = ("timestep", "timesteps", "t")
 
 
 def call_arguments(pipe: Any, given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What the pipeline's family needs, under what the caller gave."""
+    """What the pipeline's family needs, under what the caller gave.
+
+    Raises ``ValueError`` for a name that looks like one of the pipeline's arguments: many take others, and say nothing.
+    """
+    known = list(inspect.signature(pipe.__call__).parameters)
+    for name in given or {}:
+        if name not in known and (near := difflib.get_close_matches(name, known, n=1, cutoff=0.85)):
+            raise ValueError(
+                f"call_kwargs: name must be an argument of {type(pipe).__name__}, got {name!r}. Did you mean {near[0]!r}?"
+            )
     return call_kwargs_for(pipe) | dict(given or {})
 
 

@@ -72,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except (_Terminated, KeyboardInterrupt) as stop:
         said, status = ("terminated", 143) if isinstance(stop, _Terminated) else ("interrupted", 130)
-        left = "run the same command again to go on" if getattr(options, "stream", False) else "nothing half-written was left"
+        goes_on = getattr(options, "stream", False) or options.verb in ("calibrate", "allocate", "run")
+        left = "run the same command again to go on" if goes_on else "nothing half-written was left"
         print(f"dqtk {options.verb}: {said}; {left}", file=sys.stderr)
         return status
     return status or 0

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from .numerics.hadamard import block_size
 from .numerics.storage import layer_bytes
 from .sites import ROLES, TEXT_ENCODERS, Adapter, Site, components_of, find_sites
 from .spec import (
@@ -30,6 +31,7 @@ from .spec import (
     PerToken,
     SiteSpec,
     TensorSpec,
+    Transform,
     canonical,
     describe,
     did_you_mean,
@@ -310,7 +312,7 @@ def fit(spec: SiteSpec, site: Site) -> tuple[SiteSpec, str]:
         notes.append("one spec: runs once, before there is noise")
         spec = spec.longest
     adjusted = each_of(spec, lambda part: _fit(part, site, notes))
-    return adjusted, "; ".join(dict.fromkeys(notes) if isinstance(spec, ByLevel) else notes)
+    return adjusted, "; ".join(dict.fromkeys(notes))  # weight and input may have the same to say, and so may kinds
 
 
 def _fit(spec: LayerSpec, site: Site, notes: list[str]) -> LayerSpec:
@@ -334,6 +336,7 @@ def _fit(spec: LayerSpec, site: Site, notes: list[str]) -> LayerSpec:
     if site.channels % 4 and any(isinstance(transform, Hadamard) for transform in spec.transforms):
         spec = without(spec, Hadamard)
         notes.append(f"not rotated: {site.channels} channels are no multiple of 4")
+    spec = replace(spec, transforms=tuple(_fit_block(transform, site, notes) for transform in spec.transforms))
     if spec.needs_moments and site.k > MAX_LEARNED_INPUTS:
         spec = replace(spec, solver=RTN(), low_rank=None)
         notes.append(f"rounded to nearest: second moments of {site.k} inputs would take {8 * site.k**2 / 2**30:.1f} GiB")
@@ -341,6 +344,18 @@ def _fit(spec: LayerSpec, site: Site, notes: list[str]) -> LayerSpec:
         spec = replace(spec, correct_bias=False)
         notes.append("no bias to correct")
     return spec
+
+
+def _fit_block(transform: Transform, site: Site, notes: list[str]) -> Transform:
+    """A rotation in blocks that divide the channels and have a matrix: what would be used anyway, said."""
+    if not isinstance(transform, Hadamard) or transform.block is None:
+        return transform
+    size = block_size(site.channels, transform.regular, transform.block)
+    if size == transform.block:
+        return transform
+    why = " is no power of 4 or" if transform.regular else ""
+    notes.append(f"rotated in blocks of {size}: {transform.block}{why} does not divide {site.channels} channels")
+    return replace(transform, block=size)
 
 
 def _fit_group(tensor: TensorSpec, site: Site, otherwise: str, notes: list[str]) -> TensorSpec:

@@ -6,6 +6,7 @@ quantized, and from then on neither steps nor calls are counted. (Precision per 
 section 3.4, there by a signal-to-noise ratio; W4A16 at the ends of a run: a convention of serving engines in 2026.)
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -50,6 +51,8 @@ class StepPolicy:
 
 def protecting(intervals: Sequence[tuple[float, float]], recipe: str | Recipe | None = None) -> StepPolicy:
     """The policy that gives these intervals (begin, end) one recipe, or inputs in 16 bits; neighbours are joined."""
+    if any(not isinstance(interval, Sequence) or len(interval) != 2 for interval in intervals):
+        raise ValueError(f"protecting: intervals must be pairs (begin, end), got {intervals!r}. One is [(0, 0.1)].")
     joined: list[tuple[float, float]] = []
     for begin, end in sorted(intervals):
         if joined and begin <= joined[-1][1] + 1e-9:
@@ -73,13 +76,13 @@ def combined(main: Plan, parts: Sequence[tuple[Interval, Plan | None]]) -> Plan:
         _combined(choice, intervals, [choice.spec if given is None else given[choice.site.id] for given in specs], specs)
         for choice in main.choices
     )
-    words = [f"{plan.recipe if plan else '16-bit inputs'} {span(i)}" for i, plan in parts]
+    words = [f"{plan.recipe if plan else '16-bit inputs'} {span(i.begin, i.end)}" for i, plan in parts]
     return replace(main, recipe=", ".join([main.recipe, *words]), choices=choices)
 
 
-def span(interval: Interval) -> str:
+def span(begin: float, end: float) -> str:
     """``in 0 to 10 % of a run``."""
-    return f"in {100 * interval.begin:g} to {100 * interval.end:g} % of a run"
+    return f"in {100 * begin:g} to {100 * end:g} % of a run"
 
 
 def _combined(choice: Choice, intervals: Sequence[Interval], others: Sequence[SiteSpec | None], given: Sequence[Any]) -> Choice:
@@ -130,6 +133,8 @@ def fixed_choices(
     times = run_times(pipe, prompts, call_kwargs)
     if len(times) < 2 or times[0] == times[-1]:
         raise ValueError(f"step_policy: a run must have at least two steps, got times {times}. Take more steps or no policy.")
+    for shares in {choice.spec.shares for choice in choices if isinstance(choice.spec, ByLevel) and not choice.spec.edges}:
+        _warn_of_empty(shares, len(times))
 
     def with_edges(spec: SiteSpec | None) -> SiteSpec | None:
         if not isinstance(spec, ByLevel) or spec.edges:
@@ -138,6 +143,18 @@ def fixed_choices(
         return replace(spec, edges=edges, rising=times[-1] > times[0], num_steps=len(times))
 
     return [replace(choice, spec=with_edges(choice.spec)) for choice in choices]
+
+
+def _warn_of_empty(shares: Sequence[float], num_steps: int) -> None:
+    """Warns (``UserWarning``) of intervals that hold the middle of no step."""
+    middles = [(step + 0.5) / num_steps for step in range(num_steps)]
+    for begin, end in pairwise((0.0, *shares, 1.0)):
+        if not any(begin < middle <= end for middle in middles):
+            warnings.warn(
+                f"step_policy: no step of {num_steps} lies {span(begin, end)}. Quantize with the number of steps of later use: "
+                "call_kwargs={'num_inference_steps': ...}.",
+                stacklevel=2,
+            )
 
 
 def has_policy(plan: Plan) -> bool:

@@ -31,7 +31,7 @@ from .plan import Choice, Plan, Recipe, Rule, check_fit, resolve
 from .policy import StepPolicy, combined, fixed_choices
 from .recipes import recipe_named
 from .refine.refine import refined
-from .resolve import adapters
+from .resolve import adapters, embedded_folder, embedded_names
 from .sites import DENOISERS, Site, components_of, find_sites
 from .sources import model_class, readable, stored_dtype
 from .spec import ByLevel, LayerSpec, Reconstruct, Refiner, SiteSpec, describe
@@ -59,6 +59,12 @@ def plan(
     Raises:
         ValueError: unknown recipe, a pattern that matches nothing, a model without sites.
     """
+    for name, value, kind, example in (
+        ("overrides", overrides, Mapping, "{'*.to_q': None}"),
+        ("policy", policy, StepPolicy, "dqtk.policy.protecting([(0, 0.1)])"),
+    ):
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"plan: {name} must be a {kind.__name__}, got {value!r}. For example {example}.")
     parts = components_of(target)
     denoisers = [name for name in parts if name == "model" or DENOISERS.fullmatch(name)]
     encoders = [name for name in parts if name not in denoisers]
@@ -158,6 +164,8 @@ def quantize(
     made = plan if isinstance(plan, Plan) else _make_plan(target, plan)
     if isinstance(stats, str | os.PathLike):
         stats = Stats.load(Path(stats))
+    if stats is not None and not isinstance(stats, Stats):
+        raise ValueError(f"quantize: stats must be Stats or their file, got {type(stats).__name__}. Prompts are prompts=[...].")
     taught = correct or refine is not None
     _check_options(made, max_memory=max_memory, refine=refine, checkpoint=checkpoint)
     parts = components_of(target)
@@ -217,11 +225,13 @@ def _check_options(plan: Plan, *, max_memory: int, refine: Refiner | None, check
 
 def _calibrated(target: Any, plan: Plan, prompts: Sequence[str] | None, **how: Any) -> Stats:
     """Statistics of the sites of a plan on these prompts. Raises ``ValueError`` without prompts, and for weights that are NaN."""
-    if prompts is None:
-        raise ValueError(
-            f"quantize: recipe {plan.recipe!r} must have statistics of its inputs, got none. "
-            "Pass prompts=[...], or stats=dqtk.calibrate(pipe, prompts, plan)."
-        )
+    if prompts is None or isinstance(target, nn.Module):
+        remedy = "Pass prompts=[...], or stats=dqtk.calibrate(pipe, prompts, plan)."
+        if isinstance(target, nn.Module):
+            remedy = (
+                "Pass the pipeline that it is part of; where there is none, take a recipe that needs no statistics, such as w8a8."
+            )
+        raise ValueError(f"quantize: recipe {plan.recipe!r} must have statistics of its inputs, got none. {remedy}")
     parts = components_of(target)
     for choice in plan.choices:
         if choice.spec is not None:
@@ -323,7 +333,8 @@ def save(pipe: Any, path: str | os.PathLike) -> None:
 
 
 def load(path: str | os.PathLike, **kwargs: Any) -> Any:
-    """Load a saved pipeline, diffusers model or text encoder; ``kwargs`` go to ``from_pretrained``.
+    """Load a saved pipeline, diffusers model or text encoder, or an embedded pipeline by its name; ``kwargs`` go to
+    ``from_pretrained``.
 
     Without ``dtype`` it is the stored one for all parts. (diffusers' own default is float32 for denoisers and the stored one for
     text encoders, which do not fit together.)
@@ -332,7 +343,7 @@ def load(path: str | os.PathLike, **kwargs: Any) -> Any:
         ValueError: not a diffusers folder; damaged, edited or newer files.
     """
     diffusers = importlib.import_module("diffusers")
-    folder = Path(path)
+    folder = embedded_folder(str(path)) if str(path) in embedded_names() else Path(path)
     with readable(f"load: {path}"):
         if not {"dtype", "torch_dtype"} & set(kwargs):
             kwargs["dtype"] = getattr(torch, stored_dtype(folder))

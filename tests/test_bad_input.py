@@ -111,7 +111,19 @@ def test_quantizing_twice(bare):
 
 def test_missing_statistics(bare, load_tiny):
     before = {name: tensor.clone() for name, tensor in bare.state_dict().items()}
-    with pytest.raises(ValueError, match=r"quantize: recipe 'w8a8-static' must have statistics .*got none\. Pass prompts="):
+    with pytest.raises(ValueError, match=r"quantize: stats must be Stats or their file, got list\. Prompts are prompts=\[\.\.\.\]"):
+        dqtk.quantize(load_tiny("pixart"), "w8a8-static", ["a circle"])
+    with pytest.raises(
+        ValueError, match=r"'w8a8-static' must have statistics .*got none\. Pass the pipeline that it is part of; where"
+    ):
+        dqtk.quantize(load_tiny("pixart").transformer, "w8a8-static")
+    with pytest.raises(ValueError, match=r"plan: overrides must be a Mapping, got \['\*\.to_q'\]\. For example {"):
+        dqtk.plan(load_tiny("pixart"), "w8a8", overrides=["*.to_q"])
+    with pytest.raises(ValueError, match=r"call_kwargs: name .* got 'num_inferece_steps'\. Did you mean 'num_inference_steps'\?"):
+        dqtk.quantize(load_tiny("sdxl"), "w8a8-static", prompts=["a circle"], call_kwargs={"num_inferece_steps": 3})
+    with pytest.raises(
+        ValueError, match=r"quantize: recipe 'w8a8-static' must have statistics .*got none\. Pass the pipeline that"
+    ):
         dqtk.quantize(bare, "w8a8-static", progress=False)
     with pytest.raises(ValueError, match=r"Stats: model:0 must have been called during calibration, got no statistics\."):
         dqtk.quantize(bare, "w8a8-static", dqtk.Stats(), progress=False)

@@ -42,6 +42,23 @@ def decisions(plan):
 # --- rules -----------------------------------------------------------------------------------------------------------
 
 
+def test_a_rotation_says_which_blocks_it_takes():
+    w4 = recipe_named("w4a8-rtn").main_spec()
+    for asked, real, why in (
+        (Hadamard(block=48), 32, "48 does not divide 64 channels"),
+        (Hadamard(block=512), 64, "512 does not divide 64 channels"),
+        (Hadamard(block=8, regular=True), 4, "8 is no power of 4 or does not divide 64 channels"),
+    ):
+        plan = dqtk.plan(
+            torch.nn.Sequential(torch.nn.Linear(64, 64)),
+            Recipe(name="mine", rules=(Rule(spec=replace(w4, transforms=(asked,)), why="mine"),)),
+        )
+        (choice,) = plan.choices
+        assert choice.spec.transforms == (replace(asked, block=real),)
+        assert choice.why == f"mine; rotated in blocks of {real}: {why}"
+        assert describe(choice.spec).endswith(f", rotated {real}" + (" regular" if asked.regular else ""))
+
+
 def test_first_matching_rule_decides(meta_pipe):
     recipe = Recipe(
         name="mine",
@@ -182,7 +199,7 @@ def test_microscaling_groups_that_do_not_divide():
     )
     fitted, note = fit(spec, site(8, 48))
     assert (fitted.weight.granularity, fitted.input.granularity) == (E8M0Group(size=16), E8M0Group(size=16))
-    assert note == "groups of 16: 32 does not divide 48 channels; groups of 16: 32 does not divide 48 channels"
+    assert note == "groups of 16: 32 does not divide 48 channels"  # once for both
     fitted, note = fit(spec, site(8, 6))
     assert (fitted.weight.format, fitted.weight.granularity) == (Float(), PerChannel())
     assert (fitted.input.format, fitted.input.granularity) == (Float(), PerToken())

@@ -1,6 +1,8 @@
 """Step policies of pipelines: planned, made part of layers, saved, loaded by diffusers, streamed, at other numbers of steps."""
 
 import json
+import re
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -49,7 +51,8 @@ def test_another_weight_is_counted(load_tiny):
     plan = dqtk.plan(pipe, "w4a4-rot", policy=protecting([(0, 0.1)], "w8a8"))
     assert plan.recipe == "w4a4-rot, w8a8 in 0 to 10 % of a run"
     for a, b, both in zip(four.choices, eight.choices, plan.choices, strict=True):
-        assert both.bytes_after == (a.bytes_after + b.bytes_after if a.spec != b.spec else a.bytes_after)
+        alone = a if a.spec is None else replace(a, spec=without(a.spec, ConstantToken))
+        assert both.bytes_after == (alone.bytes_after + b.bytes_after if a.spec != b.spec else a.bytes_after)
     assert "60 at 4 bit, 61 at 8 bit, 6 at 16 bit" in plan.explain(sites=False)
 
 
@@ -105,6 +108,10 @@ def test_policies_that_make_no_sense(load_tiny):
         StepPolicy(intervals=())
     with pytest.raises(ValueError, match=r"StepPolicy: intervals must follow each other, got 0-0.5, 0.4-1"):
         StepPolicy(intervals=(Interval(begin=0, end=0.5), Interval(begin=0.4, end=1)))
+    with pytest.raises(ValueError, match=r"protecting: intervals must be pairs \(begin, end\), got \(0, 0.1\). One is"):
+        protecting((0, 0.1))
+    with pytest.raises(ValueError, match=r"plan: policy must be a StepPolicy, got \[\(0, 0.1\)\]. For example dqtk.policy"):
+        dqtk.plan(load_tiny("pixart"), "w8a8", policy=[(0, 0.1)])
     assert protecting([(0.5, 0.6), (0, 0.1), (0.1, 0.2)]).intervals == (
         Interval(begin=0, end=0.2),
         Interval(begin=0.5, end=0.6),
@@ -162,9 +169,26 @@ def test_times_that_cannot_be_found(load_tiny):
         run_times(given_time(pipe, lambda t: t**2))
 
 
+@pytest.mark.parametrize(("steps", "num_empty"), [(2, 2), (3, 2), (5, 1), (10, 0)])
+def test_the_counts_written_for_others_are_the_steps_that_run_so(load_tiny, draw, steps, num_empty):
+    """Also where an end of the run is too short to hold a step: warned of, and no step is protected."""
+    pipe = load_tiny("sdxl")
+    kwargs = {"num_inference_steps": steps}
+    plan = dqtk.plan(pipe, "w8a8", policy=protecting([(0, 0.1), (0.9, 1)]))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        dqtk.quantize(pipe, plan, call_kwargs=kwargs, progress=False)
+    empty = [str(w.message) for w in said if "no step of" in str(w.message)]
+    assert len(empty) == num_empty
+    assert all(re.match(rf"step_policy: no step of {steps} lies in (0 to 10|90 to 100) % of a run\.", text) for text in empty)
+    written = config_of(pipe.unet, "")["runtime"]["diffusion_step_policy"]
+    first, last = written["first_steps"]["count"], written["last_steps"]["count"]
+    assert [kind == "0" for kind in kinds_seen(pipe, draw, steps)] == [i < first or i >= steps - last for i in range(steps)]
+
+
 def test_time_is_linear_between_the_middles_of_steps():
     times = [900.0, 700.0, 500.0, 100.0]
-    assert [time_at(times, share) for share in (0, 0.125, 0.25, 0.375, 0.5, 0.75, 1)] == [900, 900, 800, 700, 600, 300, 100]
+    assert [time_at(times, share) for share in (0, 0.125, 0.25, 0.375, 0.5, 0.75, 1)] == [1000, 900, 800, 700, 600, 300, -100]
     assert time_at([5.0], 0.3) == 5.0
 
 

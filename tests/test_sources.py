@@ -38,6 +38,7 @@ def test_embedded_names_come_first(monkeypatch, tmp_path, folder):
 
     monkeypatch.setattr(tiny, "_WEIGHTS", folder.parent)
     assert embedded_names() == ("pixart",)
+    assert str(dqtk.load("pixart").config._name_or_path) == str(folder)
     assert locate("pixart") == str(folder)
     with pytest.raises(
         ValueError, match=r"model: MODEL must be an embedded pipeline \(pixart\), .*got 'pixat'\. Did you mean 'pixart'\?"

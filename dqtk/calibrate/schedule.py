@@ -5,6 +5,7 @@ The pipeline is called and stopped at its first denoiser call: by then it has to
 the scheduler's timesteps reach it. That costs the text encoders' part of a run.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
@@ -75,8 +76,10 @@ def _stop(module: nn.Module, args: tuple) -> None:
 
 
 def time_at(times: Sequence[float], share: float) -> float:
-    """The time at a share of a run: step i of n stands in the middle of i / n and (i + 1) / n, and between steps time is linear."""
-    position = min(max(share * len(times) - 0.5, 0.0), len(times) - 1.0)
-    low = min(int(position), len(times) - 2) if len(times) > 1 else 0
-    rest = position - low
-    return times[low] + (times[min(low + 1, len(times) - 1)] - times[low]) * rest
+    """The time at a share of a run: step i of n stands in the middle of i / n and (i + 1) / n, and time is linear between steps and
+    beyond both ends."""
+    if len(times) < 2:
+        return times[0]
+    position = share * len(times) - 0.5
+    low = min(max(math.floor(position), 0), len(times) - 2)
+    return times[low] + (times[low + 1] - times[low]) * (position - low)

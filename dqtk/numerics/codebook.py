@@ -38,11 +38,17 @@ def bitmod(bits: int) -> Codebook:
     return Codebook(tables=tuple(tuple(sorted([*base, sign * x])) for x in extra for sign in (1, -1)), name="BitMoD")
 
 
+def _check_bits(where: str, bits: int) -> None:
+    if not 2 <= bits <= 8:
+        raise ValueError(f"{where}: bits must be from 2 to 8, got {bits}. A table has 4 to 256 values.")
+
+
 def log_grid(bits: int, base: float = 2.0) -> Codebook:
     """base^-k for k = 0 .. 2^bits - 2, and 0: for inputs in [0, 1] that fall off fast, such as attention probabilities.
 
     Base 2 is the classic log2 quantizer, whose products are shifts. Raises ``ValueError`` for a base of at most 1.
     """
+    _check_bits("log_grid", bits)
     if not base > 1:
         raise ValueError(f"log_grid: base must be above 1, got {base}. The usual base is 2.")
     values = [base**-k for k in range(2**bits - 1)]
@@ -54,6 +60,7 @@ def adaptive_log(bits: int) -> Codebook:
 
     The idea of AdaLog (Wu et al. 2024, arXiv 2407.12951), which searches the base of a logarithmic quantizer per tensor.
     """
+    _check_bits("adaptive_log", bits)
     reach = [28 ** (i / 15) for i in range(16)]
     bases = [2 ** (octaves / (2**bits - 2)) for octaves in reach]
     return Codebook(tables=tuple(log_grid(bits, base).tables[0] for base in bases), name="adaptive log")

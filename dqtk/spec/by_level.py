@@ -61,7 +61,7 @@ class ByLevel:
         if looks is not None:
             raise ValueError(
                 f"ByLevel: specs must have no ConstantToken and no ShortcutSplit, got {looks}. "
-                "They are looked for in layers of one spec only."
+                "They are looked for in layers of one spec only: leave them out, or take another recipe."
             )
         if any(spec.correct_bias for spec in self.specs):
             raise ValueError("ByLevel: correct_bias must be False, got True. Layers have one bias for all noise levels.")

@@ -86,13 +86,14 @@ class Codebook:
 
     def __post_init__(self) -> None:
         if not (isinstance(self.tables, tuple) and all(isinstance(table, tuple) for table in self.tables)):
-            raise ValueError("Codebook: tables must be a tuple of tuples, got lists. For example ((-1.0, -0.3, 0.3, 1.0),).")
+            raise ValueError("Codebook: tables must be a tuple of tuples, got others. For example ((-1.0, -0.3, 0.3, 1.0),).")
         sizes = {len(table) for table in self.tables}
         rising = all(x < y for table in self.tables for x, y in pairwise(table))
         rising = rising and all(math.isfinite(x) for table in self.tables for x in table)
         if len(sizes) != 1 or sizes & {4, 8, 16, 32, 64, 128, 256} != sizes or not rising or not 1 <= len(self.tables) <= 16:
+            got = f"{len(self.tables)} of sizes {sorted(sizes)}" + ("" if rising else ", some not ascending or not finite")
             raise ValueError(
-                f"Codebook: tables must be 1 to 16 ascending lists of 4, 8, 16 ... 256 finite values, got sizes {sorted(sizes)}. "
+                f"Codebook: tables must be 1 to 16 ascending lists of 4, 8, 16 ... 256 finite values, got {got}. "
                 "For example nf4() of dqtk.numerics.codebook."
             )
 

@@ -157,7 +157,7 @@ class LowRank:
         for name in ("rank", "iterations"):
             value = getattr(self, name)
             if not (isinstance(value, int) and value >= 1):
-                raise ValueError(f"LowRank: {name} must be a positive integer, got {value!r}. Use None for no branch.")
+                raise ValueError(f"LowRank: {name} must be a positive integer, got {value!r}. No branch is low_rank=None.")
 
 
 # --- the layer -------------------------------------------------------------------------------------------------------
@@ -323,7 +323,7 @@ def _name(transform: Transform) -> str:
         return "split" + "".join(f" {channel}" for channel in transform.at)
     if isinstance(transform, ConstantToken):
         return "constant token"
-    return "rotated" + ("" if transform.block is None else f" {transform.block}")
+    return "rotated" + ("" if transform.block is None else f" {transform.block}") + (" regular" if transform.regular else "")
 
 
 def _short(tensor: TensorSpec) -> str:

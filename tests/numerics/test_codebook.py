@@ -67,10 +67,8 @@ def test_tan_grid_has_equal_steps_of_the_tangent(alpha):
         (lambda: bitmod(5), r"bitmod: bits must be 3 or 4, got 5\. Use another format"),
         (lambda: log_grid(4, base=1.0), r"log_grid: base must be above 1, got 1\.0\. The usual base is 2"),
         (lambda: tan_grid(4, 1.6), r"tan_grid: alpha must be between 0 and pi / 2, got 1\.6\. The usual value is 1\.2"),
-        (
-            lambda: log_grid(1),
-            r"Codebook: tables must be 1 to 16 ascending lists of 4, 8, 16 \.\.\. 256 finite values, got sizes \[2\]",
-        ),
+        (lambda: log_grid(1), r"log_grid: bits must be from 2 to 8, got 1\. A table has 4 to 256 values"),
+        (lambda: adaptive_log(12), r"adaptive_log: bits must be from 2 to 8, got 12\."),
     ],
 )
 def test_refused(call, text):
