@@ -5,7 +5,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from dqtk.allocate.from_plans import Made
+from dqtk.allocate.from_plans import Made, Offers
 from dqtk.allocate.frontier import Point, frontier
 from dqtk.spec import kinds_of, weights_of
 
@@ -37,22 +37,31 @@ def front_section(points: list[Point], made: Made) -> str:
     """Chart and table of the front; nothing where there is none."""
     if not points:
         return ""
-    lines = [
-        Line(label="a width for each layer", style="own", values=tuple(point.expected for point in points)),
-        Line(label="the best single plan", style="same", values=tuple(math.inf if p.single is None else p.single for p in points)),
-    ]
-    names = [_budget(point.budget, made).partition(" ")[0] for point in points]
-    unit = _budget(points[0].budget, made).partition(" ")[2]
-    chart = line_chart("SQNR over the budget", unit, "expected SQNR, dB", lines, names)
+    drawn = front_chart(points, made) + legend(front_lines(points))
     rows = [
         row(_budget(p.budget, made), [number(_decibels(p.expected)), number(DASH if p.single is None else _decibels(p.single))])
         for p in points
     ]
     columns = ("budget", "a width for each layer, dB", "the best single plan, dB")
-    return section("scores", "What other budgets would buy", _NOTE, chart + legend(lines) + table("budgets", columns, rows))
+    return section("scores", "What other budgets would buy", _NOTE, drawn + table("budgets", columns, rows))
 
 
-def _budget(cost: float, made: Made) -> str:
+def front_lines(points: list[Point]) -> list[Line]:
+    """What the program's answers and single plans are expected to score."""
+    return [
+        Line(label="a width for each layer", style="own", values=tuple(point.expected for point in points)),
+        Line(label="the best single plan", style="same", values=tuple(math.inf if p.single is None else p.single for p in points)),
+    ]
+
+
+def front_chart(points: list[Point], made: Made | Offers) -> str:
+    """These over the budget, in its unit."""
+    names = [f"{float(_budget(point.budget, made).partition(' ')[0]):.3g}" for point in points]
+    unit = _budget(points[0].budget, made).partition(" ")[2]
+    return line_chart("SQNR over the budget", unit, "expected SQNR, dB", front_lines(points), names)
+
+
+def _budget(cost: float, made: Made | Offers) -> str:
     return made.budget.words(cost, made.num_weights)
 
 

@@ -10,7 +10,13 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NAMES = sorted(path.name for path in FOLDER.glob("*.ipynb"))
-PICTURES = {"01_quantize_in_three_lines.ipynb": 2, "02_compare_images.ipynb": 4, "03_batch_metrics.ipynb": 2, "04_methods.ipynb": 2}
+PICTURES = {
+    "01_quantize_in_three_lines.ipynb": 2,
+    "02_compare_images.ipynb": 4,
+    "03_batch_metrics.ipynb": 2,
+    "04_methods.ipynb": 2,
+    "05_mixed_precision.ipynb": 4,
+}
 
 
 def outputs(notebook):
@@ -36,7 +42,7 @@ def test_runs(name, tmp_path):
     assert not [o for o in outputs(notebook) if o.output_type == "error"]
     text = " ".join(str(output) for output in outputs(notebook))
     expected = {"01": "w4a8: default", "02": "hard to tell|same pictures", "03": "frechet\\[tiny-clip\\]@vs_original\\(paired\\)"}
-    expected["04"] = "smooth \\+ rotate \\+ gptq"
+    expected |= {"04": "smooth \\+ rotate \\+ gptq", "05": "(?s)4.5 bits over the line.*constant token, keys and values.*split at"}
     assert re.search(expected[name[:2]], text)
 
 
