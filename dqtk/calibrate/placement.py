@@ -28,10 +28,13 @@ class Placement(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evenly:
-    """Evenly over the steps of a run, each run shifted against the last (Q-Diffusion, Li et al. 2023, arXiv 2302.04304)."""
+    """Evenly over the steps of a run, each run shifted against the last (Q-Diffusion, Li et al. 2023, arXiv 2302.04304).
+
+    The first takes the middle of every part, so that a single run leaves neither end out.
+    """
 
     def choose(self, levels: Sequence[float], num: int, run: int) -> list[int]:
-        shift = (run * _GOLDEN) % 1
+        shift = (0.5 + run * _GOLDEN) % 1
         return sorted({int((i + shift) / num * len(levels)) for i in range(num)})
 
 
