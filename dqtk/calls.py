@@ -1,6 +1,5 @@
 """How pipelines and their denoisers are called: prompts or class labels, arguments a family needs, the time of a denoiser call."""
 
-import difflib
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from .resolve import call_kwargs_for
 from .sites import DENOISERS
+from .spec import did_you_mean
 
 TIME_NAMES = ("timestep", "timesteps", "t")
 
@@ -21,10 +21,8 @@ def call_arguments(pipe: Any, given: Mapping[str, Any] | None) -> dict[str, Any]
     """
     known = list(inspect.signature(pipe.__call__).parameters)
     for name in given or {}:
-        if name not in known and (near := difflib.get_close_matches(name, known, n=1, cutoff=0.85)):
-            raise ValueError(
-                f"call_kwargs: name must be an argument of {type(pipe).__name__}, got {name!r}. Did you mean {near[0]!r}?"
-            )
+        if name not in known and (near := did_you_mean(name, known, cutoff=0.85)):
+            raise ValueError(f"call_kwargs: name must be an argument of {type(pipe).__name__}, got {name!r}.{near}")
     return call_kwargs_for(pipe) | dict(given or {})
 
 

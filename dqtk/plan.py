@@ -29,6 +29,7 @@ from .spec import (
     PerLevel,
     PerTensor,
     PerToken,
+    ShortcutSplit,
     SiteSpec,
     TensorSpec,
     Transform,
@@ -336,7 +337,8 @@ def _fit(spec: LayerSpec, site: Site, notes: list[str]) -> LayerSpec:
     if site.channels % 4 and any(isinstance(transform, Hadamard) for transform in spec.transforms):
         spec = without(spec, Hadamard)
         notes.append(f"not rotated: {site.channels} channels are no multiple of 4")
-    spec = replace(spec, transforms=tuple(_fit_block(transform, site, notes) for transform in spec.transforms))
+    if ShortcutSplit not in {type(transform) for transform in spec.transforms}:  # parts have blocks of their own
+        spec = replace(spec, transforms=tuple(_fit_block(transform, site, notes) for transform in spec.transforms))
     if spec.needs_moments and site.k > MAX_LEARNED_INPUTS:
         spec = replace(spec, solver=RTN(), low_rank=None)
         notes.append(f"rounded to nearest: second moments of {site.k} inputs would take {8 * site.k**2 / 2**30:.1f} GiB")
@@ -353,8 +355,8 @@ def _fit_block(transform: Transform, site: Site, notes: list[str]) -> Transform:
     size = block_size(site.channels, transform.regular, transform.block)
     if size == transform.block:
         return transform
-    why = " is no power of 4 or" if transform.regular else ""
-    notes.append(f"rotated in blocks of {size}: {transform.block}{why} does not divide {site.channels} channels")
+    kind = "regular blocks" if transform.regular else "blocks"
+    notes.append(f"rotated in blocks of {size}: {site.channels} channels have no {kind} of {transform.block}")
     return replace(transform, block=size)
 
 

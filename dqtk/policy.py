@@ -104,7 +104,7 @@ def _combined(choice: Choice, intervals: Sequence[Interval], others: Sequence[Si
     bare = [(begin, without(spec, ConstantToken)) for begin, spec in pieces]  # layers of several specs do not look for it
     kept = [piece for i, piece in enumerate(bare) if not i or piece[1] != bare[i - 1][1]]
     if len(kept) == 1:
-        return replace(choice, spec=pieces[0][1])
+        return replace(choice, spec=main if main in [spec for _, spec in pieces] else pieces[0][1])
     spec = ByLevel(specs=tuple(spec for _, spec in kept), shares=tuple(begin for begin, _ in kept[1:]))
     note = "step policy" if bare == pieces else "step policy, so no constant token"
     return replace(choice, spec=spec, why=f"{choice.why}; {note}")

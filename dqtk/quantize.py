@@ -343,7 +343,10 @@ def load(path: str | os.PathLike, **kwargs: Any) -> Any:
         ValueError: not a diffusers folder; damaged, edited or newer files.
     """
     diffusers = importlib.import_module("diffusers")
-    folder = embedded_folder(str(path)) if str(path) in embedded_names() else Path(path)
+    embedded = str(path) in embedded_names()
+    if embedded and Path(path).is_dir():
+        raise ValueError(f"load: {path} must be an embedded pipeline or a local folder, got both. Write {Path(path).absolute()}.")
+    folder = embedded_folder(str(path)) if embedded else Path(path)
     with readable(f"load: {path}"):
         if not {"dtype", "torch_dtype"} & set(kwargs):
             kwargs["dtype"] = getattr(torch, stored_dtype(folder))

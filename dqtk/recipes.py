@@ -77,7 +77,11 @@ def _text_token_apart(recipe: Recipe) -> Recipe:
     *before, default = recipe.rules
     assert isinstance(default.spec, LayerSpec)
     spec = replace(default.spec, transforms=(ConstantToken(), *default.spec.transforms))
-    text = Rule(roles=_TEXT_ROLES, spec=spec, why=f"{recipe.name}: a token that is the same for every prompt is not rounded")
+    text = Rule(
+        roles=_TEXT_ROLES,
+        spec=spec,
+        why=f"{recipe.name}: a token that is the same for every prompt is not rounded, where there is one",
+    )
     return replace(recipe, rules=(*before, text, default))
 
 
@@ -118,8 +122,7 @@ def w4a8_rtn() -> Recipe:
 def w4a8() -> Recipe:
     """``w4a8-rtn`` with smoothing searched and codes chosen by GPTQ and coordinate descent, on prompts: same kernel.
 
-    Of the compositions measured at these bytes the best
-    (docs/methods/comparison.md).
+    Of the compositions measured at these bytes the best where inputs have outliers (docs/methods/comparison.md).
     """
     return _learned("w4a8", _integers(_W4_INTEGER))
 

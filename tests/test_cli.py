@@ -403,11 +403,22 @@ def test_allocate_swept_and_switched(folder, say, tmp_path):
     assert {path: path.read_text() for path in journals} == journals
 
 
-def test_two_processes_allocate_as_one(folder, say, tmp_path, launched):
+@pytest.mark.parametrize("verb", ["calibrate", "allocate"])
+def test_what_goes_on_says_so_when_interrupted(folder, tmp_path, monkeypatch, capsys, verb):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["dqtk.calibrate.run"], "recording", interrupt)
+    words = ["--recipe", "w8a8-static"] if verb == "calibrate" else ["--recipes", "w8a8", "--budget", "9bits"]
+    assert main([verb, str(folder), *words, "--prompts", "a circle", "--output", str(tmp_path / "out")]) == 130
+    assert f"dqtk {verb}: interrupted; run the same command again to go on" in capsys.readouterr().err
+
+
+def test_two_processes_allocate_as_one(folder, tmp_path, launched):
     """Candidates that learn, so layers that share an input must be solved together, whoever scores them."""
     words = ["allocate", folder, "--recipes", "w4a8", "w8a8", "--keep", "*.[1-9].*", "--keep", "*ff*", "--budget", "15bits"]
     words += ["--steps", 1, "--prompts", "a red circle"]
-    text = say(*words, "--output", tmp_path / "one" / "plan.json")
+    text = launched(1, *words, "--output", tmp_path / "one" / "plan.json")
     assert launched(2, *words, "--output", tmp_path / "two" / "plan.json") == text.replace("/one/", "/two/")
     assert (tmp_path / "two" / "plan.json").read_text() == (tmp_path / "one" / "plan.json").read_text()
     rows = [

@@ -45,9 +45,9 @@ def decisions(plan):
 def test_a_rotation_says_which_blocks_it_takes():
     w4 = recipe_named("w4a8-rtn").main_spec()
     for asked, real, why in (
-        (Hadamard(block=48), 32, "48 does not divide 64 channels"),
-        (Hadamard(block=512), 64, "512 does not divide 64 channels"),
-        (Hadamard(block=8, regular=True), 4, "8 is no power of 4 or does not divide 64 channels"),
+        (Hadamard(block=48), 32, "64 channels have no blocks of 48"),
+        (Hadamard(block=512), 64, "64 channels have no blocks of 512"),
+        (Hadamard(block=8, regular=True), 4, "64 channels have no regular blocks of 8"),
     ):
         plan = dqtk.plan(
             torch.nn.Sequential(torch.nn.Linear(64, 64)),

@@ -36,7 +36,7 @@ from .search import exchanged, ranked, swept, table
 from .sensitivity import Sensitivity, dtypes, measure
 from .whole import Judge, Judged, Layers, OutputNoise, Pictures
 
-CHOICES = (2, 3, 4, 5, 6, 8)  # weight bits of a model's candidates; without 5 and 6, budgets about them lose 3 to 4 dB
+CHOICES = (2, 3, 4, 5, 6, 8)  # weight bits of a model's candidates; without 5 and 6, budgets about them lost 3 to 4 dB
 STEPS = 5  # of every pipeline run whose calls are kept
 EMBEDDED = 4  # prompts where none are given
 LEARNING = "w4a8"  # a recipe that makes calibrate keep calls
@@ -113,7 +113,7 @@ def plan_from_model(
     layers = Layers(parts)
     with tqdm(total=total // me.world, desc="allocate", unit="score", disable=not me.first) as bar:
         how: dict[str, Any] = {"me": me, "told": lambda site: bar.update()}
-        how |= {"layers": layers} if options.sweep or options.switch else {}
+        how |= {"layers": layers} if me.first and (options.sweep or options.switch) else {}
         found = measure(pipe, plans, stats, probes, groups, folder=folder, around=around, **how)
     if not me.first:
         return None

@@ -102,14 +102,14 @@ def measure(
                 keep(_FLOOR + component, {probe.name: probe.floor(component) for probe in probes.values()})
             if around is not None and _BASE + component not in rows:
                 keep(_BASE + component, {probe.name: probe(component, probed[component]) for probe in probes.values()})
-        todo = _todo(plans, rows, me, unquantized=around is not None)
+        todo, mine = _todo(plans, rows, me, unquantized=around is not None)
         for choice, solution in _all(parts, todo, stats, how):
             probe, component = probes[groups[choice.site.id]], choice.site.component
             layer: nn.Module = parts[component].get_submodule(choice.site.path)
             new = layer if solution is None else runtime_layer(layer, solution)
             if layers is not None and solution is not None:
                 layers.add(choice, new)
-            if _key(choice) in rows:  # it was solved for the sake of others
+            if _key(choice) not in mine:  # it was solved for the sake of others
                 continue
             with replaced(probed[component], choice.site.path, new):
                 keep(_key(choice), {probe.name: probe(component, probed[component])})
@@ -119,25 +119,36 @@ def measure(
     return _gathered(plans, rows, probes, groups)
 
 
-def _todo(plans: Sequence[Plan], rows: Mapping[str, Any], me: Processes, *, unquantized: bool) -> list[list[Choice]]:
-    """Of every plan what this process solves; behind them each quantized site's 16 bits if asked for.
+def _todo(
+    plans: Sequence[Plan], rows: Mapping[str, Any], me: Processes, *, unquantized: bool
+) -> tuple[list[list[Choice]], set[str]]:
+    """Of every plan what this process solves; behind them each quantized site's 16 bits if asked for. And the keys that it scores.
 
-    Layers that share an input learn together, so all of them are there where one of them has no score yet.
+    Layers that share an input learn together, so all of them are there where one of them has no score yet; a key is scored where
+    it comes first, whoever else solves its layer again for the sake of others.
     """
     found: list[list[Choice]] = []
-    given = set(rows)
+    given, mine = set(rows), set[str]()
+
+    def take(units: Sequence[Sequence[Choice]]) -> None:
+        left = [(unit, new) for unit in units if (new := {_key(choice) for choice in unit} - given)]
+        for unit in units:
+            given.update(_key(choice) for choice in unit)
+        found.append([])
+        for _, (unit, new) in me.mine(left):
+            found[-1].extend(unit)
+            mine.update(new)
+
     for plan in plans:
-        units: dict[tuple[str, str], list[Choice]] = {}
+        together: dict[tuple[str, str], list[Choice]] = {}
         for choice in plan.choices:
             if choice.spec is not None:
-                units.setdefault((input_name(choice.site), canonical(choice.spec)), []).append(choice)
-        left = [mine for mine in units.values() if any(_key(choice) not in given for choice in mine)]
-        given.update(_key(choice) for mine in left for choice in mine)
-        found.append([choice for _, mine in me.mine(left) for choice in mine])
+                together.setdefault((input_name(choice.site), canonical(choice.spec)), []).append(choice)
+        take(list(together.values()))
     if unquantized:
         sites = {c.site.id: replace(c, spec=None) for plan in plans for c in plan.choices if c.spec is not None}
-        found.append([choice for _, choice in me.mine([choice for choice in sites.values() if _key(choice) not in rows])])
-    return found
+        take([[choice] for choice in sites.values()])
+    return found, mine
 
 
 def _all(

@@ -21,7 +21,7 @@ from dqtk.quantize import plan as make_plan
 from dqtk.report.environment import hardware, now, versions
 from dqtk.report.sizes import bytes_in_memory
 from dqtk.sources import MetaPipeline
-from dqtk.spec import LayerSpec, kinds_of
+from dqtk.spec import ConstantToken, LayerSpec, ShortcutSplit, kinds_of, without
 
 from .ceilings import Ceilings, measure_ceilings
 from .layers import half_of, is_emulated, measure_costs, name_of
@@ -31,6 +31,8 @@ from .timing import Spread, interleaved, times_faster, waiter
 from .variants import in_dtype, quantized, unpacked
 
 DATA_FREE = "codes rounded to nearest without data; speed and size do not depend on their values"
+# Transforms that are asked for and then left out where calibration does not find what they are for.
+LOOKED_FOR = ((ConstantToken,), (ShortcutSplit,), (ConstantToken, ShortcutSplit))
 OWN_CODES = "the model's own codes"
 _FLOAT32 = "float32"
 _ROOM = 0.6  # share of free memory that variants may take together: steps and the rest of the machine need some too
@@ -347,13 +349,15 @@ class _Work:
         return {f"{self.step.component}:{path}": tuple(shape for _, shape in calls) for path, calls in found.items()}
 
     def wanted(self) -> dict[LayerShape, list[LayerSpec]]:
-        """Shape -> the specs that some plan has there."""
+        """Shape -> the specs that some plan has there, also without what calibration may not find there."""
         calls = self.calls()
         wanted: dict[LayerShape, list[LayerSpec]] = {shape: [] for shapes in calls.values() for shape in shapes}
         for plan in self.plans.values():
             for choice in plan.choices:
                 for shape in calls.get(choice.site.id, ()):
-                    wanted[shape] += [spec for spec in kinds_of(choice.spec) if spec not in wanted[shape]]
+                    for spec in kinds_of(choice.spec):
+                        for found in (spec, *(without(spec, *kinds) for kinds in LOOKED_FOR)):
+                            wanted[shape] += [] if found in wanted[shape] else [found]
         return wanted
 
     @property

@@ -28,13 +28,10 @@ class Placement(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evenly:
-    """Evenly over the steps of a run, each run shifted against the last (Q-Diffusion, Li et al. 2023, arXiv 2302.04304).
-
-    The first takes the middle of every part, so that a single run leaves neither end out.
-    """
+    """Evenly over the steps of a run, each run shifted against the last (Q-Diffusion, Li et al. 2023, arXiv 2302.04304)."""
 
     def choose(self, levels: Sequence[float], num: int, run: int) -> list[int]:
-        shift = (0.5 + run * _GOLDEN) % 1
+        shift = (run * _GOLDEN) % 1
         return sorted({int((i + shift) / num * len(levels)) for i in range(num)})
 
 

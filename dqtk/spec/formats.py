@@ -86,7 +86,9 @@ class Codebook:
 
     def __post_init__(self) -> None:
         if not (isinstance(self.tables, tuple) and all(isinstance(table, tuple) for table in self.tables)):
-            raise ValueError("Codebook: tables must be a tuple of tuples, got others. For example ((-1.0, -0.3, 0.3, 1.0),).")
+            raise ValueError(
+                f"Codebook: tables must be a tuple of tuples, got {self.tables!r}. For example ((-1.0, -0.3, 0.3, 1.0),)."
+            )
         sizes = {len(table) for table in self.tables}
         rising = all(x < y for table in self.tables for x, y in pairwise(table))
         rising = rising and all(math.isfinite(x) for table in self.tables for x in table)

@@ -11,9 +11,11 @@ from torch import nn
 import dqtk
 from dqtk.allocate.probes import LARGEST, OutputSQNR
 from dqtk.allocate.reliability import describe_reliability, monotone
-from dqtk.allocate.sensitivity import Sensitivity, measure
+from dqtk.allocate.sensitivity import Sensitivity, _key, _todo, measure
+from dqtk.calibrate.gather import input_name
 from dqtk.nn import Quantized
 from dqtk.plan import Plan
+from dqtk.processes import ALONE, Processes
 from dqtk.recipes import of_width
 from dqtk.spec import canonical
 
@@ -217,3 +219,40 @@ def test_a_solver_that_learns_is_measured_too(run, measured):
     assert sorted(gains)[1] > 0
     assert all(type(layer) is nn.Linear for layer in measured.pipe.components["transformer"].children())
     assert torch.isfinite(torch.tensor(gains)).all()
+
+
+# --- who does what ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def learning(load_tiny):
+    """Plans whose layers learn together with others of the same input, one of them with queries alone."""
+    pipe = load_tiny("pixart")
+    alone = dqtk.plan(pipe, "w4a8", overrides={"*.attn1.to_k": None, "*.attn1.to_v": None})
+    return [alone, dqtk.plan(pipe, "w4a8"), dqtk.plan(pipe, "w8a8")]
+
+
+@pytest.mark.parametrize("num", [1, 2, 3])
+def test_every_score_is_one_process_s_and_layers_of_an_input_are_solved_together(learning, num):
+    shares = [_todo(learning, {}, Processes(rank, num, torch.device("cpu"), lambda: None), unquantized=True) for rank in range(num)]
+    keys = [key for _, mine in shares for key in mine]
+    everything = {_key(c) for plan in learning for c in plan.choices if c.spec} | {
+        _key(replace(c, spec=None)) for c in learning[1].choices if c.spec
+    }
+    assert sorted(keys) == sorted(everything)  # each once
+    for todo, mine in shares:
+        solved = [_key(choice) for work in todo for choice in work]
+        assert mine <= set(solved)
+        for plan, work in zip(learning, todo, strict=False):
+            for choice in work:
+                together = [c for c in plan.choices if c.spec == choice.spec and input_name(c.site) == input_name(choice.site)]
+                assert all(c in work for c in together)
+
+
+def test_stopped_between_layers_of_one_input_they_are_solved_together_again(learning):
+    plan = learning[1]
+    query = next(choice for choice in plan.choices if choice.site.path.endswith("attn1.to_q"))
+    todo, mine = _todo([plan], {_key(query): {}}, ALONE, unquantized=False)
+    assert query in todo[0]
+    assert _key(query) not in mine
+    assert len(mine) == sum(choice.spec is not None for choice in plan.choices) - 1

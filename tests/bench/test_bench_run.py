@@ -11,6 +11,7 @@ from dqtk.bench.memory import NotMeasured
 from dqtk.bench.variants import in_dtype
 from dqtk.costs import CostTable
 from dqtk.report.sizes import bytes_in_memory
+from dqtk.spec import ConstantToken, without
 
 SECONDS = {"bfloat16": 6.0, "float32": 12.0, "w8a8": 2.0, "w4a8": 3.0}
 
@@ -106,6 +107,16 @@ def test_the_cost_table_knows_every_quantized_site(step):
             assert table.milliseconds(choice.site, None) > 0
     assert (table.dtype, table.device) == ("bfloat16", "cpu")
     assert "kernel" in found.table().splitlines()[-len(table.costs) - 2]
+
+
+def test_the_cost_table_knows_layers_that_go_without_what_was_looked_for(step):
+    """w4a8 asks for a constant token, which PixArt's text does not have; allocation asks for the time of what is left."""
+    found = bench_step(step, ["w4a8"], repeats=1, layers=True, progress=False)
+    plan = dqtk.plan(run.MetaPipeline({"transformer": step.module}), "w4a8")
+    text = [choice for choice in plan.choices if choice.spec is not None and choice.spec.looks]
+    assert text
+    for choice in text:
+        assert found.costs.milliseconds(choice.site, without(choice.spec, ConstantToken)) > 0
 
 
 def test_json_holds_what_the_table_says(step, fixed_times):

@@ -151,7 +151,7 @@ def steps_of(calls):
 
 def test_steps_lie_evenly_and_text_encoders_stay():
     chosen = kept(run_of(20), 5, 0, Evenly())
-    assert steps_of(chosen) == [2, 6, 10, 14, 18]
+    assert steps_of(chosen) == [0, 4, 8, 12, 16]
     assert [c.component for c in chosen].count("text_encoder") == 1
     assert chosen[0].component == "text_encoder"
 
@@ -189,7 +189,7 @@ def test_both_calls_of_a_guided_step_stay_together():
 
 def test_denoisers_without_a_time_have_one_step_per_call():
     calls = [Call("transformer", (), {"x": torch.tensor([float(i)])}, 0.0) for i in range(6)]
-    assert steps_of(kept(calls, 3, 0, Evenly())) == [1, 3, 5]
+    assert steps_of(kept(calls, 3, 0, Evenly())) == [0, 2, 4]
 
 
 # --- making them again -----------------------------------------------------------------------------------------------
