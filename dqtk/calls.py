@@ -11,19 +11,36 @@ from .resolve import call_kwargs_for
 from .sites import DENOISERS
 from .spec import did_you_mean
 
+RESERVED = (
+    "prompt",
+    "class_labels",
+    "generator",
+    "num_images_per_prompt",
+    "latents",
+    "return_dict",
+    "batch_size",
+)  # set for each picture
 TIME_NAMES = ("timestep", "timesteps", "t")
 
 
 def call_arguments(pipe: Any, given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What the pipeline's family needs, under what the caller gave.
-
-    Raises ``ValueError`` for a name that looks like one of the pipeline's arguments: many take others, and say nothing.
-    """
-    known = list(inspect.signature(pipe.__call__).parameters)
-    for name in given or {}:
-        if name not in known and (near := did_you_mean(name, known, cutoff=0.85)):
-            raise ValueError(f"call_kwargs: name must be an argument of {type(pipe).__name__}, got {name!r}.{near}")
+    """What the pipeline's family needs, under what the caller gave."""
     return call_kwargs_for(pipe) | dict(given or {})
+
+
+def check_call_names(pipe: Any, call_kwargs: Mapping[str, Any], where: str) -> None:
+    """Raises ``ValueError`` for what ``__call__`` of a pipeline (or its class) does not name: many swallow ``**kwargs``, and a
+    misspelt number of steps with them. A pipeline that passes them on to another's ``__call__`` takes what that names, and one that
+    names nothing at all takes anything."""
+    kind = pipe if isinstance(pipe, type) else type(pipe)
+    calls = [vars(base)["__call__"] for base in kind.__mro__ if "__call__" in vars(base)]
+    parameters = [p for call in calls for p in inspect.signature(call).parameters.values()]
+    known = dict.fromkeys(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self")
+    allowed = [name for name in known if name not in RESERVED]
+    for name in call_kwargs if known else ():
+        if name not in known:
+            hint = did_you_mean(name, allowed) or " Remove it."
+            raise ValueError(f"{where} must be arguments of {kind.__name__} ({', '.join(allowed)}), got {name!r}.{hint}")
 
 
 def prompt_argument(pipe: Any, prompts: Sequence[str], where: str) -> dict[str, Any]:

@@ -119,7 +119,9 @@ def test_missing_statistics(bare, load_tiny):
         dqtk.quantize(load_tiny("pixart").transformer, "w8a8-static")
     with pytest.raises(ValueError, match=r"plan: overrides must be a Mapping, got \['\*\.to_q'\]\. For example {"):
         dqtk.plan(load_tiny("pixart"), "w8a8", overrides=["*.to_q"])
-    with pytest.raises(ValueError, match=r"call_kwargs: name .* got 'num_inferece_steps'\. Did you mean 'num_inference_steps'\?"):
+    with pytest.raises(
+        ValueError, match=r"calibrate: call_kwargs must .* got 'num_inferece_steps'\. Did you mean 'num_inference_steps'\?"
+    ):
         dqtk.quantize(load_tiny("sdxl"), "w8a8-static", prompts=["a circle"], call_kwargs={"num_inferece_steps": 3})
     with pytest.raises(
         ValueError, match=r"quantize: recipe 'w8a8-static' must have statistics .*got none\. Pass the pipeline that"

@@ -40,9 +40,7 @@ def test_embedded_names_come_first(monkeypatch, tmp_path, folder):
     assert embedded_names() == ("pixart",)
     assert str(dqtk.load("pixart").config._name_or_path) == str(folder)
     monkeypatch.chdir(folder.parent)
-    with pytest.raises(
-        ValueError, match=r"load: pixart must be an embedded .*, got both\. Write .*/pixart\."
-    ):
+    with pytest.raises(ValueError, match=r"load: pixart must be an embedded .*, got both\. Write .*/pixart\."):
         dqtk.load("pixart")
     monkeypatch.chdir(folder)
     assert locate("pixart") == str(folder)

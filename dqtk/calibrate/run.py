@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from dqtk.calls import call_arguments, prompt_argument
+from dqtk.calls import call_arguments, check_call_names, prompt_argument
 from dqtk.checkpoint import digest
 from dqtk.plan import Plan, check_fit
 from dqtk.sites import DENOISERS, components_of, find_sites
@@ -76,6 +76,7 @@ def calibrate(
     replayed = {name: part for name, part in components_of(pipe).items() if name in learning}
     stats = Stats.load(output) if output is not None and Path(output).exists() else Stats()
     kwargs = call_arguments(pipe, call_kwargs)
+    check_call_names(pipe, kwargs, "calibrate: call_kwargs")
     steps = _steps(steps_per_run, placement)
     facts = {"seed": str(seed), "batch_size": str(batch_size)} | ({"keep_calls": steps} if keep_calls else {})
     run = _identity(pipe, plan, prompts, facts, kwargs, steps)

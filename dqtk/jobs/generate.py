@@ -19,14 +19,14 @@ from typing import Any
 from tqdm import tqdm
 
 from dqtk.calibrate import calibrate
-from dqtk.calls import call_arguments, denoisers
+from dqtk.calls import call_arguments, check_call_names, denoisers
 from dqtk.installed import summary
 from dqtk.plan import Plan
 from dqtk.processes import Processes
 from dqtk.quantize import plan as make_plan
 from dqtk.quantize import quantize, save
 from dqtk.report import environment
-from dqtk.report.generate import NotFinite, Task, check_call_kwargs, check_call_names, generate
+from dqtk.report.generate import NotFinite, Task, check_call_kwargs, generate
 from dqtk.report.rounding import check_rounding, other_rounding
 from dqtk.report.sizes import pipeline_sizes
 from dqtk.report.trajectory import compute_dtype

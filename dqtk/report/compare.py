@@ -25,12 +25,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dqtk.calls import call_arguments, denoisers
+from dqtk.calls import call_arguments, check_call_names, denoisers
 from dqtk.sites import find_sites
 
 from . import environment
 from .comparison import Comparison, Curve, OracleScore, Row, SizePair, Timing
-from .generate import Batch, Task, check_call_kwargs, check_call_names, generate, make_tasks, to_tensor
+from .generate import Batch, Task, check_call_kwargs, generate, make_tasks, to_tensor
 from .measures import curve_of, score_measures, step_measures
 from .ranges import Widths, range_curves, ranges_seen
 from .rounding import check_rounding, other_rounding
@@ -159,7 +159,7 @@ def compare(
     kwargs = check_call_kwargs(call_arguments(reference, call_kwargs))
     image_scores, missing = resolve_scores(scores, lpips_net=lpips_net, lpips_weights=lpips_weights)
     for pipe in (reference, candidate):
-        check_call_names(pipe, kwargs)
+        check_call_names(pipe, kwargs, "compare: call_kwargs")
     tasks = make_tasks(prompts, seed, seeds_per_prompt)
     num_recorded = min(num_trajectory, len(prompts)) * seeds_per_prompt if denoisers(reference) else 0
     rounding = floor if isinstance(floor, str) else None

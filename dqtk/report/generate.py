@@ -11,7 +11,6 @@ the scores of such pictures are numbers like any other. So what the VAE decodes 
 """
 
 import hashlib
-import inspect
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,10 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dqtk.calls import denoisers, prompt_argument
-from dqtk.spec import did_you_mean
-
-_RESERVED = ("prompt", "class_labels", "generator", "num_images_per_prompt", "latents", "return_dict", "batch_size")
+from dqtk.calls import RESERVED, denoisers, prompt_argument
 
 
 class NotFinite(ValueError):
@@ -73,28 +69,14 @@ def make_tasks(prompts: Sequence[str], seed: int, seeds_per_prompt: int) -> list
 def check_call_kwargs(call_kwargs: Mapping[str, Any] | None, where: str = "compare: call_kwargs") -> dict[str, Any]:
     """What is passed on to the pipeline. Raises ``ValueError`` for what the comparison decides itself, and for latent output."""
     kwargs = dict(call_kwargs or {})
-    taken = sorted(set(kwargs) & set(_RESERVED))
+    taken = sorted(set(kwargs) & set(RESERVED))
     if taken:
-        raise ValueError(f"{where} must be free of {list(_RESERVED)}, got {taken}. These are set for each image.")
+        raise ValueError(f"{where} must be free of {list(RESERVED)}, got {taken}. These are set for each image.")
     if kwargs.pop("output_type", "pil") == "latent":
         raise ValueError(
             f"{where.split(':')[0]}: output_type must be an image type, got 'latent'. Leave it out; pictures are 8-bit pixels."
         )
     return kwargs
-
-
-def check_call_names(pipe: Any, call_kwargs: Mapping[str, Any], where: str = "compare: call_kwargs") -> None:
-    """Raises ``ValueError`` for what ``__call__`` of a pipeline (or its class) does not name: many swallow ``**kwargs``, and a
-    misspelt number of steps with them. A pipeline that passes them on to another's ``__call__`` takes what that names."""
-    kind = pipe if isinstance(pipe, type) else type(pipe)
-    calls = [vars(base)["__call__"] for base in kind.__mro__ if "__call__" in vars(base)]
-    parameters = [p for call in calls for p in inspect.signature(call).parameters.values()]
-    known = dict.fromkeys(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self")
-    allowed = [name for name in known if name not in _RESERVED]
-    for name in call_kwargs:
-        if name not in known:
-            hint = did_you_mean(name, allowed) or " Remove it."
-            raise ValueError(f"{where} must be arguments of {kind.__name__} ({', '.join(allowed)}), got {name!r}.{hint}")
 
 
 def generate(pipe: Any, tasks: Sequence[Task], call_kwargs: Mapping[str, Any]) -> Batch:

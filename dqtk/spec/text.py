@@ -72,9 +72,9 @@ def _lookup(name: Any, known: dict[str, Any], where: str, what: str) -> Any:
     raise ValueError(f"{where}: {what} must be one of {', '.join(known)}, got {name!r}.{did_you_mean(name, known)}")
 
 
-def did_you_mean(name: Any, known: typing.Iterable[str], cutoff: float = 0.5) -> str:
-    """`` Did you mean 'x'?`` for the nearest known word, or nothing below a likeness (0 to 1)."""
-    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=cutoff)
+def did_you_mean(name: Any, known: typing.Iterable[str]) -> str:
+    """`` Did you mean 'x'?`` for the nearest known word, or nothing."""
+    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f" Did you mean {near[0]!r}?" if near else ""
 
 

@@ -1,6 +1,7 @@
 """Calibration of a real pipeline, against watching it by hand; interrupted and continued."""
 
 import copy
+import functools
 import re
 
 import pytest
@@ -82,6 +83,7 @@ def test_interrupted_and_continued_equals_one_run(pixart, plan, call_kwargs, sta
     kind = type(pixart)
     original = kind.__call__
 
+    @functools.wraps(original)
     def interrupted(self, prompt, **kwargs):
         if calls:
             raise KeyboardInterrupt

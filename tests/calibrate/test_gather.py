@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import importlib
 import math
 
@@ -323,6 +324,7 @@ def test_interrupted_and_continued_equals_one_run(pixart, call_kwargs, learned, 
     plan, output = planned(pixart), tmp_path / "stats.safetensors"
     original, done = type(pixart).__call__, []
 
+    @functools.wraps(original)
     def interrupted(self, prompt, **kwargs):
         if len(done) == 2:
             raise KeyboardInterrupt
