@@ -56,3 +56,10 @@ def test_recipe_table_is_complete():
     from dqtk.recipes import RECIPES
 
     assert set(re.findall(r"^\| `([\w-]+)` \|", README, flags=re.MULTILINE)) == set(RECIPES)
+
+
+def test_no_page_was_left_with_a_place_to_fill():
+    pages = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "notebooks" / "LOG.md", *(ROOT / "docs").rglob("*.md")]
+    for page in pages:
+        prose = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        assert not re.findall(r"\b[A-Z]{3,}_[A-Z]{3,}\b|\bTODO\b|\bTBD\b", prose), page
