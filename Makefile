@@ -25,7 +25,7 @@ demo: install
 
 # A process per core, each with one thread.
 test: install browser
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical
 
 check: install
 	$(BIN)/ruff format --check .
