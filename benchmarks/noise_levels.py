@@ -70,8 +70,9 @@ def distillation() -> dict[str, LayerSpec]:
 
 
 def scheduled(pipe, own, name: str):
-    """The pipeline with its own scheduler, or with DDIM made from it."""
-    pipe.scheduler = DDIMScheduler.from_config(own.config) if name == "ddim" else type(own).from_config(own.config)
+    """The pipeline with its own scheduler, or with DDIM made from it, as latents need it: by itself it clips them to [-1, 1]."""
+    ddim = {"clip_sample": False, "set_alpha_to_one": False}
+    pipe.scheduler = DDIMScheduler.from_config(own.config, **ddim) if name == "ddim" else type(own).from_config(own.config)
     return pipe
 
 

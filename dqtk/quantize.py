@@ -9,7 +9,7 @@ whatever interrupts it later, the model is told which layers were really replace
 import importlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -180,11 +180,7 @@ def quantize(
     for choice in work:
         _check_layer(_layer_of(parts, choice), choice, stats)
     touched = dict.fromkeys(choice.site.component for choice in work)
-    students = {name: parts[name] for name in touched if taught and DENOISERS.fullmatch(name)}
-    if taught and not students:
-        raise ValueError(
-            "quantize: correct and refine must be left out where no denoiser of a pipeline is quantized, got one. Leave it out."
-        )
+    students = _denoisers_among(touched, parts) if taught else {}
     exact = exact_outputs(students, stats) if stats is not None else {}
     if correct and stats is not None:
         check_correctable(students, stats, exact)
@@ -197,12 +193,13 @@ def quantize(
                     if isinstance(refine, Reconstruct):
                         originals[choice.site.component][choice.site.path] = _layer_of(parts, choice)
                     _install(parts[choice.site.component], choice.site, solution)
-        for name, part in students.items():
-            assert stats is not None
-            if refine is not None:
-                how = {"folder": None if checkpoint is None else Path(checkpoint), "progress": progress}
-                refined(part, refine, calls_of(stats.calls, name), exact[name], originals[name], name=name, **how)
-            if correct:
+        if refine is not None and stats is not None:
+            folder = None if checkpoint is None else Path(checkpoint)
+            for name, part in students.items():
+                calls = calls_of(stats.calls, name)
+                refined(part, refine, calls, exact[name], originals[name], name=name, folder=folder, progress=progress)
+        if correct and stats is not None:
+            for name, part in students.items():
                 correct_output(part, stats, name, exact[name])
     finally:
         for name in touched:
@@ -221,6 +218,16 @@ def _check_options(plan: Plan, *, max_memory: int, refine: Refiner | None, check
             "quantize: refine must be left out for a plan with a step policy, got one. Weights of some noise levels only do "
             "not learn yet."
         )
+
+
+def _denoisers_among(touched: Iterable[str], parts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """What ``correct`` and ``refine`` teach. Raises ``ValueError`` where there is nothing."""
+    found = {name: parts[name] for name in touched if DENOISERS.fullmatch(name)}
+    if not found:
+        raise ValueError(
+            "quantize: correct and refine must be left out where no denoiser of a pipeline is quantized, got one. Leave it out."
+        )
+    return found
 
 
 def _calibrated(target: Any, plan: Plan, prompts: Sequence[str] | None, **how: Any) -> Stats:

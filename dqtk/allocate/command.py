@@ -36,7 +36,7 @@ from .search import exchanged, ranked, swept, table
 from .sensitivity import Sensitivity, dtypes, measure
 from .whole import Judge, Judged, Layers, OutputNoise, Pictures
 
-CHOICES = (2, 3, 4, 5, 6, 8)  # weight bits of a model's candidates; without 5 and 6, budgets about them lost 3 to 4 dB
+CHOICES = (2, 3, 4, 5, 6, 8)  # weight bits of a model's candidates; without 5 and 6, budgets there lost 2.6 and 4.0 dB
 STEPS = 5  # of every pipeline run whose calls are kept
 EMBEDDED = 4  # prompts where none are given
 LEARNING = "w4a8"  # a recipe that makes calibrate keep calls
