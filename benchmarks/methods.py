@@ -112,18 +112,22 @@ SETTINGS = {
         "adaround": spec(WFP4, AFP8, solver=LEARNED),
         "gptq": spec(WFP4, AFP8, solver=GPTQ()),
         "smooth + gptq": spec(WFP4, AFP8, Smooth(), solver=GPTQ()),
+        "fp4 (2500 iterations)": recipe_named("fp4"),
     },
     "W4A4 INT": {
         "rtn": spec(W4_GROUP, A4),
         "gptq": spec(W4_GROUP, A4, solver=GPTQ()),
         "smooth + gptq": spec(W4_GROUP, A4, Smooth(), solver=GPTQ()),
         "rotate + gptq": spec(W4_GROUP, A4, Hadamard(), solver=GPTQ()),
+        "w4a4-rot": recipe_named("w4a4-rot"),
+        "rotate regular + gptq": spec(W4_GROUP, A4, Hadamard(regular=True), solver=GPTQ()),
         "smooth + rotate + gptq": spec(W4_GROUP, A4, Smooth(), Hadamard(), solver=GPTQ()),
         "constant token + smooth + gptq": spec(W4_GROUP, A4, ConstantToken(), Smooth(), solver=GPTQ()),
         "rotate 64 + gptq": spec(W4_GROUP, A4, Hadamard(block=64), solver=GPTQ()),
         "constant token + rotate 64 + gptq": spec(W4_GROUP, A4, ConstantToken(), Hadamard(block=64), solver=GPTQ()),
         "smooth + rank 1 + gptq": spec(W4_GROUP, A4, Smooth(), solver=GPTQ(), low_rank=BRANCH),
         "smooth + gptq, weights in groups of 32": spec(W4_SMALL, A4, Smooth(), solver=GPTQ()),
+        "w4a4-svd (rank 32)": recipe_named("w4a4-svd"),
     },
     "FP4": {
         "llm-fp4": recipe_named("llm-fp4").main_spec(),
@@ -150,11 +154,13 @@ def load(model: str):
         return stress(pipe)
 
 
-def plan_for(pipe, spec: LayerSpec) -> dqtk.Plan:
-    """The linear layers that every variant and peer takes, with this spec."""
-    usual = dqtk.plan(pipe, "w8a8")
-    taken = [c.site.path for c in usual.choices if c.spec is not None and c.site.kind == "linear" and c.spec.input is not None]
-    rules = tuple(dqtk.Rule(pattern=path, spec=spec, why="benchmark") for path in taken)
+def plan_for(pipe, what: LayerSpec | dqtk.Recipe) -> dqtk.Plan:
+    """The linear layers that every variant and peer takes, with this spec or what this recipe has for them."""
+    usual = dqtk.plan(pipe, "w8a8").choices
+    taken = {c.site.path for c in usual if c.spec is not None and c.site.kind == "linear" and c.spec.input is not None}
+    if isinstance(what, dqtk.Recipe):
+        return dqtk.plan(pipe, what, overrides={c.site.path: None for c in usual if c.site.path not in taken})
+    rules = tuple(dqtk.Rule(pattern=path, spec=what, why="benchmark") for path in sorted(taken))
     return dqtk.plan(pipe, dqtk.Recipe(name="benchmark", rules=rules))
 
 
@@ -263,7 +269,7 @@ def bits_of(pipe, plan: dqtk.Plan) -> float:
 
 
 def variants_of(setting: str, words: list[str], without: list[str], peers: bool) -> dict:
-    """Name -> spec or function of a peer: names with one of the words, and none of those to be left out."""
+    """Name -> spec, recipe or function of a peer: names with one of the words, and none of those to be left out."""
     found = {f"dqtk {name}": spec for name, spec in SETTINGS[setting].items()} | (PEERS.get(setting, {}) if peers else {})
     wanted = {name: what for name, what in found.items() if any(word in name for word in words)}
     return {name: what for name, what in wanted.items() if not any(word in name for word in without)}
@@ -283,7 +289,7 @@ def run(model: str, options) -> None:
             if options.since and any(row.items() <= r.items() and r["created"] >= options.since for r in stored()):
                 continue
             pipe, plan = load(model), watched
-            if isinstance(what, LayerSpec):
+            if isinstance(what, LayerSpec | dqtk.Recipe):
                 plan, refused = plan_for(pipe, what), None
                 dqtk.quantize(pipe, plan, stats, progress=False)
             else:
