@@ -1,6 +1,7 @@
 """What quantizing a real-sized model costs: time and peak memory of ``dqtk quantize`` on a PixArt-Sigma-XL with random weights.
 
     python benchmarks/cost.py [--recipe w4a8] [--num-prompts 2] [--steps 10] [--folder DIR]
+    python benchmarks/cost.py -- --dtype float32 --max-memory 1    # where the CPU has no bfloat16 units
 
 The denoiser is the published configuration (28 blocks, 1152 wide, 0.6 B parameters) in bf16; the text encoder is one T5 layer of
 the right width (4096), the autoencoder a small one. Calibration paints latents of 512 x 512 pictures (1024 tokens), both halves of
@@ -92,6 +93,7 @@ def main() -> None:
         "stored_bytes": stored,
         "num_prompts": options.num_prompts,
         "steps": options.steps,
+        "more": " ".join(options.more),
     }
     append(row)
     print(f"{row['model']}, {options.recipe}: {seconds / 60:.1f} min, peak {peak / 1e9:.2f} GB, denoiser {stored / 1e6:.0f} MB")

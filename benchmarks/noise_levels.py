@@ -1,7 +1,7 @@
 """What knowing the noise level is worth: a calibrated range per interval of it, a correction of the output, where to calibrate,
-distillation, another precision in some steps.
+care for what sees the level only, distillation, another precision in some steps.
 
-    python benchmarks/noise_levels.py [MODEL ...] [--only ranges correction placement distillation policy]
+    python benchmarks/noise_levels.py [MODEL ...] [--only ranges correction placement temporal distillation policy]
         [--num-prompts 16] [--steps 8 20 50] [--schedulers own ddim]
 
 MODEL is a pipeline, or an embedded one with ``-stressed`` behind its name. Everything is calibrated once, at 20 steps of the
@@ -34,7 +34,7 @@ from dqtk.prompt_sets import read_prompts
 from dqtk.recipes import recipe_named
 from dqtk.report.generate import image_seed
 from dqtk.resolve import call_kwargs_for
-from dqtk.spec import ByLevel, Distill, Int, LayerSpec, PerLevel
+from dqtk.spec import GPTQ, ByLevel, Distill, Int, LayerSpec, PerLevel
 
 STEPS = 20  # of calibration
 ONE = "w8a8-static"
@@ -107,7 +107,25 @@ def placed(name: str, pipe, captions: list[str]) -> dict:
     return {"steps_per_run": 5, "placement": Around() if name.endswith("around 0.4") else Evenly()}
 
 
-COMPARISONS = {"ranges": ranges, "correction": correction, "placement": placement, "distillation": distillation}
+def temporal() -> dict[str, dqtk.Recipe]:
+    """What sees the noise level (time embedding and modulation) in 4 bits, all else as it is: rounded, and reconstructed on some of
+    its levels or on all of a run's, which are a finite set (TFMQ-DM, arXiv 2311.16503, there AdaRound)."""
+    four = recipe_named("w4a16").main_spec()
+    specs = {"temporal w4": four, "temporal w4 gptq": replace(four, solver=GPTQ())}
+    specs["temporal w4 gptq, calls kept at every step"] = specs["temporal w4 gptq"]
+    specs["temporal w8"] = recipe_named("w8a16").main_spec()
+    roles = ("time_embedding", "modulation")
+    rest = dqtk.Rule(spec=None, why="as it is")
+    return {name: dqtk.Recipe(name=name, rules=(dqtk.Rule(roles=roles, spec=spec, why=name), rest)) for name, spec in specs.items()}
+
+
+COMPARISONS = {
+    "ranges": ranges,
+    "correction": correction,
+    "placement": placement,
+    "temporal": temporal,
+    "distillation": distillation,
+}
 BASE = "w4a4-rot"
 PROTECTIONS = {"16-bit inputs": None, "w8a8": "w8a8", "w8a16": "w8a16"}
 

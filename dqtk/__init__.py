@@ -10,6 +10,7 @@ Importing dqtk registers its checkpoint format with diffusers and transformers (
 
 from typing import Any
 
+from .allocate import allocate
 from .calibrate import Stats, calibrate
 from .hosts import register_with_hosts
 from .plan import Plan, Recipe, Rule
@@ -27,6 +28,7 @@ __all__ = [
     "Rule",
     "Site",
     "Stats",
+    "allocate",
     "calibrate",
     "compare",
     "find_sites",

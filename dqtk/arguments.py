@@ -119,6 +119,12 @@ def _allocation(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--switch", type=_positive, metavar="N", help="then try N exchanges of levels between layers, judged on calls of their own"
     )
+    verb.add_argument(
+        "--parts",
+        type=_positive,
+        metavar="N",
+        help="parts of a run (2 to 4) that may have inputs of their own; with --input-widths",
+    )
     verb.add_argument("--protect", type=float, metavar="SCORE", help="keep layers at 16 bits whose best score is below")
     verb.add_argument("--costs", type=Path, metavar="FILE", help="times for a budget in ms, from bench --layers --output")
     verb.add_argument("--stats", type=Path, help="statistics written by calibrate --recipe w4a8, in place of prompts")

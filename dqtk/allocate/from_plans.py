@@ -7,13 +7,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from dqtk.calibrate import Stats
 from dqtk.costs import CostTable
 from dqtk.plan import Choice, Plan
-from dqtk.spec import SiteSpec, canonical, describe
+from dqtk.spec import LayerSpec, SiteSpec, canonical, describe
 
 from .budget import Budget
 from .from_logs import LOSSES
 from .groups import ALL, Grouped, allocate_groups
+from .parts import mixtures
 from .prices import Calls, price
 from .program import Candidate, allocate, total
 from .sensitivity import Sensitivity
@@ -23,7 +25,9 @@ Spec = SiteSpec | None
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Made:
-    """plan: as chosen. groups: of ``allocate_groups``. unit and num_weights: of the budget, for words. offers: what there was."""
+    """plan: as chosen. groups: of ``allocate_groups``. unit and num_weights: of the budget, for words. offers: what there was.
+    stats: that the layers were measured with, and that ``quantize`` takes; None where scores came from elsewhere.
+    """
 
     plan: Plan
     groups: dict[str, Grouped]
@@ -31,6 +35,7 @@ class Made:
     num_weights: int
     expected: float | None
     offers: "Offers"
+    stats: Stats | None = None
 
     @property
     def picked(self) -> dict[str, Spec]:
@@ -116,15 +121,17 @@ class Offers:
         protect: float | None = None,
         calls: Calls | None = None,
         table: CostTable | None = None,
+        parts: int | None = None,
     ) -> "Offers":
-        """Arguments and errors as of ``allocate_plans``."""
+        """Arguments and errors as of ``allocate_plans``. parts: of a run, which may have specs of one weight each: ``found`` has
+        what each of them loses."""
         rows = _rows(plans)
         priced: dict[str, Any] = {"unit": budget.unit, "calls": calls, "table": table}
         specs: dict[str, list[Spec]] = {}
         candidates: dict[str, list[Candidate]] = {}
         for choices in rows:
             site, loss = choices[0].site, losses[groups[choices[0].site.id]]
-            specs[site.id] = _specs(choices, found, protect, stay=loss == "noise")
+            specs[site.id] = _specs(choices, found, protect, stay=loss == "noise", parts=parts)
             candidates[site.id] = [
                 Candidate(cost=_cost(choices, spec, priced), loss=_loss(loss, found.of(site, spec))) for spec in specs[site.id]
             ]
@@ -211,11 +218,13 @@ def _rows(plans: Sequence[Plan]) -> list[tuple[Choice, ...]]:
     return list(zip(*(plan.choices for plan in plans), strict=True))
 
 
-def _specs(choices: Sequence[Choice], found: Sensitivity, protect: float | None, *, stay: bool) -> list[Spec]:
+def _specs(choices: Sequence[Choice], found: Sensitivity, protect: float | None, *, stay: bool, parts: int | None) -> list[Spec]:
     """What a site may become; None: it stays at 16 bits, where that is asked for or nothing else is there."""
     specs = [choice.spec for choice in {canonical(choice.spec): choice for choice in choices}.values() if choice.spec is not None]
     if protect is not None and specs and max(found.of(choices[0].site, spec) for spec in specs) < protect:
         return [None]
+    if parts is not None:
+        specs += mixtures([spec for spec in specs if isinstance(spec, LayerSpec)], parts)
     return [*specs, None] if stay or not specs else list(specs)
 
 
@@ -225,6 +234,6 @@ def _chosen(choices: Sequence[Choice], spec: Spec, found: Sensitivity, budget: B
         return choices[0]  # kept, with its own reason
     if spec is None:
         return replace(choices[0], spec=None, why=f"allocated {budget}: 16 bits are worth it")
-    mine = next(choice for choice in choices if choice.spec == spec)
+    mine = next((choice for choice in choices if choice.spec == spec), replace(choices[0], spec=spec))
     beside = "around a plan" if found.base else "alone"
     return replace(mine, why=f"allocated {budget}: score {found.of(mine.site, spec):.1f} {beside}")

@@ -16,6 +16,8 @@ from dqtk.calibrate.replay import Call, made
 from dqtk.calls import prompt_argument
 from dqtk.nn.correction import output_of
 
+from .parts import RunParts
+
 LARGEST = 144.5  # dB, 2^-48 of the signal's power: what float32 cannot tell from the signal
 
 
@@ -42,19 +44,27 @@ class OutputSQNR:
 
     name, unit, loss = "sqnr", "dB", "noise"
 
-    def __init__(self, parts: Mapping[str, nn.Module], calls: Sequence[Call]):
-        """parts: components by name. calls: as ``dqtk.calibrate`` keeps them.
+    def __init__(self, parts: Mapping[str, nn.Module], calls: Sequence[Call], run: RunParts | None = None):
+        """parts: components by name. calls: as ``dqtk.calibrate`` keeps them. run: its parts, where ``in_parts`` is to be asked.
 
         Raises ``ValueError`` for a component without calls, and for outputs that are not finite.
         """
-        self.parts, self.calls = parts, calls
+        self.parts, self.calls, self.run = parts, calls, run
         self.references = {name: outputs(part, self._of(name)) for name, part in parts.items()}
         for name, references in self.references.items():
             if not all(bool(torch.isfinite(y).all()) and bool(y.any()) for y in references):
                 raise ValueError(f"allocate: outputs of {name} must be finite and not zero, got others. Load it in float32.")
 
     def __call__(self, component: str, module: nn.Module | None = None) -> float:
-        return self._score(component, outputs(self.parts[component] if module is None else module, self._of(component)))
+        return self._score(self._ratios(component, module))
+
+    def in_parts(self, component: str, module: nn.Module | None = None) -> tuple[float, tuple[float, ...]]:
+        """The score, and what each part of a run adds to the mean noise that it is made of."""
+        assert self.run is not None
+        ratios, noises = self._ratios(component, module), [0.0] * len(self.run)
+        for call, ratio in zip(self._of(component), ratios, strict=True):
+            noises[self.run.of(call.time or 0.0)] += ratio / len(ratios)
+        return self._score(ratios), tuple(noises)
 
     def floor(self, component: str) -> float | None:
         """Of the component in bfloat16, or in float32 if it is in 16 bits. Takes memory for a copy."""
@@ -62,7 +72,7 @@ class OutputSQNR:
         dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
         other = torch.bfloat16 if dtype == torch.float32 else torch.float32
         twin = copy.deepcopy(module).to(other)
-        return self._score(component, outputs(twin, self._of(component)))
+        return self._score(self._ratios(component, twin))
 
     def _of(self, component: str) -> list[Call]:
         mine = [call for call in self.calls if call.component == component]
@@ -70,8 +80,12 @@ class OutputSQNR:
             raise ValueError(f"allocate: calls of {component} must have been kept, got none. Calibrate this pipeline.")
         return mine
 
-    def _score(self, component: str, found: Sequence[Tensor]) -> float:
-        ratios = [noise(y_hat, y) for y_hat, y in zip(found, self.references[component], strict=True)]
+    def _ratios(self, component: str, module: nn.Module | None) -> list[float]:
+        """Noise power of every call, as its output's share."""
+        found = outputs(self.parts[component] if module is None else module, self._of(component))
+        return [noise(y_hat, y) for y_hat, y in zip(found, self.references[component], strict=True)]
+
+    def _score(self, ratios: Sequence[float]) -> float:
         mean = math.fsum(ratios) / len(ratios)
         if not math.isfinite(mean):
             return -LARGEST  # a layer that overflows: as bad as can be

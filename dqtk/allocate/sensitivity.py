@@ -26,28 +26,37 @@ from dqtk.plan import Choice, Plan
 from dqtk.processes import ALONE, Processes
 from dqtk.quantize import MAX_MEMORY, check_fit, runtime_layer
 from dqtk.sites import Site, components_of
-from dqtk.spec import SiteSpec, canonical
+from dqtk.spec import ByLevel, SiteSpec, canonical
 from dqtk.stages import solutions
 
-from .probes import Probe
+from .parts import spec_in
+from .probes import LARGEST, OutputSQNR, Probe
 from .whole import Layers
 
-_FLOOR, _BASE = "floor ", "base "
+_FLOOR, _BASE, _PART = "floor ", "base ", "part "
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sensitivity:
     """scores: (site id, canonical text of its spec) -> score when only this site has this spec, or when the rest is as one plan
     says (of 16 bits too then). floors: component -> score of the unquantized component in another float dtype: above it,
-    differences are those of rounding. base: component -> score of that plan; empty where the rest is unquantized.
+    differences are those of rounding. base: component -> score of that plan; empty where the rest is unquantized. parts: as scores,
+    what each part of a run adds to the noise power; empty where runs were not parted.
     """
 
     scores: dict[tuple[str, str], float]
     floors: dict[str, float]
     base: dict[str, float] = field(default_factory=dict)
+    parts: dict[tuple[str, str], tuple[float, ...]] = field(default_factory=dict)
 
     def of(self, site: Site, spec: SiteSpec | None) -> float:
-        """Score of a site with a spec. Of 16 bits (None) where that was not measured: infinite."""
+        """Score of a site with a spec. Of 16 bits (None) where that was not measured: infinite. Of a mixture over parts of a run:
+        from what each part loses."""
+        if isinstance(spec, ByLevel) and (site.id, canonical(spec)) not in self.scores:
+            noises = [self.parts[site.id, canonical(kind)] for kind in spec.kinds]
+            num = len(noises[0])
+            total = math.fsum(noises[spec.kinds.index(spec_in(spec, part, num))][part] for part in range(num))
+            return max(-LARGEST, min(LARGEST, -10 * math.log10(total))) if total > 0 else LARGEST
         return self.scores.get((site.id, canonical(spec)), math.inf) if spec is None else self.scores[site.id, canonical(spec)]
 
 
@@ -112,7 +121,7 @@ def measure(
             if _key(choice) not in mine:  # it was solved for the sake of others
                 continue
             with replaced(probed[component], choice.site.path, new):
-                keep(_key(choice), {probe.name: probe(component, probed[component])})
+                keep(_key(choice), _row(probe, component, probed[component]))
             told(choice.site.id)
     me.wait()
     rows = done(folder, "allocate")
@@ -185,6 +194,14 @@ def replaced(module: nn.Module, path: str, layer: nn.Module) -> Iterator[None]:
         replace_layer(module, path, before)
 
 
+def _row(probe: Probe, component: str, module: nn.Module) -> dict[str, float]:
+    """The score by the probe's name, and what parts of a run add to the noise, where the probe can say."""
+    if not (isinstance(probe, OutputSQNR) and probe.run is not None):
+        return {probe.name: probe(component, module)}
+    score, noises = probe.in_parts(component, module)
+    return {probe.name: score} | {f"{_PART}{part}": noise for part, noise in enumerate(noises)}
+
+
 def _key(choice: Choice) -> str:
     return f"{choice.site.id} {canonical(choice.spec)}"
 
@@ -197,7 +214,14 @@ def _gathered(
         scores={(c.site.id, canonical(c.spec)): rows[_key(c)][probes[groups[c.site.id]].name] for c in chosen},
         floors=_least(rows, _FLOOR),
         base=_least(rows, _BASE),
+        parts={(c.site.id, canonical(c.spec)): noises for c in chosen if (noises := _noises(rows[_key(c)]))},
     )
+
+
+def _noises(row: Mapping[str, float]) -> tuple[float, ...]:
+    """Of every part of a run, in order."""
+    num = sum(name.startswith(_PART) for name in row)
+    return tuple(row[f"{_PART}{part}"] for part in range(num))
 
 
 def _least(rows: Mapping[str, Mapping], prefix: str) -> dict[str, float]:
@@ -215,7 +239,9 @@ def _task(
     names = {group: probe.name for group, probe in probes.items()}
     moved = sorted(site for site, group in groups.items() if group == "content") if len(set(names.values())) > 1 else []
     rest = "unquantized" if around is None else around.hash
-    return {"verb": "allocate", "run": stats.run, "dtypes": dtypes(parts), "probes": names, "content": moved, "around": rest}
+    task = {"verb": "allocate", "run": stats.run, "dtypes": dtypes(parts), "probes": names, "content": moved, "around": rest}
+    runs = {probe.run for probe in probes.values() if isinstance(probe, OutputSQNR) and probe.run is not None}
+    return task | ({"parts": [list(run.edges) for run in runs]} if runs else {})
 
 
 def dtypes(parts: Mapping[str, nn.Module]) -> dict[str, str]:

@@ -4,7 +4,8 @@ TFMQ-DM (Huang et al. 2023, arXiv 2311.16503) treats such layers apart because t
 (arXiv 2407.19547) caches their outputs. They are not known by names but probed: the denoiser is called with two prompts, at two
 sizes and one time, and a linear whose outputs are equal to the bit in all rows of both depends on nothing else. So SDXL's, SD3's
 and Flux's modulation, which mix in pooled text, fail it beyond the time embedding; PixArt's and Wan's pass. With tables a layer is
-exact for the batch it was made with, and its weights can go.
+exact for the batch it was made with, and its weights can go. A quantized layer's table may be that of the original layer: where
+what quantizing did to it is worth mending (``disturbances``; the successor's disturbance-aware selection).
 """
 
 from collections.abc import Mapping, Sequence
@@ -112,8 +113,30 @@ class ModulationCache:
 
 
 @torch.no_grad()
+def disturbances(
+    original: nn.Module, quantized: nn.Module, call: Call, times: Sequence[float], paths: Sequence[str]
+) -> dict[str, float]:
+    """Path -> what quantizing did to the layer's output: power of the error over that of the output, both over all times; what
+    the layers before it did to its input included."""
+    errors, powers = dict.fromkeys(paths, 0.0), dict.fromkeys(paths, 0.0)
+    for time in times:
+        here = at_time(call, time)
+        exact, got = (_outputs(module, here, paths, enough=True) for module in (original, quantized))
+        for path in paths:
+            errors[path] += float((got[path][0].double() - exact[path][0].double()).square().sum())
+            powers[path] += float(exact[path][0].double().square().sum())
+    return {path: errors[path] / powers[path] if powers[path] else float(errors[path] > 0) for path in paths}
+
+
+@torch.no_grad()
 def cache_modulation(
-    module: nn.Module, call: Call, times: Sequence[float], paths: Sequence[str], evict: bool = True
+    module: nn.Module,
+    call: Call,
+    times: Sequence[float],
+    paths: Sequence[str],
+    *,
+    evict: bool = True,
+    original: nn.Module | None = None,
 ) -> ModulationCache:
     """Replace layers by tables of their outputs.
 
@@ -123,6 +146,7 @@ def cache_modulation(
         times: of the schedule, in the denoiser's own time; of several schedules one behind the other.
         paths: as ``temporal_layers`` finds them.
         evict: let go of the layers; else they are kept on the CPU for ``restore``.
+        original: the denoiser whose outputs the tables hold; None: the module itself.
     Raises:
         ValueError: no layers or times.
     """
@@ -133,7 +157,8 @@ def cache_modulation(
         )
     # As the denoiser is given them, in the dtype of the call.
     times = list(dict.fromkeys(at_time(call, time).time or 0.0 for time in times))
-    by_time = [_outputs(module, at_time(call, time), paths, enough=True) for time in times]
+    source = module if original is None else original
+    by_time = [_outputs(source, at_time(call, time), paths, enough=True) for time in times]
     known = KnownTimes(times)
     kept: dict[str, nn.Module] = {}
     before = after = 0
@@ -164,20 +189,29 @@ def cache_pipeline(
     call_kwargs: Mapping[str, Any] | None = None,
     other_size: tuple[int, int] | None = None,
     evict: bool = True,
+    original: Any = None,
+    above: float = 0.0,
 ) -> dict[str, ModulationCache]:
     """Probe the first denoiser of a pipeline and replace what depends on the noise level only, for the schedule of a call.
 
     Args:
-        pipe: pipeline; the batch is that of one prompt.
+        pipe: pipeline, quantized or not; the batch is that of one prompt.
         prompts: two different ones.
         call_kwargs: as the pipeline will be called, number of steps included.
         other_size: height and width of the second call of the probe; None: half of the first one's.
         evict: see ``cache_modulation``.
+        original: the pipeline before it was quantized. Tables then hold its outputs, so these layers are exact again.
+        above: with ``original``, only layers are replaced that quantizing disturbed more than this (``disturbances``: error power
+            as the output's share, so 1e-4 is -40 dB).
     Returns:
         Name of the denoiser -> what was done; empty where no layer qualifies.
     Raises:
-        ValueError: fewer than two prompts; as ``run_times``.
+        ValueError: fewer than two prompts; ``above`` without ``original``; as ``run_times``.
     """
+    if above and original is None:
+        raise ValueError(
+            f"modulation: above must come with original, got {above} alone. Pass the pipeline before it was quantized."
+        )
     if len(prompts) < 2 or prompts[0] == prompts[1]:
         raise ValueError(
             f"modulation: prompts must be two different ones, got {list(prompts)[:2]}. One tells nothing from the text."
@@ -187,8 +221,12 @@ def cache_pipeline(
     size = other_size or tuple(side // 2 for side in _size(pipe, one))
     two = first_call(pipe, prompts[1], {**(call_kwargs or {}), "height": size[0], "width": size[1]})
     module = denoisers(pipe)[one.component]
-    paths = temporal_layers(module, [one, two])
-    return {one.component: cache_modulation(module, one, times, paths, evict)} if paths else {}
+    exact = None if original is None else denoisers(original)[one.component]
+    paths = temporal_layers(module if exact is None else exact, [one, two])
+    if exact is not None and paths:
+        found = disturbances(exact, module, one, times, paths)
+        paths = [path for path in paths if found[path] > above]
+    return {one.component: cache_modulation(module, one, times, paths, evict=evict, original=exact)} if paths else {}
 
 
 def _size(pipe: Any, call: Call) -> tuple[int, int]:

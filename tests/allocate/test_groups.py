@@ -7,8 +7,8 @@ from pathlib import Path
 import diffusers
 import pytest
 
-from dqtk.allocate import Candidate
 from dqtk.allocate.groups import allocate_groups, check_globs, group_of, group_of_name
+from dqtk.allocate.program import Candidate
 from dqtk.resolve import adapters
 from dqtk.sites import find_sites, meta
 

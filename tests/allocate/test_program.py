@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from dqtk.allocate import Candidate, allocate, protected
-from dqtk.allocate.program import total
+from dqtk.allocate.program import Candidate, allocate, protected, total
 
 
 def drawn(seed, num_sites, num_options, cost=1.0, loss=1.0):

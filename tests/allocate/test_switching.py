@@ -5,8 +5,7 @@ import random
 
 import pytest
 
-from dqtk.allocate import Candidate
-from dqtk.allocate.program import allocate, total
+from dqtk.allocate.program import Candidate, allocate, total
 from dqtk.allocate.switching import switched
 
 

@@ -7,8 +7,10 @@ import torch
 
 import dqtk
 from dqtk.calibrate.replay import Call
-from dqtk.correct.modulation import cache_modulation, cache_pipeline, temporal_layers
+from dqtk.calibrate.schedule import first_call, run_times
+from dqtk.correct.modulation import cache_modulation, cache_pipeline, disturbances, temporal_layers
 from dqtk.nn.modulation import ModulationTable
+from dqtk.recipes import recipe_named
 
 FOUR = {"num_inference_steps": 4}
 PROMPTS = ["a large red circle on a plain blue background", "two small green squares on a striped background"]
@@ -136,6 +138,32 @@ def test_quantized_modulation_is_cached_too(load_tiny, draw):
     expected = draw(pipe, **FOUR)
     assert len(cache_pipeline(pipe, PROMPTS, call_kwargs=FOUR)["transformer"].paths) == 3
     assert torch.equal(draw(pipe, **FOUR), expected)
+
+
+def test_tables_of_the_original_undo_what_quantizing_did(load_tiny, draw):
+    """Temporal layers alone in 4 bits: chosen by what that did to them, and to the bit as before where all are tables."""
+    original, pipe = load_tiny("pixart"), load_tiny("pixart")
+    expected = draw(original, **FOUR)
+    spec = recipe_named("w4a16").main_spec()
+    rules = (dqtk.Rule(pattern="adaln_single*", spec=spec, why="test"), dqtk.Rule(spec=None, why="test"))
+    dqtk.quantize(pipe, dqtk.plan(pipe, dqtk.Recipe(name="temporal", rules=rules)), progress=False)
+    assert not torch.equal(draw(pipe, **FOUR), expected)
+    call = first_call(original, PROMPTS[0], FOUR)
+    times = run_times(original, PROMPTS, FOUR)
+    paths = [f"adaln_single.{name}" for name in ("emb.timestep_embedder.linear_1", "emb.timestep_embedder.linear_2", "linear")]
+    found = disturbances(original.transformer, pipe.transformer, call, times, paths)
+    assert all(1e-5 < value < 1 for value in found.values())
+    assert set(disturbances(original.transformer, original.transformer, call, times, paths).values()) == {0.0}
+    _, middle, most = sorted(found.values())
+    how = {"call_kwargs": FOUR, "original": original, "evict": False}
+    some = cache_pipeline(pipe, PROMPTS, above=middle, **how)["transformer"]
+    assert [found[path] for path in some.paths] == [most]
+    some.restore()
+    assert cache_pipeline(pipe, PROMPTS, above=most, **how) == {}
+    assert cache_pipeline(pipe, PROMPTS, **how)["transformer"].paths == tuple(paths)
+    assert torch.equal(draw(pipe, **FOUR), expected)
+    with pytest.raises(ValueError, match="modulation: above must come with original"):
+        cache_pipeline(pipe, PROMPTS, above=0.1)
 
 
 def test_sdxl_qualifies_up_to_the_time_embedding(load_tiny, draw):

@@ -1,0 +1,336 @@
+"""A plan from a model: its layers are measured on prompts, a program chooses within a budget, and whole plans are judged if asked
+for. ``dqtk.allocate``, and behind the verb of that name.
+"""
+
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from tqdm import tqdm
+
+from dqtk.calibrate import Stats, calibrate
+from dqtk.calibrate.intervals import settled
+from dqtk.calibrate.look import looked
+from dqtk.calibrate.run import check_model
+from dqtk.costs import CostTable
+from dqtk.plan import Choice, Plan, Recipe
+from dqtk.processes import ALONE, Processes
+from dqtk.quantize import plan as make_plan
+from dqtk.recipes import SEARCHES, Search, recipe_named, search_named
+from dqtk.resolve import scores
+from dqtk.sites import components_of
+from dqtk.spec import LayerSpec, canonical, did_you_mean, kinds_of
+
+from .budget import Budget, parse_budget
+from .from_plans import Made, Offers
+from .groups import CONTENT, QUALITY, check_globs, group_of
+from .logs import write_sensitivity, write_sizes
+from .parts import RunParts
+from .prices import shapes_of_a_step
+from .probes import OutputSQNR, PictureScore, Probe
+from .reliability import describe_reliability
+from .search import exchanged, ranked, swept, table
+from .sensitivity import Sensitivity, dtypes, measure
+from .whole import Judge, Judged, Layers, OutputNoise, Pictures
+
+STEPS = 5  # of every pipeline run whose calls are kept
+LEARNING = "w4a8"  # a recipe that makes calibrate keep calls
+JUDGED = 8  # prompts that whole plans are judged on
+OTHER_NOISE = 1_000_003  # added to the seed: noises that no layer was scored on
+SCORE = "psnr"  # of their pictures
+SEARCHED = ("budget", "content_score", "ratio", "sweep", "switch")  # what a search may bring
+
+
+def allocate(
+    pipe: Any,
+    prompts: Sequence[str] | None,
+    candidates: str | Sequence[str | Recipe] = "auto",
+    budget: str | Budget | None = None,
+    *,
+    keep: Sequence[str] = (),
+    content: Sequence[str] = (),
+    quality: Sequence[str] = (),
+    content_score: str | None = None,
+    ratio: float | None = None,
+    sweep: bool = False,
+    switch: int | None = None,
+    protect: float | None = None,
+    around: Plan | Recipe | str | None = None,
+    parts: int | None = None,
+    costs: CostTable | None = None,
+    stats: Stats | None = None,
+    judged_on: Sequence[str] | None = None,
+    call_kwargs: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    batch_size: int = 4,
+    folder: str | Path | None = None,
+    me: Processes = ALONE,
+    progress: bool = True,
+) -> Made | None:
+    """Measure every layer at every candidate, and choose within a budget: ``quantize(pipe, made.plan, made.stats)`` then.
+
+    Args:
+        pipe: pipeline, not quantized; as it was when this returns.
+        prompts: layers are scored on calls that the pipeline makes for these; None: on those of ``stats``.
+        candidates: recipes to choose among at every layer, or the name of a search (``auto``), which brings its own candidates,
+            budget, score, sweep and exchanges; what is given here goes before them.
+        budget: such as "4.5bits" (stored, on average over all weights), "300MB", "2TBOPs" or, with ``costs``, "12ms".
+        keep: patterns of layers that stay at 16 bits.
+        content, quality: patterns of layers of these groups, over their roles.
+        content_score: a paired score of pictures for the content group; None: both groups by the denoiser's output.
+        ratio: content's share of its cost at 16 bits over quality's; None: one program for both.
+        sweep: try ten ratios, and take the best by pictures.
+        switch: exchanges of levels between layers to try then.
+        protect: layers whose best score is below stay at 16 bits.
+        around: what the rest of the model is while a layer is measured; None: unquantized.
+        parts: of a run, 2 to 4: candidates with one stored weight, other inputs in each, are candidates too (``ByLevel``).
+        costs: of layers, for a budget in ms.
+        stats: in place of those that are taken of ``prompts``.
+        judged_on: at least 8 prompts for ``sweep`` and ``switch``, with other noises; None: the last 8.
+        call_kwargs: pipeline arguments.
+        seed: prompt i starts from generator seed + i.
+        batch_size: prompts per call.
+        folder: journals of all that is measured; the same call goes on from it. None: a temporary one.
+        me: of processes that share the measuring in one folder.
+        progress: show bars, and print what was found on the way.
+    Returns:
+        The plan, what it was chosen from, and the statistics to quantize with. None in processes that are not the first.
+    Raises:
+        ValueError: wishes that cannot be met together, too few prompts, a budget below the least possible, a folder of another
+            measurement.
+    """
+    if isinstance(candidates, str) and candidates in SEARCHES:
+        search = search_named(candidates)
+        wishes = wishes_of(search, budget=budget, content_score=content_score, ratio=ratio, sweep=sweep, switch=switch)
+        budget, content_score, ratio, sweep, switch = (wishes[name] for name in SEARCHED)
+        recipes: list[Recipe] = list(search.candidates)
+    else:
+        names = [candidates] if isinstance(candidates, str) else candidates
+        recipes = [name if isinstance(name, Recipe) else recipe_named(name) for name in names]
+    asked = wanted(budget)
+    judges = judges_among(judged_on or prompts) if sweep or switch else None
+    given: dict[str, Any] = {"around": around is not None, "costs": costs is not None, "prompts": prompts is not None}
+    check_wishes(asked, content_score=content_score, ratio=ratio, sweep=sweep, switch=switch, parts=parts, **given)
+    overrides: dict[str, Any] = dict.fromkeys(keep)
+    plans = [make_plan(pipe, recipe, overrides=overrides) for recipe in recipes]
+    rest = around if isinstance(around, Plan | None) else make_plan(pipe, around, overrides=overrides)
+    sites = [choice.site for choice in plans[0].choices]
+    check_globs([*content, *quality], [site.id for site in sites])
+    groups = {site.id: group_of(site, content, quality) for site in sites}
+    how: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "call_kwargs": call_kwargs}
+    with ExitStack() as stack:
+        where = Path(stack.enter_context(tempfile.TemporaryDirectory()), "measured") if folder is None else Path(folder)
+        watching = _watching(pipe, plans, overrides)
+        seen = stats or _calibrated(
+            pipe, prompts, watching, beside(where, ".safetensors"), me, steps_per_run=_steps(parts), progress=progress, **how
+        )
+        if stats is not None:
+            check_model(stats, pipe, watching)
+        modules = {component.name: components_of(pipe)[component.name] for component in plans[0].components}
+        plans = [_answered(plan, modules, seen) for plan in plans]
+        run = None if parts is None else RunParts.of_run(parts, pipe, prompts, call_kwargs)
+        probe = OutputSQNR(modules, seen.calls, run)
+        pictures = None if content_score is None or prompts is None else _pictures(content_score, pipe, prompts, how)
+        probes: dict[str, Probe] = {CONTENT: pictures or probe, QUALITY: probe}
+        layers = Layers(modules)
+        num = _num_scores(plans, around=rest is not None) // me.world
+        with tqdm(total=num, desc="allocate", unit="score", disable=not (progress and me.first)) as bar:
+            more: dict[str, Any] = {"me": me, "told": lambda site: bar.update()}
+            more |= {"layers": layers} if me.first and (sweep or switch) else {}
+            found = measure(pipe, plans, seen, probes, groups, folder=where, around=rest, **more)
+        if not me.first:
+            return None
+        if progress:
+            print(describe_reliability(plans, found))
+        _write_logs(where, plans, found)
+        calls = shapes_of_a_step(modules, seen.calls, sites) if asked.unit == "bops" else None
+        losses = {group: probe.loss for group, probe in probes.items()}
+        offers = Offers.of(plans, found, asked, losses, groups, protect=protect, calls=calls, table=costs, parts=parts)
+        if judges is None:
+            return replace(offers.allocated(ratio), stats=seen)
+        layers.complete(plans, seen)
+        start = None if sweep else offers.allocated(ratio)
+        made = _searched(pipe, judges, offers, start, switch, layers, where, seen, overrides, progress=progress, **how)
+        return replace(made, stats=seen)
+
+
+def wishes_of(search: Search, **given: Any) -> dict[str, Any]:
+    """What a search brings where nothing is ``given``, by the names of ``SEARCHED``."""
+    return {
+        "budget": given["budget"] or Budget(amount=search.bits, unit="bits"),
+        "content_score": given["content_score"] or search.content_score,
+        "ratio": given["ratio"],
+        "sweep": given["sweep"] or (search.sweep and given["ratio"] is None),
+        "switch": given["switch"] or search.switch,
+    }
+
+
+def wanted(budget: str | Budget | None) -> Budget:
+    """A budget from what was given. Raises ``ValueError`` for none."""
+    if budget is None:
+        raise ValueError("allocate: budget must be given where there is no search, got none. For example 4.5bits.")
+    return budget if isinstance(budget, Budget) else parse_budget(budget)
+
+
+def check_wishes(
+    budget: Budget,
+    *,
+    content_score: str | None,
+    ratio: float | None,
+    sweep: bool,
+    switch: int | None,
+    parts: int | None,
+    around: bool,
+    costs: bool,
+    prompts: bool,
+) -> None:
+    """Raises ``ValueError`` for what cannot be wished together; whether there are prompts, costs and another rest is enough."""
+    if sweep and ratio is not None:
+        raise ValueError("allocate: sweep must stand without ratio, got both. It tries ten ratios.")
+    if parts is not None and (content_score or sweep or switch or around):
+        raise ValueError(
+            "allocate: parts must stand without content-score, sweep, switch and around, got one. Only the denoiser's output, with "
+            "the rest unquantized, is known for parts of a run."
+        )
+    if content_score and ratio is None and not sweep:
+        raise ValueError("allocate: content-score must come with ratio or sweep, got none. Two kinds of scores do not add up.")
+    if content_score and around:
+        raise ValueError("allocate: content-score must come without around, got both. Pictures are those of the whole pipeline.")
+    if content_score and not prompts:
+        raise ValueError("allocate: content-score must come with prompts in place of stats, got none. Pictures need prompts.")
+    if (budget.unit == "ms") != costs:
+        raise ValueError(f"allocate: costs must come with a budget in ms and only then, got {budget}. See dqtk bench.")
+
+
+def judges_among(prompts: Sequence[str] | None) -> list[str]:
+    """The last of the prompts. Raises ``ValueError`` for too few."""
+    if prompts is None or len(prompts) < JUDGED:
+        raise ValueError(
+            f"allocate: prompts must be at least {JUDGED} for sweep and switch, got {len(prompts or ())}. "
+            "Fewer cannot rank plans, and statistics hold no others."
+        )
+    return list(prompts[-JUDGED:])
+
+
+def beside(folder: Path, more: str) -> Path:
+    """The file or folder of that name with something behind it."""
+    return folder.with_name(f"{folder.name}{more}")
+
+
+def _searched(
+    pipe: Any,
+    prompts: Sequence[str],
+    offers: Offers,
+    start: Made | None,
+    switch: int | None,
+    layers: Layers,
+    folder: Path,
+    stats: Stats,
+    overrides: Mapping[str, Any],
+    *,
+    seed: int,
+    batch_size: int,
+    call_kwargs: Mapping[str, Any] | None,
+    progress: bool,
+) -> Made:
+    """From a start, or the best of all ratios where there is none, by exchanges if asked for; what came out is printed."""
+    how: dict[str, Any] = {"seed": seed + OTHER_NOISE, "batch_size": min(batch_size, JUDGED // 2), "call_kwargs": call_kwargs}
+    learning = make_plan(pipe, LEARNING, overrides=overrides)
+    output = beside(folder, "-judges.safetensors")
+    kept = calibrate(pipe, prompts, learning, steps_per_run=STEPS, output=output, progress=progress, **how).calls
+    half = (1 + max(call.run for call in kept)) // 2
+    calls = {"search": [c for c in kept if c.run < half], "confirm": [c for c in kept if c.run >= half]}
+    task = {"run": stats.run, "dtypes": dtypes(layers.parts)}
+
+    def judged(name: str, judge: Judge) -> Judged:
+        return Judged(layers, judge, beside(folder, f"-{name}"), task)
+
+    search = judged("search", OutputNoise(layers.parts, calls["search"]))
+    if start is None:
+        score = PictureScore(pipe, prompts, scores()[SCORE], **(how | {"batch_size": batch_size}))
+        entries = ranked(swept(offers), search, judged("pictures", Pictures(score)))
+        if progress:
+            print(table(entries, score.name))
+        start = entries[0].made
+    if switch:
+        confirm = judged("confirm", OutputNoise(layers.parts, calls["confirm"]))
+        with tqdm(total=switch, desc="exchanges", unit="plan", disable=not progress) as bar:
+            trials: dict[str, Any] = {"trials": switch, "seed": seed, "told": lambda least: bar.update()}
+            start, said = exchanged(offers, start, search, confirm, **trials)
+        if progress:
+            print(said)
+    return start
+
+
+def _steps(parts: int | None) -> int:
+    """Of every run whose calls are kept: as many in each part."""
+    return STEPS if parts is None else parts * math.ceil(STEPS / parts)
+
+
+def _num_scores(plans: Sequence[Plan], *, around: bool) -> int:
+    quantized = [choice for plan in plans for choice in plan.choices if choice.spec is not None]
+    alone = len({(c.site.id, canonical(c.spec)) for c in quantized})
+    return alone + (len({c.site.id for c in quantized}) if around else 0)
+
+
+def _watching(pipe: Any, plans: Sequence[Plan], overrides: Mapping[str, Any]) -> Plan:
+    """A plan by which calibration keeps calls, and ranges of the inputs for which some plan needs them."""
+    learning = make_plan(pipe, LEARNING, overrides=overrides)
+    kinds = ((c.site.id, spec) for plan in plans for c in plan.choices for spec in kinds_of(c.spec))
+    static = {site: spec for site, spec in kinds if spec.needs_ranges}
+    choices = []
+    for choice in learning.choices:
+        if (spec := static.get(choice.site.id)) is not None:
+            spec = replace(choice.spec, input=spec.input) if isinstance(choice.spec, LayerSpec) else spec
+        choices.append(choice if spec is None else replace(choice, spec=spec))
+    return replace(learning, choices=tuple(choices))
+
+
+def _answered(plan: Plan, parts: Mapping[str, nn.Module], stats: Stats) -> Plan:
+    """The plan with everything found that its specs leave to statistics and calls: what solving would find, so that it is the same
+    spec that is scored, chosen and written down."""
+    found = settled(plan.choices, stats)
+    choices: list[Choice] = []
+    for name, part in parts.items():
+        choices += looked(part, stats.calls, [choice for choice in found if choice.site.component == name])[0]
+    return replace(plan, choices=tuple(choices))
+
+
+def _calibrated(
+    pipe: Any, prompts: Sequence[str] | None, watching: Plan, output: Path, me: Processes, *, progress: bool, **run: Any
+) -> Stats:
+    """Kept calls and ranges. Of several processes the first one takes them; the others read its file."""
+    if prompts is None:
+        raise ValueError("allocate: prompts or stats must be given, got neither. Scores need calls.")
+    if not me.first:
+        me.wait()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    stats = calibrate(pipe, prompts, watching, output=output, progress=progress and me.first, **run)
+    if me.first:
+        me.wait()
+    return stats
+
+
+def _pictures(name: str, pipe: Any, prompts: Sequence[str], run: Mapping[str, Any]) -> PictureScore:
+    """The probe of a content group with a score of its own."""
+    known = {name: score for name, score in scores().items() if hasattr(score, "load")}
+    if name not in known:
+        raise ValueError(f"allocate: content-score must be one of {', '.join(known)}, got {name!r}.{did_you_mean(name, known)}")
+    return PictureScore(pipe, prompts, known[name], **(dict(run) | {"call_kwargs": run["call_kwargs"] or {}}))
+
+
+def _write_logs(folder: Path, plans: Sequence[Plan], found: Sensitivity) -> None:
+    """Scores and sizes in the form that --sensitivity reads: a column per plan, for the sites that have as many specs."""
+    rows, sizes = {}, {}
+    for choices in zip(*(plan.choices for plan in plans), strict=True):
+        site, specs = choices[0].site, [choice.spec for choice in choices]
+        if all(spec is not None for spec in specs) and len(set(specs)) == len(plans):
+            rows[site.id] = {index: found.of(site, spec) for index, spec in enumerate(specs) if spec is not None}
+            sizes[site.id] = site.num_weights
+    write_sensitivity(folder / "scores.yaml", rows)
+    write_sizes(folder / "sizes.yaml", sizes)

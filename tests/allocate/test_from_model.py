@@ -1,0 +1,76 @@
+"""``dqtk.allocate``: a pipeline in memory, the same answer as the verb gives, and a plan that quantize takes."""
+
+import json
+
+import pytest
+import torch
+
+import dqtk
+from dqtk.allocate.budget import Budget
+from dqtk.checkpoint import quantized_layers
+
+KEEP = ["*.[1-9].*", "*attn*"]
+HOW = {"keep": KEEP, "call_kwargs": {"num_inference_steps": 1}, "progress": False}
+
+
+@pytest.fixture
+def pipe():
+    return dqtk.load("tiny-pixart")
+
+
+def test_a_plan_to_quantize_with(pipe, tmp_path):
+    """Learned candidates: the statistics that layers were scored with are those that quantize learns from."""
+    before = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
+    made = dqtk.allocate(pipe, ["a red circle"], ["w4a8", "w8a8"], "15bits", folder=tmp_path / "work", **HOW)
+    after = pipe.transformer.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert made.budget == Budget(amount=15.0, unit="bits")
+    assert made.cost <= made.offers.total
+    dqtk.quantize(pipe, made.plan, made.stats, progress=False)
+    layers = quantized_layers(pipe.transformer)
+    assert {f"transformer:{path}": layer.spec for path, layer in layers.items()} == {
+        site: spec for site, spec in made.picked.items() if spec is not None
+    }
+    journal = tmp_path / "work" / "done-0.jsonl"
+    rows = journal.read_text()
+    sites = {json.loads(row)["layer"].split()[0] for row in rows.splitlines()}
+    assert {"transformer:transformer_blocks.0.ff.net.0.proj", "transformer:transformer_blocks.0.ff.net.2", "floor"} <= sites
+    again = dqtk.allocate(dqtk.load("tiny-pixart"), ["a red circle"], ["w4a8", "w8a8"], "14.7bits", folder=tmp_path / "work", **HOW)
+    assert journal.read_text() == rows
+    assert again.cost < made.cost
+
+
+def test_statistics_in_place_of_prompts(pipe):
+    """Nothing is written where no folder is given; given calls are used and given back."""
+    first = dqtk.allocate(pipe, ["a red circle"], ["w4a8-rtn"], "16bits", **HOW)
+    second = dqtk.allocate(pipe, None, ["w4a8-rtn"], "16bits", stats=first.stats, **HOW)
+    assert second.plan == first.plan
+    assert second.stats is first.stats
+
+
+def test_a_search_brings_its_budget_and_exchanges(pipe, capsys):
+    prompts = [f"{i} circles" for i in range(8)]
+    made = dqtk.allocate(pipe, prompts, "auto", "15.5bits", switch=2, **(HOW | {"progress": True}))
+    assert "exchanges: 2 tried" in capsys.readouterr().out
+    assert made.budget == Budget(amount=15.5, unit="bits")
+    widths = {None if spec is None else spec.weight.bits for spec in made.picked.values()}
+    assert widths <= {None, 2, 3, 4, 8}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"candidates": ["w8a8"]}, "budget must be given where there is no search"),
+        ({"candidates": "w9a9", "budget": "4bits"}, "recipe: name must be one of"),
+        ({"prompts": None, "candidates": "w8a8", "budget": "9bits"}, "prompts or stats must be given, got neither"),
+        ({"prompts": ["one"]}, "prompts must be at least 8 for sweep and switch, got 1"),
+        ({"candidates": "w8a8", "budget": "9bits", "content_score": "ssim"}, "content-score must come with ratio or sweep"),
+        ({"candidates": "w8a8", "budget": "9bits", "content_score": "simm", "ratio": 1.0}, "Did you mean 'ssim'"),
+        ({"candidates": "w8a8", "budget": "9ms"}, "costs must come with a budget in ms"),
+        ({"candidates": "w8a8", "budget": "9 apples"}, "budget must be a number with bits"),
+        ({"candidates": "w8a8", "budget": "9bits", "content": ["*.mlp.*"]}, "a group's pattern must match one of"),
+    ],
+)
+def test_refuses(pipe, words, said):
+    with pytest.raises(ValueError, match=said.replace("(", r"\(")):
+        dqtk.allocate(pipe, **({"prompts": ["a circle"]} | words), **HOW)
