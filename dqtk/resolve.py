@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from .sites import DENOISERS, Adapter
+from .spec import did_you_mean
 
 
 @cache
@@ -78,6 +79,22 @@ def extractor_for(name: str, device: Any = "cpu") -> Any:
     folder = importlib.import_module("dqtk.pipelines.tiny").extractor_folder(name)
     where = name if folder is None else f"open_clip:{folder}"
     return importlib.import_module("dqtk.metrics.extractors.find").extractor_named(where, device)
+
+
+def pair_score(name: str) -> Any:
+    """A paired score of pictures by its name: one of ``scores``, or ``features:EXTRACTOR``, the cosine of that network's features.
+
+    Raises ``ValueError`` with a suggestion for an unknown name, and what ``extractor_for`` raises.
+    """
+    kind, colon, extractor = name.partition(":")
+    if kind == "features" and colon:
+        return importlib.import_module("dqtk.metrics.feature_similarity").feature_score(extractor_for(extractor))
+    known = {name: score for name, score in scores().items() if hasattr(score, "load")}
+    if name not in known:
+        raise ValueError(
+            f"score: name must be one of {', '.join(known)}, features:EXTRACTOR, got {name!r}.{did_you_mean(name, known)}"
+        )
+    return known[name]
 
 
 def oracle_for(pipe: Any, prompts: Sequence[str]) -> Callable[[Any, str], Any] | None:

@@ -22,9 +22,9 @@ from dqtk.plan import Choice, Plan, Recipe
 from dqtk.processes import ALONE, Processes
 from dqtk.quantize import plan as make_plan
 from dqtk.recipes import SEARCHES, Search, recipe_named, search_named
-from dqtk.resolve import scores
+from dqtk.resolve import pair_score
 from dqtk.sites import components_of
-from dqtk.spec import LayerSpec, canonical, did_you_mean, kinds_of
+from dqtk.spec import LayerSpec, canonical, kinds_of
 
 from .budget import Budget, parse_budget
 from .from_plans import Made, Offers
@@ -252,7 +252,7 @@ def _searched(
 
     search = judged("search", OutputNoise(layers.parts, calls["search"]))
     if start is None:
-        score = PictureScore(pipe, prompts, scores()[SCORE], **(how | {"batch_size": batch_size}))
+        score = PictureScore(pipe, prompts, pair_score(SCORE), **(how | {"batch_size": batch_size}))
         entries = ranked(swept(offers), search, judged("pictures", Pictures(score)))
         if progress:
             print(table(entries, score.name))
@@ -318,10 +318,7 @@ def _calibrated(
 
 def _pictures(name: str, pipe: Any, prompts: Sequence[str], run: Mapping[str, Any]) -> PictureScore:
     """The probe of a content group with a score of its own."""
-    known = {name: score for name, score in scores().items() if hasattr(score, "load")}
-    if name not in known:
-        raise ValueError(f"allocate: content-score must be one of {', '.join(known)}, got {name!r}.{did_you_mean(name, known)}")
-    return PictureScore(pipe, prompts, known[name], **(dict(run) | {"call_kwargs": run["call_kwargs"] or {}}))
+    return PictureScore(pipe, prompts, pair_score(name), **(dict(run) | {"call_kwargs": run["call_kwargs"] or {}}))
 
 
 def _write_logs(folder: Path, plans: Sequence[Plan], found: Sensitivity) -> None:

@@ -6,7 +6,7 @@ the exact output, and the mean of the rest; per channel, where PTQD takes one sl
 on the quantized one, has less error in a single step but shrinks every step's output; it made worse pictures
 (notebooks/LOG.md). Calls are those that calibration kept. An interval is corrected only if a correction fitted on half of the
 calibration runs helps on the other half, both ways: on prompts that it has not seen. PTQD's third part, less noise for samplers
-that add some, is not built.
+that add some, was tried and changed nothing that could be measured (notebooks/LOG.md).
 """
 
 import warnings
