@@ -473,6 +473,7 @@ def test_allocate_with_pictures_for_content(folder, say, tmp_path):
         (["nowhere", "--switch", "5", "--stats", "s"], "--sweep and --switch must come with --prompts in place of --stats"),
         (["nowhere", "--switch", "5", "--prompts", "p"], "prompts must be at least 8 for sweep and switch, got 1"),
         (["--sensitivity", "a", "--sizes", "a", "--sweep"], "--sweep must come with a MODEL"),
+        (["nowhere", "--parts", "2", "--around", "w8a8"], "parts must stand without content-score, sweep, switch and around"),
         (["nowhere", "--content-score", "ssim", "--ratio", "1", "--around", "w8a8"], "content-score must come without around"),
         (["FOLDER", "--around", "none.json"], "--around: file must exist, got none.json"),
         (["nowhere", "--content-score", "ssim", "--ratio", "1", "--stats", "s"], "content-score must come with prompts"),

@@ -47,6 +47,13 @@ class Made:
         """What was spent, in the unit of the budget's total."""
         return math.fsum(group.allocation.cost for group in self.groups.values())
 
+    def in_parts(self) -> tuple[float, ...]:
+        """Expected SQNR of the output in dB in each equal part of a run, from most noise to least; empty where runs were whole."""
+        found = self.offers.found
+        rows = [found.noises(choice.site, choice.spec) for choice in self.plan.choices if choice.spec is not None and found.parts]
+        noises = [math.fsum(part) * len(row) for row in rows[:1] for part in zip(*rows, strict=True)]
+        return tuple(-10 * math.log10(noise) if noise > 0 else math.inf for noise in noises)
+
     def to_json(self) -> dict[str, Any]:
         """The plan's."""
         return self.plan.to_json()
@@ -60,6 +67,8 @@ class Made:
             lines.append(f"{name}: {len(group.allocation.chosen)} sites, {spent} of {of}")
         if self.expected is not None:
             lines.append(f"expected SQNR of the output if noise powers add up: {self.expected:.1f} dB")
+        if parts := self.in_parts():
+            lines.append(f"in equal parts of a run: {', '.join(f'{value:.1f}' for value in parts)} dB")
         return "\n".join(lines)
 
 

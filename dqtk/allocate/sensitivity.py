@@ -53,11 +53,17 @@ class Sensitivity:
         """Score of a site with a spec. Of 16 bits (None) where that was not measured: infinite. Of a mixture over parts of a run:
         from what each part loses."""
         if isinstance(spec, ByLevel) and (site.id, canonical(spec)) not in self.scores:
-            noises = [self.parts[site.id, canonical(kind)] for kind in spec.kinds]
-            num = len(noises[0])
-            total = math.fsum(noises[spec.kinds.index(spec_in(spec, part, num))][part] for part in range(num))
+            total = math.fsum(self.noises(site, spec))
             return max(-LARGEST, min(LARGEST, -10 * math.log10(total))) if total > 0 else LARGEST
         return self.scores.get((site.id, canonical(spec)), math.inf) if spec is None else self.scores[site.id, canonical(spec)]
+
+    def noises(self, site: Site, spec: SiteSpec) -> tuple[float, ...]:
+        """What each part of a run adds to the noise power of a site with a spec."""
+        if not isinstance(spec, ByLevel) or (site.id, canonical(spec)) in self.parts:
+            return self.parts[site.id, canonical(spec)]
+        kinds = [self.parts[site.id, canonical(kind)] for kind in spec.kinds]
+        num = len(kinds[0])
+        return tuple(kinds[spec.kinds.index(spec_in(spec, part, num))][part] for part in range(num))
 
 
 def measure(
