@@ -8,15 +8,17 @@ far, block by block.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .calibrate import Stats
-from .calibrate.gather import Inputs, gather, gram_bytes, input_name
+from .calibrate.gather import Inputs, calls_of, gather, gram_bytes, input_name
 from .calibrate.intervals import ranges_at
 from .calibrate.look import looked
-from .calibrate.replay import order_of
+from .calibrate.replay import waypoint_for
+from .calibrate.waypoint import Waypoint
 from .kernels import to_matrix
 from .methods.by_level import solve_site
 from .methods.solve import Solution
@@ -48,19 +50,20 @@ def solutions(
     """
     for component, mine in groupby(work, key=lambda choice: choice.site.component):
         choices, tokens = looked(parts[component], stats.calls if stats else (), list(mine))
-        groups = _groups(parts[component], component, choices, stats)
-        learning = [group for group in groups if _learns(group)]
+        waypoint = _waypoint(parts[component], component, choices, stats, max_memory)
+        groups = _groups(choices, waypoint)
+        how: dict[str, Any] = {"stats": stats, "tokens": tokens, "solved": solved, "waypoint": waypoint}
         if sequential:
             for stage in _stages(groups, max_memory, by_block=True):
-                yield from list(_solved(parts[component], stage, stats, tokens, solved))
+                yield from list(_solved(parts[component], stage, **how))
             continue
         held: list[Solved] = []
-        for stage in _stages(learning, max_memory, by_block=False):
-            held += _solved(parts[component], stage, stats, tokens, solved)
+        for stage in _stages([group for group in groups if _learns(group)], max_memory, by_block=False):
+            held += _solved(parts[component], stage, **how)
         yield from held
         for group in groups:
             if not _learns(group):
-                yield from _solved(parts[component], [group], stats, tokens, solved)
+                yield from _solved(parts[component], [group], **how)
 
 
 def _learns(group: Sequence[Choice]) -> bool:
@@ -71,13 +74,18 @@ def _needs_moments(group: Sequence[Choice]) -> bool:
     return group[0].spec is not None and group[0].spec.needs_moments
 
 
-def _groups(module: nn.Module, component: str, work: list[Choice], stats: Stats | None) -> list[list[Choice]]:
+def _waypoint(module: nn.Module, component: str, work: Sequence[Choice], stats: Stats | None, max_memory: int) -> Waypoint | None:
+    """Where replays begin; None where nothing is replayed."""
+    if stats is None or not any(_learns([choice]) for choice in work):
+        return None
+    return waypoint_for(module, calls_of(stats.calls, component), [choice.site.path for choice in work], max_memory)
+
+
+def _groups(work: list[Choice], waypoint: Waypoint | None) -> list[list[Choice]]:
     """Choices that share an input and a spec, in the order in which the model reaches them where that is known."""
-    if any(_learns([choice]) for choice in work):
-        calls = [call for call in (stats.calls if stats else ()) if call.component == component]
-        if calls:
-            order = {path: index for index, path in enumerate(order_of(module, calls[0], [c.site.path for c in work]))}
-            work = sorted(work, key=lambda choice: order.get(choice.site.path, len(order)))
+    if waypoint is not None:
+        order = {path: index for index, path in enumerate(waypoint.counts)}
+        work = sorted(work, key=lambda choice: order.get(choice.site.path, len(order)))
     found: dict[object, list[Choice]] = {}
     for choice in work:
         key = (input_name(choice.site), choice.spec) if _learns([choice]) else choice.site.id
@@ -105,9 +113,11 @@ def _stages(groups: Sequence[list[Choice]], max_memory: int, *, by_block: bool) 
 def _solved(
     module: nn.Module,
     stage: Sequence[list[Choice]],
+    *,
     stats: Stats | None,
     tokens: Mapping[str, Tensor],
     solved: Callable[[int], object],
+    waypoint: Waypoint | None,
 ) -> Iterator[Solved]:
     sites = [choice.site for group in stage if _learns(group) for choice in group]
     assert stats is not None or not sites
@@ -118,7 +128,8 @@ def _solved(
         without = {input_name(site) for site in sites} - asked
         whole = [choice.site for group in stage if not _has_token(group) for choice in group if input_name(choice.site) in apart]
         mine = {name: tokens[name] for name in apart}
-        found = gather(module, stats.calls, [s for s in sites if s not in whole], without_moments=without, tokens=mine)
+        now = [site for site in sites if site not in whole]
+        found = gather(module, stats.calls, now, without_moments=without, tokens=mine, waypoint=waypoint)
         inputs = {True: found, False: found}
         if whole:  # an input that one layer sees without its token, another with it
             inputs[False] = {**found, **gather(module, stats.calls, whole, without_moments=without)}

@@ -8,8 +8,8 @@ partly quantized model.
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,8 +18,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dqtk.calls import given_arguments, time_of
+from dqtk.checkpoint import digest
+from dqtk.sites import repeated_block
 
 from .placement import Placement
+from .waypoint import Waypoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,22 +103,34 @@ class _Enough(Exception):
 
 
 @torch.no_grad()
-def replay(module: nn.Module, calls: Sequence[Call], watched: Mapping[str, Callable[[Tensor, Call], None]]) -> None:
+def replay(
+    module: nn.Module,
+    calls: Sequence[Call],
+    watched: Mapping[str, Callable[[Tensor, Call], None]],
+    waypoint: Waypoint | None = None,
+) -> None:
     """Make calls again, and hand the inputs of layers (by path) to their functions; a call ends behind the last watched layer.
+
+    ``waypoint``: of this module and these calls; they begin there where they can, and it moves on to where they end.
 
     Raises ``ValueError`` for a path that no call reaches.
     """
     if not calls or not watched:
         return
-    usual = _count(module, calls[0], set(watched))
+    usual = counted(module, calls[0], watched) if waypoint is None else waypoint.counts
     total = {path: usual.get(path, math.inf) for path in watched}  # a layer that the first call misses: others run to their end
     left: dict[str, float] = {}
     current: list[Call] = []
     seen: set[str] = set()
+    digests: list[str] | None = None  # of what the layers see, where that is all that is wanted of a call
 
     def hook(path: str) -> Callable:
         def see(layer: nn.Module, args: tuple, kwargs: dict) -> None:
-            watched[path](args[0] if args else kwargs["input"], current[0])
+            x = args[0] if args else kwargs["input"]
+            if digests is not None:
+                digests.append(digest(x))
+            if not repeated:
+                watched[path](x, current[0])
             seen.add(path)
             left[path] = left.get(path, 1) - 1
             if not left[path]:
@@ -125,15 +140,36 @@ def replay(module: nn.Module, calls: Sequence[Call], watched: Mapping[str, Calla
 
         return see
 
+    def make(call: Call) -> None:
+        left.clear()
+        left.update(total)
+        current[:] = [call]
+        with suppress(_Enough):
+            module(**arguments_for(module, call))
+
+    repeated = False
     with ExitStack() as hooks:
         for path in watched:
             hooks.callback(module.get_submodule(path).register_forward_pre_hook(hook(path), with_kwargs=True).remove)
-        for call in calls:
-            left.clear()
-            left.update(total)
-            current[:] = [call]
-            with suppress(_Enough):
-                module(**arguments_for(module, call))
+        for index, call in enumerate(calls):
+            if waypoint is None:
+                make(call)
+            elif index or not waypoint.serves(watched):
+                with waypoint.beginning(index) if waypoint.serves(watched) else nullcontext(), waypoint.recording(index, watched):
+                    make(call)
+            else:
+                in_full: list[str] = []
+                digests = in_full
+                with waypoint.recording(index, watched):
+                    make(call)
+                digests, repeated = [], True
+                with waypoint.beginning(index):
+                    make(call)
+                if digests != in_full:
+                    waypoint.distrust()
+                digests, repeated = None, False
+    if waypoint is not None:
+        waypoint.advance(watched)
     missing = sorted(set(watched) - seen)
     if missing:
         raise ValueError(
@@ -142,13 +178,13 @@ def replay(module: nn.Module, calls: Sequence[Call], watched: Mapping[str, Calla
         )
 
 
-def order_of(module: nn.Module, call: Call, paths: Sequence[str]) -> list[str]:
-    """The paths in the order in which a call reaches them."""
-    return list(_count(module, call, set(paths)))
+def waypoint_for(module: nn.Module, calls: Sequence[Call], paths: Collection[str], limit: int) -> Waypoint:
+    """For replays of these calls that look into these layers, by and by; ``limit``: bytes that it may keep."""
+    return Waypoint(module, counted(module, calls[0], {*paths, *(repeated_block(path) for path in paths)}), limit)
 
 
-def _count(module: nn.Module, call: Call, paths: set[str]) -> dict[str, int]:
-    """How often one call reaches each path, in order of first arrival."""
+def counted(module: nn.Module, call: Call, paths: Collection[str]) -> dict[str, int]:
+    """How often one call reaches each layer or block, in order of first arrival."""
     seen: dict[str, int] = {}
 
     def hook(path: str) -> Callable:

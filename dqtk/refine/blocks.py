@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
-from dqtk.calibrate.replay import Call, arguments_for, order_of
+from dqtk.calibrate.replay import Call, arguments_for, counted
 from dqtk.checkpoint import quantized_layers
 from dqtk.nn import Quantized
 from dqtk.nn.noise import noise_states
@@ -68,7 +68,7 @@ def reconstruct(
     layers = {path: layer for path, layer in quantized_layers(module).items() if path in originals}
     seen, unseen = seen_and_unseen(name, layers, [call.run for call in calls])
     blocks: dict[str, dict[str, Quantized]] = {}
-    for path in order_of(module, calls[0], list(layers)):
+    for path in counted(module, calls[0], layers):
         blocks.setdefault(repeated_block(path), {})[path] = layers[path]
     found = {}
     for path, mine in tqdm(blocks.items(), desc=f"reconstruct {name}", unit="block", disable=not progress):

@@ -181,7 +181,7 @@ def test_shared_inputs_are_gathered_once(monkeypatch):
     module = Attention()
     found_module, seen = importlib.import_module("dqtk.calibrate.gather"), []
     replay = found_module.replay
-    monkeypatch.setattr(found_module, "replay", lambda m, c, watched: (seen.append(sorted(watched)), replay(m, c, watched)))
+    monkeypatch.setattr(found_module, "replay", lambda m, c, watched, w: (seen.append(sorted(watched)), replay(m, c, watched)))
     sites = [site("q", "transformer:qkv"), site("k", "transformer:qkv"), site("other")]
     found = gather(module, calls_of(seeded(2, 5, 8)), sites)
     assert seen == [["other", "q"]]
@@ -369,3 +369,13 @@ def test_statistics_without_calls_are_refused_before_anything_changes(pixart, le
         with pytest.raises(ValueError, match="calibrate: calls of text_encoder must have been kept, got none"):
             dqtk.quantize(pipe, plan, some, sequential=sequential, progress=False)
         assert not quantized_layers(pipe.transformer)
+
+
+def test_wide_moments_are_whole():
+    """Summed as a triangle, in stripes: symmetric, and those of float64."""
+    module = Attention(1030)
+    rows = [seeded(1, 40, 1030), seeded(1, 30, 1030)]
+    (found,) = gather(module, calls_of(*rows), [site("q", shape=(8, 1030))]).values()
+    x = torch.cat(rows, dim=1)[0].double()
+    torch.testing.assert_close(found.gram, x.T @ x / 70, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found.gram, found.gram.T)

@@ -10,7 +10,7 @@ from torch import nn
 
 from dqtk.calibrate import Stats
 from dqtk.calibrate.placement import Around, ByDrift, Evenly, Every
-from dqtk.calibrate.replay import Call, capturing, kept, order_of, replay
+from dqtk.calibrate.replay import Call, capturing, counted, kept, replay
 
 
 class Denoiser(nn.Module):
@@ -258,7 +258,7 @@ def test_errors_of_the_model_are_not_swallowed():
 
 
 def test_layers_in_the_order_of_the_call():
-    assert order_of(Denoiser(), call(), ["last", "unused", "second", "first"]) == ["first", "second", "last"]
+    assert list(counted(Denoiser(), call(), ["last", "unused", "second", "first"])) == ["first", "second", "last"]
 
 
 def test_nothing_to_do():
