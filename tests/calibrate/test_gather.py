@@ -374,6 +374,7 @@ def test_statistics_without_calls_are_refused_before_anything_changes(pixart, le
 def test_wide_moments_are_whole():
     """Summed as a triangle, in stripes: symmetric, and those of float64."""
     module = Attention(1030)
+    module.other = nn.Linear(8, 4)
     rows = [seeded(1, 40, 1030), seeded(1, 30, 1030)]
     (found,) = gather(module, calls_of(*rows), [site("q", shape=(8, 1030))]).values()
     x = torch.cat(rows, dim=1)[0].double()
