@@ -3,15 +3,16 @@
     python benchmarks/parts.py [MODEL ...] [--parts 3] [--shares 0.25 0.5 0.75] [--num-prompts 8] [--steps 20] [--work FOLDER]
 
 Weights are 4 bits, rounded to nearest, stored once; inputs 4, 6 or 8. A share s is a budget of s of the way from 4-bit to 8-bit
-inputs everywhere. ``per layer``: one program over layers; ``per layer and part``: the same, mixtures over equal parts of a run among the
-candidates. Layers are scored on 4 calibration captions. Error: mean square between final latents of the same prompt and noise, as
-the original's share; ``gain``: mean over prompts of the logarithm (base 10) of the first variant's error over this one's, with its
-interval. Appends JSON lines to results.jsonl.
+inputs everywhere. ``per layer``: one program over layers; ``per layer and part``: the same scores, mixtures over equal parts of a
+run among the candidates. Layers are scored on 4 calibration captions. Error: mean square between final latents of the same prompt
+and noise, as the original's share; ``gain``: mean over prompts of the logarithm (base 10) of the first variant's error over this
+one's, with its interval. Appends JSON lines to results.jsonl.
 """
 
 import argparse
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,39 +23,43 @@ from rows import append
 
 import dqtk
 from dqtk.allocate.budget import Budget
+from dqtk.allocate.from_plans import Offers
 from dqtk.prompt_sets import read_prompts
 from dqtk.recipes import of_width
+from dqtk.spec import ByLevel
 
 WIDTHS = (4, 6, 8)
 
 
-def made(model: str, options, folder: Path, budget: float, parts: int | None):
-    """The allocation within a budget in BOPs, from one measurement per ``folder``."""
-    captions = read_prompts([str(PROMPTS)], None)[CALIBRATION]
-    candidates = [of_width(4, inputs) for inputs in WIDTHS]
-    how = {"call_kwargs": {"num_inference_steps": options.steps}, "folder": folder, "parts": parts, "progress": False}
-    return dqtk.allocate(load(model), captions[:4], candidates, Budget(amount=budget, unit="bops"), **how)
+def whole_runs(offers: Offers) -> Offers:
+    """The same without mixtures."""
+    kept = {site: [i for i, spec in enumerate(specs) if not isinstance(spec, ByLevel)] for site, specs in offers.specs.items()}
+    names = ("specs", "candidates")
+    return replace(offers, **{n: {site: [getattr(offers, n)[site][i] for i in rows] for site, rows in kept.items()} for n in names})
 
 
 def run(model: str, options, work: Path) -> None:
-    prompts = read_prompts([str(PROMPTS)], None)[: options.num_prompts]
+    everything = read_prompts([str(PROMPTS)], None)
+    prompts, captions = everything[: options.num_prompts], everything[CALIBRATION][:4]
+    kwargs = {"num_inference_steps": options.steps}
     reference = load(model)
     exact = latents(reference, prompts, options.steps)
-    whole = made(model, options, work / f"{model}-parts", 1e30, options.parts)
-    least, most = (cost(whole.offers, dqtk.plan(reference, of_width(4, inputs))) for inputs in (WIDTHS[0], WIDTHS[-1]))
+    candidates = [of_width(4, inputs) for inputs in WIDTHS]
+    how = {"call_kwargs": kwargs, "folder": work / model, "parts": options.parts, "progress": False}
+    measured = dqtk.allocate(load(model), captions, candidates, Budget(amount=1e30, unit="bops"), **how)
+    mixed = measured.offers
+    least, most = (cost(mixed, dqtk.plan(reference, of_width(4, inputs))) for inputs in (WIDTHS[0], WIDTHS[-1]))
     for share in options.shares:
         budget, first = least + share * (most - least), None
-        for variant, parts in (("per layer", None), ("per layer and part", options.parts)):
-            offers = whole.offers if parts else made(model, options, work / f"{model}-whole", budget, None).offers
-            plan = offers.at(budget).plan
-            pipe = load(model)
-            dqtk.quantize(pipe, plan, whole.stats, call_kwargs={"num_inference_steps": options.steps}, progress=False)
+        for variant, offers in (("per layer", whole_runs(mixed)), ("per layer and part", mixed)):
+            answer = offers.at(budget)
+            pipe = dqtk.quantize(load(model), answer.plan, measured.stats, call_kwargs=kwargs, progress=False)
             found = errors(exact, latents(pipe, prompts, options.steps))
             first = found if first is None else first
             gain = paired_bootstrap(torch.log10(first / found))
             row = {"benchmark": "parts", "model": model, "share": share, "parts": options.parts, "variant": variant}
             row |= {"steps": options.steps, "num_prompts": len(prompts), "error": float(found.mean())}
-            row |= {"gain": [gain.estimate, gain.low, gain.high], "expected_db": offers.at(budget).expected}
+            row |= {"gain": [gain.estimate, gain.low, gain.high], "expected_db": answer.expected}
             print(
                 f"{model} {share} {variant:20} {row['error']:.3e} gain {row['gain']} expected {row['expected_db']:.2f} dB",
                 flush=True,
