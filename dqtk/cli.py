@@ -21,10 +21,11 @@ from .allocate.command import choices_from_logs, plan_from_model
 from .arguments import parser
 from .calibrate import Stats
 from .calibrate import calibrate as run_calibrate
-from .calls import call_arguments
+from .calls import call_arguments, denoisers
 from .checkpoint import check_output, written_whole
 from .explain import totals
 from .installed import installed_plan, summary
+from .native.library import converts_bfloat16
 from .plan import Plan
 from .prompt_sets import read_prompts
 from .quantize import plan as make_plan
@@ -35,6 +36,8 @@ from .resolve import oracle_for
 from .sources import find_device, load_pipeline, local_folder, meta_pipeline, meta_target, read_json, readable
 from .spec import Distill, Reconstruct
 from .streaming import quantize_folder
+
+LARGE = 10**8  # weights
 
 
 class _Terminated(BaseException):
@@ -212,6 +215,8 @@ def _quantize_in_memory(options: argparse.Namespace, plan: Plan) -> None:
     if stats is not None and not calibrated:
         raise ValueError(f"--stats must be left out for recipe {plan.recipe}, got {options.stats}. It learns nothing from inputs.")
     pipe = load_pipeline(options.model, options.dtype, find_device(options.device))
+    if calibrated and options.dtype == "stored":
+        _say_slow(pipe)
     if calibrated and stats is None and prompts is not None:
         how: dict[str, Any] = {"seed": options.seed, "batch_size": options.batch_size, "keep_calls": taught}
         stats = run_calibrate(pipe, prompts, plan, call_kwargs=_call_kwargs(options, pipe), **how)
@@ -222,6 +227,13 @@ def _quantize_in_memory(options: argparse.Namespace, plan: Plan) -> None:
     trained: dict[str, Any] = {"correct": options.correct, "refine": refine, "checkpoint": options.checkpoint}
     quantize(pipe, plan, stats, sequential=options.sequential, max_memory=memory, **trained)
     save(pipe, options.output)
+
+
+def _say_slow(pipe: Any) -> None:
+    """A hint where a large model is about to learn in a dtype that this CPU has no units for."""
+    large = sum(p.numel() for part in denoisers(pipe).values() for p in part.parameters()) >= LARGE
+    if large and (pipe.device.type, pipe.dtype) == ("cpu", torch.bfloat16) and converts_bfloat16():
+        print("dqtk quantize: this CPU has no bfloat16 units: --dtype float32 is faster, in twice the memory", file=sys.stderr)
 
 
 def _read_stats(path: Path) -> Stats:

@@ -1,6 +1,7 @@
 """The command line: its flags are frozen, and the words people type do what they say, end to end on an untrained pipeline."""
 
 import argparse
+import importlib
 import importlib.metadata
 import io
 import json
@@ -192,6 +193,21 @@ def test_plan_file_in_place_of_a_recipe(folder, say, tmp_path):
     assert plan.hash in say("quantize", folder, "--plan", tmp_path / "plan.json", "--output", tmp_path / "a")
     say("quantize", folder, *words, "--output", tmp_path / "b")
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("flags", "large", "said"), [({"avx2"}, 1, True), ({"avx2", "avx512_bf16"}, 1, False), ({"avx2"}, 10**8, False)]
+)
+def test_a_dtype_without_units_is_said(load_tiny, monkeypatch, capsys, flags, large, said):
+    cli, library = importlib.import_module("dqtk.cli"), importlib.import_module("dqtk.native.library")
+    monkeypatch.setattr(library, "_cpu_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(cli, "LARGE", large)
+    exact, rounded = load_tiny("pixart"), load_tiny("pixart", torch.bfloat16)
+    capsys.readouterr()
+    cli._say_slow(exact)
+    assert capsys.readouterr().err == ""
+    cli._say_slow(rounded)
+    assert ("--dtype float32 is faster" in capsys.readouterr().err) == said
 
 
 def test_calibrate_then_quantize_is_quantize_with_prompts(folder, say, tmp_path):
@@ -475,11 +491,11 @@ def test_allocate_with_pictures_for_content(folder, say, tmp_path):
         (["--sensitivity", "a", "--sizes", "a", "--sweep"], "--sweep must come with a MODEL"),
         (["nowhere", "--parts", "2", "--around", "w8a8"], "parts must stand without content-score, sweep, switch and around"),
         (["nowhere", "--content-score", "ssim", "--ratio", "1", "--around", "w8a8"], "content-score must come without around"),
-        (["FOLDER", "--around", "none.json"], "--around: file must exist, got none.json"),
+        (["FOLDER", "--around", "none.json", "--prompts", "p"], "--around: file must exist, got none.json"),
         (["nowhere", "--content-score", "ssim", "--ratio", "1", "--stats", "s"], "content-score must come with prompts"),
         (["nowhere", "--costs", "c"], "costs must come with a budget in ms and only then, got 4 bits"),
         (["FOLDER"], "--prompts or --stats must be given for"),
-        (["FOLDER", "--content", "*.mlp.*"], "a group's pattern must match one of"),
+        (["FOLDER", "--content", "*.mlp.*", "--prompts", "p"], "a group's pattern must match one of"),
         (["FOLDER", "--widths", "1"], "weight bits must be from 2 to 8, got 1"),
         (["nowhere", "--search", "auto", "--widths", "4"], "--search must stand without --widths, got both"),
         (

@@ -112,6 +112,12 @@ def _leave_products() -> bool:
     return "amx_int8" in _cpu_flags() and not os.environ.get("DQTK_NATIVE")
 
 
+def converts_bfloat16() -> bool:
+    """Whether this is an x86 CPU that has no units for bfloat16: torch's matmul converts then, and is several times slower."""
+    flags = _cpu_flags()
+    return "avx2" in flags and not {"avx512_bf16", "amx_bf16"} & flags
+
+
 def forget() -> None:
     """Decide again at the next call, as after a change of the environment."""
     global _library, _failure
