@@ -71,7 +71,8 @@ class Verdict:
         return all(self.correct.values())
 
 
-def _softmin(distances: dict[str, float], temperature: float) -> dict[str, float]:
+def softmin(distances: dict[str, float], temperature: float) -> dict[str, float]:
+    """Probabilities that fall with the distance: its softmax with the sign turned."""
     values = -np.asarray(list(distances.values()), dtype=np.float64) / temperature
     weights = np.exp(values - values.max())
     return dict(zip(distances, (weights / weights.sum()).tolist(), strict=True))
@@ -101,7 +102,7 @@ def _normalize(alpha: np.ndarray, region: np.ndarray) -> np.ndarray:
 def _read_object(rgb: np.ndarray, chroma: np.ndarray, region: np.ndarray, tone: np.ndarray) -> Found:
     solid = region & (chroma >= np.quantile(chroma[region], 0.6))
     mean = rgb[solid].mean(axis=0)
-    colour = _softmin({name: float(np.linalg.norm(mean - np.asarray(value) / 255)) for name, value in COLOURS.items()}, 0.06)
+    colour = softmin({name: float(np.linalg.norm(mean - np.asarray(value) / 255)) for name, value in COLOURS.items()}, 0.06)
     # Coverage by projection on the line background -> colour: unlike chroma, luma survives JPEG's subsampling.
     toward = mean - tone[..., None]
     alpha = np.clip(((rgb - tone[..., None]) * toward).sum(axis=2) / (toward**2).sum(axis=2), 0, 1)
@@ -116,7 +117,7 @@ def _read_object(rgb: np.ndarray, chroma: np.ndarray, region: np.ndarray, tone: 
     extent = max(float(weight.max(axis=1).sum()), float(weight.max(axis=0).sum()))
     y, x = np.nonzero(body)
     centre = (float(x.min() + x.max() + 1) / 2, float(y.min() + y.max() + 1) / 2)
-    return Found(centre=centre, extent=extent, shape=_softmin(overlap, 0.025), colour=colour)
+    return Found(centre=centre, extent=extent, shape=softmin(overlap, 0.025), colour=colour)
 
 
 def read(image: Image.Image | np.ndarray) -> Reading:
@@ -136,7 +137,7 @@ def read(image: Image.Image | np.ndarray) -> Reading:
     error = {name: float(np.abs(luma - background_tone(name))[grey].mean()) for name in BACKGROUNDS}
     tone = background_tone(min(error, key=error.get)) / 255
     objects = tuple(sorted((_read_object(rgb, chroma, region, tone) for region in regions), key=lambda o: o.centre))
-    return Reading(objects=objects, background=_softmin(error, 8.0))
+    return Reading(objects=objects, background=softmin(error, 8.0))
 
 
 def _spread(values: dict, wanted) -> tuple[float, bool]:
@@ -164,8 +165,8 @@ def judge(image: Image.Image | np.ndarray, caption: str | Scene) -> Verdict:
             places = {name: float(np.hypot(found.centre[0] - x, found.centre[1] - y)) for name, (x, y) in POSITIONS.items()}
             graded["shape"] = _spread(found.shape, scene.shape)
             graded["colour"] = _spread(found.colour, scene.colour)
-            graded["size"] = _spread(_softmin(sizes, 1.5), scene.size)
-            graded["position"] = _spread(_softmin(places, 3.0), scene.position)
+            graded["size"] = _spread(softmin(sizes, 1.5), scene.size)
+            graded["position"] = _spread(softmin(places, 3.0), scene.position)
     elif isinstance(scene, Several):
         for name, wanted in (("shape", scene.shape), ("colour", scene.colour)):
             each = [_spread(getattr(found, name), wanted) for found in reading.objects] or [(0.0, False)]
@@ -199,5 +200,5 @@ def _judge_relation(objects: tuple[Found, ...], scene: Relation) -> dict[str, tu
         "colour": _spread(a.colour, scene.colour),
         "other shape": _spread(b.shape, scene.other_shape),
         "other colour": _spread(b.colour, scene.other_colour),
-        "relation": _spread(_softmin(along, 5.0), scene.relation),
+        "relation": _spread(softmin(along, 5.0), scene.relation),
     }
