@@ -104,9 +104,9 @@ def render(clip: Moving, seed: int = 0, index: int = 0) -> np.ndarray:
 def judge(frames: np.ndarray, caption: str | Moving) -> Verdict:
     """Score a clip against a caption of the grammar, or its scene.
 
-    frames: uint8 RGB [F, 64, 64, 3], F at least 3. Graded like pictures: shape, colour, size and background are means over frames (0
-    where a frame shows no object), direction and speed are read from the straight line nearest to the object's places, smoothness
-    from its distance to them, count is the share of frames with one object.
+    frames: uint8 RGB [F, 64, 64, 3], F at least 3. Graded like pictures: shape, colour, size and background are means over frames
+    (0 where a frame shows no object), direction and speed are read from the straight line nearest to the object's places,
+    smoothness from its distance to them, count is the share of frames with one object.
     """
     clip = parse_caption(caption) if isinstance(caption, str) else caption
     if frames.ndim != 4 or len(frames) < 3:
