@@ -60,6 +60,8 @@ def solutions(
         held: list[Solved] = []
         for stage in _stages([group for group in groups if _learns(group)], max_memory, by_block=False):
             held += _solved(parts[component], stage, **how)
+        if waypoint is not None:
+            waypoint.leave()
         yield from held
         for group in groups:
             if not _learns(group):

@@ -17,6 +17,7 @@ from dqtk.calibrate import Stats, calibrate
 from dqtk.calibrate.intervals import settled
 from dqtk.calibrate.look import looked
 from dqtk.calibrate.run import check_model
+from dqtk.calls import call_arguments
 from dqtk.costs import CostTable
 from dqtk.plan import Choice, Plan, Recipe
 from dqtk.processes import ALONE, Processes
@@ -30,7 +31,7 @@ from .budget import Budget, parse_budget
 from .from_plans import Made, Offers
 from .groups import CONTENT, QUALITY, check_globs, group_of
 from .logs import write_sensitivity, write_sizes
-from .parts import RunParts
+from .parts import MOST, RunParts
 from .prices import shapes_of_a_step
 from .probes import OutputSQNR, PictureScore, Probe
 from .reliability import describe_reliability
@@ -49,7 +50,7 @@ SEARCHED = ("budget", "content_score", "ratio", "sweep", "switch")  # what a sea
 def allocate(
     pipe: Any,
     prompts: Sequence[str] | None,
-    candidates: str | Sequence[str | Recipe] = "auto",
+    candidates: str | Recipe | Sequence[str | Recipe] = "auto",
     budget: str | Budget | None = None,
     *,
     keep: Sequence[str] = (),
@@ -78,7 +79,7 @@ def allocate(
         pipe: pipeline, not quantized; as it was when this returns.
         prompts: layers are scored on calls that the pipeline makes for these; None: on those of ``stats``.
         candidates: recipes to choose among at every layer, or the name of a search (``auto``), which brings its own candidates,
-            budget, score, sweep and exchanges; what is given here goes before them.
+            budget, score, sweep and exchanges where none are given here (``switch=0``: none at all).
         budget: such as "4.5bits" (stored, on average over all weights), "300MB", "2TBOPs" or, with ``costs``, "12ms".
         keep: patterns of layers that stay at 16 bits.
         content, quality: patterns of layers of these groups, over their roles.
@@ -110,8 +111,12 @@ def allocate(
         budget, content_score, ratio, sweep, switch = (wishes[name] for name in SEARCHED)
         recipes: list[Recipe] = list(search.candidates)
     else:
-        names = [candidates] if isinstance(candidates, str) else candidates
+        names = [candidates] if isinstance(candidates, str | Recipe) else candidates
         recipes = [name if isinstance(name, Recipe) else recipe_named(name) for name in names]
+    if not recipes:
+        raise ValueError("allocate: candidates must be at least one recipe, got none. For example ['w4a8', 'w8a8'].")
+    if folder is None and me.world > 1:
+        raise ValueError(f"allocate: folder must be given where {me.world} processes share the work, got none. They meet in it.")
     asked = wanted(budget)
     judges = judges_among(judged_on or prompts) if sweep or switch else None
     given: dict[str, Any] = {"around": around is not None, "costs": costs is not None, "prompts": prompts is not None}
@@ -122,10 +127,12 @@ def allocate(
     sites = [choice.site for choice in plans[0].choices]
     check_globs([*content, *quality], [site.id for site in sites])
     groups = {site.id: group_of(site, content, quality) for site in sites}
-    how: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "call_kwargs": call_kwargs}
+    how: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "call_kwargs": call_arguments(pipe, call_kwargs)}
+    score = None if content_score is None else pair_score(content_score)
+    run = None if parts is None else RunParts.of_run(parts, pipe, prompts, call_kwargs)
     with ExitStack() as stack:
         where = Path(stack.enter_context(tempfile.TemporaryDirectory()), "measured") if folder is None else Path(folder)
-        watching = _watching(pipe, plans, overrides)
+        watching = _watching(pipe, [*plans, *([] if rest is None else [rest])], overrides)
         seen = stats or _calibrated(
             pipe, prompts, watching, beside(where, ".safetensors"), me, steps_per_run=_steps(parts), progress=progress, **how
         )
@@ -133,9 +140,10 @@ def allocate(
             check_model(stats, pipe, watching)
         modules = {component.name: components_of(pipe)[component.name] for component in plans[0].components}
         plans = [_answered(plan, modules, seen) for plan in plans]
-        run = None if parts is None else RunParts.of_run(parts, pipe, prompts, call_kwargs)
+        rest = None if rest is None else _answered(rest, modules, seen)
+        _check_parts(run, seen)
         probe = OutputSQNR(modules, seen.calls, run)
-        pictures = None if content_score is None or prompts is None else _pictures(content_score, pipe, prompts, how)
+        pictures = None if score is None or prompts is None else PictureScore(pipe, prompts, score, **how)
         probes: dict[str, Probe] = {CONTENT: pictures or probe, QUALITY: probe}
         layers = Layers(modules)
         num = _num_scores(plans, around=rest is not None) // me.world
@@ -166,7 +174,7 @@ def wishes_of(search: Search, **given: Any) -> dict[str, Any]:
         "content_score": given["content_score"] or search.content_score,
         "ratio": given["ratio"],
         "sweep": given["sweep"] or (search.sweep and given["ratio"] is None),
-        "switch": given["switch"] or search.switch,
+        "switch": search.switch if given["switch"] is None else given["switch"],
     }
 
 
@@ -192,6 +200,8 @@ def check_wishes(
     """Raises ``ValueError`` for what cannot be wished together; whether there are prompts, costs and another rest is enough."""
     if sweep and ratio is not None:
         raise ValueError("allocate: sweep must stand without ratio, got both. It tries ten ratios.")
+    if parts is not None and not 2 <= parts <= MOST:
+        raise ValueError(f"allocate: parts must be from 2 to {MOST}, or left out, got {parts}. Each multiplies the candidates.")
     if parts is not None and (content_score or sweep or switch or around):
         raise ValueError(
             "allocate: parts must stand without content-score, sweep, switch and around, got one. Only the denoiser's output, with "
@@ -267,6 +277,16 @@ def _searched(
     return start
 
 
+def _check_parts(run: RunParts | None, stats: Stats) -> None:
+    """Raises ``ValueError`` for parts of a run that no kept call lies in: they would seem to lose nothing."""
+    seen = {run.of(call.time or 0.0) for call in stats.calls if call.level is not None} if run is not None else set()
+    if run is not None and len(seen) < len(run):
+        raise ValueError(
+            f"allocate: stats must have calls in each of {len(run)} parts of a run, got them in {len(seen)}. Calibrate with more "
+            "steps, or leave parts out."
+        )
+
+
 def _steps(parts: int | None) -> int:
     """Of every run whose calls are kept: as many in each part."""
     return STEPS if parts is None else parts * math.ceil(STEPS / parts)
@@ -314,11 +334,6 @@ def _calibrated(
     if me.first:
         me.wait()
     return stats
-
-
-def _pictures(name: str, pipe: Any, prompts: Sequence[str], run: Mapping[str, Any]) -> PictureScore:
-    """The probe of a content group with a score of its own."""
-    return PictureScore(pipe, prompts, pair_score(name), **(dict(run) | {"call_kwargs": run["call_kwargs"] or {}}))
 
 
 def _write_logs(folder: Path, plans: Sequence[Plan], found: Sensitivity) -> None:

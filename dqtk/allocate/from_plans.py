@@ -17,6 +17,7 @@ from .from_logs import LOSSES
 from .groups import ALL, Grouped, allocate_groups
 from .parts import mixtures
 from .prices import Calls, price
+from .probes import limited
 from .program import Candidate, allocate, total
 from .sensitivity import Sensitivity
 
@@ -52,7 +53,7 @@ class Made:
         found = self.offers.found
         rows = [found.noises(choice.site, choice.spec) for choice in self.plan.choices if choice.spec is not None and found.parts]
         noises = [math.fsum(part) * len(row) for row in rows[:1] for part in zip(*rows, strict=True)]
-        return tuple(-10 * math.log10(noise) if noise > 0 else math.inf for noise in noises)
+        return tuple(limited(noise) for noise in noises)
 
     def to_json(self) -> dict[str, Any]:
         """The plan's."""

@@ -26,9 +26,7 @@ class RunParts:
 
     @staticmethod
     def of_run(num: int, pipe: Any, prompts: Sequence[str] | None, call_kwargs: Mapping[str, Any] | None) -> "RunParts":
-        """Raises ``ValueError`` for more parts than ``MOST`` or than steps, and what ``run_times`` raises."""
-        if not 2 <= num <= MOST:
-            raise ValueError(f"allocate: parts must be from 2 to {MOST}, or left out, got {num}. Each multiplies the candidates.")
+        """Raises ``ValueError`` for more parts than steps, and what ``run_times`` raises."""
         times = run_times(pipe, prompts, call_kwargs)
         if len(times) < num:
             raise ValueError(f"allocate: parts must be at most the steps of a run, {len(times)}, got {num}. Take more steps.")
@@ -37,11 +35,6 @@ class RunParts:
 
     def __len__(self) -> int:
         return len(self.edges) + 1
-
-    @property
-    def shares(self) -> tuple[float, ...]:
-        """Where each part but the last ends, as shares of the run."""
-        return tuple(i / len(self) for i in range(1, len(self)))
 
     def of(self, time: float) -> int:
         """The part, in the order of the run, that a call with this time lies in."""

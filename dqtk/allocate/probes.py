@@ -59,7 +59,7 @@ class OutputSQNR:
         return self._score(self._ratios(component, module))
 
     def in_parts(self, component: str, module: nn.Module | None = None) -> tuple[float, tuple[float, ...]]:
-        """The score, and what each part of a run adds to the mean noise that it is made of."""
+        """The score, and what each part of a run adds to the mean noise that it is made of; infinite where a layer overflows."""
         assert self.run is not None
         ratios, noises = self._ratios(component, module), [0.0] * len(self.run)
         for call, ratio in zip(self._of(component), ratios, strict=True):
@@ -83,13 +83,18 @@ class OutputSQNR:
     def _ratios(self, component: str, module: nn.Module | None) -> list[float]:
         """Noise power of every call, as its output's share."""
         found = outputs(self.parts[component] if module is None else module, self._of(component))
-        return [noise(y_hat, y) for y_hat, y in zip(found, self.references[component], strict=True)]
+        ratios = [noise(y_hat, y) for y_hat, y in zip(found, self.references[component], strict=True)]
+        return [ratio if math.isfinite(ratio) else math.inf for ratio in ratios]
 
     def _score(self, ratios: Sequence[float]) -> float:
-        mean = math.fsum(ratios) / len(ratios)
-        if not math.isfinite(mean):
-            return -LARGEST  # a layer that overflows: as bad as can be
-        return max(-LARGEST, min(LARGEST, -10 * math.log10(mean))) if mean else LARGEST
+        return limited(math.fsum(ratios) / len(ratios))
+
+
+def limited(noise_power: float) -> float:
+    """SQNR in dB, between -``LARGEST`` (a layer that overflows: as bad as can be) and ``LARGEST``."""
+    if not math.isfinite(noise_power):
+        return -LARGEST
+    return max(-LARGEST, min(LARGEST, -10 * math.log10(noise_power))) if noise_power > 0 else LARGEST
 
 
 class PictureScore:
@@ -101,11 +106,11 @@ class PictureScore:
     loss = "score"
 
     def __init__(
-        self, pipe: Any, prompts: Sequence[str], score: Any, *, seed: int, batch_size: int, call_kwargs: Mapping[str, Any]
+        self, pipe: Any, prompts: Sequence[str], score: Any, *, seed: int, batch_size: int, call_kwargs: Mapping[str, Any] | None
     ):
         """score: name, unit, higher_is_better, cap and ``load() -> function``, as ``dqtk.metrics.score.PairScore`` has them."""
         self.pipe, self.prompts, self.seed, self.batch_size = pipe, list(prompts), seed, batch_size
-        self.call_kwargs = dict(call_kwargs)
+        self.call_kwargs = dict(call_kwargs or {})
         self.score, self.function, self.unit = score, score.load(), score.unit
         self.name = f"{score.name} of {len(self.prompts)} pictures"
         self.references = self._pictures()

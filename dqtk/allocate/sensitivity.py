@@ -30,7 +30,7 @@ from dqtk.spec import ByLevel, SiteSpec, canonical
 from dqtk.stages import solutions
 
 from .parts import spec_in
-from .probes import LARGEST, OutputSQNR, Probe
+from .probes import OutputSQNR, Probe, limited
 from .whole import Layers
 
 _FLOOR, _BASE, _PART = "floor ", "base ", "part "
@@ -53,8 +53,7 @@ class Sensitivity:
         """Score of a site with a spec. Of 16 bits (None) where that was not measured: infinite. Of a mixture over parts of a run:
         from what each part loses."""
         if isinstance(spec, ByLevel) and (site.id, canonical(spec)) not in self.scores:
-            total = math.fsum(self.noises(site, spec))
-            return max(-LARGEST, min(LARGEST, -10 * math.log10(total))) if total > 0 else LARGEST
+            return limited(math.fsum(self.noises(site, spec)))
         return self.scores.get((site.id, canonical(spec)), math.inf) if spec is None else self.scores[site.id, canonical(spec)]
 
     def noises(self, site: Site, spec: SiteSpec) -> tuple[float, ...]:

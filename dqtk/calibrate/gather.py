@@ -220,7 +220,7 @@ def _add(found: _Sum, rows: Tensor, ends: tuple[Tensor, Tensor], beside: Tensor,
 
 
 def _add_moments(gram: Tensor, rows: Tensor) -> None:
-    """Add x x^T of all rows; of wide inputs its upper triangle in stripes, in six tenths of the time."""
+    """Add x x^T of all rows; of wide inputs its upper triangle, in stripes (notebooks/LOG.md)."""
     if len(gram) < WIDE:
         gram += rows.T @ rows
         return

@@ -9,8 +9,9 @@ partly quantized model.
 import json
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +19,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dqtk.calls import given_arguments, time_of
-from dqtk.checkpoint import digest
 from dqtk.sites import repeated_block
 
 from .placement import Placement
-from .waypoint import Waypoint
+from .waypoint import Tell, Waypoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,17 +120,12 @@ def replay(
     usual = counted(module, calls[0], watched) if waypoint is None else waypoint.counts
     total = {path: usual.get(path, math.inf) for path in watched}  # a layer that the first call misses: others run to their end
     left: dict[str, float] = {}
-    current: list[Call] = []
+    listening: list[Tell] = []
     seen: set[str] = set()
-    digests: list[str] | None = None  # of what the layers see, where that is all that is wanted of a call
 
     def hook(path: str) -> Callable:
         def see(layer: nn.Module, args: tuple, kwargs: dict) -> None:
-            x = args[0] if args else kwargs["input"]
-            if digests is not None:
-                digests.append(digest(x))
-            if not repeated:
-                watched[path](x, current[0])
+            listening[-1](path, args[0] if args else kwargs["input"])
             seen.add(path)
             left[path] = left.get(path, 1) - 1
             if not left[path]:
@@ -140,34 +135,25 @@ def replay(
 
         return see
 
-    def make(call: Call) -> None:
+    def make(call: Call, tell: Tell) -> None:
         left.clear()
         left.update(total)
-        current[:] = [call]
+        listening[:] = [tell]
         with suppress(_Enough):
             module(**arguments_for(module, call))
 
-    repeated = False
     with ExitStack() as hooks:
         for path in watched:
             hooks.callback(module.get_submodule(path).register_forward_pre_hook(hook(path), with_kwargs=True).remove)
         for index, call in enumerate(calls):
+
+            def tell(path: str, x: Tensor, call: Call = call) -> None:
+                watched[path](x, call)
+
             if waypoint is None:
-                make(call)
-            elif index or not waypoint.serves(watched):
-                with waypoint.beginning(index) if waypoint.serves(watched) else nullcontext(), waypoint.recording(index, watched):
-                    make(call)
+                make(call, tell)
             else:
-                in_full: list[str] = []
-                digests = in_full
-                with waypoint.recording(index, watched):
-                    make(call)
-                digests, repeated = [], True
-                with waypoint.beginning(index):
-                    make(call)
-                if digests != in_full:
-                    waypoint.distrust()
-                digests, repeated = None, False
+                waypoint.replayed(index, watched, partial(make, call), tell)
     if waypoint is not None:
         waypoint.advance(watched)
     missing = sorted(set(watched) - seen)

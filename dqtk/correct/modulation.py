@@ -123,8 +123,9 @@ def disturbances(
         here = at_time(call, time)
         exact, got = (_outputs(module, here, paths, enough=True) for module in (original, quantized))
         for path in paths:
-            errors[path] += float((got[path][0].double() - exact[path][0].double()).square().sum())
-            powers[path] += float(exact[path][0].double().square().sum())
+            y = exact[path][0].double().cpu()
+            errors[path] += float((got[path][0].double().cpu() - y).square().sum())
+            powers[path] += float(y.square().sum())
     return {path: errors[path] / powers[path] if powers[path] else float(errors[path] > 0) for path in paths}
 
 
@@ -159,11 +160,12 @@ def cache_modulation(
     times = list(dict.fromkeys(at_time(call, time).time or 0.0 for time in times))
     source = module if original is None else original
     by_time = [_outputs(source, at_time(call, time), paths, enough=True) for time in times]
+    mine = _outputs(module, at_time(call, times[0]), paths, enough=True)  # where and in what dtype tables must be
     known = KnownTimes(times)
     kept: dict[str, nn.Module] = {}
     before = after = 0
     for path in paths:
-        rows = torch.stack([found[path][0].flatten(0, -2) for found in by_time])
+        rows = torch.stack([found[path][0].flatten(0, -2) for found in by_time]).to(mine[path][0])
         if bool((rows == rows[:, :1]).all()):
             rows = rows[:, :1].clone()
         kept[path] = module.get_submodule(path)
@@ -225,7 +227,7 @@ def cache_pipeline(
     paths = temporal_layers(module if exact is None else exact, [one, two])
     if exact is not None and paths:
         found = disturbances(exact, module, one, times, paths)
-        paths = [path for path in paths if found[path] > above]
+        paths = [path for path in paths if not found[path] <= above]  # NaN: disturbed as much as can be
     return {one.component: cache_modulation(module, one, times, paths, evict=evict, original=exact)} if paths else {}
 
 

@@ -7,8 +7,12 @@ import torch
 
 import dqtk
 from dqtk.allocate.budget import Budget
+from dqtk.allocate.from_model import wishes_of
 from dqtk.checkpoint import quantized_layers
+from dqtk.processes import Processes
+from dqtk.recipes import recipe_named, search_named
 
+TWO = Processes(0, 2, torch.device("cpu"), lambda: None)
 KEEP = ["*.[1-9].*", "*attn*"]
 HOW = {"keep": KEEP, "call_kwargs": {"num_inference_steps": 1}, "progress": False}
 
@@ -42,24 +46,45 @@ def test_a_plan_to_quantize_with(pipe, tmp_path):
 
 def test_statistics_in_place_of_prompts(pipe):
     """Nothing is written where no folder is given; given calls are used and given back."""
-    first = dqtk.allocate(pipe, ["a red circle"], ["w4a8-rtn"], "16bits", **HOW)
+    first = dqtk.allocate(pipe, ["a red circle"], recipe_named("w4a8-rtn"), "16bits", **HOW)
     second = dqtk.allocate(pipe, None, ["w4a8-rtn"], "16bits", stats=first.stats, **HOW)
     assert second.plan == first.plan
     assert second.stats is first.stats
 
 
-def test_a_search_brings_its_budget_and_exchanges(pipe, capsys):
+def test_what_a_search_brings_and_what_goes_before():
+    given = {"budget": None, "content_score": None, "ratio": None, "sweep": False, "switch": None}
+    assert wishes_of(search_named("auto"), **given) == given | {"budget": Budget(amount=4.5, unit="bits"), "switch": 100}
+    mixdq = wishes_of(search_named("mixdq-w3.66a16"), **given)
+    assert (mixdq["content_score"], mixdq["sweep"], mixdq["switch"]) == ("ssim", True, None)
+    own = {"budget": "5bits", "content_score": "psnr", "ratio": 1.0, "sweep": False, "switch": 0}
+    for name in ("auto", "mixdq-w3.66a16"):
+        assert wishes_of(search_named(name), **own) == own
+
+
+def test_a_search_sweeps_and_exchanges(pipe, capsys):
+    """``auto`` with fewer exchanges and a sweep; quantize takes what it finds."""
     prompts = [f"{i} circles" for i in range(8)]
-    made = dqtk.allocate(pipe, prompts, "auto", "15.5bits", switch=2, **(HOW | {"progress": True}))
-    assert "exchanges: 2 tried" in capsys.readouterr().out
+    made = dqtk.allocate(pipe, prompts, "auto", "15.5bits", sweep=True, switch=2, **(HOW | {"progress": True}))
+    said = capsys.readouterr().out
+    assert "exchanges: 2 tried" in said
+    assert "psnr of 8 pictures" in said
     assert made.budget == Budget(amount=15.5, unit="bits")
-    widths = {None if spec is None else spec.weight.bits for spec in made.picked.values()}
-    assert widths <= {None, 2, 3, 4, 8}
+    assert made.cost <= made.offers.total * (1 + 1e-9)
+    dqtk.quantize(pipe, made.plan, made.stats, progress=False)
+
+
+def test_around_a_calibrated_recipe(pipe):
+    """What the rest needs of its inputs is seen too."""
+    made = dqtk.allocate(pipe, ["a red circle"], ["w4a8-rtn"], "16bits", around="w8a8-static", **HOW)
+    assert made.offers.found.base
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        ({"candidates": []}, "candidates must be at least one recipe"),
+        ({"candidates": ["w8a8"], "budget": "9bits", "me": TWO}, "folder must be given where 2 processes share the work"),
         ({"candidates": ["w8a8"]}, "budget must be given where there is no search"),
         ({"candidates": "w9a9", "budget": "4bits"}, "recipe: name must be one of"),
         ({"prompts": None, "candidates": "w8a8", "budget": "9bits"}, "prompts or stats must be given, got neither"),

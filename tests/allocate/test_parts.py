@@ -4,17 +4,18 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import dqtk
 from dqtk.allocate.budget import Budget
 from dqtk.allocate.from_plans import Offers
 from dqtk.allocate.parts import RunParts, mixtures, spec_in
-from dqtk.allocate.probes import OutputSQNR
+from dqtk.allocate.probes import LARGEST, OutputSQNR
 from dqtk.allocate.sensitivity import measure
 from dqtk.calibrate.schedule import run_times
 from dqtk.checkpoint import quantized_layers
 from dqtk.recipes import of_width
-from dqtk.spec import ByLevel, ConstantToken, kinds_of
+from dqtk.spec import ByLevel, ConstantToken, canonical, kinds_of
 
 
 def spec(bits, inputs):
@@ -24,10 +25,10 @@ def spec(bits, inputs):
 def test_parts_in_the_order_of_the_run():
     """Times that fall (timesteps) and that rise (1 - sigma) along a run."""
     falling = RunParts(edges=(300.0, 700.0), rising=False)
+    assert len(falling) == 3
     assert [falling.of(time) for time in (999, 701, 500, 299, 0)] == [0, 0, 1, 2, 2]
     rising = RunParts(edges=(0.3, 0.7), rising=True)
     assert [rising.of(time) for time in (0.0, 0.5, 1.0)] == [0, 1, 2]
-    assert falling.shares == pytest.approx((1 / 3, 2 / 3))
 
 
 def test_parts_of_a_run_hold_as_many_steps():
@@ -35,11 +36,19 @@ def test_parts_of_a_run_hold_as_many_steps():
     parts = RunParts.of_run(2, pipe, ["a circle"], {"num_inference_steps": 6})
     times = run_times(pipe, ["a circle"], {"num_inference_steps": 6})
     assert [parts.of(time) for time in times] == [0, 0, 0, 1, 1, 1]
-    for num, said in ((1, "parts must be from 2 to 4"), (5, "parts must be from 2 to 4")):
-        with pytest.raises(ValueError, match=said):
-            RunParts.of_run(num, pipe, ["a circle"], {"num_inference_steps": 6})
     with pytest.raises(ValueError, match="parts must be at most the steps of a run, 2, got 3"):
         RunParts.of_run(3, pipe, ["a circle"], {"num_inference_steps": 2})
+
+
+@pytest.mark.parametrize(("steps", "num"), [(4, 3), (5, 2), (20, 3), (7, 4)])
+def test_parts_that_do_not_divide_the_steps(steps, num):
+    """As many steps in each as can be, in order."""
+    pipe, kwargs = dqtk.load("tiny-pixart"), {"num_inference_steps": steps}
+    parts = RunParts.of_run(num, pipe, ["a circle"], kwargs)
+    found = [parts.of(time) for time in run_times(pipe, ["a circle"], kwargs)]
+    assert found == sorted(found)
+    counts = [found.count(part) for part in range(num)]
+    assert max(counts) - min(counts) <= 1
 
 
 def test_mixtures_share_a_weight():
@@ -126,7 +135,32 @@ def test_from_prompts_to_a_model_that_runs(tmp_path):
         assert len(stored.weights) == 1
 
 
+def test_a_spec_that_overflows_mixes_to_the_worst_score(parted):
+    """And is never chosen for any part."""
+    choice = next(c for c in parted.plans[0].choices if c.site.path == "last")
+    narrow, wide = (next(c.spec for c in plan.choices if c.site == choice.site) for plan in parted.plans)
+    parted.found.parts[choice.site.id, canonical(narrow)] = (float("inf"), 1e-3, 1e-3)
+    assert parted.found.of(choice.site, ByLevel(specs=(narrow, wide), shares=(1 / 3,))) == -LARGEST
+    assert parted.found.of(choice.site, ByLevel(specs=(wide, narrow), shares=(1 / 3,))) > 0
+    last = parted.pipe.components["transformer"].last
+    with torch.no_grad():
+        last.weight.fill_(float("inf"))
+    score, noises = parted.probe.in_parts("transformer")
+    assert score == -LARGEST
+    assert noises == (float("inf"),) * 3
+
+
+def test_parts_without_calls_are_refused():
+    """They would seem to lose nothing, and get the narrowest inputs."""
+    pipe, kwargs = dqtk.load("tiny-pixart"), {"num_inference_steps": 4}
+    stats = dqtk.calibrate(pipe, ["a circle"], dqtk.plan(pipe, "w4a8"), call_kwargs={"num_inference_steps": 1}, progress=False)
+    with pytest.raises(ValueError, match="stats must have calls in each of 2 parts of a run, got them in 1"):
+        dqtk.allocate(pipe, None, ["w8a8"], "9bits", stats=stats, parts=2, call_kwargs=kwargs, progress=False)
+
+
 def test_parts_stand_alone():
     pipe = dqtk.load("tiny-pixart")
     with pytest.raises(ValueError, match="parts must stand without content-score, sweep, switch and around, got one"):
         dqtk.allocate(pipe, [f"{i} circles" for i in range(8)], ["w8a8"], "9bits", parts=2, switch=3)
+    with pytest.raises(ValueError, match="parts must be from 2 to 4, or left out, got 5"):
+        dqtk.allocate(pipe, ["a circle"], ["w8a8"], "9bits", parts=5)

@@ -166,6 +166,16 @@ def test_tables_of_the_original_undo_what_quantizing_did(load_tiny, draw):
         cache_pipeline(pipe, PROMPTS, above=0.1)
 
 
+def test_tables_are_in_the_dtype_of_the_quantized_model(load_tiny, draw):
+    original, pipe = load_tiny("pixart"), load_tiny("pixart", torch.bfloat16)
+    dqtk.quantize(pipe, "w4a16", progress=False)
+    made = cache_pipeline(pipe, PROMPTS, call_kwargs=FOUR, original=original)["transformer"]
+    tables = [layer for layer in pipe.transformer.modules() if isinstance(layer, ModulationTable)]
+    assert len(tables) == len(made.paths) == 3
+    assert {table.rows.dtype for table in tables} == {torch.bfloat16}
+    assert bool(torch.isfinite(draw(pipe, **FOUR)).all())
+
+
 def test_sdxl_qualifies_up_to_the_time_embedding(load_tiny, draw):
     pipe = load_tiny("sdxl")
     expected = draw(pipe, **FOUR)
