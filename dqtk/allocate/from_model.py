@@ -37,12 +37,14 @@ from .probes import OutputSQNR, PictureScore, Probe
 from .reliability import describe_reliability
 from .search import exchanged, ranked, swept, table
 from .sensitivity import Sensitivity, dtypes, measure
+from .weights import weighed, weights_of_parts
 from .whole import Judge, Judged, Layers, OutputNoise, Pictures
 
 STEPS = 5  # of every pipeline run whose calls are kept
 LEARNING = "w4a8"  # a recipe that makes calibrate keep calls
 JUDGED = 8  # prompts that whole plans are judged on
 OTHER_NOISE = 1_000_003  # added to the seed: noises that no layer was scored on
+WEIGHED = 2  # prompts by whose latents parts of a run are weighed
 SCORE = "psnr"  # of their pictures
 SEARCHED = ("budget", "content_score", "ratio", "sweep", "switch")  # what a search may bring
 
@@ -89,7 +91,8 @@ def allocate(
         switch: exchanges of levels between layers to try then.
         protect: layers whose best score is below stay at 16 bits.
         around: what the rest of the model is while a layer is measured; None: unquantized.
-        parts: of a run, 2 to 4: candidates with one stored weight, other inputs in each, are candidates too (``ByLevel``).
+        parts: of a run, 2 to 4: candidates with one stored weight, other inputs in each, are candidates too (``ByLevel``); noise
+            counts in each by what it does to the final latents.
         costs: of layers, for a budget in ms.
         stats: in place of those that are taken of ``prompts``.
         judged_on: at least 8 prompts for ``sweep`` and ``switch``, with other noises; None: the last 8.
@@ -155,6 +158,10 @@ def allocate(
             return None
         if progress:
             print(describe_reliability(plans, found))
+        if parts is not None and prompts is not None:
+            found = weighed(
+                found, weights_of_parts(pipe, modules, plans, found, seen, parts, prompts[:WEIGHED], call_kwargs, where)
+            )
         _write_logs(where, plans, found)
         calls = shapes_of_a_step(modules, seen.calls, sites) if asked.unit == "bops" else None
         losses = {group: probe.loss for group, probe in probes.items()}
@@ -202,6 +209,10 @@ def check_wishes(
         raise ValueError("allocate: sweep must stand without ratio, got both. It tries ten ratios.")
     if parts is not None and not 2 <= parts <= MOST:
         raise ValueError(f"allocate: parts must be from 2 to {MOST}, or left out, got {parts}. Each multiplies the candidates.")
+    if parts is not None and not prompts:
+        raise ValueError(
+            "allocate: parts must come with prompts in place of stats, got none. Parts are weighed by what is painted."
+        )
     if parts is not None and (content_score or sweep or switch or around):
         raise ValueError(
             "allocate: parts must stand without content-score, sweep, switch and around, got one. Only the denoiser's output, with "

@@ -49,7 +49,8 @@ class Made:
         return math.fsum(group.allocation.cost for group in self.groups.values())
 
     def in_parts(self) -> tuple[float, ...]:
-        """Expected SQNR of the output in dB in each equal part of a run, from most noise to least; empty where runs were whole."""
+        """Expected SQNR of the output in dB in each equal part of a run, as it counts, from most noise to least; empty where runs
+        were whole."""
         found = self.offers.found
         rows = [found.noises(choice.site, choice.spec) for choice in self.plan.choices if choice.spec is not None and found.parts]
         noises = [math.fsum(part) * len(row) for row in rows[:1] for part in zip(*rows, strict=True)]

@@ -104,7 +104,7 @@ def measure(
     rows = done(folder, "allocate")
     me.wait()  # all have read the same journal before anyone goes on writing it
     how: dict[str, Any] = {"sequential": False, "max_memory": max_memory}
-    probed = dict(parts) if around is None else _twins(parts, around, stats, how)
+    probed = dict(parts) if around is None else twins(parts, around, stats, how)
     with Journal(folder, me.rank) as journal:
 
         def keep(key: str, scores: Mapping[str, float | None]) -> None:
@@ -175,7 +175,7 @@ def _all(
         yield from ((choice, None) for choice in work if choice.spec is None)
 
 
-def _twins(parts: Mapping[str, nn.Module], around: Plan, stats: Stats, how: Mapping[str, Any]) -> dict[str, nn.Module]:
+def twins(parts: Mapping[str, nn.Module], around: Plan, stats: Stats, how: Mapping[str, Any]) -> dict[str, nn.Module]:
     """Copies of the components over the same tensors, quantized as the plan says."""
     made = {}
     for name, part in parts.items():

@@ -1,5 +1,6 @@
 """Parts of a run: which calls lie in which, what each loses, and mixtures of specs as candidates of the program."""
 
+import importlib
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,8 +13,10 @@ from dqtk.allocate.from_plans import Offers
 from dqtk.allocate.parts import RunParts, mixtures, spec_in
 from dqtk.allocate.probes import LARGEST, OutputSQNR
 from dqtk.allocate.sensitivity import measure
+from dqtk.allocate.weights import weighed, weights_of_parts
 from dqtk.calibrate.schedule import run_times
 from dqtk.checkpoint import quantized_layers
+from dqtk.correct.sensitive_steps import Sensitivity as Harm
 from dqtk.recipes import of_width
 from dqtk.spec import ByLevel, ConstantToken, canonical, kinds_of
 
@@ -114,6 +117,32 @@ def test_more_candidates_are_never_worse(parted):
     assert gained
 
 
+def test_weights_keep_the_sum_and_follow_the_harm(parted, tmp_path, monkeypatch):
+    """Parts by their error in the final latents; asked once, then read from the journal."""
+    weights_module, asked = importlib.import_module("dqtk.allocate.weights"), []
+
+    def errors(pipe, quantized, prompts, *, num_intervals, call_kwargs):
+        asked.append(quantized.components["transformer"])
+        rows = enumerate([0.01, 0.0, 0.3])
+        return [Harm(begin=part / 3, end=(part + 1) / 3, error=error) for part, error in rows][::-1]
+
+    monkeypatch.setattr(weights_module, "sensitive_steps", errors)
+    args = (parted.pipe, parted.pipe.components, parted.plans, parted.found, parted.stats, 3, ["a"], None, tmp_path / "work")
+    weights = weights_of_parts(*args)
+    assert weights_of_parts(*args) == weights
+    (asked,) = asked
+    assert {layer.spec.input.bits for layer in quantized_layers(asked).values()} == {3}  # of the plans the one with most noise
+    noises = [sum(parted.found.noises(c.site, c.spec)[part] for c in parted.plans[0].choices if c.spec) for part in range(3)]
+    assert [weight * noise for weight, noise in zip(weights, noises, strict=True)] == pytest.approx(
+        [share / 0.31 * sum(noises) for share in (0.01, 0.0, 0.3)]
+    )
+    found = weighed(parted.found, weights)
+    for key, score in found.scores.items():
+        assert 10 ** (-score / 10) == pytest.approx(
+            weights[0] * parted.found.parts[key][0] + weights[2] * parted.found.parts[key][2]
+        )
+
+
 def test_from_prompts_to_a_model_that_runs(tmp_path):
     """Inputs of 4 and 8 bits in two halves of a run: stored once, quantized, saved and loaded."""
     pipe = dqtk.load("tiny-pixart")
@@ -155,6 +184,8 @@ def test_parts_without_calls_are_refused():
     pipe, kwargs = dqtk.load("tiny-pixart"), {"num_inference_steps": 4}
     stats = dqtk.calibrate(pipe, ["a circle"], dqtk.plan(pipe, "w4a8"), call_kwargs={"num_inference_steps": 1}, progress=False)
     with pytest.raises(ValueError, match="stats must have calls in each of 2 parts of a run, got them in 1"):
+        dqtk.allocate(pipe, ["a circle"], ["w8a8"], "9bits", stats=stats, parts=2, call_kwargs=kwargs, progress=False)
+    with pytest.raises(ValueError, match="parts must come with prompts in place of stats"):
         dqtk.allocate(pipe, None, ["w8a8"], "9bits", stats=stats, parts=2, call_kwargs=kwargs, progress=False)
 
 
