@@ -3,10 +3,11 @@
     python benchmarks/parts.py [MODEL ...] [--parts 3] [--shares 0.25 0.5 0.75] [--num-prompts 8] [--steps 20] [--work FOLDER]
 
 Weights are 4 bits, rounded to nearest, stored once; inputs 4, 6 or 8. A share s is a budget of s of the way from 4-bit to 8-bit
-inputs everywhere. ``per layer``: one program over layers; ``per layer and part``: the same scores, mixtures over equal parts of a
-run among the candidates. Layers are scored on 4 calibration captions. Error: mean square between final latents of the same prompt
-and noise, as the original's share; ``gain``: mean over prompts of the logarithm (base 10) of the first variant's error over this
-one's, with its interval. Appends JSON lines to results.jsonl.
+inputs everywhere. ``per layer``: one program over layers, noise counted in each part of a run by what it does to the final latents;
+``alike``: counted alike; ``per layer and part``: as the former, and mixtures over equal parts of a run are candidates. Layers are
+scored on 4 calibration captions. Error: mean square between final latents of the same prompt and noise, as the original's share;
+``gain``: mean over prompts of the logarithm (base 10) of the first variant's error over this one's, with its interval. Appends
+JSON lines to results.jsonl.
 """
 
 import argparse
@@ -24,11 +25,26 @@ from rows import append
 import dqtk
 from dqtk.allocate.budget import Budget
 from dqtk.allocate.from_plans import Offers
+from dqtk.journal import done
 from dqtk.prompt_sets import read_prompts
 from dqtk.recipes import of_width
-from dqtk.spec import ByLevel
+from dqtk.spec import ByLevel, canonical
 
 WIDTHS = (4, 6, 8)
+
+
+def alike(offers: Offers, folder: Path) -> Offers:
+    """The same with noise counted alike in all parts, as the journal has it."""
+    rows = done(folder, "allocate")
+    scores = {(site, spec): rows[f"{site} {spec}"]["sqnr"] for site, spec in offers.found.scores}
+    candidates = {
+        site: [
+            candidate if spec is None else replace(candidate, loss=10 ** (-scores[site, canonical(spec)] / 10))
+            for candidate, spec in zip(offers.candidates[site], specs, strict=True)
+        ]
+        for site, specs in offers.specs.items()
+    }
+    return replace(offers, candidates=candidates)
 
 
 def whole_runs(offers: Offers) -> Offers:
@@ -51,7 +67,9 @@ def run(model: str, options, work: Path) -> None:
     least, most = (cost(mixed, dqtk.plan(reference, of_width(4, inputs))) for inputs in (WIDTHS[0], WIDTHS[-1]))
     for share in options.shares:
         budget, first = least + share * (most - least), None
-        for variant, offers in (("per layer", whole_runs(mixed)), ("per layer and part", mixed)):
+        layers = whole_runs(mixed)
+        variants = {"per layer, alike": alike(layers, work / model), "per layer": layers, "per layer and part": mixed}
+        for variant, offers in variants.items():
             answer = offers.at(budget)
             pipe = dqtk.quantize(load(model), answer.plan, measured.stats, call_kwargs=kwargs, progress=False)
             found = errors(exact, latents(pipe, prompts, options.steps))
