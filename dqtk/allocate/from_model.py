@@ -17,6 +17,7 @@ from dqtk.calibrate import Stats, calibrate
 from dqtk.calibrate.intervals import settled
 from dqtk.calibrate.look import looked
 from dqtk.calibrate.run import check_model
+from dqtk.calibrate.schedule import run_times
 from dqtk.calls import call_arguments
 from dqtk.costs import CostTable
 from dqtk.plan import Choice, Plan, Recipe
@@ -37,7 +38,7 @@ from .probes import OutputSQNR, PictureScore, Probe
 from .reliability import describe_reliability
 from .search import exchanged, ranked, swept, table
 from .sensitivity import Sensitivity, dtypes, measure
-from .weights import weighed, weights_of_parts
+from .weights import Counts, weighed, weights_of_parts
 from .whole import Judge, Judged, Layers, OutputNoise, Pictures
 
 STEPS = 5  # of every pipeline run whose calls are kept
@@ -79,7 +80,8 @@ def allocate(
 
     Args:
         pipe: pipeline, not quantized; as it was when this returns.
-        prompts: layers are scored on calls that the pipeline makes for these; None: on those of ``stats``.
+        prompts: layers are scored on calls that the pipeline makes for these; None: on those of ``stats``. By runs of the first two
+            noise counts in each part of a run as it harms the final latents (not with ``around``).
         candidates: recipes to choose among at every layer, or the name of a search (``auto``), which brings its own candidates,
             budget, score, sweep and exchanges where none are given here (``switch=0``: none at all).
         budget: such as "4.5bits" (stored, on average over all weights), "300MB", "2TBOPs" or, with ``costs``, "12ms".
@@ -91,8 +93,7 @@ def allocate(
         switch: exchanges of levels between layers to try then.
         protect: layers whose best score is below stay at 16 bits.
         around: what the rest of the model is while a layer is measured; None: unquantized.
-        parts: of a run, 2 to 4: candidates with one stored weight, other inputs in each, are candidates too (``ByLevel``); noise
-            counts in each by what it does to the final latents.
+        parts: of a run, 2 to 4: candidates with one stored weight, other inputs in each, are candidates too (``ByLevel``).
         costs: of layers, for a budget in ms.
         stats: in place of those that are taken of ``prompts``.
         judged_on: at least 8 prompts for ``sweep`` and ``switch``, with other noises; None: the last 8.
@@ -132,7 +133,7 @@ def allocate(
     groups = {site.id: group_of(site, content, quality) for site in sites}
     how: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "call_kwargs": call_arguments(pipe, call_kwargs)}
     score = None if content_score is None else pair_score(content_score)
-    run = None if parts is None else RunParts.of_run(parts, pipe, prompts, call_kwargs)
+    run = _run_parts(parts, pipe, prompts, call_kwargs, around=around is not None)
     with ExitStack() as stack:
         where = Path(stack.enter_context(tempfile.TemporaryDirectory()), "measured") if folder is None else Path(folder)
         watching = _watching(pipe, [*plans, *([] if rest is None else [rest])], overrides)
@@ -144,7 +145,8 @@ def allocate(
         modules = {component.name: components_of(pipe)[component.name] for component in plans[0].components}
         plans = [_answered(plan, modules, seen) for plan in plans]
         rest = None if rest is None else _answered(rest, modules, seen)
-        _check_parts(run, seen)
+        if parts is not None:
+            _check_parts(run, seen)
         probe = OutputSQNR(modules, seen.calls, run)
         pictures = None if score is None or prompts is None else PictureScore(pipe, prompts, score, **how)
         probes: dict[str, Probe] = {CONTENT: pictures or probe, QUALITY: probe}
@@ -158,10 +160,12 @@ def allocate(
             return None
         if progress:
             print(describe_reliability(plans, found))
-        if parts is not None and prompts is not None:
-            found = weighed(
-                found, weights_of_parts(pipe, modules, plans, found, seen, parts, prompts[:WEIGHED], call_kwargs, where)
-            )
+        weights: tuple[float, ...] = ()
+        if run is not None and prompts is not None:
+            weights = weights_of_parts(pipe, modules, plans, found, seen, len(run), prompts[:WEIGHED], call_kwargs, where)
+            found = weighed(found, weights)
+        if progress:
+            print(_said(weights))
         _write_logs(where, plans, found)
         calls = shapes_of_a_step(modules, seen.calls, sites) if asked.unit == "bops" else None
         losses = {group: probe.loss for group, probe in probes.items()}
@@ -170,7 +174,8 @@ def allocate(
             return replace(offers.allocated(ratio), stats=seen)
         layers.complete(plans, seen)
         start = None if sweep else offers.allocated(ratio)
-        made = _searched(pipe, judges, offers, start, switch, layers, where, seen, overrides, progress=progress, **how)
+        counts = Counts(run, weights) if run is not None and weights else None
+        made = _searched(pipe, judges, offers, start, switch, layers, where, seen, overrides, counts, progress=progress, **how)
         return replace(made, stats=seen)
 
 
@@ -253,6 +258,7 @@ def _searched(
     folder: Path,
     stats: Stats,
     overrides: Mapping[str, Any],
+    counts: Counts | None,
     *,
     seed: int,
     batch_size: int,
@@ -266,12 +272,12 @@ def _searched(
     kept = calibrate(pipe, prompts, learning, steps_per_run=STEPS, output=output, progress=progress, **how).calls
     half = (1 + max(call.run for call in kept)) // 2
     calls = {"search": [c for c in kept if c.run < half], "confirm": [c for c in kept if c.run >= half]}
-    task = {"run": stats.run, "dtypes": dtypes(layers.parts)}
+    task = {"run": stats.run, "dtypes": dtypes(layers.parts)} | ({} if counts is None else {"weights": list(counts.weights)})
 
     def judged(name: str, judge: Judge) -> Judged:
         return Judged(layers, judge, beside(folder, f"-{name}"), task)
 
-    search = judged("search", OutputNoise(layers.parts, calls["search"]))
+    search = judged("search", OutputNoise(layers.parts, calls["search"], counts=counts))
     if start is None:
         score = PictureScore(pipe, prompts, pair_score(SCORE), **(how | {"batch_size": batch_size}))
         entries = ranked(swept(offers), search, judged("pictures", Pictures(score)))
@@ -279,7 +285,7 @@ def _searched(
             print(table(entries, score.name))
         start = entries[0].made
     if switch:
-        confirm = judged("confirm", OutputNoise(layers.parts, calls["confirm"]))
+        confirm = judged("confirm", OutputNoise(layers.parts, calls["confirm"], counts=counts))
         with tqdm(total=switch, desc="exchanges", unit="plan", disable=not progress) as bar:
             trials: dict[str, Any] = {"trials": switch, "seed": seed, "told": lambda least: bar.update()}
             start, said = exchanged(offers, start, search, confirm, **trials)
@@ -288,10 +294,33 @@ def _searched(
     return start
 
 
+def _run_parts(
+    parts: int | None, pipe: Any, prompts: Sequence[str] | None, call_kwargs: Mapping[str, Any] | None, *, around: bool
+) -> RunParts | None:
+    """As many as asked for; else some to count noise in by its harm, where there are prompts to ask by and a run has parts."""
+    if parts is not None:
+        return RunParts.of_run(parts, pipe, prompts, call_kwargs)
+    if prompts is None or around:
+        return None
+    try:
+        num = min(MOST, len(run_times(pipe, prompts, call_kwargs)))
+        return RunParts.of_run(num, pipe, prompts, call_kwargs) if num > 1 else None
+    except ValueError:  # times that cannot be told: nothing to cut a run by
+        return None
+
+
+def _said(weights: Sequence[float]) -> str:
+    if not weights:
+        return "noise counts alike at all noise levels"
+    words = ", ".join(f"{weight:.2g}" for weight in weights)
+    return f"noise counts by what it does to the final latents: {words} in {len(weights)} equal parts of a run"
+
+
 def _check_parts(run: RunParts | None, stats: Stats) -> None:
     """Raises ``ValueError`` for parts of a run that no kept call lies in: they would seem to lose nothing."""
-    seen = {run.of(call.time or 0.0) for call in stats.calls if call.level is not None} if run is not None else set()
-    if run is not None and len(seen) < len(run):
+    assert run is not None
+    seen = {run.of(call.time or 0.0) for call in stats.calls if call.level is not None}
+    if len(seen) < len(run):
         raise ValueError(
             f"allocate: stats must have calls in each of {len(run)} parts of a run, got them in {len(seen)}. Calibrate with more "
             "steps, or leave parts out."

@@ -52,7 +52,9 @@ class Made:
         """Expected SQNR of the output in dB in each equal part of a run, as it counts, from most noise to least; empty where runs
         were whole."""
         found = self.offers.found
-        rows = [found.noises(choice.site, choice.spec) for choice in self.plan.choices if choice.spec is not None and found.parts]
+        if not found.parts or self.expected is None:
+            return ()
+        rows = [found.noises(choice.site, choice.spec) for choice in self.plan.choices if choice.spec is not None]
         noises = [math.fsum(part) * len(row) for row in rows[:1] for part in zip(*rows, strict=True)]
         return tuple(limited(noise) for noise in noises)
 
@@ -70,7 +72,7 @@ class Made:
         if self.expected is not None:
             lines.append(f"expected SQNR of the output if noise powers add up: {self.expected:.1f} dB")
         if parts := self.in_parts():
-            lines.append(f"in equal parts of a run: {', '.join(f'{value:.1f}' for value in parts)} dB")
+            lines.append(f"in equal parts of a run, as they count: {', '.join(f'{value:.1f}' for value in parts)} dB")
         return "\n".join(lines)
 
 

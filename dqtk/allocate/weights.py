@@ -7,7 +7,7 @@ the final latents over the noise that its calls were scored with. (``correct.sen
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,11 +15,14 @@ from typing import Any
 from torch import nn
 
 from dqtk.calibrate import Stats
+from dqtk.calibrate.replay import Call
 from dqtk.correct.sensitive_steps import sensitive_steps
 from dqtk.journal import Journal, done
 from dqtk.plan import Plan
 from dqtk.quantize import MAX_MEMORY
+from dqtk.spec import canonical
 
+from .parts import RunParts
 from .probes import limited
 from .sensitivity import Sensitivity, twins
 
@@ -59,6 +62,17 @@ def weights_of_parts(
     return tuple(weight * math.fsum(noises) / total for weight in weights)
 
 
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """How much the noise of a denoiser's call counts; that of text encoders' calls as it is."""
+
+    run: RunParts
+    weights: tuple[float, ...]
+
+    def __call__(self, call: Call) -> float:
+        return 1.0 if call.level is None else self.weights[self.run.of(call.time or 0.0)]
+
+
 def weighed(found: Sensitivity, weights: Sequence[float]) -> Sensitivity:
     """Scores and noise powers with each part of a run counted by its weight."""
     parts = {
@@ -69,6 +83,7 @@ def weighed(found: Sensitivity, weights: Sequence[float]) -> Sensitivity:
 
 
 def _noises(plan: Plan, found: Sensitivity, num: int) -> list[float]:
-    """What the layers of a plan add to the noise in each part, finite ones only."""
-    rows = [found.noises(choice.site, choice.spec) for choice in plan.choices if choice.spec is not None]
+    """What the layers of a plan add to the noise in each part, finite ones only, of layers scored by noise."""
+    scored = [c for c in plan.choices if c.spec is not None and (c.site.id, canonical(c.spec)) in found.parts]
+    rows = [found.parts[choice.site.id, canonical(choice.spec)] for choice in scored]
     return [math.fsum(row[part] for row in rows if math.isfinite(row[part])) for part in range(num)]

@@ -92,24 +92,34 @@ class Judge(Protocol):
 
 
 class OutputNoise:
-    """Power of the denoisers' error on kept calls, as the output's share; every call counts alike, components add up.
+    """Power of the denoisers' error on kept calls, as the output's share; components add up.
 
     ``decibels`` of it is the score of ``OutputSQNR``.
     """
 
-    def __init__(self, parts: Mapping[str, nn.Module], calls: Sequence[Call], name: str = "output noise"):
-        """parts: components as they are when all is 16 bits. Raises ``ValueError`` without calls."""
+    def __init__(
+        self,
+        parts: Mapping[str, nn.Module],
+        calls: Sequence[Call],
+        name: str = "output noise",
+        counts: Callable[[Call], float] | None = None,
+    ):
+        """parts: components as they are when all is 16 bits. counts: how much a call's noise does; None: all alike.
+
+        Raises ``ValueError`` without calls.
+        """
         self.name, self.parts = name, parts
         self.calls = [call for call in calls if call.component in parts]
         if not self.calls:
             raise ValueError("allocate: calls of a denoiser must have been kept, got none. Calibrate this pipeline.")
         self.share = {name: 1 / sum(call.component == name for call in self.calls) for name in {c.component for c in self.calls}}
         self.references = [self._output(call) for call in self.calls]
+        self.counts = [1.0 if counts is None else counts(call) for call in self.calls]
 
     def __call__(self, limit: float = math.inf) -> float:
         total = 0.0
-        for call, reference in zip(self.calls, self.references, strict=True):
-            more = self.share[call.component] * noise(self._output(call), reference)
+        for call, reference, count in zip(self.calls, self.references, self.counts, strict=True):
+            more = count * self.share[call.component] * noise(self._output(call), reference)
             total += more if math.isfinite(more) else math.inf
             if total > limit:
                 break

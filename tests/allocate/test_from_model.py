@@ -9,8 +9,10 @@ import dqtk
 from dqtk.allocate.budget import Budget
 from dqtk.allocate.from_model import wishes_of
 from dqtk.checkpoint import quantized_layers
+from dqtk.journal import done
 from dqtk.processes import Processes
 from dqtk.recipes import recipe_named, search_named
+from dqtk.spec import canonical
 
 TWO = Processes(0, 2, torch.device("cpu"), lambda: None)
 KEEP = ["*.[1-9].*", "*attn*"]
@@ -72,6 +74,24 @@ def test_a_search_sweeps_and_exchanges(pipe, capsys):
     assert made.budget == Budget(amount=15.5, unit="bits")
     assert made.cost <= made.offers.total * (1 + 1e-9)
     dqtk.quantize(pipe, made.plan, made.stats, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"), [(1, "noise counts alike"), (2, "in 2 equal parts of a run"), (6, "in 4 equal parts of")]
+)
+def test_noise_counts_by_its_harm(pipe, tmp_path, capsys, steps, said):
+    """Scores are those of the journal with each part of a run weighed; their sum over the noisiest plan stays."""
+    how = HOW | {"call_kwargs": {"num_inference_steps": steps}, "progress": True}
+    made = dqtk.allocate(pipe, ["a red circle"], ["w4a8-rtn", "w8a8"], "15.2bits", folder=tmp_path / "work", **how)
+    assert said in capsys.readouterr().out
+    rows = done(tmp_path / "work", "allocate")
+    noises = {key: 10 ** (-score / 10) for key, score in made.offers.found.scores.items()}
+    raw = {key: 10 ** (-rows[" ".join(key)]["sqnr"] / 10) for key in noises}
+    plan = dqtk.plan(pipe, "w4a8-rtn", overrides=dict.fromkeys(KEEP))
+    keys = [(c.site.id, canonical(c.spec)) for c in plan.choices if c.spec is not None]
+    assert sum(noises[key] for key in keys) == pytest.approx(sum(raw[key] for key in keys), rel=1e-6)
+    changed = [key for key in noises if noises[key] != pytest.approx(raw[key], rel=1e-3)]
+    assert bool(changed) == (steps > 1)
 
 
 def test_around_a_calibrated_recipe(pipe):

@@ -112,7 +112,7 @@ def test_more_candidates_are_never_worse(parted):
         assert mixed.expected >= whole.expected - 1e-9
         powers = [10 ** (-value / 10) for value in mixed.in_parts()]
         assert 10 ** (-mixed.expected / 10) == pytest.approx(sum(powers) / 3, rel=1e-9)
-        assert "in equal parts of a run: " in mixed.table()
+        assert "in equal parts of a run, as they count: " in mixed.table()
         gained += mixed.expected > whole.expected + 0.1
     assert gained
 
