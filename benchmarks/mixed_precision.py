@@ -1,7 +1,7 @@
 """Bits per layer at equal bytes: one width everywhere, one program over all layers, groups with budgets of their own, exchanges.
 
     python benchmarks/mixed_precision.py [MODEL ...] [--bits 5 4.5 4 3.66 3] [--num-prompts 16] [--steps 20] [--trials 200]
-        [--content-score ssim] [--work FOLDER]
+        [--content-score ssim] [--alike] [--work FOLDER]
     python benchmarks/mixed_precision.py --since 2026-01-31T09:00   # go on with an interrupted run
     python benchmarks/mixed_precision.py --table
 
@@ -16,6 +16,8 @@ would store, between two widths the line between their bytes. Variants:
 - ``decoupled``: the groups content and quality have programs of their own, the ratio of their budgets is swept, and the best is
   taken by pictures of 8 captions (``--sweep``). With ``--content-score`` content is measured on pictures, else on SQNR.
 - ``exchanged``: the best of one program and all ratios, then ``--trials`` exchanges of levels (``--switch``).
+
+Noise counts in each part of a run by what it does to the final latents of two captions, with ``--alike`` alike.
 
 Layers are scored on 4 captions, plans judged on 8 others, and everything here is then measured on prompts that neither saw: PSNR
 against the original's picture of the same prompt and noise, its gain over ``uniform`` (paired), the oracle's change. Appends JSON
@@ -39,10 +41,12 @@ import dqtk
 from dqtk.allocate.budget import Budget
 from dqtk.allocate.from_plans import Offers
 from dqtk.allocate.groups import CONTENT, QUALITY, group_of
+from dqtk.allocate.parts import MOST, RunParts
 from dqtk.allocate.probes import OutputSQNR, PictureScore
 from dqtk.allocate.reliability import describe_reliability, monotone
 from dqtk.allocate.search import ONE, exchanged, ranked, swept
 from dqtk.allocate.sensitivity import measure
+from dqtk.allocate.weights import Counts, weighed, weights_of_parts
 from dqtk.allocate.whole import Judged, Layers, OutputNoise, Pictures
 from dqtk.prompt_sets import read_prompts
 from dqtk.recipes import of_width, recipe_named
@@ -72,9 +76,17 @@ class World:
         judges = dqtk.calibrate(self.pipe, captions[4:12], learning, seed=1_000_003, **how)
         names = {component.name for component in learning.components}
         self.parts = {name: part for name, part in components_of(self.pipe).items() if name in names}
+        self.run = None if options.alike else RunParts.of_run(MOST, self.pipe, captions[:1], self.kwargs)
         self.groups = {choice.site.id: group_of(choice.site) for choice in self.plans[4].choices}
         self.layers = Layers(self.parts)
         self.found, self.losses = self.scored("sqnr", None), dict.fromkeys((CONTENT, QUALITY), "noise")
+        self.monotone, counts = monotone(list(self.plans.values()), self.found), None
+        if self.run is not None:
+            plans = list(self.plans.values())
+            asked = (self.pipe, self.parts, plans, self.found, self.stats, len(self.run), captions[:2], self.kwargs)
+            counts = Counts(self.run, weights_of_parts(*asked, self.work / "sqnr"))
+            self.found = weighed(self.found, counts.weights)
+            print(f"{model}: noise counts {counts.weights} in equal parts of a run", flush=True)
         self.found_of_groups, self.losses_of_groups = self.found, self.losses
         if options.content_score:
             score = self.pictures(captions[:4], options.content_score)
@@ -82,13 +94,13 @@ class World:
             self.losses_of_groups = {CONTENT: "score", QUALITY: "score"}
         self.layers.complete(list(self.plans.values()), self.stats)
         calls = [[call for call in judges.calls if call.run == run] for run in (0, 1)]
-        task = {"model": model, "options": f"{options.steps} steps"}
+        task = {"model": model, "options": f"{options.steps} steps", "weights": [] if counts is None else list(counts.weights)}
         on_pictures = Pictures(self.pictures(captions[4:12], "psnr"))
         self.search, self.confirm, self.painted = (
             Judged(self.layers, judge, self.work / name, task)
             for name, judge in (
-                ("search", OutputNoise(self.parts, calls[0])),
-                ("confirm", OutputNoise(self.parts, calls[1])),
+                ("search", OutputNoise(self.parts, calls[0], counts=counts)),
+                ("confirm", OutputNoise(self.parts, calls[1], counts=counts)),
                 ("pictures", on_pictures),
             )
         )
@@ -99,7 +111,7 @@ class World:
         return PictureScore(self.pipe, prompts, scores()[name], seed=7, batch_size=4, call_kwargs=self.kwargs)
 
     def scored(self, name: str, content: PictureScore | None):
-        probe = OutputSQNR(self.parts, self.stats.calls)
+        probe = OutputSQNR(self.parts, self.stats.calls, self.run)
         probes, plans = {CONTENT: content or probe, QUALITY: probe}, list(self.plans.values())
         found = measure(self.pipe, plans, self.stats, probes, self.groups, folder=self.work / name, layers=self.layers)
         print(describe_reliability(plans, found), flush=True)
@@ -159,13 +171,13 @@ def answers(world: World, bits: float) -> dict:
 
 def run(model: str, options, work: Path) -> None:
     fixed = {"benchmark": NAME, "model": model, "num_prompts": options.num_prompts, "steps": options.steps}
-    fixed |= {"trials": options.trials, "content_score": options.content_score or "sqnr"}
+    fixed |= {"trials": options.trials, "content_score": options.content_score or "sqnr", "weighed": not options.alike}
     done = [row for row in stored() if options.since and fixed.items() <= row.items() and row["created"] >= options.since]
     left = [bits for bits in options.bits if not any(row.get("bits") == bits and row["variant"] == "exchanged" for row in done)]
     if not left:
         return
     world = World(model, options, work)
-    in_order, several = monotone(list(world.plans.values()), world.found)
+    in_order, several = world.monotone
     append(fixed | {"variant": "sensitivity", "monotone": in_order, "sites": several, "widths": list(WIDTHS)})
     uniform = {width: world.judged(picked_of(world.plans[width])) for width in {w for bits in left for w in around(bits)}}
     num_weights = sum(choice.site.num_weights for choice in world.plans[4].choices)
@@ -249,6 +261,7 @@ def main() -> None:
     parser.add_argument("--num-prompts", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--trials", type=int, default=200, help="exchanges per budget")
+    parser.add_argument("--alike", action="store_true", help="noise counts alike at all noise levels")
     parser.add_argument("--content-score", metavar="NAME", help="of pictures, for the content group, such as ssim; slow")
     parser.add_argument(
         "--work", type=Path, help="folder of what was scored; an interrupted run goes on there (default: forgotten)"
