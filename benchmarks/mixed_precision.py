@@ -1,7 +1,7 @@
 """Bits per layer at equal bytes: one width everywhere, one program over all layers, groups with budgets of their own, exchanges.
 
     python benchmarks/mixed_precision.py [MODEL ...] [--bits 5 4.5 4 3.66 3] [--num-prompts 16] [--steps 20] [--trials 200]
-        [--content-score ssim] [--alike] [--work FOLDER]
+        [--content-score ssim] [--weigh] [--work FOLDER]
     python benchmarks/mixed_precision.py --since 2026-01-31T09:00   # go on with an interrupted run
     python benchmarks/mixed_precision.py --table
 
@@ -17,7 +17,8 @@ would store, between two widths the line between their bytes. Variants:
   taken by pictures of 8 captions (``--sweep``). With ``--content-score`` content is measured on pictures, else on SQNR.
 - ``exchanged``: the best of one program and all ratios, then ``--trials`` exchanges of levels (``--switch``).
 
-Noise counts in each part of a run by what it does to the final latents of two captions, with ``--alike`` alike.
+Noise counts alike at all noise levels; with ``--weigh`` in each quarter of a run by what it does to the final latents of two
+captions.
 
 Layers are scored on 4 captions, plans judged on 8 others, and everything here is then measured on prompts that neither saw: PSNR
 against the original's picture of the same prompt and noise, its gain over ``uniform`` (paired), the oracle's change. Appends JSON
@@ -76,7 +77,7 @@ class World:
         judges = dqtk.calibrate(self.pipe, captions[4:12], learning, seed=1_000_003, **how)
         names = {component.name for component in learning.components}
         self.parts = {name: part for name, part in components_of(self.pipe).items() if name in names}
-        self.run = None if options.alike else RunParts.of_run(MOST, self.pipe, captions[:1], self.kwargs)
+        self.run = RunParts.of_run(MOST, self.pipe, captions[:1], self.kwargs) if options.weigh else None
         self.groups = {choice.site.id: group_of(choice.site) for choice in self.plans[4].choices}
         self.layers = Layers(self.parts)
         self.found, self.losses = self.scored("sqnr", None), dict.fromkeys((CONTENT, QUALITY), "noise")
@@ -171,7 +172,7 @@ def answers(world: World, bits: float) -> dict:
 
 def run(model: str, options, work: Path) -> None:
     fixed = {"benchmark": NAME, "model": model, "num_prompts": options.num_prompts, "steps": options.steps}
-    fixed |= {"trials": options.trials, "content_score": options.content_score or "sqnr", "weighed": not options.alike}
+    fixed |= {"trials": options.trials, "content_score": options.content_score or "sqnr", "weighed": options.weigh}
     done = [row for row in stored() if options.since and fixed.items() <= row.items() and row["created"] >= options.since]
     left = [bits for bits in options.bits if not any(row.get("bits") == bits and row["variant"] == "exchanged" for row in done)]
     if not left:
@@ -231,7 +232,11 @@ def interval(values: torch.Tensor) -> list[float | None]:
 
 def markdown(models: list[str]) -> str:
     """The newest row of every model, budget and variant, a table per model."""
-    newest = {(r["model"], r["bits"], r["variant"]): r for r in stored() if r.get("benchmark") == NAME and "bits" in r}
+    newest = {
+        (r["model"], r["bits"], r["variant"]): r
+        for r in stored()
+        if r.get("benchmark") == NAME and "bits" in r and not r.get("weighed")
+    }
     lines = []
     for model in models:
         mine = {key[1:]: row for key, row in newest.items() if key[0] == model}
@@ -261,7 +266,7 @@ def main() -> None:
     parser.add_argument("--num-prompts", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--trials", type=int, default=200, help="exchanges per budget")
-    parser.add_argument("--alike", action="store_true", help="noise counts alike at all noise levels")
+    parser.add_argument("--weigh", action="store_true", help="noise counts by its harm")
     parser.add_argument("--content-score", metavar="NAME", help="of pictures, for the content group, such as ssim; slow")
     parser.add_argument(
         "--work", type=Path, help="folder of what was scored; an interrupted run goes on there (default: forgotten)"

@@ -125,6 +125,7 @@ def _allocation(verb: argparse.ArgumentParser) -> None:
         metavar="N",
         help="parts of a run (2 to 4) that may have inputs of their own; with --input-widths",
     )
+    verb.add_argument("--weigh", action="store_true", help="count noise in each quarter of a run by its harm to what is painted")
     verb.add_argument("--protect", type=float, metavar="SCORE", help="keep layers at 16 bits whose best score is below")
     verb.add_argument("--costs", type=Path, metavar="FILE", help="times for a budget in ms, from bench --layers --output")
     verb.add_argument("--stats", type=Path, help="statistics written by calibrate --recipe w4a8, in place of prompts")

@@ -38,7 +38,7 @@ ASKED = (
 )
 ONLY_WITH_A_MODEL = (
     *("search", "recipes", "input_widths", "around", "keep", "quality", "content_score"),
-    *("sweep", "switch", "parts", "costs", "stats", "prompts"),
+    *("sweep", "switch", "parts", "weigh", "costs", "stats", "prompts"),
 )
 
 
@@ -142,7 +142,9 @@ def _check_options(options: argparse.Namespace) -> list[str] | None:
         raise ValueError(f"allocate: --input-widths must come with a budget in BOPs or ms, got {got}. Inputs are not stored.")
     if options.stats and options.prompts:
         raise ValueError("allocate: --stats must stand without --prompts, got both. Statistics have seen theirs.")
-    given: dict[str, Any] = {name: getattr(options, name) for name in ("content_score", "ratio", "sweep", "switch", "parts")}
+    given: dict[str, Any] = {
+        name: getattr(options, name) for name in ("content_score", "ratio", "sweep", "switch", "parts", "weigh")
+    }
     given |= {"around": options.around is not None, "costs": options.costs is not None, "prompts": not options.stats}
     check_wishes(options.budget, **given)
     if options.stats and (options.sweep or options.switch):

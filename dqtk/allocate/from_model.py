@@ -66,6 +66,7 @@ def allocate(
     protect: float | None = None,
     around: Plan | Recipe | str | None = None,
     parts: int | None = None,
+    weigh: bool = False,
     costs: CostTable | None = None,
     stats: Stats | None = None,
     judged_on: Sequence[str] | None = None,
@@ -80,8 +81,7 @@ def allocate(
 
     Args:
         pipe: pipeline, not quantized; as it was when this returns.
-        prompts: layers are scored on calls that the pipeline makes for these; None: on those of ``stats``. By runs of the first two
-            noise counts in each part of a run as it harms the final latents (not with ``around``).
+        prompts: layers are scored on calls that the pipeline makes for these; None: on those of ``stats``.
         candidates: recipes to choose among at every layer, or the name of a search (``auto``), which brings its own candidates,
             budget, score, sweep and exchanges where none are given here (``switch=0``: none at all).
         budget: such as "4.5bits" (stored, on average over all weights), "300MB", "2TBOPs" or, with ``costs``, "12ms".
@@ -93,7 +93,9 @@ def allocate(
         switch: exchanges of levels between layers to try then.
         protect: layers whose best score is below stay at 16 bits.
         around: what the rest of the model is while a layer is measured; None: unquantized.
-        parts: of a run, 2 to 4: candidates with one stored weight, other inputs in each, are candidates too (``ByLevel``).
+        parts: of a run, 2 to 4: candidates with one stored weight, other inputs in each, are candidates too (``ByLevel``). Noise
+            is weighed then.
+        weigh: count noise in each quarter of a run as it harms the final latents of the first two prompts.
         costs: of layers, for a budget in ms.
         stats: in place of those that are taken of ``prompts``.
         judged_on: at least 8 prompts for ``sweep`` and ``switch``, with other noises; None: the last 8.
@@ -124,7 +126,8 @@ def allocate(
     asked = wanted(budget)
     judges = judges_among(judged_on or prompts) if sweep or switch else None
     given: dict[str, Any] = {"around": around is not None, "costs": costs is not None, "prompts": prompts is not None}
-    check_wishes(asked, content_score=content_score, ratio=ratio, sweep=sweep, switch=switch, parts=parts, **given)
+    given |= {"sweep": sweep, "switch": switch, "parts": parts, "weigh": weigh}
+    check_wishes(asked, content_score=content_score, ratio=ratio, **given)
     overrides: dict[str, Any] = dict.fromkeys(keep)
     plans = [make_plan(pipe, recipe, overrides=overrides) for recipe in recipes]
     rest = around if isinstance(around, Plan | None) else make_plan(pipe, around, overrides=overrides)
@@ -133,7 +136,7 @@ def allocate(
     groups = {site.id: group_of(site, content, quality) for site in sites}
     how: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "call_kwargs": call_arguments(pipe, call_kwargs)}
     score = None if content_score is None else pair_score(content_score)
-    run = _run_parts(parts, pipe, prompts, call_kwargs, around=around is not None)
+    run = _run_parts(parts, pipe, prompts, call_kwargs, weigh=weigh)
     with ExitStack() as stack:
         where = Path(stack.enter_context(tempfile.TemporaryDirectory()), "measured") if folder is None else Path(folder)
         watching = _watching(pipe, [*plans, *([] if rest is None else [rest])], overrides)
@@ -164,8 +167,8 @@ def allocate(
         if run is not None and prompts is not None:
             weights = weights_of_parts(pipe, modules, plans, found, seen, len(run), prompts[:WEIGHED], call_kwargs, where)
             found = weighed(found, weights)
-        if progress:
-            print(_said(weights))
+            if progress:
+                print(_said(weights))
         _write_logs(where, plans, found)
         calls = shapes_of_a_step(modules, seen.calls, sites) if asked.unit == "bops" else None
         losses = {group: probe.loss for group, probe in probes.items()}
@@ -205,6 +208,7 @@ def check_wishes(
     sweep: bool,
     switch: int | None,
     parts: int | None,
+    weigh: bool,
     around: bool,
     costs: bool,
     prompts: bool,
@@ -214,14 +218,15 @@ def check_wishes(
         raise ValueError("allocate: sweep must stand without ratio, got both. It tries ten ratios.")
     if parts is not None and not 2 <= parts <= MOST:
         raise ValueError(f"allocate: parts must be from 2 to {MOST}, or left out, got {parts}. Each multiplies the candidates.")
-    if parts is not None and not prompts:
+    if (parts is not None or weigh) and (not prompts or around):
         raise ValueError(
-            "allocate: parts must come with prompts in place of stats, got none. Parts are weighed by what is painted."
+            "allocate: parts and weigh must come with prompts and without around, got other. Noise is weighed by what is painted, "
+            "with the rest unquantized."
         )
-    if parts is not None and (content_score or sweep or switch or around):
+    if parts is not None and (content_score or sweep or switch):
         raise ValueError(
-            "allocate: parts must stand without content-score, sweep, switch and around, got one. Only the denoiser's output, with "
-            "the rest unquantized, is known for parts of a run."
+            "allocate: parts must stand without content-score, sweep and switch, got one. Only the denoiser's output is known for "
+            "parts of a run."
         )
     if content_score and ratio is None and not sweep:
         raise ValueError("allocate: content-score must come with ratio or sweep, got none. Two kinds of scores do not add up.")
@@ -295,23 +300,15 @@ def _searched(
 
 
 def _run_parts(
-    parts: int | None, pipe: Any, prompts: Sequence[str] | None, call_kwargs: Mapping[str, Any] | None, *, around: bool
+    parts: int | None, pipe: Any, prompts: Sequence[str] | None, call_kwargs: Mapping[str, Any] | None, *, weigh: bool
 ) -> RunParts | None:
-    """As many as asked for; else some to count noise in by its harm, where there are prompts to ask by and a run has parts."""
-    if parts is not None:
-        return RunParts.of_run(parts, pipe, prompts, call_kwargs)
-    if prompts is None or around:
+    """As many as asked for; to weigh alone, as many as there may be."""
+    if parts is None and not weigh:
         return None
-    try:
-        num = min(MOST, len(run_times(pipe, prompts, call_kwargs)))
-        return RunParts.of_run(num, pipe, prompts, call_kwargs) if num > 1 else None
-    except ValueError:  # times that cannot be told: nothing to cut a run by
-        return None
+    return RunParts.of_run(parts or min(MOST, len(run_times(pipe, prompts, call_kwargs))), pipe, prompts, call_kwargs)
 
 
 def _said(weights: Sequence[float]) -> str:
-    if not weights:
-        return "noise counts alike at all noise levels"
     words = ", ".join(f"{weight:.2g}" for weight in weights)
     return f"noise counts by what it does to the final latents: {words} in {len(weights)} equal parts of a run"
 

@@ -76,13 +76,11 @@ def test_a_search_sweeps_and_exchanges(pipe, capsys):
     dqtk.quantize(pipe, made.plan, made.stats, progress=False)
 
 
-@pytest.mark.parametrize(
-    ("steps", "said"), [(1, "noise counts alike"), (2, "in 2 equal parts of a run"), (6, "in 4 equal parts of")]
-)
+@pytest.mark.parametrize(("steps", "said"), [(2, "in 2 equal parts of a run"), (6, "in 4 equal parts of a run")])
 def test_noise_counts_by_its_harm(pipe, tmp_path, capsys, steps, said):
     """Scores are those of the journal with each part of a run weighed; their sum over the noisiest plan stays."""
     how = HOW | {"call_kwargs": {"num_inference_steps": steps}, "progress": True}
-    made = dqtk.allocate(pipe, ["a red circle"], ["w4a8-rtn", "w8a8"], "15.2bits", folder=tmp_path / "work", **how)
+    made = dqtk.allocate(pipe, ["a red circle"], ["w4a8-rtn", "w8a8"], "15.2bits", weigh=True, folder=tmp_path / "work", **how)
     assert said in capsys.readouterr().out
     rows = done(tmp_path / "work", "allocate")
     noises = {key: 10 ** (-score / 10) for key, score in made.offers.found.scores.items()}
@@ -90,8 +88,7 @@ def test_noise_counts_by_its_harm(pipe, tmp_path, capsys, steps, said):
     plan = dqtk.plan(pipe, "w4a8-rtn", overrides=dict.fromkeys(KEEP))
     keys = [(c.site.id, canonical(c.spec)) for c in plan.choices if c.spec is not None]
     assert sum(noises[key] for key in keys) == pytest.approx(sum(raw[key] for key in keys), rel=1e-6)
-    changed = [key for key in noises if noises[key] != pytest.approx(raw[key], rel=1e-3)]
-    assert bool(changed) == (steps > 1)
+    assert any(noises[key] != pytest.approx(raw[key], rel=1e-3) for key in noises)
 
 
 def test_around_a_calibrated_recipe(pipe):

@@ -185,13 +185,13 @@ def test_parts_without_calls_are_refused():
     stats = dqtk.calibrate(pipe, ["a circle"], dqtk.plan(pipe, "w4a8"), call_kwargs={"num_inference_steps": 1}, progress=False)
     with pytest.raises(ValueError, match="stats must have calls in each of 2 parts of a run, got them in 1"):
         dqtk.allocate(pipe, ["a circle"], ["w8a8"], "9bits", stats=stats, parts=2, call_kwargs=kwargs, progress=False)
-    with pytest.raises(ValueError, match="parts must come with prompts in place of stats"):
+    with pytest.raises(ValueError, match="parts and weigh must come with prompts and without around"):
         dqtk.allocate(pipe, None, ["w8a8"], "9bits", stats=stats, parts=2, call_kwargs=kwargs, progress=False)
 
 
 def test_parts_stand_alone():
     pipe = dqtk.load("tiny-pixart")
-    with pytest.raises(ValueError, match="parts must stand without content-score, sweep, switch and around, got one"):
+    with pytest.raises(ValueError, match="parts must stand without content-score, sweep and switch, got one"):
         dqtk.allocate(pipe, [f"{i} circles" for i in range(8)], ["w8a8"], "9bits", parts=2, switch=3)
     with pytest.raises(ValueError, match="parts must be from 2 to 4, or left out, got 5"):
         dqtk.allocate(pipe, ["a circle"], ["w8a8"], "9bits", parts=5)
