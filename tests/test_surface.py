@@ -17,6 +17,8 @@ GOLDEN = {
     "Rule": "(*, spec, why, pattern, roles)",
     "Site": "(*, id, kind, role, shape, bias, shared_input, unsupported)",
     "Stats": "(num_buckets, num_prompts, inputs, run, calls, times)",
+    "allocate": "(pipe, prompts, candidates, budget, *, keep, content, quality, content_score, ratio, sweep, switch, protect, around, "
+    "parts, weigh, costs, stats, judged_on, call_kwargs, seed, batch_size, folder, me, progress)",
     "calibrate": "(pipe, prompts, plan, *, seed, batch_size, call_kwargs, steps_per_run, placement, keep_calls, output, progress)",
     "compare": "(reference, candidate, prompts, *, seed, seeds_per_prompt, batch_size, call_kwargs, scores, lpips_net, "
     "lpips_weights, num_trajectory, oracle, floor, reference_name, candidate_name, floor_name, reference_folder, candidate_folder, "
@@ -51,7 +53,7 @@ def test_public_names_are_documented():
 
 
 def test_verbs_are_functions_although_modules_bear_their_names():
-    assert all(inspect.isfunction(getattr(dqtk, verb)) for verb in ("plan", "quantize", "calibrate", "save", "load"))
+    assert all(inspect.isfunction(getattr(dqtk, verb)) for verb in ("plan", "quantize", "calibrate", "allocate", "save", "load"))
 
 
 def test_version_is_that_of_the_package():
