@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import importlib.metadata
+import inspect
 import io
 import json
 import re
@@ -403,6 +404,30 @@ def test_allocate_among_calibrated_inputs(folder, say, tmp_path):
     assert plan.needs_stats
     stats = ["--stats", tmp_path / "plan-sensitivity.safetensors"]
     assert plan.hash in say("quantize", folder, "--plan", tmp_path / "plan.json", *stats, "--output", tmp_path / "out")
+
+
+def test_every_wish_of_the_command_line_arrives(folder, tmp_path, monkeypatch):
+    """What ``dqtk.allocate`` takes and the verb has a flag for is handed on: no flag is read and forgotten."""
+    command = importlib.import_module("dqtk.allocate.command")
+    words = [
+        "allocate",
+        folder,
+        "--widths",
+        "4",
+        "--prompts",
+        "a circle",
+        "--budget",
+        "9bits",
+        "--output",
+        str(tmp_path / "p.json"),
+    ]
+    options = parser().parse_args(words)
+    flags = set(vars(options)) & set(inspect.signature(dqtk.allocate).parameters)
+    seen = {}
+    monkeypatch.setattr(command, "allocate", lambda pipe, prompts, candidates, **given: seen.update(given))
+    assert main([*words, "--weigh"]) == 0
+    assert flags - {"prompts"} <= set(seen)
+    assert seen["weigh"] is True
 
 
 def test_allocate_swept_and_switched(folder, say, tmp_path):

@@ -33,6 +33,7 @@ ASKED = (
     "switch",
     "protect",
     "parts",
+    "weigh",
     "seed",
     "batch_size",
 )

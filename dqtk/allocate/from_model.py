@@ -140,11 +140,12 @@ def allocate(
     with ExitStack() as stack:
         where = Path(stack.enter_context(tempfile.TemporaryDirectory()), "measured") if folder is None else Path(folder)
         watching = _watching(pipe, [*plans, *([] if rest is None else [rest])], overrides)
-        seen = stats or _calibrated(
-            pipe, prompts, watching, beside(where, ".safetensors"), me, steps_per_run=_steps(parts), progress=progress, **how
-        )
-        if stats is not None:
+        if stats is None:
+            kept = beside(where, ".safetensors")
+            seen = _calibrated(pipe, prompts, watching, kept, me, steps_per_run=_steps(parts), progress=progress, **how)
+        else:
             check_model(stats, pipe, watching)
+            seen = stats
         modules = {component.name: components_of(pipe)[component.name] for component in plans[0].components}
         plans = [_answered(plan, modules, seen) for plan in plans]
         rest = None if rest is None else _answered(rest, modules, seen)
