@@ -332,7 +332,8 @@ def recipe_named(name: str) -> Recipe:
     if name in SEARCHES:
         raise ValueError(
             f"recipe: name must be of a recipe without a budget, got {name!r}, which measures layers first. "
-            f"dqtk allocate MODEL --search {name} --output plan.json, then dqtk quantize --plan plan.json; "
+            f"dqtk allocate MODEL --search {name} --output plan.json, then dqtk quantize MODEL --plan plan.json "
+            "--stats plan-sensitivity.safetensors; "
             f"in Python made = dqtk.allocate(pipe, prompts, {name!r}), then dqtk.quantize(pipe, made.plan, made.stats)."
         )
     if name not in RECIPES:
