@@ -112,13 +112,11 @@ def allocate(
             measurement.
     """
     if isinstance(candidates, str) and candidates in SEARCHES:
-        search = search_named(candidates)
-        wishes = wishes_of(search, budget=budget, content_score=content_score, ratio=ratio, sweep=sweep, switch=switch)
+        wishes = wishes_of(
+            search_named(candidates), budget=budget, content_score=content_score, ratio=ratio, sweep=sweep, switch=switch
+        )
         budget, content_score, ratio, sweep, switch = (wishes[name] for name in SEARCHED)
-        recipes: list[Recipe] = list(search.candidates)
-    else:
-        names = [candidates] if isinstance(candidates, str | Recipe) else candidates
-        recipes = [name if isinstance(name, Recipe) else recipe_named(name) for name in names]
+    recipes = _recipes(candidates)
     if not recipes:
         raise ValueError("allocate: candidates must be at least one recipe, got none. For example ['w4a8', 'w8a8'].")
     if folder is None and me.world > 1:
@@ -154,16 +152,10 @@ def allocate(
         probe = OutputSQNR(modules, seen.calls, run)
         pictures = None if score is None or prompts is None else PictureScore(pipe, prompts, score, **how)
         probes: dict[str, Probe] = {CONTENT: pictures or probe, QUALITY: probe}
-        layers = Layers(modules)
-        num = _num_scores(plans, around=rest is not None) // me.world
-        with tqdm(total=num, desc="allocate", unit="score", disable=not (progress and me.first)) as bar:
-            more: dict[str, Any] = {"me": me, "told": lambda site: bar.update()}
-            more |= {"layers": layers} if me.first and (sweep or switch) else {}
-            found = measure(pipe, plans, seen, probes, groups, folder=where, around=rest, **more)
+        layers = Layers(modules) if me.first and (sweep or switch) else None
+        found = _measured(pipe, plans, seen, probes, groups, where, rest, layers, me, progress=progress)
         if not me.first:
             return None
-        if progress:
-            print(describe_reliability(plans, found))
         weights: tuple[float, ...] = ()
         if run is not None and prompts is not None:
             weights = weights_of_parts(pipe, modules, plans, found, seen, len(run), prompts[:WEIGHED], call_kwargs, where)
@@ -174,7 +166,7 @@ def allocate(
         calls = shapes_of_a_step(modules, seen.calls, sites) if asked.unit == "bops" else None
         losses = {group: probe.loss for group, probe in probes.items()}
         offers = Offers.of(plans, found, asked, losses, groups, protect=protect, calls=calls, table=costs, parts=parts)
-        if judges is None:
+        if judges is None or layers is None:
             return replace(offers.allocated(ratio), stats=seen)
         layers.complete(plans, seen)
         start = None if sweep else offers.allocated(ratio)
@@ -328,6 +320,37 @@ def _check_parts(run: RunParts | None, stats: Stats) -> None:
 def _steps(parts: int | None) -> int:
     """Of every run whose calls are kept: as many in each part."""
     return STEPS if parts is None else parts * math.ceil(STEPS / parts)
+
+
+def _recipes(candidates: str | Recipe | Sequence[str | Recipe]) -> list[Recipe]:
+    """Of a search its own. Raises ``ValueError`` for unknown names."""
+    if isinstance(candidates, str) and candidates in SEARCHES:
+        return list(search_named(candidates).candidates)
+    names = [candidates] if isinstance(candidates, str | Recipe) else candidates
+    return [name if isinstance(name, Recipe) else recipe_named(name) for name in names]
+
+
+def _measured(
+    pipe: Any,
+    plans: Sequence[Plan],
+    stats: Stats,
+    probes: Mapping[str, Probe],
+    groups: Mapping[str, str],
+    folder: Path,
+    rest: Plan | None,
+    layers: Layers | None,
+    me: Processes,
+    *,
+    progress: bool,
+) -> Sensitivity:
+    """``measure`` with a bar, and what it found said."""
+    num = _num_scores(plans, around=rest is not None) // me.world
+    with tqdm(total=num, desc="allocate", unit="score", disable=not (progress and me.first)) as bar:
+        how: dict[str, Any] = {"layers": layers, "me": me, "told": lambda site: bar.update()}
+        found = measure(pipe, plans, stats, probes, groups, folder=folder, around=rest, **how)
+    if progress and me.first:
+        print(describe_reliability(plans, found))
+    return found
 
 
 def _num_scores(plans: Sequence[Plan], *, around: bool) -> int:
