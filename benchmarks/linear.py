@@ -2,8 +2,9 @@
 
     python benchmarks/linear.py [--repeats 15] [--threads 2] [--no-compile]
 
-Peers (torchao, optimum-quanto) are measured where they are installed. In each round every method runs once, in an order drawn anew,
-and its time is divided by that of bfloat16 in the same round; medians of these ratios survive a machine that does other work too.
+Peers (torchao, optimum-quanto) are measured where they are installed. In each round every method runs twice, in an order drawn anew,
+and the time of its second call is divided by that of bfloat16 in the same round; medians of these ratios survive a machine that does
+other work too. The first call is not timed: it finds the caches and the clock of the CPU as another method has left them.
 Inputs and outputs are bfloat16, except for float32's own. Appends one JSON line per shape to benchmarks/results.jsonl.
 """
 
@@ -106,6 +107,7 @@ def measure(methods: dict, repeats: int) -> dict[str, list[float]]:
         call()
     for _ in range(repeats):
         for name in random.sample(list(methods), len(methods)):
+            methods[name]()
             start = time.perf_counter()
             methods[name]()
             times[name].append(time.perf_counter() - start)

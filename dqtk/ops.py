@@ -60,5 +60,5 @@ def report_of(op: str, device: str) -> str:
 def _kernels(op: str, device: str) -> tuple[bool, str]:
     """Whether kernels of dqtk's own serve an op there, and which (or why none)."""
     if device == "cpu":
-        return native.describe(products=op != "weight_only")
+        return native.describe()
     return gpu.describe() if device == "cuda" and op in ("linear_int8", "weight_only") else (False, "")

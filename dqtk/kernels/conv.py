@@ -92,7 +92,7 @@ def conv_int8(
 
 @conv_int8.register_kernel("cpu")
 def _(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, kernel, stride, padding, dilation):
-    library = native.load(products=True)
+    library = native.load()
     if library is not None and x.dtype in native.TYPES:
         sizes = output_size(x.shape[2:], kernel, stride, padding, dilation)
         layer = native.IntegerLayer(qweight, scale, group_scale, bias, input_scale, input_zero, bits)

@@ -93,7 +93,7 @@ def linear_int8_through_torch(x, qweight, scale, group_scale, bias, input_scale,
 
 @linear_int8.register_kernel("cpu")
 def _(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, smooth=None, activation="none", active_from=0):
-    library = native.load(products=True)
+    library = native.load()
     layer = native.IntegerLayer(qweight, scale, group_scale, bias, input_scale, input_zero, bits)
     if library is None or x.dtype not in native.TYPES:
         return activated(linear_int8_through_torch(smoothed(x, smooth), *layer), activation, active_from)

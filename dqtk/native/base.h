@@ -97,6 +97,21 @@ inline void narrow(const float* in, float16* out, int64_t count) {
 }
 #endif
 
+#if defined(__AVX512BF16__)
+template <>
+inline void narrow(const float* in, bfloat16* out, int64_t count) {
+    constexpr int ODD = 0x01 | 0x20 | 0x80;  // NaN and what is too small to be normal: the instruction treats them in its own way
+    int64_t i = 0;
+    for (; i + 32 <= count; i += 32) {
+        const __m512 a = _mm512_loadu_ps(in + i), b = _mm512_loadu_ps(in + i + 16);
+        if (_mm512_fpclass_ps_mask(a, ODD) | _mm512_fpclass_ps_mask(b, ODD))
+            for (int j = 0; j < 32; j++) narrow(in[i + j], out[i + j]);
+        else _mm512_storeu_si512(out + i, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+    }
+    for (; i < count; i++) narrow(in[i], out[i]);
+}
+#endif
+
 // The largest magnitude as bits of a float. Bits of non-negative floats are ordered as the floats are, NaN above infinity.
 template <class T>
 inline uint32_t largest_bits(const T* in, int64_t count) {
@@ -105,11 +120,21 @@ inline uint32_t largest_bits(const T* in, int64_t count) {
     return uint32_t(top);
 }
 
+template <class T>
+inline uint16_t largest_of_halves(const T* in, int64_t count) {
+    int16_t top = 0;
+    for (int64_t i = 0; i < count; i++) top = std::max(top, int16_t(in[i].bits & 0x7fff));
+    return uint16_t(top);
+}
+
 template <>
 inline uint32_t largest_bits(const float16* in, int64_t count) {
-    int32_t top = 0;
-    for (int64_t i = 0; i < count; i++) top = std::max(top, int32_t(in[i].bits & 0x7fff));
-    return bits_of(widened(float16{uint16_t(top)}));
+    return bits_of(widened(float16{largest_of_halves(in, count)}));
+}
+
+template <>
+inline uint32_t largest_bits(const bfloat16* in, int64_t count) {
+    return uint32_t(largest_of_halves(in, count)) << 16;
 }
 
 // Calls ``body`` with a value of the element type that ``type`` names.

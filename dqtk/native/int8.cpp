@@ -9,28 +9,44 @@
 // a little beyond their end; there the panel holds zeros.
 //
 // VNNI multiplies unsigned with signed bytes, so codes are stored with an offset of 128, which is taken away again through the sums
-// of the weights, as a zero point is. The other levels multiply 16-bit numbers, two at a time, and need none.
+// of the weights, as a zero point is. AMX multiplies signed bytes, the other levels 16-bit numbers, two at a time; they need none.
 #include "weights.h"
 
 namespace dqtk {
 
 Parallel parallel = nullptr;
 
-#if defined(__AVX512VNNI__)
-using Code = uint8_t;
+#if defined(__AMX_INT8__)
+using Code = int8_t;
 using Factor = int8_t;  // a weight in a panel
-constexpr int OFFSET = 128, ROWS = 6, COLUMNS = 64;
+constexpr int OFFSET = 0, ROWS = 256, COLUMNS = 32, STEP = 64;
+#elif defined(__AVX512VNNI__)
+using Code = uint8_t;
+using Factor = int8_t;
+constexpr int OFFSET = 128, ROWS = 6, COLUMNS = 64, STEP = 4;
 #elif defined(__AVX2__)
 using Code = int16_t;
 using Factor = int16_t;
-constexpr int OFFSET = 0, ROWS = 6, COLUMNS = 16;
+constexpr int OFFSET = 0, ROWS = 6, COLUMNS = 16, STEP = 2;
 #else
 using Code = int16_t;
 using Factor = int16_t;
-constexpr int OFFSET = 0, ROWS = 4, COLUMNS = 16;
+constexpr int OFFSET = 0, ROWS = 4, COLUMNS = 16, STEP = 2;
 #endif
 constexpr int GROUP = 4 / int(sizeof(Code));  // codes that one lane of a vector multiplies and sums
+constexpr int64_t groups_of(int64_t codes) { return (codes + STEP - 1) / STEP * (STEP / GROUP); }  // of whole steps
+constexpr int SPARE_ROWS = STEP > GROUP ? 15 : 0;  // that a tile reads beyond the last
+
+// Codes from row to row of a linear layer. Rows of a tile lie in different sets of the cache where this is an odd number of lines.
+constexpr int64_t row_width(int64_t codes) { return STEP == 64 && codes / 64 % 2 == 0 ? codes + 64 : codes; }
 constexpr int64_t CHUNK_BYTES = 8 << 20;
+#if defined(__AMX_INT8__)
+// Tiles multiply so fast that codes must come from the second cache: half a MiB of rows is multiplied with a MiB of panels, and of
+// a panel so many steps at a time as leave room in the first cache (measured on Granite Rapids, as are ROWS).
+constexpr int64_t NEAR_BYTES = 1 << 19, PANEL_BYTES = 1 << 20, NEAR_STEPS = 9;
+#else
+constexpr int64_t NEAR_BYTES = CHUNK_BYTES, PANEL_BYTES = 0;
+#endif
 constexpr int64_t FEW_ROWS = 2;  // up to so many, interleaving weights costs more than it saves (measured on Zen 4)
 
 // Mirrored by ctypes structures in calls.py, which say what the fields are.
@@ -59,20 +75,24 @@ struct Window {
 
 // --- 1. rounding inputs -------------------------------------------------------------------------------------------------
 
+// ``within``: nothing is larger than 127 scales, and the scale is an ordinary number.
 struct Rounding {
     float scale, zero, low, high;
+    bool within;
 };
+
+constexpr float LEAST = 1e-30f, MOST = 1e30f;  // between them scales are ordinary numbers, and so are their reciprocals
 
 // The scale of what has this largest magnitude (bits of a float), and how it is rounded. NaN and infinity become the scale.
 inline Rounding rounding_of(const Input& in, uint32_t top_bits, float& scale) {
     const float top = float_of(top_bits);
     if (in.scale) {
         scale = std::isfinite(top) ? *in.scale : top;
-        return {*in.scale, in.zero ? float(*in.zero) : 0.0f, -128, 127};
+        return {*in.scale, in.zero ? float(*in.zero) : 0.0f, -128, 127, false};
     }
     scale = top / 127;
-    if (scale <= 1e-30f) scale = 1;
-    return {scale, 0, -127, 127};
+    if (scale <= LEAST) scale = 1;
+    return {scale, 0, -127, 127, scale > LEAST && scale < MOST};
 }
 
 #if defined(__AVX512VNNI__)
@@ -81,8 +101,8 @@ inline Rounding rounding_of(const Input& in, uint32_t top_bits, float& scale) {
 struct Quotient {
     __m512 scale, reciprocal, large;
     bool divides;
-    explicit Quotient(float by) : scale(_mm512_set1_ps(by)), reciprocal(_mm512_set1_ps(1 / by)), large(_mm512_set1_ps(1e30f)) {
-        divides = !(by > 1e-30f && by < 1e30f);
+    explicit Quotient(float by) : scale(_mm512_set1_ps(by)), reciprocal(_mm512_set1_ps(1 / by)), large(_mm512_set1_ps(MOST)) {
+        divides = !(by > LEAST && by < MOST);
     }
     __m512 of(__m512 x) const {
         if (divides) return _mm512_div_ps(x, scale);
@@ -92,6 +112,31 @@ struct Quotient {
     }
 };
 #endif
+
+#if defined(__AVX512VNNI__)
+inline __m512 load_floats(const float* x) { return _mm512_loadu_ps(x); }
+inline __m512 load_floats(const bfloat16* x) {
+    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x)), 16);
+}
+inline __m512 load_floats(const float16* x) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)x)); }
+#endif
+
+// Rounds what is within 127 ordinary scales: nothing saturates, nothing is NaN.
+template <class T>
+inline void round_within(const T* x, float scale, Code* out, int64_t count) {
+    int64_t i = 0;
+#if defined(__AVX512VNNI__)
+    const __m512 by = _mm512_set1_ps(scale), reciprocal = _mm512_set1_ps(1 / scale);
+    const __m512i offset = _mm512_set1_epi32(OFFSET);
+    for (; i + 16 <= count; i += 16) {
+        const __m512 values = load_floats(x + i), first = _mm512_mul_ps(values, reciprocal);
+        const __m512 quotient = _mm512_fmadd_ps(_mm512_fnmadd_ps(first, by, values), reciprocal, first);
+        const __m512i whole = _mm512_add_epi32(_mm512_cvtps_epi32(quotient), offset);
+        _mm_storeu_si128((__m128i*)(out + i), _mm512_cvtepi32_epi8(whole));
+    }
+#endif
+    for (; i < count; i++) out[i] = Code(int32_t(std::rint(widened(x[i]) / scale)) + OFFSET);
+}
 
 inline void round_codes(const float* x, const Rounding& by, Code* out, int64_t count) {
     const Rounding r = by;
@@ -118,9 +163,10 @@ inline void round_codes(const float* x, const Rounding& by, Code* out, int64_t c
     }
 }
 
-// Rounds elements of any type through a small buffer.
+// Rounds elements of any type, through a small buffer if need be.
 template <class T>
 inline void round_elements(const T* x, const Rounding& by, Code* out, int64_t count) {
+    if (by.within) return round_within(x, by.scale, out, count);
     float values[256];
     for (int64_t i = 0; i < count; i += 256) {
         const int64_t length = std::min<int64_t>(256, count - i);
@@ -132,20 +178,18 @@ inline void round_elements(const T* x, const Rounding& by, Code* out, int64_t co
 // One token: smoothed, then rounded as its own dtype, as an unfused layer would have it.
 template <class T>
 void round_row(const Input& in, const T* x, int64_t k, Code* out, float& scale) {
+    if (!in.smooth) return round_elements(x, rounding_of(in, largest_bits(x, k), scale), out, k);
     thread_local Scratch room;
     float* values = room.get<float>(k);
-    widen(x, values, k);
-    if (in.smooth) {
-        T rounded[64];
-        for (int64_t i = 0; i < k; i += 64) {
-            const int64_t length = std::min<int64_t>(64, k - i);
-            for (int64_t j = 0; j < length; j++) values[i + j] *= in.smooth[i + j];
-            narrow(values + i, rounded, length);
-            widen(rounded, values + i, length);
-        }
+    T rounded[64];
+    for (int64_t i = 0; i < k; i += 64) {
+        const int64_t length = std::min<int64_t>(64, k - i);
+        widen(x + i, values + i, length);
+        for (int64_t j = 0; j < length; j++) values[i + j] *= in.smooth[i + j];
+        narrow(values + i, rounded, length);
+        widen(rounded, values + i, length);
     }
-    const Rounding by = rounding_of(in, largest_bits(values, k), scale);
-    round_codes(values, by, out, k);
+    round_elements(values, rounding_of(in, largest_bits(values, k), scale), out, k);
 }
 
 // --- 2. panels of weights -----------------------------------------------------------------------------------------------
@@ -226,8 +270,114 @@ void make_panel(const Weight& w, int64_t first, const Runs& runs, Factor* panel,
 
 // --- 3. products --------------------------------------------------------------------------------------------------------
 
-// acc [R, COLUMNS] = codes of R rows times a panel.
-#if defined(__AVX512VNNI__)
+// acc [count, COLUMNS] = codes of up to ROWS rows times a panel.
+#if defined(__AMX_INT8__)
+// The codes that a step of tiles reads begin at ``offset`` of their row.
+struct Steps {
+    const Runs& runs;
+    int64_t per_run, run, code;
+    Steps(const Runs& runs, int64_t first) : runs(runs), per_run(runs.groups * GROUP / STEP) {
+        run = first / per_run, code = first % per_run * STEP;
+    }
+    int64_t offset() const { return runs.offsets[run] + code; }
+    void next() {
+        code += STEP;
+        if (code == per_run * STEP) run++, code = 0;
+    }
+};
+
+// Sixteen rows of codes as tiles read them. Where rows do not lie at equal distances, their steps are copied: [steps, 16, STEP].
+struct TileRows {
+    const Code* codes;
+    int64_t stride;
+    bool copied;
+    TileRows(int count, const Code* const* rows, Steps steps, int64_t num_steps, Code* room)
+        : codes(rows[0]), stride(count > 1 ? rows[1] - rows[0] : 0), copied(false) {
+        for (int r = 2; r < count; r++) copied |= rows[r] - rows[r - 1] != stride;
+        if (!copied) return;
+        codes = room, stride = STEP;
+        for (int64_t step = 0; step < num_steps; step++, steps.next(), room += 16 * STEP)
+            for (int r = 0; r < count; r++) _mm512_store_si512(room + r * STEP, _mm512_loadu_si512(rows[r] + steps.offset()));
+    }
+    const Code* at(int64_t step, const Steps& steps) const { return codes + (copied ? step * 16 * STEP : steps.offset()); }
+};
+
+// Adds products of some steps to acc, or begins with zero. Tiles 0 to 3: sums of 16 x 16 outputs; 4 and 5: codes; 6 and 7: weights.
+template <bool BOTH, bool ADD>
+void multiply_tiles(const TileRows& a, const TileRows& b, Steps steps, int64_t num_steps, const Factor* panel, int32_t* acc) {
+    int32_t* below = acc + 16 * COLUMNS;
+    if constexpr (ADD) {
+        _tile_loadd(0, acc, COLUMNS * 4);
+        _tile_loadd(1, acc + 16, COLUMNS * 4);
+        if constexpr (BOTH) {
+            _tile_loadd(2, below, COLUMNS * 4);
+            _tile_loadd(3, below + 16, COLUMNS * 4);
+        }
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int64_t step = 0; step < num_steps; step++, steps.next(), panel += STEP * COLUMNS) {
+        _tile_loadd(6, panel, COLUMNS * GROUP);
+        _tile_loadd(4, a.at(step, steps), a.stride);
+        _tile_dpbssd(0, 4, 6);
+        _tile_loadd(7, panel + 16 * GROUP, COLUMNS * GROUP);
+        _tile_dpbssd(1, 4, 7);
+        if constexpr (BOTH) {
+            _tile_loadd(5, b.at(step, steps), b.stride);
+            _tile_dpbssd(2, 5, 6);
+            _tile_dpbssd(3, 5, 7);
+        }
+    }
+    _tile_stored(0, acc, COLUMNS * 4);
+    _tile_stored(1, acc + 16, COLUMNS * 4);
+    if constexpr (!BOTH) return;
+    _tile_stored(2, below, COLUMNS * 4);
+    _tile_stored(3, below + 16, COLUMNS * 4);
+}
+
+template <bool ADD>
+void multiply_steps(
+    int count, const Code* const* rows, const Runs& runs, int64_t first, int64_t num_steps, const Factor* panel, int32_t* acc
+) {
+    alignas(64) Code room[2][NEAR_STEPS * 16 * STEP];
+    const Steps steps(runs, first);
+    const TileRows a(std::min(count, 16), rows, steps, num_steps, room[0]);
+    panel += first * STEP * COLUMNS;
+    if (count <= 16) return multiply_tiles<false, ADD>(a, a, steps, num_steps, panel, acc);
+    multiply_tiles<true, ADD>(a, TileRows(count - 16, rows + 16, steps, num_steps, room[1]), steps, num_steps, panel, acc);
+}
+
+// Some steps for all rows, then the next ones: that part of the panel stays in the first cache.
+void multiply_rows(int count, const Code* const* rows, const Runs& runs, const Factor* panel, int32_t* acc) {
+    const int64_t num_steps = runs.count * runs.groups * GROUP / STEP;
+    const int64_t parts = (num_steps + NEAR_STEPS - 1) / NEAR_STEPS, length = (num_steps + parts - 1) / parts;
+    for (int64_t first = 0; first < num_steps; first += length)
+        for (int r = 0; r < count; r += 32) {
+            const int live = std::min(32, count - r);
+            const int64_t some = std::min(length, num_steps - first);
+            int32_t* sums = acc + r * COLUMNS;
+            if (first == 0) multiply_steps<false>(live, rows + r, runs, first, some, panel, sums);
+            else multiply_steps<true>(live, rows + r, runs, first, some, panel, sums);
+        }
+}
+
+// The shapes of a thread's tiles, while there is one of these. Others in this thread set them anew for themselves.
+struct Tiles {
+    struct alignas(64) Shapes {
+        uint8_t palette = 1, start = 0, unused[14] = {};
+        uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    };
+    Tiles() {
+        static const Shapes shapes;
+        _tile_loadconfig(&shapes);
+    }
+    ~Tiles() { _tile_release(); }
+};
+#elif defined(__AVX512VNNI__)
 template <int R>
 void multiply_tile(const Code* const* rows, const Runs& runs, const Factor* panel, int32_t* acc) {
     __m512i c[R][4];
@@ -291,6 +441,7 @@ void multiply_tile(const Code* const* rows, const Runs& runs, const Factor* pane
 }
 #endif
 
+#if !defined(__AMX_INT8__)
 void multiply_rows(int count, const Code* const* rows, const Runs& runs, const Factor* panel, int32_t* acc) {
     switch (count) {
         case 1: return multiply_tile<1>(rows, runs, panel, acc);
@@ -301,6 +452,11 @@ void multiply_rows(int count, const Code* const* rows, const Runs& runs, const F
         default: return multiply_tile<ROWS>(rows, runs, panel, acc);
     }
 }
+
+struct Tiles {
+    Tiles() {}
+};
+#endif
 
 // Rows of a chunk: where their codes begin, and their scales, each of ``per_scale`` neighbouring rows.
 struct Rows {
@@ -355,7 +511,8 @@ template <class T>
 void multiply_panel(
     const Rows& rows, int64_t begin, int64_t end, const Runs& runs, const Factor* panel, const Finish& by, T* y, int64_t n, int count
 ) {
-    int32_t acc[ROWS * COLUMNS];
+    alignas(64) int32_t acc[ROWS * COLUMNS];
+    const Tiles tiles;
     for (int64_t m = begin; m < end; m += ROWS) {
         const int live = int(std::min<int64_t>(ROWS, end - m));
         const Code* starts[ROWS];
@@ -377,28 +534,39 @@ int64_t count_parts(int64_t panels, int64_t rows, int threads) {
     return best;
 }
 
+// A task makes some panels and multiplies each with its rows, as many rows at a time as stay in a core's cache meanwhile.
 template <class T>
 void multiply_chunk(const Rows& rows, const Runs& runs, const Weight& w, const Output& out, int32_t shift, int threads, T* y) {
-    const int64_t panels = (w.n + COLUMNS - 1) / COLUMNS, parts = count_parts(panels, rows.count, threads);
+    const int64_t size = runs.count * runs.groups * GROUP, panels = (w.n + COLUMNS - 1) / COLUMNS;  // of a row or column
+    const int64_t near = std::max<int64_t>(ROWS, NEAR_BYTES / int64_t(size * sizeof(Code)) / ROWS * ROWS);
+    const int64_t most = rows.count <= near ? 1 : std::max<int64_t>(1, PANEL_BYTES / int64_t(size * COLUMNS * sizeof(Factor)));
+    const int64_t groups = (panels + most - 1) / most, parts = count_parts(groups, rows.count, threads);
     const int64_t length = ((rows.count + parts - 1) / parts + ROWS - 1) / ROWS * ROWS;
-    for_each(threads, panels * parts, 1, [&](int64_t task) {
-        thread_local Scratch room;
-        const int64_t first = task / parts * COLUMNS, begin = task % parts * length;
-        if (begin >= rows.count) return;
-        Factor* panel = room.get<Factor>(runs.count * runs.groups * GROUP * COLUMNS);
-        int32_t sums[COLUMNS];
-        make_panel(w, first, runs, panel, sums);
-        const int count = int(std::min<int64_t>(COLUMNS, w.n - first));
-        const Finish by(out, sums, shift, first, count);
-        multiply_panel(rows, begin, std::min(begin + length, rows.count), runs, panel, by, y + first, w.n, count);
+    for_each(threads, groups * parts, 1, [&](int64_t task) {
+        thread_local Scratch room, sums_room;
+        const int64_t first = task / parts * panels / groups, last = (task / parts + 1) * panels / groups;
+        const int64_t begin = task % parts * length, end = std::min(begin + length, rows.count);
+        if (begin >= end) return;
+        Factor* factors = room.get<Factor>((last - first) * size * COLUMNS);
+        int32_t* sums = sums_room.get<int32_t>((last - first) * COLUMNS);
+        for (int64_t m = begin; m < end; m += near)
+            for (int64_t i = first; i < last; i++) {
+                Factor* panel = factors + (i - first) * size * COLUMNS;
+                if (m == begin) make_panel(w, i * COLUMNS, runs, panel, sums + (i - first) * COLUMNS);
+                const int count = int(std::min<int64_t>(COLUMNS, w.n - i * COLUMNS));
+                const Finish by(out, sums + (i - first) * COLUMNS, shift, i * COLUMNS, count);
+                multiply_panel(rows, m, std::min(m + near, end), runs, panel, by, y + i * COLUMNS, w.n, count);
+            }
     });
 }
 
 #if defined(__AVX512VNNI__)
+constexpr int FEW_OFFSET = 128;  // of the codes here, at every level
+
 // acc [R, 4] = codes of R rows times four rows of weights as they lie in memory, and the sums of the weights.
 template <int R>
 void multiply_few(const Code* codes, int64_t stride, const int8_t* const* w, int64_t k, int32_t (*acc)[COLUMNS], int32_t* sums) {
-    const __m512i ones = _mm512_set1_epi8(1);
+    const __m512i ones = _mm512_set1_epi8(1), offset = _mm512_set1_epi8(char(FEW_OFFSET - OFFSET));
     __m512i c[R][4], s[4];
     for (int j = 0; j < 4; j++) {
         s[j] = _mm512_setzero_si512();
@@ -409,7 +577,10 @@ void multiply_few(const Code* codes, int64_t stride, const int8_t* const* w, int
         for (int j = 0; j < 4; j++) {
             const __m512i b = _mm512_maskz_loadu_epi8(mask, w[j] + i);
             s[j] = _mm512_dpbusd_epi32(s[j], ones, b);
-            for (int r = 0; r < R; r++) c[r][j] = _mm512_dpbusd_epi32(c[r][j], _mm512_loadu_si512(codes + r * stride + i), b);
+            for (int r = 0; r < R; r++) {
+                const __m512i a = _mm512_add_epi8(_mm512_loadu_si512(codes + r * stride + i), offset);
+                c[r][j] = _mm512_dpbusd_epi32(c[r][j], a, b);
+            }
         }
     }
     for (int j = 0; j < 4; j++) {
@@ -444,11 +615,11 @@ void multiply_few_rows(const Rows& rows, int64_t stride, const Weight& w, const 
 template <class T>
 void linear(const Input& in, const Weight& w, const Output& out, int64_t rows) {
     thread_local Scratch codes_room, offsets_room, scales_room;
-    const int64_t start = 0, groups = (w.k + GROUP - 1) / GROUP, width = groups * GROUP;
+    const int64_t start = 0, groups = groups_of(w.k), width = row_width(groups * GROUP);
     const Runs runs{&start, 1, w.k, groups};
     const int32_t shift = OFFSET + (in.zero ? *in.zero : 0);
     const int64_t chunk = std::max<int64_t>(64, CHUNK_BYTES / int64_t(width * sizeof(Code))), most = std::min(rows, chunk);
-    Code* codes = codes_room.get<Code>(most * width);
+    Code* codes = codes_room.get<Code>((most + SPARE_ROWS) * width);
     int64_t* offsets = offsets_room.get<int64_t>(most);
     float* scales = scales_room.get<float>(most);
     for (int64_t m = 0; m < rows; m += chunk) {
@@ -463,7 +634,7 @@ void linear(const Input& in, const Weight& w, const Output& out, int64_t rows) {
         const int threads = count * w.k * w.n < (1 << 18) ? 1 : in.threads;
 #if defined(__AVX512VNNI__)
         if (count <= FEW_ROWS) {
-            multiply_few_rows(these, width, w, out, shift, threads, y);
+            multiply_few_rows(these, width, w, out, shift + FEW_OFFSET - OFFSET, threads, y);
             continue;
         }
 #endif
@@ -531,12 +702,12 @@ void conv(const Input& in, const Weight& w, const Output& out, const Window& o) 
         const int64_t tap = i % per_row, y = i / per_row % o.kernel[1], z = i / per_row / o.kernel[1];
         starts[i] = p.at(0, z * o.dilation[0], y * o.dilation[1], tap * o.dilation[2]);
     }
-    const Runs runs{starts, num_runs, length, (length + GROUP - 1) / GROUP};
+    const Runs runs{starts, num_runs, length, groups_of(length)};
     const int32_t shift = OFFSET + (in.zero ? *in.zero : 0);
     const int64_t elements = o.channels * o.size[0] * o.size[1] * o.size[2], sample_codes = p.at(1, 0, 0, 0);
     const int64_t positions = o.out[0] * o.out[1] * o.out[2];
     const int64_t chunk = std::min(o.batch, std::max<int64_t>(1, CHUNK_BYTES / int64_t(sample_codes * sizeof(Code))));
-    Code* codes = codes_room.get<Code>(chunk * sample_codes);
+    Code* codes = codes_room.get<Code>(chunk * sample_codes + SPARE_ROWS * o.stride[2] * o.channels + STEP);
     int64_t* offsets = offsets_room.get<int64_t>(chunk * positions);
     float* scales = scales_room.get<float>(chunk);
     Rounding* by = rounding_room.get<Rounding>(chunk);
@@ -563,7 +734,9 @@ void conv(const Input& in, const Weight& w, const Output& out, const Window& o) 
 }  // namespace dqtk
 
 EXPORT const char* dqtk_level() {
-#if defined(__AVX512BF16__)
+#if defined(__AMX_INT8__)
+    return "amx-int8";
+#elif defined(__AVX512BF16__)
     return "avx512-bf16";
 #elif defined(__AVX512VNNI__)
     return "avx512-vnni";

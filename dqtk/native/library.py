@@ -7,7 +7,7 @@ A library is named by a hash of the sources, the flags and the compiler; the fla
 temporary name and renamed, so that processes may build at once and an interrupted build leaves nothing that loads.
 
 Environment:
-    DQTK_NATIVE      "off", or a level to use in place of the best: avx512-bf16, avx512-vnni, avx2, generic
+    DQTK_NATIVE      "off", or a level to use in place of the best: amx-int8, avx512-bf16, avx512-vnni, avx2, generic
     DQTK_CACHE_DIR   where libraries are kept; else XDG_CACHE_HOME/dqtk, else ~/.cache/dqtk
     CXX              the compiler; else the first found of c++, g++, clang++
 """
@@ -50,6 +50,7 @@ _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mprefer-vector-width=512")
 _VNNI = _NEEDS | {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}
 LEVELS = (  # best first
+    Level("amx-int8", _VNNI | {"avx512_bf16", "amx_tile", "amx_int8"}, (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8")),
     Level("avx512-bf16", _VNNI | {"avx512_bf16"}, (*_AVX512, "-mavx512bf16")),
     Level("avx512-vnni", _VNNI, _AVX512),
     Level("avx2", _NEEDS, _AVX2),
@@ -57,23 +58,15 @@ LEVELS = (  # best first
 )
 
 
-_AMX = "this CPU has AMX, which torch's integer matmul uses and they do not"
-
-
 class Unavailable(Exception):
     """Why there is no native library: one phrase."""
 
 
-def describe(products: bool = False) -> tuple[bool, str]:
-    """Whether native kernels serve the CPU, and which (or why none). Compiles nothing: before first use this is what will be tried.
-
-    ``products``: asked for integer products rather than for decoding.
-    """
+def describe() -> tuple[bool, str]:
+    """Whether native kernels serve the CPU, and which (or why none). Compiles nothing: before first use this is what will be tried."""
     try:
         if _failure is not None:
             raise Unavailable(_failure)
-        if products and _leave_products():
-            raise Unavailable(_AMX)
         if _library is not None:
             return True, f"native ({_library.dqtk_level().decode()})"
         level = _level()
@@ -89,11 +82,9 @@ _library: ctypes.CDLL | None = None
 _failure: str | None = None
 
 
-def load(products: bool = False) -> ctypes.CDLL | None:
+def load() -> ctypes.CDLL | None:
     """The library, compiled if need be; None where there can be none, and ``describe`` says why. The answer stays."""
     global _library, _failure
-    if products and _leave_products():
-        return None
     if _library is None and _failure is None:
         with _lock:
             if _library is None and _failure is None:
@@ -104,12 +95,6 @@ def load(products: bool = False) -> ctypes.CDLL | None:
                     if os.environ.get("DQTK_NATIVE") != "off":
                         print(f"dqtk: no native kernels, torch's own are used: {reason}", file=sys.stderr)
     return _library
-
-
-def _leave_products() -> bool:
-    """Whether torch's integer matmul is the faster one here (not measured: by its instructions, sixteen times VNNI's). A level that
-    is asked for is used."""
-    return "amx_int8" in _cpu_flags() and not os.environ.get("DQTK_NATIVE")
 
 
 def converts_bfloat16() -> bool:
@@ -191,7 +176,8 @@ def _build(command: list[str], path: Path) -> None:
             sources = [str(Path(__file__).parent / name) for name in SOURCES if name.endswith(".cpp")]
             done = subprocess.run([*command, *sources, "-o", str(made)], capture_output=True, text=True, timeout=300, check=False)
             if done.returncode != 0 or not made.is_file():
-                said = (done.stderr.strip().splitlines() or ["nothing"])[0]
+                lines = done.stderr.strip().splitlines() or ["nothing"]
+                said = next((line for line in lines if "error" in line), lines[0])
                 raise Unavailable(f"the compiler {command[0]} failed with status {done.returncode} and said: {said}")
             os.replace(made, path)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -200,6 +186,8 @@ def _build(command: list[str], path: Path) -> None:
 
 def _level() -> Level:
     wanted, flags = os.environ.get("DQTK_NATIVE", ""), _cpu_flags()
+    if "amx_tile" in flags and not _may_use_tiles():
+        flags -= {"amx_tile"}
     names = [level.name for level in LEVELS]
     if wanted == "off":
         raise Unavailable("switched off by DQTK_NATIVE")
@@ -222,6 +210,13 @@ def _cpu_flags() -> frozenset[str]:
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(errors="replace"), re.MULTILINE) if cpuinfo.is_file() else None
     return frozenset(found[1].split()) if found else frozenset()
+
+
+@cache
+def _may_use_tiles() -> bool:
+    """Asks Linux for the registers of AMX, which a process gets on request only (arch_prctl of x86-64: ARCH_REQ_XCOMP_PERM)."""
+    system_call, request, tile_data = 158, 0x1023, 18
+    return platform.machine() == "x86_64" and ctypes.CDLL(None).syscall(system_call, request, tile_data) == 0
 
 
 def _compiler() -> list[str]:

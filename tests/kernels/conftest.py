@@ -24,12 +24,7 @@ def native_level(monkeypatch):
 
 @pytest.fixture
 def environment(monkeypatch, tmp_path):
-    """Function (**variables) -> decide about native kernels again in that environment, with an empty cache folder.
-
-    On a CPU with AMX as if it had none: there products are left to torch before anything is looked at.
-    """
-    found = library._cpu_flags
-    monkeypatch.setattr(library, "_cpu_flags", lambda: frozenset(flag for flag in found() if not flag.startswith("amx")))
+    """Function (**variables) -> decide about native kernels again in that environment, with an empty cache folder."""
 
     def change(**variables):
         for name in ("DQTK_NATIVE", "CXX", "XDG_CACHE_HOME"):

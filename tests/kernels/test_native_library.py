@@ -143,7 +143,8 @@ def test_switched_off(environment, capfd):
 def test_unknown_levels_are_errors(environment):
     environment(DQTK_NATIVE="sse9")
     with pytest.raises(
-        ValueError, match=r"DQTK_NATIVE must be off, avx512-bf16, avx512-vnni, avx2, generic or unset, got 'sse9'\. Unset it"
+        ValueError,
+        match=r"DQTK_NATIVE must be off, amx-int8, avx512-bf16, avx512-vnni, avx2, generic or unset, got 'sse9'\. Unset it",
     ):
         linear_int8(*layer())
 
@@ -158,14 +159,12 @@ def test_levels_that_the_cpu_lacks(environment, monkeypatch):
     assert runs_right()
 
 
-def test_integer_products_are_left_to_amx(environment, monkeypatch):
-    monkeypatch.setattr(library, "_cpu_flags", lambda: frozenset({"amx_int8"}) | library.LEVELS[0].needs)
+@pytest.mark.parametrize(("granted", "level"), [(True, "amx-int8"), (False, "avx512-bf16")])
+def test_tiles_are_used_where_the_system_grants_them(environment, monkeypatch, granted, level):
+    monkeypatch.setattr(library, "_cpu_flags", lambda: library.LEVELS[0].needs)
+    monkeypatch.setattr(library, "_may_use_tiles", lambda: granted)
     environment()
-    assert "this CPU has AMX" in report_of("linear_int8", "cpu")
-    assert "AMX" not in report_of("weight_only", "cpu")
-    assert library.load(products=True) is None
-    environment(DQTK_NATIVE="avx2")
-    assert "AMX" not in report_of("linear_int8", "cpu")
+    assert report_of("linear_int8", "cpu") == f"integer matmul, native ({level}), compiled at first use"
 
 
 def test_a_compiler_that_is_not_there(environment):
