@@ -2,9 +2,9 @@
 
     python benchmarks/linear.py [--repeats 15] [--threads 2] [--no-compile]
 
-Peers (torchao, optimum-quanto) are measured where they are installed. In each round every method runs twice, in an order drawn anew,
-and the time of its second call is divided by that of bfloat16 in the same round; medians of these ratios survive a machine that does
-other work too. The first call is not timed: it finds the caches and the clock of the CPU as another method has left them.
+Peers (torchao, optimum-quanto) are measured where they are installed. In each round every method runs twice, in an order drawn
+anew, and the time of its second call is divided by that of bfloat16 in the same round; medians of these ratios survive a machine
+that does other work too. The first call is not timed: it finds the caches and the clock of the CPU as another method has left them.
 Inputs and outputs are bfloat16, except for float32's own. Appends one JSON line per shape to benchmarks/results.jsonl.
 """
 

@@ -63,7 +63,7 @@ class Unavailable(Exception):
 
 
 def describe() -> tuple[bool, str]:
-    """Whether native kernels serve the CPU, and which (or why none). Compiles nothing: before first use this is what will be tried."""
+    """Whether native kernels serve the CPU, and which (or why none). Compiles nothing: before first use, what will be tried."""
     try:
         if _failure is not None:
             raise Unavailable(_failure)

@@ -167,7 +167,7 @@ def test_activations_of_all_numbers(level, activation, native_level):
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("outputs", [3, 530])
 def test_many_rows_in_chunks(level, outputs, native_level):
-    """More rows than codes are kept at a time (8 MiB), and than a core keeps near; few outputs, where threads share a panel's rows."""
+    """More rows than codes are kept at a time (8 MiB) or near a core; and few outputs, where threads share a panel's rows."""
     native_level(level)
     packed = rtn(seeded(outputs, 2056, seed=1), TensorSpec(format=Int(bits=8), granularity=PerChannel()))
     x = seeded(4201, 257).repeat(1, 8)
