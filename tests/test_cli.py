@@ -202,7 +202,7 @@ def test_plan_file_in_place_of_a_recipe(folder, say, tmp_path):
 )
 def test_a_dtype_without_units_is_said(load_tiny, monkeypatch, capsys, flags, large, said):
     cli, library = importlib.import_module("dqtk.cli"), importlib.import_module("dqtk.native.library")
-    monkeypatch.setattr(library, "_cpu_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(library, "cpu_flags", lambda: frozenset(flags))
     monkeypatch.setattr(cli, "LARGE", large)
     exact, rounded = load_tiny("pixart"), load_tiny("pixart", torch.bfloat16)
     capsys.readouterr()

@@ -99,7 +99,7 @@ def load() -> ctypes.CDLL | None:
 
 def converts_bfloat16() -> bool:
     """Whether this is an x86 CPU that has no units for bfloat16: torch's matmul converts then, and is several times slower."""
-    flags = _cpu_flags()
+    flags = cpu_flags()
     return "avx2" in flags and not {"avx512_bf16", "amx_bf16"} & flags
 
 
@@ -185,7 +185,7 @@ def _build(command: list[str], path: Path) -> None:
 
 
 def _level() -> Level:
-    wanted, flags = os.environ.get("DQTK_NATIVE", ""), _cpu_flags()
+    wanted, flags = os.environ.get("DQTK_NATIVE", ""), cpu_flags()
     if "amx_tile" in flags and not _may_use_tiles():
         flags -= {"amx_tile"}
     names = [level.name for level in LEVELS]
@@ -205,7 +205,7 @@ def _level() -> Level:
 
 
 @cache
-def _cpu_flags() -> frozenset[str]:
+def cpu_flags() -> frozenset[str]:
     """What the operating system says that the CPU can do; nothing where there is no /proc/cpuinfo."""
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(errors="replace"), re.MULTILINE) if cpuinfo.is_file() else None

@@ -1,13 +1,18 @@
 """Where a measurement was taken: versions of what computes, and the machine."""
 
 import importlib.metadata
+import os
 import platform
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
+from dqtk.native import cpu_flags
+
 _PACKAGES = ("dqtk", "torch", "diffusers", "transformers", "torchmetrics", "numpy")
+_UNITS = ("avx2", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")  # as /proc/cpuinfo names them
+_LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DQTK_NATIVE")
 
 
 def versions() -> dict[str, str]:
@@ -22,8 +27,15 @@ def versions() -> dict[str, str]:
 
 
 def hardware(device: torch.device | str = "cpu") -> dict[str, str]:
-    """Processor, threads and, for a CUDA ``device``, the accelerator's name."""
+    """Processor, its units for products, threads and, for a CUDA ``device``, the accelerator's name.
+
+    ``limits``: variables of the environment that keep libraries from some of these units, where they are set.
+    """
     found = {"processor": _processor(), "machine": platform.machine(), "threads": str(torch.get_num_threads())}
+    if units := [unit for unit in _UNITS if unit in cpu_flags()]:
+        found["units"] = " ".join(units)
+    if limits := [f"{name}={os.environ[name]}" for name in _LIMITS if name in os.environ]:
+        found["limits"] = " ".join(limits)
     device = torch.device(device)
     if device.type == "cuda":
         found["accelerator"] = torch.cuda.get_device_name(device)

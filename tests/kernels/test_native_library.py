@@ -150,7 +150,7 @@ def test_unknown_levels_are_errors(environment):
 
 
 def test_levels_that_the_cpu_lacks(environment, monkeypatch):
-    monkeypatch.setattr(library, "_cpu_flags", lambda: frozenset({"avx2", "fma"}))
+    monkeypatch.setattr(library, "cpu_flags", lambda: frozenset({"avx2", "fma"}))
     environment(DQTK_NATIVE="avx2")
     assert library.describe() == (False, "native kernels: this CPU has no f16c, which DQTK_NATIVE=avx2 needs")
     environment()
@@ -161,7 +161,7 @@ def test_levels_that_the_cpu_lacks(environment, monkeypatch):
 
 @pytest.mark.parametrize(("granted", "level"), [(True, "amx-int8"), (False, "avx512-bf16")])
 def test_tiles_are_used_where_the_system_grants_them(environment, monkeypatch, granted, level):
-    monkeypatch.setattr(library, "_cpu_flags", lambda: library.LEVELS[0].needs)
+    monkeypatch.setattr(library, "cpu_flags", lambda: library.LEVELS[0].needs)
     monkeypatch.setattr(library, "_may_use_tiles", lambda: granted)
     environment()
     assert report_of("linear_int8", "cpu") == f"integer matmul, native ({level}), compiled at first use"
