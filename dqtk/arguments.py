@@ -39,7 +39,9 @@ def parser() -> argparse.ArgumentParser:
         "--refine", choices=("distill", "blocks"), help="then train it on the original's answers, where unseen prompts confirm it"
     )
     quant.add_argument("--iterations", type=_positive, metavar="N", help="of --refine (default: its own number)")
-    quant.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="state of --refine; an interrupted run goes on from it")
+    quant.add_argument(
+        "--checkpoint", type=Path, metavar="FOLDER", help="for what takes long: an interrupted run goes on, and processes share it"
+    )
     quant.add_argument("--max-memory", type=float, default=2, metavar="GIB", help="of input statistics (%(default)s)")
     quant.add_argument("--stream", action="store_true", help="a layer at a time, for models larger than memory; resumes")
     quant.add_argument("--output", type=Path, required=True, help="folder for the quantized pipeline; new or empty")

@@ -21,15 +21,17 @@ from .allocate.command import choices_from_logs, plan_from_model
 from .arguments import parser
 from .calibrate import Stats
 from .calibrate import calibrate as run_calibrate
+from .calibrate.together import calibrate_together
 from .calls import call_arguments, denoisers
 from .checkpoint import check_output, written_whole
 from .explain import totals
 from .installed import installed_plan, summary
 from .native.library import converts_bfloat16
 from .plan import Plan
+from .processes import processes
 from .prompt_sets import read_prompts
+from .quantize import STATS, quantize, save
 from .quantize import plan as make_plan
-from .quantize import quantize, save
 from .recipes import RECIPES, recipe_named
 from .report.rounding import check_rounding
 from .resolve import oracle_for
@@ -75,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except (_Terminated, KeyboardInterrupt) as stop:
         said, status = ("terminated", 143) if isinstance(stop, _Terminated) else ("interrupted", 130)
-        goes_on = getattr(options, "stream", False) or options.verb in ("calibrate", "allocate", "run")
+        keeps = getattr(options, "stream", False) or getattr(options, "checkpoint", None) is not None
+        goes_on = keeps or options.verb in ("calibrate", "allocate", "run")
         left = "run the same command again to go on" if goes_on else "nothing half-written was left"
         print(f"dqtk {options.verb}: {said}; {left}", file=sys.stderr)
         return status
@@ -184,8 +187,10 @@ def _quantize(options: argparse.Namespace, command: str) -> None:
     if options.stream and any(getattr(options, name) for name in learning):
         flags = ", ".join(f"--{name}" for name in learning[:-1])
         raise ValueError(f"--stream must stand without {flags} and --refine, got one. It learns nothing.")
-    if options.refine is None and (options.iterations or options.checkpoint):
-        raise ValueError("--iterations and --checkpoint must come with --refine, got one without. Nothing else trains.")
+    if options.refine is None and options.iterations:
+        raise ValueError("--iterations must come with --refine, got it without. Nothing else trains.")
+    if options.stream and options.checkpoint:
+        raise ValueError("--checkpoint must be left out with --stream, which keeps what is done beside its output, got both.")
     if options.plan is None:
         meta = meta_target(options.model) if options.stream else meta_pipeline(options.model)
         plan = _plan_for(options, meta)  # wrong names and patterns fail before any weight is read
@@ -207,6 +212,9 @@ def _quantize(options: argparse.Namespace, command: str) -> None:
 def _quantize_in_memory(options: argparse.Namespace, plan: Plan) -> None:
     prompts = read_prompts(options.prompts, options.num_prompts) if options.prompts else None
     stats = _read_stats(options.stats) if options.stats else None
+    me = processes()
+    if me.world > 1 and options.checkpoint is None:
+        raise ValueError("--checkpoint FOLDER must be given where several processes share the work, got none.")
     taught = options.correct or options.refine is not None
     calibrated = plan.needs_stats or taught
     if calibrated and stats is None and prompts is None:
@@ -214,19 +222,25 @@ def _quantize_in_memory(options: argparse.Namespace, plan: Plan) -> None:
         raise ValueError(f"--prompts or --stats must be given for {what}, got neither. It is calibrated.")
     if stats is not None and not calibrated:
         raise ValueError(f"--stats must be left out for recipe {plan.recipe}, got {options.stats}. It learns nothing from inputs.")
-    pipe = load_pipeline(options.model, options.dtype, find_device(options.device))
+    pipe = load_pipeline(options.model, options.dtype, me.device if me.world > 1 else find_device(options.device))
     if calibrated and options.dtype == "stored":
         _say_slow(pipe)
     if calibrated and stats is None and prompts is not None:
         how: dict[str, Any] = {"seed": options.seed, "batch_size": options.batch_size, "keep_calls": taught}
-        stats = run_calibrate(pipe, prompts, plan, call_kwargs=_call_kwargs(options, pipe), **how)
+        how["call_kwargs"] = _call_kwargs(options, pipe)
+        if options.checkpoint is None:
+            stats = run_calibrate(pipe, prompts, plan, **how)
+        else:
+            stats = calibrate_together(pipe, prompts, plan, options.checkpoint / STATS, me, **how)
     memory = int(options.max_memory * 2**30)
     more = {} if options.iterations is None else {"iterations": options.iterations}
     kinds = {None: None, "distill": Distill(**more), "blocks": Reconstruct(**more)}
     refine = kinds[options.refine]
     trained: dict[str, Any] = {"correct": options.correct, "refine": refine, "checkpoint": options.checkpoint}
     quantize(pipe, plan, stats, sequential=options.sequential, max_memory=memory, **trained)
-    save(pipe, options.output)
+    if me.first:
+        save(pipe, options.output)
+    me.wait()
 
 
 def _say_slow(pipe: Any) -> None:

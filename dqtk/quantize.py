@@ -22,21 +22,25 @@ from .calibrate.answers import exact_outputs
 from .calibrate.gather import calls_of
 from .calibrate.intervals import settled
 from .calibrate.run import check_model
-from .checkpoint import replace_layer, save_module, written_whole
+from .calibrate.together import calibrate_together
+from .checkpoint import FORMAT_VERSION, replace_layer, save_module, written_whole
 from .correct.output import check_correctable, correct_output
 from .hosts import backend_of
 from .methods.solve import Solution
 from .nn import Quantized, runtime_class
 from .plan import Choice, Plan, Recipe, Rule, check_fit, resolve
 from .policy import StepPolicy, combined, fixed_choices
+from .processes import ALONE, Processes, processes
 from .recipes import recipe_named
 from .refine.refine import refined
 from .resolve import adapters, embedded_folder, embedded_names
 from .sites import DENOISERS, Site, components_of, find_sites
+from .solved import SolvedFolder
 from .sources import model_class, readable, stored_dtype
 from .spec import ByLevel, LayerSpec, Reconstruct, Refiner, SiteSpec, describe
 from .stages import solutions
 
+STATS = "stats.safetensors"  # in a checkpoint folder
 MAX_MEMORY = 2 * 2**30  # bytes of second moments held at a time
 
 
@@ -153,7 +157,9 @@ def quantize(
             fitted on confirm them (``correct/output.py``).
         refine: train the quantized denoisers on what the original answers to the kept calls (``refine/``), as a whole or block by
             block, before ``correct``; kept only where calls that were not learned from confirm it.
-        checkpoint: folder for the state of what trains; an interrupted run goes on from it, with the same result.
+        checkpoint: folder for what takes long: the calibration, layers that learned from inputs, the state of ``refine``. An
+            interrupted run goes on from it, with the same result. Processes of ``torchrun`` or ``accelerate launch`` that are
+            given the same folder share the layers, and each ends with the whole.
         progress: show a bar.
     Returns:
         ``target``.
@@ -162,16 +168,18 @@ def quantize(
             already, NaN, infinite, integer or on the meta device. Nothing was changed then.
     """
     made = plan if isinstance(plan, Plan) else _make_plan(target, plan)
+    folder = None if checkpoint is None else Path(checkpoint)
+    me = ALONE if folder is None else processes()
     if isinstance(stats, str | os.PathLike):
         stats = Stats.load(Path(stats))
     if stats is not None and not isinstance(stats, Stats):
         raise ValueError(f"quantize: stats must be Stats or their file, got {type(stats).__name__}. Prompts are prompts=[...].")
     taught = correct or refine is not None
-    _check_options(made, max_memory=max_memory, refine=refine, checkpoint=checkpoint)
+    _check_options(made, max_memory=max_memory, refine=refine, folder=folder, sequential=sequential, world=me.world)
     parts = components_of(target)
     check_fit(made, parts)
     if (made.needs_stats or taught) and stats is None:
-        stats = _calibrated(target, made, prompts, call_kwargs=call_kwargs, keep_calls=taught, progress=progress)
+        stats = _calibrated(target, made, prompts, folder, me, call_kwargs=call_kwargs, keep_calls=taught, progress=progress)
     work = [choice for choice in made.choices if choice.spec is not None]
     if made.needs_stats and stats is not None:
         check_model(stats, target, made)
@@ -184,17 +192,19 @@ def quantize(
     exact = exact_outputs(students, stats) if stats is not None else {}
     if correct and stats is not None:
         check_correctable(students, stats, exact)
+    kept = None
+    if folder is not None and stats is not None and made.needs_stats and not sequential:
+        kept = SolvedFolder(folder / "solved", _task(made, stats), me)
     originals: dict[str, dict[str, nn.Module]] = {name: {} for name in touched}
     try:
         with tqdm(total=len(work), desc="quantize", unit="layer", disable=not progress) as bar:
-            how: dict[str, Any] = {"sequential": sequential, "max_memory": max_memory, "solved": bar.update}
+            how: dict[str, Any] = {"sequential": sequential, "max_memory": max_memory, "solved": bar.update, "kept": kept}
             for solved in solutions(parts, work, stats, **how):
                 for choice, solution in solved:
                     if isinstance(refine, Reconstruct):
                         originals[choice.site.component][choice.site.path] = _layer_of(parts, choice)
                     _install(parts[choice.site.component], choice.site, solution)
         if refine is not None and stats is not None:
-            folder = None if checkpoint is None else Path(checkpoint)
             for name, part in students.items():
                 calls = calls_of(stats.calls, name)
                 refined(part, refine, calls, exact[name], originals[name], name=name, folder=folder, progress=progress)
@@ -207,12 +217,25 @@ def quantize(
     return target
 
 
-def _check_options(plan: Plan, *, max_memory: int, refine: Refiner | None, checkpoint: str | os.PathLike | None) -> None:
+def _task(plan: Plan, stats: Stats) -> dict[str, Any]:
+    """What decides the solved layers: ``stats.run`` says which model, prompts and arguments."""
+    return {"format_version": FORMAT_VERSION, "plan": plan.hash, "recipe": plan.recipe, "stats": stats.run or repr(stats)}
+
+
+def _check_options(
+    plan: Plan, *, max_memory: int, refine: Refiner | None, folder: Path | None, sequential: bool, world: int
+) -> None:
     """Raises ``ValueError`` for arguments of ``quantize`` that cannot be, alone or together."""
     if max_memory <= 0:
         raise ValueError(f"quantize: max_memory must be a positive number of bytes, got {max_memory}. The default is {MAX_MEMORY}.")
-    if checkpoint is not None and refine is None:
-        raise ValueError(f"quantize: checkpoint must be left out without refine, got {str(checkpoint)!r}. Nothing else trains.")
+    if folder is not None and refine is None and (sequential or not plan.needs_stats):
+        what = "sequential, which is not kept" if sequential else f"recipe {plan.recipe}, which learns nothing from inputs"
+        raise ValueError(f"quantize: checkpoint must be left out with {what}, got {str(folder)!r}. There is nothing to go on from.")
+    if world > 1 and (refine is not None or sequential):
+        raise ValueError(
+            "quantize: refine and sequential must be left to one process, got several. Share the layers first, with stats of "
+            "calibrate(keep_calls=True); the same call in one process, with refine, goes on from the checkpoint."
+        )
     if refine is not None and any(isinstance(choice.spec, ByLevel) for choice in plan.choices):
         raise ValueError(
             "quantize: refine must be left out for a plan with a step policy, got one. Weights of some noise levels only do "
@@ -230,7 +253,7 @@ def _denoisers_among(touched: Iterable[str], parts: Mapping[str, nn.Module]) -> 
     return found
 
 
-def _calibrated(target: Any, plan: Plan, prompts: Sequence[str] | None, **how: Any) -> Stats:
+def _calibrated(target: Any, plan: Plan, prompts: Sequence[str] | None, folder: Path | None, me: Processes, **how: Any) -> Stats:
     """Statistics of the sites of a plan on these prompts. Raises ``ValueError`` without prompts, and for weights that are NaN."""
     if prompts is None or isinstance(target, nn.Module):
         remedy = "Pass prompts=[...], or stats=dqtk.calibrate(pipe, prompts, plan)."
@@ -243,7 +266,9 @@ def _calibrated(target: Any, plan: Plan, prompts: Sequence[str] | None, **how: A
     for choice in plan.choices:
         if choice.spec is not None:
             check_numbers(choice.site.id, *_numbers(_layer_of(parts, choice)))
-    return calibrate(target, prompts, plan, **how)
+    if folder is None:
+        return calibrate(target, prompts, plan, **how)
+    return calibrate_together(target, prompts, plan, folder / STATS, me, **how)
 
 
 def _layer_of(parts: Mapping[str, nn.Module], choice: Choice) -> nn.Module:

@@ -24,6 +24,7 @@ from .methods.by_level import solve_site
 from .methods.solve import Solution
 from .plan import Choice
 from .sites import repeated_block
+from .solved import SolvedFolder
 from .spec import ConstantToken, LayerSpec, level_edges
 
 Solved = list[tuple[Choice, Solution]]
@@ -37,6 +38,7 @@ def solutions(
     sequential: bool,
     max_memory: int,
     solved: Callable[[int], object] = lambda num: None,
+    kept: SolvedFolder | None = None,
 ) -> Iterator[Solved]:
     """Solve all choices, a group at a time. What is yielded may be put into the model at once.
 
@@ -47,6 +49,7 @@ def solutions(
         sequential: take inputs from the partly quantized model.
         max_memory: bytes that second moments may take at a time; one input's are taken whatever they are.
         solved: told how many layers have just been solved, which may be long before they are yielded.
+        kept: where groups that learn from inputs are put and found again; its processes share them. Not held in memory then.
     """
     for component, mine in groupby(work, key=lambda choice: choice.site.component):
         choices, tokens = looked(parts[component], stats.calls if stats else (), list(mine))
@@ -57,12 +60,21 @@ def solutions(
             for stage in _stages(groups, max_memory, by_block=True):
                 yield from list(_solved(parts[component], stage, **how))
             continue
+        learning: list[list[Choice]] = [group for group in groups if _learns(group)]
         held: list[Solved] = []
-        for stage in _stages([group for group in groups if _learns(group)], max_memory, by_block=False):
-            held += _solved(parts[component], stage, **how)
+        share = learning if kept is None else kept.mine(learning)
+        for stage in _stages(share, max_memory, by_block=False):
+            for found in _solved(parts[component], stage, **how):
+                if kept is None:
+                    held.append(found)
+                else:
+                    kept.put(found)
         if waypoint is not None:
             waypoint.leave()
-        yield from held
+        if kept is not None:
+            kept.wait()
+            solved(sum(map(len, learning)) - sum(map(len, share)))
+        yield from held if kept is None else map(kept.get, learning)
         for group in groups:
             if not _learns(group):
                 yield from _solved(parts[component], [group], **how)

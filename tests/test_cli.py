@@ -457,6 +457,18 @@ def test_what_goes_on_says_so_when_interrupted(folder, tmp_path, monkeypatch, ca
     assert f"dqtk {verb}: interrupted; run the same command again to go on" in capsys.readouterr().err
 
 
+def test_two_processes_quantize_as_one(folder, tmp_path, launched):
+    words = ["quantize", folder, "--recipe", "w4a8", "--keep", "*.[1-9].*", "--steps", 1, "--prompts", "a red circle"]
+    words += ["--checkpoint", tmp_path / "shared"]
+    assert "recipe w4a8, plan" in launched(2, *words, "--output", tmp_path / "two")
+    shares = [len((tmp_path / "shared" / "solved" / f"done-{rank}.jsonl").read_text().splitlines()) for rank in range(2)]
+    assert min(shares) >= 1
+    assert abs(shares[0] - shares[1]) <= 1
+    words[-1] = tmp_path / "alone"
+    launched(1, *words, "--output", tmp_path / "one")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
 def test_two_processes_allocate_as_one(folder, tmp_path, launched):
     """Candidates that learn, so layers that share an input must be solved together, whoever scores them."""
     words = ["allocate", folder, "--recipes", "w4a8", "w8a8", "--keep", "*.[1-9].*", "--keep", "*ff*", "--budget", "15bits"]

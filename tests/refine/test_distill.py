@@ -216,7 +216,9 @@ def test_a_refined_pipeline_is_saved_and_loaded(load_tiny, draw, tmp_path, monke
 def test_quantize_says_what_refine_needs(bare, load_tiny):
     with pytest.raises(ValueError, match="quantize: correct and refine must be left out where no denoiser of a pipeline"):
         dqtk.quantize(bare, "w8a16", Stats(calls=calls()), refine=BRIEF, progress=False)
-    with pytest.raises(ValueError, match="quantize: checkpoint must be left out without refine"):
+    with pytest.raises(
+        ValueError, match="quantize: checkpoint must be left out with recipe w8a16, which learns nothing from inputs"
+    ):
         dqtk.quantize(bare, "w8a16", checkpoint="here", progress=False)
     with pytest.raises(ValueError, match="quantize: recipe 'w8a16' must have statistics of its inputs, got none"):
         dqtk.quantize(bare, "w8a16", refine=BRIEF, progress=False)
