@@ -5,6 +5,7 @@
 //   1. Threads pack keys and values into panels, so that one broadcast number of a query (or probability) meets a vector of keys (or
 //      of channels). bfloat16 numbers are multiplied in pairs where the CPU can; all other types as float32.
 //   2. Threads take blocks of queries of a head.
+// With AMX, tiles multiply bfloat16 numbers; everything else is as for pairs of them.
 // Probabilities are rounded to the type that is multiplied, as torch does.
 #include "base.h"
 
@@ -108,7 +109,74 @@ void tile(const E* a, int64_t stride, const E* panel, int64_t groups, float* out
         for (int c = 0; c < C; c++) store(out + r * out_stride + c * LANES, acc[r][c]);
 }
 
-constexpr int QUERIES = 48;  // of a block; a multiple of the rows of every tile
+#if defined(__AMX_BF16__)
+// The same for up to 2 x 2 tiles of 16 x 16 outputs, 32 elements of a row at a time. 0 to 3: outputs; 4 and 5: a; 6 and 7: the panel.
+template <bool BELOW, bool BESIDE, bool ADD>
+void amx_tile(const bfloat16* a, int64_t stride, const bfloat16* panel, int64_t lanes, int64_t groups, float* out, int64_t out_stride) {
+    float* below = out + 16 * out_stride;
+    if constexpr (ADD) {
+        _tile_loadd(0, out, out_stride * 4);
+        if constexpr (BESIDE) _tile_loadd(1, out + 16, out_stride * 4);
+        if constexpr (BELOW) _tile_loadd(2, below, out_stride * 4);
+        if constexpr (BELOW && BESIDE) _tile_loadd(3, below + 16, out_stride * 4);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int64_t g = 0; g < groups; g += 16, a += 32, panel += 32 * lanes) {
+        _tile_loadd(4, a, stride * 2);
+        _tile_loadd(6, panel, lanes * 4);
+        _tile_dpbf16ps(0, 4, 6);
+        if constexpr (BELOW) {
+            _tile_loadd(5, a + 16 * stride, stride * 2);
+            _tile_dpbf16ps(2, 5, 6);
+        }
+        if constexpr (BESIDE) {
+            _tile_loadd(7, panel + 32, lanes * 4);
+            _tile_dpbf16ps(1, 4, 7);
+            if constexpr (BELOW) _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, out, out_stride * 4);
+    if constexpr (BESIDE) _tile_stored(1, out + 16, out_stride * 4);
+    if constexpr (BELOW) _tile_stored(2, below, out_stride * 4);
+    if constexpr (BELOW && BESIDE) _tile_stored(3, below + 16, out_stride * 4);
+}
+
+template <bool ADD>
+void amx_tiles(
+    int vectors, const bfloat16* a, int64_t stride, const bfloat16* panel, int64_t groups, float* out, int64_t out_stride, int64_t rows
+) {
+    const int64_t lanes = vectors * LANES;
+    for (int c = 0; c < vectors; c += 2)
+        for (int64_t r = 0; r < rows; r += 32) {
+            const bfloat16 *from = a + r * stride, *with = panel + c * LANES * 2;
+            float* to = out + r * out_stride + c * LANES;
+            const bool beside = c + 1 < vectors, below = r + 16 < rows;
+            if (beside && below) amx_tile<true, true, ADD>(from, stride, with, lanes, groups, to, out_stride);
+            else if (beside) amx_tile<false, true, ADD>(from, stride, with, lanes, groups, to, out_stride);
+            else if (below) amx_tile<true, false, ADD>(from, stride, with, lanes, groups, to, out_stride);
+            else amx_tile<false, false, ADD>(from, stride, with, lanes, groups, to, out_stride);
+        }
+}
+#endif
+
+// Elements that a step of products takes from a row, and rows that a block has a multiple of.
+#if defined(__AMX_BF16__)
+template <class E>
+constexpr int STEP = std::is_same_v<E, bfloat16> ? 32 : 1;
+template <class E>
+constexpr int TALL = std::is_same_v<E, bfloat16> ? 16 : 24;
+constexpr int QUERIES = 96;  // of a block
+#else
+template <class E>
+constexpr int STEP = 4 / sizeof(E);
+template <class E>
+constexpr int TALL = 24;
+constexpr int QUERIES = 48;
+#endif
 #if defined(__AVX512VNNI__)
 constexpr int KEY_VECTORS = 4, MOST_VECTORS = 6;  // of a panel of keys; of a panel of channels
 constexpr int rows_for(int vectors) { return vectors <= 3 ? 8 : vectors == 4 ? 6 : 4; }
@@ -119,6 +187,11 @@ constexpr int rows_for(int vectors) { return vectors <= 2 ? 4 : 3; }
 constexpr int PANEL_KEYS = KEY_VECTORS * LANES;
 constexpr int KEYS = 128;  // of a block
 
+template <class E>
+constexpr int64_t whole_steps(int64_t elements) {
+    return (elements + STEP<E> - 1) / STEP<E> * STEP<E>;
+}
+
 template <class E, int C, bool ADD>
 void tiles(const E* a, int64_t stride, const E* panel, int64_t groups, float* out, int64_t out_stride, int64_t rows) {
     constexpr int R = rows_for(C);
@@ -127,6 +200,9 @@ void tiles(const E* a, int64_t stride, const E* panel, int64_t groups, float* ou
 
 template <class E, bool ADD>
 void tiles_of(int vectors, const E* a, int64_t stride, const E* panel, int64_t groups, float* out, int64_t out_stride, int64_t rows) {
+#if defined(__AMX_BF16__)
+    if constexpr (std::is_same_v<E, bfloat16>) return amx_tiles<ADD>(vectors, a, stride, panel, groups, out, out_stride, rows);
+#endif
     switch (vectors) {
         case 1: return tiles<E, 1, ADD>(a, stride, panel, groups, out, out_stride, rows);
         case 2: return tiles<E, 2, ADD>(a, stride, panel, groups, out, out_stride, rows);
@@ -162,12 +238,12 @@ const T* at(const Tensor4& t, int64_t b, int64_t h, int64_t row) {
 template <class E>
 struct Shape {
     static constexpr int64_t GROUP = 4 / sizeof(E);
-    int64_t depth;             // channels of a query, padded to groups
+    int64_t depth;             // channels of a query, padded to steps
     int64_t keys;              // padded to blocks
     int vectors;               // of a panel of channels
     int64_t panels, width;     // of channels, and all of their lanes
     explicit Shape(const Attention& a) {
-        depth = (a.channels + GROUP - 1) / GROUP * GROUP;
+        depth = whole_steps<E>(a.channels);
         keys = (a.keys + KEYS - 1) / KEYS * KEYS;
         const int64_t all = (a.value_channels + LANES - 1) / LANES;
         panels = (all + MOST_VECTORS - 1) / MOST_VECTORS;
@@ -268,12 +344,15 @@ void attend(const Attention& a, const Shape<E>& s, const E* packed, int64_t b, i
         top[r] = -INFINITY, total[r] = 0;
     }
     std::fill(out, out + QUERIES * s.width, 0.0f);
-    const int64_t tall = (rows + 23) / 24 * 24;  // a multiple of the rows of every tile
+    const int64_t tall = (rows + TALL<E> - 1) / TALL<E> * TALL<E>;  // a multiple of the rows of every tile
+    const Tiles shapes;
     const E* values = packed + s.key_size();
     for (int64_t key = 0; key < a.keys; key += KEYS) {
         const int64_t live = std::min<int64_t>(KEYS, a.keys - key);
         for (int64_t j = 0; j < live; j += PANEL_KEYS)
-            tiles<E, KEY_VECTORS, false>(queries, s.depth, packed + (key + j) * s.depth, s.depth / GROUP, scores + j, KEYS, tall);
+            tiles_of<E, false>(
+                KEY_VECTORS, queries, s.depth, packed + (key + j) * s.depth, s.depth / GROUP, scores + j, KEYS, tall
+            );
         for (int64_t r = 0; r < rows; r++) {
             const float* mask = a.mask ? a.mask + b * a.mask_batch + h * a.mask_head + (first + r) * a.mask_row + key * a.mask_key : nullptr;
             const float shrink =
@@ -281,7 +360,7 @@ void attend(const Attention& a, const Shape<E>& s, const E* packed, int64_t b, i
             if (shrink != 1.0f)
                 for (int64_t c = 0; c < s.width; c += LANES) store(out + r * s.width + c, load(out + r * s.width + c) * shrink);
         }
-        const int64_t groups = (live + GROUP - 1) / GROUP;
+        const int64_t groups = (whole_steps<E>(live) + GROUP - 1) / GROUP;
         for (int64_t panel = 0; panel < s.panels; panel++)
             tiles_of<E, true>(
                 s.vectors, probabilities, KEYS, values + key * s.width + panel * lanes * KEYS, groups, out + panel * lanes, s.width, tall

@@ -1,6 +1,6 @@
 // What every kernel here uses: number conversions that equal torch's bit for bit, reused memory, and torch's own threads.
 //
-// One library is built per level of the CPU: AVX512-VNNI (with BF16 or without), AVX2, or plain C++ ("generic"). Loops are written so that the compiler
+// One library is built per level of the CPU: AMX, AVX512-VNNI (with BF16 or without), AVX2, or plain C++ ("generic"). Loops are written so that the compiler
 // turns them into vectors; intrinsics stand where it would not. Float arithmetic must not be contracted into fused operations.
 #pragma once
 
@@ -241,5 +241,28 @@ inline void for_each(int threads, int64_t count, int64_t grain, F&& body) {
     if (threads <= 1 || !parallel) work(&shared);
     else parallel(work, &shared, unsigned(threads), 0);
 }
+
+// --- tiles --------------------------------------------------------------------------------------------------------------
+
+// The shapes of a thread's tiles of AMX, 16 rows of 64 bytes, while there is one of these. Others in this thread set them anew for
+// themselves.
+#if defined(__AMX_TILE__)
+struct Tiles {
+    struct alignas(64) Shapes {
+        uint8_t palette = 1, start = 0, unused[14] = {};
+        uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    };
+    Tiles() {
+        static const Shapes shapes;
+        _tile_loadconfig(&shapes);
+    }
+    ~Tiles() { _tile_release(); }
+};
+#else
+struct Tiles {
+    Tiles() {}
+};
+#endif
 
 }  // namespace dqtk

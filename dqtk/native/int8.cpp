@@ -364,19 +364,6 @@ void multiply_rows(int count, const Code* const* rows, const Runs& runs, const F
         }
 }
 
-// The shapes of a thread's tiles, while there is one of these. Others in this thread set them anew for themselves.
-struct Tiles {
-    struct alignas(64) Shapes {
-        uint8_t palette = 1, start = 0, unused[14] = {};
-        uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    };
-    Tiles() {
-        static const Shapes shapes;
-        _tile_loadconfig(&shapes);
-    }
-    ~Tiles() { _tile_release(); }
-};
 #elif defined(__AVX512VNNI__)
 template <int R>
 void multiply_tile(const Code* const* rows, const Runs& runs, const Factor* panel, int32_t* acc) {
@@ -452,10 +439,6 @@ void multiply_rows(int count, const Code* const* rows, const Runs& runs, const F
         default: return multiply_tile<ROWS>(rows, runs, panel, acc);
     }
 }
-
-struct Tiles {
-    Tiles() {}
-};
 #endif
 
 // Rows of a chunk: where their codes begin, and their scales, each of ``per_scale`` neighbouring rows.
@@ -735,7 +718,7 @@ void conv(const Input& in, const Weight& w, const Output& out, const Window& o) 
 
 EXPORT const char* dqtk_level() {
 #if defined(__AMX_INT8__)
-    return "amx-int8";
+    return "amx";
 #elif defined(__AVX512BF16__)
     return "avx512-bf16";
 #elif defined(__AVX512VNNI__)

@@ -7,7 +7,7 @@ A library is named by a hash of the sources, the flags and the compiler; the fla
 temporary name and renamed, so that processes may build at once and an interrupted build leaves nothing that loads.
 
 Environment:
-    DQTK_NATIVE      "off", or a level to use in place of the best: amx-int8, avx512-bf16, avx512-vnni, avx2, generic
+    DQTK_NATIVE      "off", or a level to use in place of the best: amx, avx512-bf16, avx512-vnni, avx2, generic
     DQTK_CACHE_DIR   where libraries are kept; else XDG_CACHE_HOME/dqtk, else ~/.cache/dqtk
     CXX              the compiler; else the first found of c++, g++, clang++
 """
@@ -49,8 +49,9 @@ _NEEDS = frozenset({"avx2", "fma", "f16c"})
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mprefer-vector-width=512")
 _VNNI = _NEEDS | {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}
+_TILES = frozenset({"amx_tile", "amx_int8", "amx_bf16"})
 LEVELS = (  # best first
-    Level("amx-int8", _VNNI | {"avx512_bf16", "amx_tile", "amx_int8"}, (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8")),
+    Level("amx", _VNNI | {"avx512_bf16", *_TILES}, (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16")),
     Level("avx512-bf16", _VNNI | {"avx512_bf16"}, (*_AVX512, "-mavx512bf16")),
     Level("avx512-vnni", _VNNI, _AVX512),
     Level("avx2", _NEEDS, _AVX2),
@@ -187,7 +188,7 @@ def _build(command: list[str], path: Path) -> None:
 def _level() -> Level:
     wanted, flags = os.environ.get("DQTK_NATIVE", ""), cpu_flags()
     if "amx_tile" in flags and not _may_use_tiles():
-        flags -= {"amx_tile"}
+        flags -= _TILES
     names = [level.name for level in LEVELS]
     if wanted == "off":
         raise Unavailable("switched off by DQTK_NATIVE")

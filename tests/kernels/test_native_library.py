@@ -144,7 +144,7 @@ def test_unknown_levels_are_errors(environment):
     environment(DQTK_NATIVE="sse9")
     with pytest.raises(
         ValueError,
-        match=r"DQTK_NATIVE must be off, amx-int8, avx512-bf16, avx512-vnni, avx2, generic or unset, got 'sse9'\. Unset it",
+        match=r"DQTK_NATIVE must be off, amx, avx512-bf16, avx512-vnni, avx2, generic or unset, got 'sse9'\. Unset it",
     ):
         linear_int8(*layer())
 
@@ -159,7 +159,7 @@ def test_levels_that_the_cpu_lacks(environment, monkeypatch):
     assert runs_right()
 
 
-@pytest.mark.parametrize(("granted", "level"), [(True, "amx-int8"), (False, "avx512-bf16")])
+@pytest.mark.parametrize(("granted", "level"), [(True, "amx"), (False, "avx512-bf16")])
 def test_tiles_are_used_where_the_system_grants_them(environment, monkeypatch, granted, level):
     monkeypatch.setattr(library, "cpu_flags", lambda: library.LEVELS[0].needs)
     monkeypatch.setattr(library, "_may_use_tiles", lambda: granted)
