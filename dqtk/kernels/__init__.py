@@ -3,6 +3,7 @@
 from dqtk.ops import op_of, report_of
 
 from .attention import attention
+from .block_attention import block_attention, block_attention_reference
 from .conv import conv_int8, conv_int8_reference, from_matrix, to_matrix
 from .decoded import Decoding, decode_reference, decode_weight, linear_decoded
 from .linear import ACTIVATIONS, activated, linear_fp8, linear_int8, linear_int8_reference
@@ -12,6 +13,8 @@ __all__ = [
     "Decoding",
     "activated",
     "attention",
+    "block_attention",
+    "block_attention_reference",
     "conv_int8",
     "conv_int8_reference",
     "decode_reference",

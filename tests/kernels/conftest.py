@@ -1,6 +1,8 @@
 """Native kernels of a level that is asked for, and none at all."""
 
 import os
+import re
+from pathlib import Path
 
 import pytest
 
@@ -62,3 +64,24 @@ def built():
     if library.load() is None:
         pytest.skip(library.describe()[1])
     return os.fspath(library.load()._name)
+
+
+@pytest.fixture
+def peak_memory():
+    """Function (call) -> bytes by which the largest memory of the process grew meanwhile; skips where Linux does not say it."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+    def read(name):
+        return int(re.search(rf"^{name}:\s*(\d+) kB", status.read_text(), re.MULTILINE)[1]) << 10
+
+    def measure(call):
+        call()
+        try:
+            reset.write_text("5")
+        except OSError as error:
+            pytest.skip(f"the largest memory of this process cannot be reset: {error}")
+        before = read("VmRSS")
+        call()
+        return read("VmHWM") - before
+
+    return measure

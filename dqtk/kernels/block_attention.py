@@ -1,0 +1,282 @@
+"""dqtk:: op of attention whose tokens are put in another order per head, so that what a head looks at lies in few dense blocks:
+blocks that are not live are skipped, the others are multiplied in 16 bits or as integers (PAROAttention, arXiv 2506.16054).
+
+``block_attention_reference`` is the meaning. Where it departs from the paper and its released kernels:
+- Blocks are skipped before the softmax: rows sum to one over what is left. Masking probabilities afterwards has 2 to 3.5 times the
+  error.
+- Integer probabilities have a scale per row of a tile, unsigned: the largest of a row in a tile is known anyway, and the error is a
+  sixth of that with a scale per tile, a 24th of that with one scale for all. The other two are there to compare with.
+
+There is no gradient: what learns goes through dense attention.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BITS = (16, 8, 4)
+PV_MODES = ("row", "tile", "static")
+SMOOTH = ("none", "k", "qk")
+
+
+@torch.library.custom_op("dqtk::block_attention", mutates_args=())
+def block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    order: Tensor | None,
+    live: Tensor | None,
+    mask: Tensor | None,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    qk_bits: int,
+    pv_bits: int,
+    pv_mode: str,
+    smooth: str,
+) -> Tensor:
+    """softmax(q k^T * scale + mask) v over live blocks of reordered tokens.
+
+    Args:
+        q, k, v: float [B, H, N, D], [B, H, N, D] and [B, H, N, D'], one dtype of ``DTYPES``.
+        order: int32 [H, N] or None (as they lie): row i of head h in the new order is row ``order[h, i]`` of q, k and v.
+        live: uint8 [H, rows, ceil(columns / 8)] or None (all): bit j % 8, least significant first, of byte j // 8 says whether
+            query block i sees key block j, blocks of the new order. The last blocks may be short.
+        mask: bool (True: the key is seen) or float (added), broadcastable to [B, H, N, N], in the original order.
+        block_q, block_k: tokens of a block.
+        scale: of the scores.
+        qk_bits: 16 (not rounded), or the width of codes, signed: queries have a scale per query block, keys one per key block.
+        pv_bits: 16, or the width of codes of probabilities, and of values, with a scale per key block and channel.
+        pv_mode: "row": unsigned, relative to the largest of the row in the tile; "tile": signed, with a scale per tile; "static":
+            signed, relative to the largest of the row.
+        smooth: "k": rounded keys are without their mean over all tokens; "qk": queries too, without that of their block, whose
+            product with the keys is added unrounded.
+    Returns:
+        [B, H, N, D'] in the original order and the dtype of ``q``; 0 where a query sees no key.
+    Raises:
+        ValueError: an argument is none of these.
+    """
+    _check(q, k, v, order, live, mask, block_q, block_k, qk_bits, pv_bits, pv_mode, smooth)
+    return _through_torch(q, k, v, order, live, mask, block_q, block_k, scale, qk_bits, pv_bits, pv_mode, smooth)
+
+
+@block_attention.register_kernel("cpu")
+def _(q, k, v, order, live, mask, block_q, block_k, scale, qk_bits, pv_bits, pv_mode, smooth):
+    _check(q, k, v, order, live, mask, block_q, block_k, qk_bits, pv_bits, pv_mode, smooth)
+    _check_order(order)
+    return _through_torch(q, k, v, order, live, mask, block_q, block_k, scale, qk_bits, pv_bits, pv_mode, smooth)
+
+
+@block_attention.register_fake
+def _(q, k, v, order, live, mask, block_q, block_k, scale, qk_bits, pv_bits, pv_mode, smooth):
+    _check(q, k, v, order, live, mask, block_q, block_k, qk_bits, pv_bits, pv_mode, smooth)
+    return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3])).transpose(1, 2)
+
+
+def block_attention_reference(q, k, v, order, live, mask, block_q, block_k, scale, qk_bits, pv_bits, pv_mode, smooth) -> Tensor:
+    """The meaning of ``block_attention``, in float32: one head and one block of queries at a time."""
+    most_q, most_p = _largest(qk_bits, signed=True), _largest(pv_bits, signed=pv_mode != "row")
+    out = _output(q, v)
+    for h, rows, row_blocks in _heads(order, live, q, block_q, block_k):
+        q_h, k_h, v_h = (t[:, h].index_select(1, rows).float() for t in (q, k, v))
+        if smooth != "none":
+            k_h = k_h - k_h.mean(1, keepdim=True, dtype=torch.float64).float()
+        k_codes, k_scale = _codes(k_h, block_k, most_q, per_channel=False)
+        v_codes, v_scale = _codes(v_h, block_k, _largest(pv_bits, signed=True), per_channel=True)
+        values = v_codes * v_scale
+        for some, seen in row_blocks:
+            q_i = q_h[:, some]
+            shift = q_i.mean(1, keepdim=True, dtype=torch.float64).float() if smooth == "qk" else None
+            codes, q_scale = _codes(q_i if shift is None else q_i - shift, block_q, most_q, per_channel=False)
+            scores = (codes @ k_codes[:, seen].mT) * (q_scale * k_scale[:, seen].mT * scale)
+            if shift is not None:
+                scores = scores + shift @ k_h[:, seen].mT * scale
+            if mask is not None:
+                scores = _masked(scores, _part(mask, q, h, rows[some], rows[seen]))
+            out[:, h, rows[some]] = _weighted(scores, values[:, seen], block_k, most_p, pv_mode).to(q.dtype)
+    return out
+
+
+def _largest(bits: int, signed: bool) -> int | None:
+    """Code, or None for numbers that are not rounded."""
+    return None if bits == 16 else 2 ** (bits - signed) - 1
+
+
+def _codes(x_BND: Tensor, block: int, most: int | None, per_channel: bool) -> tuple[Tensor, Tensor]:
+    """Whole numbers [B, N, D] and their scale [B, N, D or 1], that of each block of tokens repeated; x ~ codes * scale."""
+    if most is None:
+        return x_BND, x_BND.new_ones((1, x_BND.shape[1], 1))
+    num = x_BND.shape[1]
+    blocks = F.pad(x_BND, (0, 0, 0, -num % block)).unflatten(1, (-1, block))
+    scale = blocks.abs().amax((2,) if per_channel else (2, 3), keepdim=True) / most
+    scale = torch.where(scale <= 1e-30, 1.0, scale)
+    codes = (blocks / scale).round_().clamp_(-most, most)
+    return codes.flatten(1, 2)[:, :num], scale.expand(-1, -1, block, -1).flatten(1, 2)[:, :num]
+
+
+def _weighted(scores_BQK: Tensor, values_BKD: Tensor, block_k: int, most: int | None, mode: str) -> Tensor:
+    """softmax(scores) values [B, Q, D']; only the last of the blocks of keys may be short."""
+    top = _finite(scores_BQK.amax(2, keepdim=True))
+    exponentials = (scores_BQK - top).exp()
+    total = exponentials.sum(2, keepdim=True)
+    if most is not None:
+        exponentials = _rounded(scores_BQK, top, block_k, most, mode)
+    return torch.where(total == 0, 0.0, exponentials @ values_BKD / total)
+
+
+def _rounded(scores_BQK: Tensor, top_BQ1: Tensor, block_k: int, most: int, mode: str) -> Tensor:
+    """exp(scores - top) [B, Q, K] as codes times scales."""
+    num = scores_BQK.shape[2]
+    tiles = F.pad(scores_BQK, (0, -num % block_k), value=-torch.inf).unflatten(2, (-1, block_k))
+    top = top_BQ1[..., None]
+    if mode == "row":
+        tile_top = _finite(tiles.amax(3, keepdim=True))
+        values = ((tiles - tile_top).exp() * most).round_() * ((tile_top - top).exp() / most)
+    elif mode == "tile":
+        values = (tiles - top).exp()
+        scale = values.amax((1, 3), keepdim=True) / most
+        scale = torch.where(scale <= 1e-30, 1.0, scale)
+        values = (values / scale).round_() * scale
+    else:
+        values = ((tiles - top).exp() * most).round_() / most
+    return values.flatten(2)[..., :num]
+
+
+def _finite(top: Tensor) -> Tensor:
+    """Largest scores; 0 where no key is seen, so that nothing is taken from minus infinity."""
+    return torch.where(top == -torch.inf, 0.0, top)
+
+
+def _through_torch(q, k, v, order, live, mask, block_q, block_k, scale, qk_bits, pv_bits, pv_mode, smooth) -> Tensor:
+    """Keys and values of live blocks gathered, then torch's attention; integers as the reference has them."""
+    if (qk_bits, pv_bits) != (16, 16):
+        return block_attention_reference(q, k, v, order, live, mask, block_q, block_k, scale, qk_bits, pv_bits, pv_mode, smooth)
+    out = _output(q, v)
+    for h, rows, row_blocks in _heads(order, live, q, block_q, block_k):
+        q_h, k_h, v_h = (t[:, h].index_select(1, rows)[:, None] for t in (q, k, v))
+        for some, seen in row_blocks:
+            part = None if mask is None else _part(mask, q, h, rows[some], rows[seen])[:, None]
+            if part is not None and part.dtype != torch.bool:
+                part = part.to(q.dtype)
+            y = F.scaled_dot_product_attention(q_h[:, :, some], k_h[:, :, seen], v_h[:, :, seen], part, scale=scale)
+            out[:, h, rows[some]] = y[:, 0]
+    return out
+
+
+def _output(q: Tensor, v: Tensor) -> Tensor:
+    """Zeros, rows lie as [B, N, H, D'], ready to be merged."""
+    return q.new_zeros((q.shape[0], q.shape[2], q.shape[1], v.shape[3])).transpose(1, 2)
+
+
+def _heads(
+    order: Tensor | None, live: Tensor | None, q: Tensor, block_q: int, block_k: int
+) -> Iterator[tuple[int, Tensor, Iterator[tuple[slice, Tensor | slice]]]]:
+    """Each head, its rows in the new order, and its blocks of queries that see something, with the keys that they see."""
+    num = q.shape[2]
+    bits = None if live is None else live_blocks(live, -(-num // block_k))
+    for h in range(q.shape[1]):
+        rows = torch.arange(num, device=q.device) if order is None else order[h].long()
+        yield h, rows, _row_blocks(None if bits is None else bits[h], num, block_q, block_k, q.device)
+
+
+def _row_blocks(
+    bits_RC: Tensor | None, num: int, block_q: int, block_k: int, device: torch.device
+) -> Iterator[tuple[slice, Tensor | slice]]:
+    within = torch.arange(block_k, device=device)
+    for i in range(-(-num // block_q)):
+        some = slice(i * block_q, min((i + 1) * block_q, num))
+        if bits_RC is None or bits_RC[i].all():
+            yield some, slice(None)
+        elif bits_RC[i].any():
+            seen = (bits_RC[i].nonzero() * block_k + within).flatten()
+            yield some, seen[seen < num]
+
+
+def live_blocks(live: Tensor, columns: int) -> Tensor:
+    """bool [..., columns] of the bits in uint8 [..., ceil(columns / 8)]."""
+    bits = live[..., None] >> torch.arange(8, dtype=torch.uint8, device=live.device) & 1
+    return bits.flatten(-2)[..., :columns].bool()
+
+
+def _part(mask: Tensor, q: Tensor, h: int, rows: Tensor, columns: Tensor) -> Tensor:
+    """The mask [B, rows, columns] of a head; only these are ever expanded."""
+    whole = mask.expand(q.shape[0], q.shape[1], q.shape[2], q.shape[2])[:, h]
+    return whole.index_select(1, rows).index_select(2, columns)
+
+
+def _masked(scores: Tensor, mask: Tensor) -> Tensor:
+    return scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
+
+
+# --- arguments ------------------------------------------------------------------------------------------------------------
+
+
+class _Rule(NamedTuple):
+    what: str
+    holds: bool
+    allowed: str
+    got: object
+    remedy: str
+
+
+def _check(q, k, v, order, live, mask, block_q, block_k, qk_bits, pv_bits, pv_mode, smooth) -> None:
+    """Raises ValueError for what no kernel may see."""
+    for rule in _rules(q, k, v, order, live, mask, block_q, block_k, qk_bits, pv_bits, pv_mode, smooth):
+        if not rule.holds:
+            raise ValueError(f"block_attention: {rule.what} must be {rule.allowed}, got {rule.got}. {rule.remedy}")
+
+
+def _rules(q, k, v, order, live, mask, block_q, block_k, qk_bits, pv_bits, pv_mode, smooth) -> Iterator[_Rule]:
+    shapes, dtypes = [tuple(t.shape) for t in (q, k, v)], [t.dtype for t in (q, k, v)]
+    fit = q.ndim == 4 and v.ndim == 4 and q.shape == k.shape and q.shape[:3] == v.shape[:3]
+    yield _Rule(
+        "q, k and v", fit, "[B, H, N, D], the same and [B, H, N, D']", shapes, "Repeat the heads of keys that several share."
+    )
+    one = dtypes[0] in DTYPES and len(set(dtypes)) == 1
+    yield _Rule("dtypes of q, k and v", one, f"one of {_names(DTYPES)}", _names(dtypes), "Convert them before.")
+    heads, num = q.shape[1:3]
+    for what, size in (("block_q", block_q), ("block_k", block_k)):
+        yield _Rule(what, size > 0, "positive", size, "64 and 128 are fast.")
+    rows, columns = -(-num // block_q), -(-num // block_k)
+    if order is not None:
+        fit = order.dtype == torch.int32 and order.shape == (heads, num)
+        yield _Rule("order", fit, f"int32 {[heads, num]}", _described(order), "A row of token numbers for every head.")
+    if live is not None:
+        shape = (heads, rows, -(-columns // 8))
+        fit = live.dtype == torch.uint8 and live.shape == shape
+        remedy = f"A bit for each of the {columns} key blocks, padded to bytes, of each of the {rows} query blocks."
+        yield _Rule("live", fit, f"uint8 {list(shape)}", _described(live), remedy)
+    if mask is not None:
+        wanted = (q.shape[0], heads, num, num)
+        sizes = zip(reversed(mask.shape), reversed(wanted), strict=False)
+        fit = mask.ndim <= 4 and all(a in (1, b) for a, b in sizes) and (mask.dtype == torch.bool or mask.is_floating_point())
+        yield _Rule("mask", fit, f"bool or float, broadcastable to {list(wanted)}", _described(mask), "True means seen.")
+    for what, bits in (("qk_bits", qk_bits), ("pv_bits", pv_bits)):
+        yield _Rule(what, bits in BITS, f"one of {list(BITS)}", bits, "16 rounds nothing.")
+    yield _Rule("pv_mode", pv_mode in PV_MODES, f"one of {list(PV_MODES)}", repr(pv_mode), "The most exact is row.")
+    yield _Rule("smooth", smooth in SMOOTH, f"one of {list(SMOOTH)}", repr(smooth), "It costs little: k.")
+
+
+def _check_order(order: Tensor | None) -> None:
+    """Raises ValueError where a row does not have every token once. It looks at the numbers: not for devices that would wait."""
+    if order is None or order.numel() == 0:
+        return
+    least, most = order.aminmax()
+    met = torch.zeros(order.shape, dtype=torch.bool)
+    if least < 0 or most >= order.shape[1] or not met.scatter_(1, order.long(), True).all():
+        raise ValueError(
+            f"block_attention: order must be a permutation of the {order.shape[1]} tokens in every row, got numbers from {least} "
+            f"to {most}, some of them twice or beyond the tokens. Make it anew."
+        )
+
+
+def _names(dtypes) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{_names([tensor.dtype])} {list(tensor.shape)}"
