@@ -3,7 +3,8 @@
 Configuration (``quantization_config`` in config.json)::
 
     {"quant_method": "dqtk", "format_version": 2, "recipe": "w4a8", "hash": "...",
-     "specs": {"s0": {...}}, "modules": {"transformer_blocks.0.attn1.to_q": "s0", ...}}
+     "specs": {"s0": {...}}, "modules": {"transformer_blocks.0.attn1.to_q": "s0", ...},
+     "attention": {"transformer_blocks.0.attn1": {...}, ...}}
 
 Layers whose precision depends on the noise level carry their intervals in their specs; ``runtime.diffusion_step_policy`` says
 the same for other engines, where their schema can (``nn/steps.py``).
@@ -31,9 +32,10 @@ from torch import Tensor, nn
 
 from .nn import Quantized, runtime_class
 from .nn.activated import fit
+from .nn.attention import blocks_of, install_blocks
 from .nn.correction import NAME, OutputCorrection, correction_of
 from .nn.steps import first_last_policy
-from .spec import ByLevel, LayerSpec, SiteSpec, canonical, from_json, to_json
+from .spec import AttentionSpec, ByLevel, LayerSpec, SiteSpec, canonical, from_json, to_json
 
 FORMAT_VERSION = 2
 METHOD = "dqtk"
@@ -54,15 +56,17 @@ def config_of(module: nn.Module, recipe: str) -> dict[str, Any]:
     layers = {path: layer.spec for path, layer in quantized_layers(module).items()}
     texts = {canonical(spec): spec for spec in layers.values()}
     names = {text: f"s{i}" for i, text in enumerate(texts)}
+    attention = {path: blocks.spec for path, blocks in blocks_of(module).items()}
     found = correction_of(module)
     policy = first_last_policy(layers.values(), "unet" if "UNet" in type(module).__name__ else "transformer")
     return {
         "quant_method": METHOD,
         "format_version": FORMAT_VERSION,
         "recipe": recipe,
-        "hash": _hash(layers, found and found.to_json()),
+        "hash": _hash(layers, found and found.to_json(), attention),
         "specs": {names[text]: to_json(spec) for text, spec in texts.items()},
         "modules": {path: names[canonical(spec)] for path, spec in layers.items()},
+        **({"attention": {path: to_json(spec) for path, spec in attention.items()}} if attention else {}),
         **({} if found is None else {NAME: found.to_json()}),
         **({} if policy is None else {"runtime": {"diffusion_step_policy": policy}}),
     }
@@ -80,8 +84,27 @@ def install_correction(module: nn.Module, config: Mapping[str, Any], where: str)
     found.attach(module)
 
 
-def _hash(layers: Mapping[str, SiteSpec], correction: Any = None) -> str:
+def read_attention(config: Mapping[str, Any], where: str) -> dict[str, AttentionSpec]:
+    """Path -> spec, of attentions in blocks."""
+    found = {}
+    for path, data in config.get("attention", {}).items():
+        spec = from_json(data, f"{where}.attention.{path}")
+        if not isinstance(spec, AttentionSpec):
+            raise ValueError(f"{where}: attention of {path} must be an AttentionSpec, got {data!r}. The file was edited.")
+        found[path] = spec
+    return found
+
+
+def install_attention(module: nn.Module, config: Mapping[str, Any], where: str) -> None:
+    """Give a denoiser's attentions the blocks that its configuration holds, whose masks a checkpoint will fill."""
+    for path, spec in read_attention(config, where).items():
+        install_blocks(module, path, spec, where)
+
+
+def _hash(layers: Mapping[str, SiteSpec], correction: Any = None, attention: Mapping[str, AttentionSpec] | None = None) -> str:
     text = json.dumps(sorted([path, canonical(spec)] for path, spec in layers.items()))
+    if attention:
+        text += json.dumps(sorted([path, canonical(spec)] for path, spec in attention.items()))
     if correction is not None:
         text += json.dumps(correction, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -108,7 +131,7 @@ def read_config(config: Mapping[str, Any], where: str = "quantization_config") -
         if not isinstance(specs.get(name), LayerSpec | ByLevel):
             raise ValueError(f"{where}: spec of {path} must be one of {sorted(specs)}, got {name!r}. The file was edited.")
         layers[path] = specs[name]
-    hashed = _hash(layers, config.get(NAME))
+    hashed = _hash(layers, config.get(NAME), read_attention(config, where))
     if hashed != config.get("hash"):
         raise ValueError(f"{where}: hash must be {hashed} for these modules, got {config.get('hash')!r}. The file was edited.")
     return layers
@@ -285,6 +308,7 @@ def load_module(module: nn.Module, path: str | os.PathLike) -> nn.Module:
     layers = read_config(config, f"load: {folder}")
     digests = verify_files([folder / "model.safetensors"], "load")
     install(module, layers, f"load: {folder}")
+    install_attention(module, config, f"load: {folder}")
     install_correction(module, config, f"load: {folder}")
     once = load_file(folder / "model.safetensors")
     state = {name: once[_owner(name, digests)] for name in digests}

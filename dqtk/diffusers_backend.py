@@ -25,6 +25,7 @@ from .checkpoint import (
     config_of,
     file_metadata,
     install,
+    install_attention,
     install_correction,
     quantized_layers,
     read_config,
@@ -33,6 +34,7 @@ from .checkpoint import (
 )
 from .nn import Quantized
 from .nn.activated import FUSED, fuses
+from .nn.attention import remove_blocks
 from .nn.correction import remove_correction
 from .nn.noise import forget
 from .nn.steps import forget_steps
@@ -86,6 +88,7 @@ class DqtkQuantizer(DiffusersQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> None:
         install(model, read_config(self.quantization_config.fields), "from_pretrained")
+        install_attention(model, self.quantization_config.fields, "from_pretrained")
         install_correction(model, self.quantization_config.fields, "from_pretrained")
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> nn.Module:
@@ -145,6 +148,7 @@ class DqtkQuantizer(DiffusersQuantizer):
     def _dequantize(self, model: Any) -> nn.Module:
         for path, layer in quantized_layers(model).items():
             replace_layer(model, path, layer.plain())
+        remove_blocks(model)
         remove_correction(model)
         forget(model)
         forget_steps(model)

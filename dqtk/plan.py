@@ -10,12 +10,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from .attention.find import AttentionSite, find_attention
 from .numerics.hadamard import block_size
 from .numerics.storage import layer_bytes
-from .sites import ROLES, TEXT_ENCODERS, Adapter, Site, components_of, find_sites
+from .sites import DENOISERS, ROLES, TEXT_ENCODERS, Adapter, Site, components_of, find_sites
 from .spec import (
     GROUPS,
     RTN,
+    AttentionSpec,
     ByLevel,
     ConstantToken,
     Dynamic,
@@ -35,6 +37,7 @@ from .spec import (
     Transform,
     canonical,
     describe,
+    describe_attention,
     did_you_mean,
     each_of,
     from_json,
@@ -52,10 +55,11 @@ MAX_LEARNED_INPUTS = 16384  # of a layer: its second moments take 2 GiB
 class Rule:
     """``spec`` (``None``: keep 16 bits) for the sites that match. A rule with a pattern must match something.
 
-    pattern: glob on ``path`` or ``component:path``. roles: role names. Both given: both must match. Neither: every site.
+    pattern: glob on ``path`` or ``component:path``. roles: role names. Both given: both must match. Neither: every site. A rule
+    with an ``AttentionSpec`` is for attentions of denoisers, one with another spec for layers, and one without is for both.
     """
 
-    spec: SiteSpec | None
+    spec: SiteSpec | AttentionSpec | None
     why: str
     pattern: str | None = None
     roles: tuple[str, ...] = ()
@@ -70,7 +74,13 @@ class Rule:
                 raise ValueError(f"Rule: roles must be among {', '.join(ROLES)}, got {role!r}.{did_you_mean(role, ROLES)}")
 
     def matches(self, site: Site) -> bool:
+        if isinstance(self.spec, AttentionSpec):
+            return False
         return (self.pattern is None or site.matches(self.pattern)) and (not self.roles or site.role in self.roles)
+
+    def matches_attention(self, site: AttentionSite) -> bool:
+        wanted = isinstance(self.spec, AttentionSpec) or (self.spec is None and self.pattern is not None and not self.roles)
+        return wanted and (self.pattern is None or site.matches(self.pattern))
 
 
 @frozen
@@ -81,8 +91,9 @@ class Recipe:
     rules: tuple[Rule, ...]
 
     def main_spec(self) -> SiteSpec | None:
-        """The spec of an ordinary linear layer: that of the last rule."""
-        return self.rules[-1].spec if self.rules else None
+        """The spec of an ordinary linear layer: that of the last rule for layers."""
+        specs = [rule.spec for rule in self.rules if not isinstance(rule.spec, AttentionSpec)]
+        return specs[-1] if specs else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,6 +118,15 @@ class Choice:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionChoice:
+    """The decision for one attention."""
+
+    site: AttentionSite
+    spec: AttentionSpec | None
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Component:
     """Totals of one component: class name, number of parameters (all of them, sites or not)."""
 
@@ -117,22 +137,30 @@ class Component:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """Every site of every planned component with its spec and reason."""
+    """Every site of every planned component with its spec and reason; attentions where a rule speaks of them."""
 
     recipe: str
     components: tuple[Component, ...]
     choices: tuple[Choice, ...]
+    attention: tuple[AttentionChoice, ...] = ()
+
+    @property
+    def decisions(self) -> "tuple[Choice | AttentionChoice, ...]":
+        """Choices of layers, then of attentions."""
+        return (*self.choices, *self.attention)
 
     @property
     def hash(self) -> str:
         """First 16 hex digits of SHA-256 over sites and specs."""
-        text = json.dumps([[c.site.id, c.site.shape, canonical(c.spec)] for c in self.choices], separators=(",", ":"))
+        sites: list[Any] = [[c.site.id, c.site.shape, canonical(c.spec)] for c in self.choices]
+        sites += [[c.site.id, "attention", canonical(c.spec)] for c in self.attention]
+        text = json.dumps(sites, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
     def needs_stats(self) -> bool:
         """Whether calibration must see something first: ranges, or inputs to learn from."""
-        return any(c.spec is not None and c.spec.needs_stats for c in self.choices)
+        return any(c.spec is not None and c.spec.needs_stats for c in self.decisions)
 
     def of(self, component: str) -> "Plan":
         """The part that concerns one component."""
@@ -140,6 +168,7 @@ class Plan:
             self,
             components=tuple(c for c in self.components if c.name == component),
             choices=tuple(c for c in self.choices if c.site.component == component),
+            attention=tuple(c for c in self.attention if c.site.component == component),
         )
 
     def sizes(self, component: str) -> dict[str, float]:
@@ -159,12 +188,12 @@ class Plan:
 
     def diff(self, other: "Plan") -> list[str]:
         """One line per site whose spec differs: ``id: old -> new``."""
-        mine, theirs = ({c.site.id: c.spec for c in plan.choices} for plan in (self, other))
+        mine, theirs = ({c.site.id: c.spec for c in plan.decisions} for plan in (self, other))
         lines = []
         for site in dict.fromkeys([*mine, *theirs]):
             if site in mine and site in theirs and mine[site] == theirs[site]:
                 continue
-            a, b = (describe(part[site]) if site in part else "absent" for part in (mine, theirs))
+            a, b = (_described(part[site]) if site in part else "absent" for part in (mine, theirs))
             if a == b:  # the short names do not show where they differ
                 a, b = (canonical(part[site]) for part in (mine, theirs))
             lines.append(f"{site}: {a} -> {b}")
@@ -172,7 +201,7 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """JSON-clean data; equal specs are written once."""
-        texts = {canonical(c.spec): c.spec for c in self.choices if c.spec is not None}
+        texts = {canonical(c.spec): c.spec for c in self.decisions if c.spec is not None}
         names = {text: f"s{i}" for i, text in enumerate(texts)}
         return {
             "format_version": FORMAT_VERSION,
@@ -184,7 +213,16 @@ class Plan:
                 {"site": asdict(c.site), "spec": None if c.spec is None else names[canonical(c.spec)], "why": c.why}
                 for c in self.choices
             ],
-        }
+        } | (
+            {
+                "attention": [
+                    {"site": asdict(c.site), "spec": None if c.spec is None else names[canonical(c.spec)], "why": c.why}
+                    for c in self.attention
+                ]
+            }
+            if self.attention
+            else {}
+        )
 
     @staticmethod
     def from_json(data: Mapping[str, Any], where: str = "plan") -> "Plan":
@@ -208,16 +246,34 @@ class Plan:
     @staticmethod
     def _parse(data: Mapping[str, Any], where: str) -> "Plan":
         specs = {name: from_json(spec, f"{where}: specs.{name}") for name, spec in data["specs"].items()}
-        choices = []
-        for row in data["choices"]:
-            site = Site(**{**row["site"], "shape": tuple(row["site"]["shape"])})
+
+        def named(row: Mapping[str, Any], kinds: tuple[type, ...]) -> Any:
             spec = None if row["spec"] is None else specs.get(row["spec"])
-            if row["spec"] is not None and spec is None:
+            if row["spec"] is not None and not isinstance(spec, kinds):
+                known = sorted(name for name, each in specs.items() if isinstance(each, kinds))
                 raise ValueError(
-                    f"{where}: spec of {site.id} must be one of {sorted(specs)}, got {row['spec']!r}. Make the plan again."
+                    f"{where}: spec of {row['site']['id']} must be one of {known}, got {row['spec']!r}. Make the plan again."
                 )
-            choices.append(Choice(site=site, spec=spec, why=row["why"]))
-        return Plan(recipe=data["recipe"], components=tuple(Component(**c) for c in data["components"]), choices=tuple(choices))
+            return spec
+
+        choices = [
+            Choice(
+                site=Site(**{**row["site"], "shape": tuple(row["site"]["shape"])}),
+                spec=named(row, (LayerSpec, ByLevel)),
+                why=row["why"],
+            )
+            for row in data["choices"]
+        ]
+        attention = [
+            AttentionChoice(site=AttentionSite(**row["site"]), spec=named(row, (AttentionSpec,)), why=row["why"])
+            for row in data.get("attention", ())
+        ]
+        components = tuple(Component(**c) for c in data["components"])
+        return Plan(recipe=data["recipe"], components=components, choices=tuple(choices), attention=tuple(attention))
+
+
+def _described(spec: SiteSpec | AttentionSpec | None) -> str:
+    return describe_attention(spec) if isinstance(spec, AttentionSpec) else describe(spec)
 
 
 def resolve(
@@ -244,19 +300,24 @@ def resolve(
     for name in wanted:
         if name not in parts:
             raise ValueError(f"plan: components must be among {', '.join(parts)}, got {name!r}.{did_you_mean(name, parts)}")
-    sites, keeps = [], []
+    sites, keeps, places = [], [], []
     for name in wanted:
+        if name == "model" or DENOISERS.fullmatch(name):
+            places += find_attention(parts[name], name)
         adapter = (adapters or {}).get(type(parts[name]).__name__)
         sites += find_sites(parts[name], name, adapter)
         keeps += [Rule(pattern=f"{name}:{glob}", spec=None, why=why) for glob, why in (adapter.keep if adapter else ())]
     rules = (*overrides, *keeps, *recipe.rules)
-    _check_patterns([*overrides, *recipe.rules], sites)
+    _check_patterns([*overrides, *recipe.rules], sites, places)
     choices = tuple(_choose(site, rules, explicit=len(overrides)) for site in sites)
     components = tuple(
         Component(name=name, class_name=type(parts[name]).__name__, num_parameters=sum(p.numel() for p in parts[name].parameters()))
         for name in wanted
     )
-    return Plan(recipe=recipe.name, components=components, choices=choices)
+    attention: tuple[AttentionChoice, ...] = ()
+    if any(isinstance(rule.spec, AttentionSpec) for rule in rules):
+        attention = tuple(_choose_attention(site, rules) for site in places)
+    return Plan(recipe=recipe.name, components=components, choices=choices, attention=attention)
 
 
 def check_fit(plan: Plan, parts: Mapping[str, Any], where: str = "quantize") -> None:
@@ -273,11 +334,25 @@ def check_fit(plan: Plan, parts: Mapping[str, Any], where: str = "quantize") -> 
                     f"{where}: plan must fit the model at {site.id}: {site.shape}, got {shapes.get(site.id)}. "
                     "Make a plan for this model."
                 )
+        known = set(find_attention(parts[component.name], component.name)) if plan.attention else set()
+        for place in (choice.site for choice in plan.attention if choice.site.component == component.name):
+            if place not in known:
+                raise ValueError(
+                    f"{where}: plan must fit the model at {place.id}, an attention of {place.heads} heads, got none. "
+                    "Make a plan for this model."
+                )
 
 
-def _check_patterns(rules: Iterable[Rule], sites: Sequence[Site]) -> None:
+def _check_patterns(rules: Iterable[Rule], sites: Sequence[Site], places: Sequence[AttentionSite]) -> None:
     for rule in rules:
-        if rule.pattern is not None and not any(site.matches(rule.pattern) for site in sites):
+        if rule.pattern is None or any(rule.matches_attention(place) for place in places):
+            continue
+        if isinstance(rule.spec, AttentionSpec):
+            raise ValueError(
+                f"plan: pattern must match at least one of {len(places)} attentions, got {rule.pattern!r}."
+                f"{did_you_mean(rule.pattern.strip('*.'), [place.path for place in places])}"
+            )
+        if not any(site.matches(rule.pattern) for site in sites):
             wish = rule.pattern.strip("*.")
             length = wish.count(".") + 1
             ends = dict.fromkeys(".".join(site.path.split(".")[-length:]) for site in sites)
@@ -286,6 +361,14 @@ def _check_patterns(rules: Iterable[Rule], sites: Sequence[Site]) -> None:
                 f"plan: pattern must match at least one of {len(sites)} sites, got {rule.pattern!r}."
                 f"{near or ' Patterns are globs on the names that explain lists.'}"
             )
+
+
+def _choose_attention(site: AttentionSite, rules: Sequence[Rule]) -> AttentionChoice:
+    for rule in rules:
+        if rule.matches_attention(site):
+            assert rule.spec is None or isinstance(rule.spec, AttentionSpec)
+            return AttentionChoice(site=site, spec=rule.spec, why=rule.why)
+    return AttentionChoice(site=site, spec=None, why="no rule")
 
 
 def _choose(site: Site, rules: Sequence[Rule], explicit: int) -> Choice:
@@ -301,6 +384,7 @@ def _choose(site: Site, rules: Sequence[Rule], explicit: int) -> Choice:
                     "Keep it at 16 bits."
                 )
             return Choice(site=site, spec=None, why=f"not supported: {site.unsupported}")
+        assert not isinstance(rule.spec, AttentionSpec)  # matches layers only
         spec, note = fit(rule.spec, site)
         return Choice(site=site, spec=spec, why=f"{rule.why}; {note}" if note else rule.why)
     return Choice(site=site, spec=None, why="no rule")

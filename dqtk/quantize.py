@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .attention.choose import ChosenAttention, choose, place_attention
+from .attention.find import find_attention
 from .calibrate import Stats, calibrate
 from .calibrate.answers import exact_outputs
 from .calibrate.gather import calls_of
@@ -28,6 +30,7 @@ from .correct.output import check_correctable, correct_output
 from .hosts import backend_of
 from .methods.solve import Solution
 from .nn import Quantized, runtime_class
+from .nn.attention import Blocks
 from .plan import Choice, Plan, Recipe, Rule, check_fit, resolve
 from .policy import StepPolicy, combined, fixed_choices
 from .processes import ALONE, Processes, processes
@@ -37,7 +40,7 @@ from .resolve import adapters, embedded_folder, embedded_names
 from .sites import DENOISERS, Site, components_of, find_sites
 from .solved import SolvedFolder
 from .sources import model_class, readable, stored_dtype
-from .spec import ByLevel, LayerSpec, Reconstruct, Refiner, SiteSpec, describe
+from .spec import AttentionSpec, ByLevel, LayerSpec, Reconstruct, Refiner, SiteSpec, describe
 from .stages import solutions
 
 STATS = "stats.safetensors"  # in a checkpoint folder
@@ -49,7 +52,7 @@ def plan(
     recipe: str | Recipe,
     *,
     text_encoders: str | Recipe | None = None,
-    overrides: Mapping[str, SiteSpec | str | None] | None = None,
+    overrides: Mapping[str, SiteSpec | AttentionSpec | str | None] | None = None,
     policy: StepPolicy | None = None,
 ) -> Plan:
     """Decide what happens to every site. Costs nothing; works on the meta device.
@@ -58,7 +61,8 @@ def plan(
         target: pipeline or bare denoiser.
         recipe: name or ``Recipe`` for the denoisers.
         text_encoders: the same for text encoders; None leaves them as they are.
-        overrides: glob on the site's path -> spec, recipe name, or None (keep 16 bits); before the recipe's rules, in order.
+        overrides: glob on the site's path -> spec, recipe name, or None (keep 16 bits); before the recipe's rules, in order. An
+            ``AttentionSpec`` is for the attentions (modules, such as ``*.attn1``) that its glob matches.
         policy: intervals of a run in which the denoisers have another precision. Overrides are for all intervals.
     Raises:
         ValueError: unknown recipe, a pattern that matches nothing, a model without sites.
@@ -90,8 +94,9 @@ def plan(
             recipe=f"{made.recipe}, text encoders {more.recipe}",
             components=made.components + more.components,
             choices=made.choices + more.choices,
+            attention=made.attention,
         )
-    if not any(choice.spec for choice in made.choices):
+    if not any(choice.spec for choice in made.decisions):
         done = sum(isinstance(layer, Quantized) for part in parts.values() for layer in part.modules())
         reason = next((choice.why for choice in made.choices if choice.site.unsupported), "every site is kept")
         said = f"{done} layers are quantized already. Load the original model." if done else f"{reason}. Change the recipe."
@@ -116,15 +121,23 @@ def _recipe(recipe: str | Recipe) -> Recipe:
 def _matching(rules: Sequence[Rule], parts: Mapping[str, nn.Module], names: Sequence[str]) -> list[Rule]:
     """The rules that match some site of these components."""
     sites = [site for name in names for site in find_sites(parts[name], name)]
-    return [rule for rule in rules if any(rule.matches(site) for site in sites)]
+    places = [
+        place for name in names if name == "model" or DENOISERS.fullmatch(name) for place in find_attention(parts[name], name)
+    ]
+    return [
+        rule
+        for rule in rules
+        if any(rule.matches(site) for site in sites) or any(rule.matches_attention(place) for place in places)
+    ]
 
 
-def _override(pattern: str, wish: SiteSpec | str | None) -> Rule:
+def _override(pattern: str, wish: SiteSpec | AttentionSpec | str | None) -> Rule:
     if wish is None:
         return Rule(pattern=pattern, spec=None, why="kept by request")
     spec = recipe_named(wish).main_spec() if isinstance(wish, str) else wish
-    if not isinstance(spec, LayerSpec | ByLevel):
-        raise ValueError(f"plan: override of {pattern!r} must be a LayerSpec, a recipe's name or None, got {wish!r}. Wrap it.")
+    if not isinstance(spec, LayerSpec | ByLevel | AttentionSpec):
+        kinds = "a LayerSpec, an AttentionSpec, a recipe's name or None"
+        raise ValueError(f"plan: override of {pattern!r} must be {kinds}, got {wish!r}. Wrap it.")
     return Rule(pattern=pattern, spec=spec, why="set by request")
 
 
@@ -187,7 +200,7 @@ def quantize(
     work = fixed_choices(work, target, prompts, call_kwargs)
     for choice in work:
         _check_layer(_layer_of(parts, choice), choice, stats)
-    touched = dict.fromkeys(choice.site.component for choice in work)
+    touched = dict.fromkeys(choice.site.component for choice in made.decisions if choice.spec is not None)
     students = _denoisers_among(touched, parts) if taught else {}
     exact = exact_outputs(students, stats) if stats is not None else {}
     if correct and stats is not None:
@@ -195,6 +208,7 @@ def quantize(
     kept = None
     if folder is not None and stats is not None and made.needs_stats and not sequential:
         kept = SolvedFolder(folder / "solved", _task(made, stats), me)
+    attention = _chosen_attention(parts, made, stats, progress=progress)
     originals: dict[str, dict[str, nn.Module]] = {name: {} for name in touched}
     try:
         with tqdm(total=len(work), desc="quantize", unit="layer", disable=not progress) as bar:
@@ -204,6 +218,8 @@ def quantize(
                     if isinstance(refine, Reconstruct):
                         originals[choice.site.component][choice.site.path] = _layer_of(parts, choice)
                     _install(parts[choice.site.component], choice.site, solution)
+        for chosen in attention:
+            place_attention(parts[chosen.site.component], chosen)
         if refine is not None and stats is not None:
             for name, part in students.items():
                 calls = calls_of(stats.calls, name)
@@ -220,6 +236,18 @@ def quantize(
 def _task(plan: Plan, stats: Stats) -> dict[str, Any]:
     """What decides the solved layers: ``stats.run`` says which model, prompts and arguments."""
     return {"format_version": FORMAT_VERSION, "plan": plan.hash, "recipe": plan.recipe, "stats": stats.run or repr(stats)}
+
+
+def _chosen_attention(parts: Mapping[str, nn.Module], plan: Plan, stats: Stats | None, *, progress: bool) -> list[ChosenAttention]:
+    """Orders and masks of all planned attentions, from the original model."""
+    found: list[ChosenAttention] = []
+    for name in dict.fromkeys(choice.site.component for choice in plan.attention):
+        wanted = {c.site: c.spec for c in plan.of(name).attention if c.spec is not None}
+        learns = any(spec.needs_stats for spec in wanted.values())
+        calls = calls_of(stats.calls, name) if learns and stats is not None else []
+        with tqdm(total=2 * len(calls), desc="attention", unit="call", disable=not (progress and calls)) as bar:
+            found += choose(parts[name], calls, wanted, progress=bar.update)
+    return found
 
 
 def _check_options(
@@ -347,7 +375,7 @@ def _numbers(layer: Any) -> tuple[Tensor, Tensor | None]:
 
 def _make_saveable(module: nn.Module, recipe: str) -> None:
     backend = backend_of(module)
-    if backend is not None and any(isinstance(layer, Quantized) for layer in module.modules()):
+    if backend is not None and any(isinstance(layer, Quantized | Blocks) for layer in module.modules()):
         backend.attach(module, recipe)
 
 

@@ -101,12 +101,15 @@ class Adapter:
 
     classes: denoiser class names it is for. roles: (glob on the path, role), first match wins over what structure says.
     keep: (glob on the path, why), sites that recipes leave at 16 bits. reversed_time: the denoiser is given 1 - sigma as its time.
+    layouts: (denoiser, arguments of a call by name) -> (frames, rows, columns, text tokens before, and after) of every sequence
+    that attends to itself, where they are not simply the latents cut into patches.
     """
 
     classes: tuple[str, ...]
     roles: tuple[tuple[str, str], ...] = ()
     keep: tuple[tuple[str, str], ...] = ()
     reversed_time: bool = False
+    layouts: Callable[[nn.Module, Mapping[str, Any]], list[tuple[int, ...]]] | None = None
 
 
 def components_of(target: Any) -> dict[str, nn.Module]:

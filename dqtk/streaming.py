@@ -134,6 +134,10 @@ def _planned(
             f"quantize: a streamed plan must need no statistics of inputs, got recipe {plan.recipe!r}, which does. "
             "Choose another recipe (w8a8, w4a8-rtn, ...), or quantize in memory."
         )
+    if plan.attention:
+        raise ValueError(
+            f"quantize: a streamed plan must leave attention alone, got recipe {plan.recipe!r}, which does not. Quantize in memory."
+        )
     check_fit(plan, components_of(target))
     open_ = next((c for c in plan.choices if isinstance(c.spec, ByLevel) and not c.spec.edges), None)
     if open_ is not None:

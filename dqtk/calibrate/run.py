@@ -71,6 +71,7 @@ def calibrate(
     _check_call(pipe, prompts)
     sites = [c.site for c in plan.choices if c.spec is not None and c.spec.needs_ranges]
     learning = {c.site.component for c in plan.choices if c.spec is not None and c.spec.needs_inputs}
+    learning |= {c.site.component for c in plan.attention if c.spec is not None and c.spec.needs_stats}
     if keep_calls:
         learning |= {c.name for c in plan.components if DENOISERS.fullmatch(c.name)}
     replayed = {name: part for name, part in components_of(pipe).items() if name in learning}
@@ -134,7 +135,7 @@ def fingerprint(target: Any, plan: Plan) -> dict[str, str]:
     Of the components of which the plan needs statistics.
     """
     parts, found = components_of(target), {}
-    for name in sorted({c.site.component for c in plan.choices if c.spec is not None and c.spec.needs_stats}):
+    for name in sorted({c.site.component for c in plan.decisions if c.spec is not None and c.spec.needs_stats}):
         weights: list[Any] = [parts[name].get_submodule(site.path).weight for site in find_sites(parts[name], name)]
         some = [weight.detach().flatten()[:: max(1, weight.numel() // 61)].bfloat16().cpu() for weight in weights]
         found[name] = digest(torch.cat(some))
@@ -156,6 +157,7 @@ def _identity(
 ) -> Callable[[int], dict[str, str]]:
     """Number of prompts seen -> what statistics of them depend on, in words."""
     sites = sorted(c.site.id + _kept(c.spec, steps) for c in plan.choices if c.spec is not None and c.spec.needs_stats)
+    sites += sorted(f"{c.site.id}, calls of {steps}" for c in plan.attention if c.spec is not None and c.spec.needs_stats)
     fixed = {
         "sites": f"{len(sites)} sites, {_short(sites)}",
         "model": json.dumps(fingerprint(pipe, plan)),

@@ -7,12 +7,12 @@ import types
 import typing
 from typing import Any
 
-from . import by_level, formats, layer, refine
+from . import attention, by_level, formats, layer, refine
 from .frozen import allowed_types
 
 _TYPES = {
     kind.__name__: kind
-    for module in (formats, layer, by_level, refine)
+    for module in (formats, layer, by_level, refine, attention)
     for kind in vars(module).values()
     if dataclasses.is_dataclass(kind) and isinstance(kind, type)
 }

@@ -1,0 +1,120 @@
+"""Masks of blocks: which are always there, which are chosen, how they are stored and carried to another resolution.
+
+A mask is bool [..., R, C]: blocks of queries by blocks of keys, in the order that the tokens are read in.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .layout import ORDERS, Layout
+
+
+def counts(layout: Layout, block: Sequence[int]) -> tuple[int, int]:
+    """R and C: blocks of queries and of keys."""
+    return math.ceil(layout.tokens / block[0]), math.ceil(layout.tokens / block[1])
+
+
+def guards(layout: Layout, block: Sequence[int]) -> Tensor:
+    """bool [R, C]: blocks that are computed whatever they hold: the diagonal, text, and a last block that is not whole."""
+    rows, columns = counts(layout, block)
+    start, end = layout.before, layout.tokens - layout.after
+    keep = torch.zeros(rows, columns, dtype=torch.bool)
+    for r in range(rows):
+        first, last = r * block[0], min((r + 1) * block[0], layout.tokens)
+        keep[r, first // block[1] : math.ceil(last / block[1])] = True
+    for axis, size in enumerate(block):
+        text = [i for i in range(keep.shape[axis]) if i * size < start or min((i + 1) * size, layout.tokens) > end]
+        if layout.tokens % size:
+            text.append(keep.shape[axis] - 1)
+        keep.index_fill_(axis, torch.tensor(text, dtype=torch.long), True)
+    return keep
+
+
+def largest(mass: Tensor, guard: Tensor, density: float) -> Tensor:
+    """bool [..., R, C]: the guards, the largest block of every row, and the largest others up to a share of all blocks.
+
+    Args:
+        mass: float [..., R, C]; one budget for all of it.
+        guard: bool [R, C].
+        density: share of the blocks; guards and largest ones of rows stay, however many they are.
+    """
+    keep = guard.expand_as(mass).clone()
+    keep.scatter_(-1, mass.argmax(-1, keepdim=True), True)
+    left = round(density * keep.numel()) - int(keep.sum())
+    if left > 0:
+        rest = mass.masked_fill(keep, -torch.inf).flatten()
+        keep.view(-1)[rest.topk(min(left, rest.numel())).indices] = True
+    return keep
+
+
+def near(layout: Layout, order: int, block: Sequence[int], density: float) -> Tensor:
+    """bool [R, C]: guards, then blocks whose centres are nearest in the grid, each axis in units of its length."""
+    centres = [_centres(layout, order, size) for size in block]
+    scale = torch.tensor(layout.grid, dtype=torch.float32)
+    distance = ((centres[0][:, None] - centres[1][None]) / scale).abs().amax(-1)
+    return largest(-distance, guards(layout, block), density)
+
+
+def radial(layout: Layout, order: int, block: Sequence[int], density: float) -> Tensor:
+    """bool [R, C]: guards, then blocks with the smallest distance in a frame times the power of two of the distance in frames."""
+    centres = [_centres(layout, order, size) for size in block]
+    apart = (centres[0][:, None] - centres[1][None]).abs()
+    within = (apart[..., 1] * layout.columns + apart[..., 2]) / (layout.rows * layout.columns)
+    cost = (within + 1 / (layout.rows * layout.columns)) * 2 ** apart[..., 0].clamp(min=1).log2().ceil()
+    return largest(-cost, guards(layout, block), density)
+
+
+def _centres(layout: Layout, order: int, size: int) -> Tensor:
+    """float32 [blocks, 3]: mean frame, row and column of the grid's tokens of every block; 0 for blocks of text alone."""
+    where = layout.positions(order).float()
+    held = where[:, :1] >= 0
+    pad = -where.shape[0] % size
+    sums = F.pad(where * held, (0, 0, 0, pad)).unflatten(0, (-1, size)).sum(1)
+    number = F.pad(held.float(), (0, 0, 0, pad)).unflatten(0, (-1, size)).sum(1)
+    return sums / number.clamp(min=1)
+
+
+def pack(keep: Tensor) -> Tensor:
+    """uint8 [..., R, ceil(C / 8)] of bool [..., R, C]: block j is bit j % 8 of byte j // 8."""
+    padded = F.pad(keep.to(torch.uint8), (0, -keep.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    return (padded << torch.arange(8, dtype=torch.uint8, device=keep.device)).sum(-1, dtype=torch.uint8)
+
+
+def unpack(bits: Tensor, columns: int) -> Tensor:
+    """Inverse of ``pack``."""
+    one = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return ((bits[..., None] >> one) & 1).flatten(-2)[..., :columns].bool()
+
+
+def carried(keep: Tensor, source: Layout, target: Layout, order: int, block: Sequence[int]) -> Tensor:
+    """bool [..., R', C']: a mask of one layout for another, both read in the same order.
+
+    A block is computed where any block that covers the same part of the grid was; so the density can only grow. Text and ends get
+    their guards.
+    """
+    mine = [_homes(source, target, order, size) for size in block]
+    moved = keep.float() if keep.dtype == torch.bool else keep
+    rows, columns = (torch.zeros(*shape) for shape in ((mine[0][0], keep.shape[-2]), (mine[1][0], keep.shape[-1])))
+    rows[mine[0][1], mine[0][2]] = 1
+    columns[mine[1][1], mine[1][2]] = 1
+    return (rows @ moved @ columns.T > 0) | guards(target, block)
+
+
+def _homes(source: Layout, target: Layout, order: int, size: int) -> tuple[int, Tensor, Tensor]:
+    """Number of blocks of the target; and pairs (block of the target, block of the source that holds the same place)."""
+    where = target.positions(order)
+    inside = where[:, 0] >= 0
+    scaled = [
+        ((where[:, axis].double() + 0.5) * source.grid[axis] / target.grid[axis]).long().clamp(max=source.grid[axis] - 1)
+        for axis in range(3)
+    ]
+    rank = torch.empty(source.grid, dtype=torch.long)
+    places = torch.arange(rank.numel())
+    rank.permute(ORDERS[order]).copy_(places.view([source.grid[axis] for axis in ORDERS[order]]))
+    home = (rank[scaled[0], scaled[1], scaled[2]] + source.before) // size
+    blocks = torch.arange(target.tokens) // size
+    return math.ceil(target.tokens / size), blocks[inside], home[inside]

@@ -1,0 +1,252 @@
+"""Attention modules whose products are computed in blocks, reordered and rounded.
+
+The module keeps its projections, norms, rotary embedding and processor: only its call of ``scaled_dot_product_attention`` is
+answered here, through a ``TorchFunctionMode`` that is open while the module runs. So one file serves every family whose processor
+ends in that call, masks are seen and honoured, nothing global is changed, and ``torch.compile`` traces it as one graph. What a
+processor hands to another kernel (a backend chosen with ``set_attention_backend``) never arrives here, which is an error.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from dqtk.attention.blocks import carried, counts, near, pack, radial, unpack
+from dqtk.attention.find import heads_of
+from dqtk.attention.layout import Layout, Rule, layout_rule, layouts_of
+from dqtk.calls import given_arguments
+from dqtk.kernels.block_attention import block_attention
+from dqtk.spec import (
+    AttentionSpec,
+    Fixed,
+    PerTile,
+    Radial,
+    RowInTile,
+    SlidingTile,
+    SmoothBoth,
+    SmoothKeys,
+    StaticBlocks,
+)
+
+from .noise import NoiseState, following
+
+_SCALES = {RowInTile: "row", PerTile: "tile", Fixed: "static"}
+_SMOOTH = {type(None): "none", SmoothKeys: "k", SmoothBoth: "qk"}
+NAME = "blocks"  # of the module that holds orders and masks, within an attention module
+
+
+class LayoutState:
+    """What the sequences of the call in progress are. One per denoiser, owned by a hook on it."""
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+        self.layouts: dict[int, Layout] = {}
+
+    def see(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """The hook."""
+        self.layouts = layouts_of(module, given_arguments(module, args, kwargs), self.rule)
+
+
+def layout_state(module: nn.Module) -> LayoutState:
+    """The state that follows this denoiser's calls: the one that is there, or a new one."""
+    for hook in module._forward_pre_hooks.values():
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, LayoutState):
+            return owner
+    state = LayoutState(layout_rule(module))
+    module.register_forward_pre_hook(state.see, with_kwargs=True)
+    return state
+
+
+class Blocks(nn.Module):
+    """Masks of one attention: a buffer ``live`` uint8 [G, H, R, ceil(C / 8)], packed (``attention.blocks.pack``), per interval of
+    the noise level and head, where blocks are static."""
+
+    live: Tensor | None
+
+    def __init__(self, spec: AttentionSpec, heads: int, device: torch.device | str | None = None):
+        super().__init__()
+        self.spec, self.heads = spec, heads
+        live = None
+        if isinstance(spec.mask, StaticBlocks):
+            rows, columns = counts(Layout(*spec.layout), spec.block)
+            shape = (len(spec.mask.edges) + 1, heads, rows, -(-columns // 8))
+            live = torch.zeros(shape, dtype=torch.uint8, device=device)
+        self.register_buffer("live", live)
+        self._layouts: LayoutState | None = None
+        self._noise: NoiseState | None = None
+        self._made: dict[tuple, tuple[Tensor | None, Tensor | None]] = {}
+
+    def follow(self, denoiser: nn.Module) -> None:
+        """Know what the calls of this denoiser look like."""
+        self._layouts = layout_state(denoiser)
+        if isinstance(self.spec.mask, StaticBlocks) and self.spec.mask.edges:
+            self._noise = following(denoiser, self.spec.mask.edges)
+
+    def density(self, layout: Layout | None = None) -> float:
+        """Share of blocks that are computed, over heads and intervals."""
+        layout = Layout(*self.spec.layout) if layout is None else layout
+        live = self._masks(layout, torch.device("cpu"))
+        return 1.0 if live is None else float(unpack(live, counts(layout, self.spec.block)[1]).float().mean())
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        """[B, H, N, D'] for q, k [B, H, N, D] and v [B, H, N, D'] of a sequence that the call in progress has.
+
+        Raises:
+            ValueError: a sequence of another length.
+        """
+        assert self._layouts is not None
+        layout = self._layouts.layouts.get(q.shape[2])
+        if layout is None:
+            known = sorted(self._layouts.layouts)
+            raise ValueError(
+                f"attention: a sequence that attends to itself must have {known} tokens in this call, got {q.shape[2]}. Its "
+                "family's adapter must say what they are (docs/attention.md)."
+            )
+        order, live = self._prepared(layout, q.device)
+        if live is not None and self._noise is not None:
+            live = live.index_select(0, self._noise.index(q.device))
+        return block_attention(
+            q,
+            k,
+            v,
+            order,
+            None if live is None else live[0],
+            mask,
+            *self.spec.block,
+            scale,
+            16 if self.spec.qk is None else self.spec.qk.bits,
+            16 if self.spec.pv is None else self.spec.pv.bits,
+            _SCALES[type(self.spec.scale)],
+            _SMOOTH[type(self.spec.smooth)],
+        )
+
+    def _prepared(self, layout: Layout, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """int32 [H, N] or None, and packed masks [G, H, R, bytes] or None, made once per layout and device."""
+        key = layout.numbers, device
+        if key not in self._made:
+            order = None
+            if any(self.spec.orders):
+                each = {which: layout.index(which, device) for which in set(self.spec.orders)}
+                order = torch.stack([each[which] for which in self.spec.orders])
+            self._made[key] = order, self._masks(layout, device)
+        return self._made[key]
+
+    def _masks(self, layout: Layout, device: torch.device) -> Tensor | None:
+        spec = self.spec
+        if spec.mask is None:
+            return None
+        orders = self.spec.orders or (0,) * self.heads
+        if isinstance(spec.mask, SlidingTile | Radial):
+            rule = near if isinstance(spec.mask, SlidingTile) else radial
+            each = {order: rule(layout, order, spec.block, spec.mask.density) for order in set(orders)}
+            return pack(torch.stack([each[order] for order in orders])[None]).to(device)
+        assert self.live is not None
+        source = Layout(*spec.layout)
+        if layout == source:
+            return self.live.to(device)
+        kept = unpack(self.live.cpu(), counts(source, spec.block)[1])
+        moved = [carried(kept[:, head], source, layout, order, spec.block) for head, order in enumerate(orders)]
+        return pack(torch.stack(moved, dim=1)).to(device)
+
+    def extra_repr(self) -> str:
+        from dqtk.spec import describe_attention
+
+        return describe_attention(self.spec)
+
+
+class _Answering(TorchFunctionMode):
+    """Answers a sequence's attention to itself while its module runs."""
+
+    def __init__(self, blocks: Blocks):
+        super().__init__()
+        self.blocks, self.answered = blocks, False
+
+    def __torch_function__(self, function: Any, types: Sequence[type], args: tuple = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if function is not F.scaled_dot_product_attention:
+            return function(*args, **given)
+        self.answered = True
+        return _answer(self.blocks, *args, **given)
+
+
+def _answer(
+    blocks: Blocks,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``scaled_dot_product_attention`` in blocks. Raises ``ValueError`` for what blocks have no meaning for."""
+    if is_causal or dropout_p or query.shape[2] != key.shape[2] or query.shape[1] != key.shape[1]:
+        raise ValueError(
+            "attention: an attention in blocks must be of a sequence to itself, without dropout and causal mask, as many heads for "
+            f"keys, got queries {tuple(query.shape)}, keys {tuple(key.shape)}, is_causal={is_causal}. Keep this one at 16 bits."
+        )
+    return blocks.attend(query, key, value, attn_mask, query.shape[-1] ** -0.5 if scale is None else scale)
+
+
+@cache
+def _in_blocks(kind: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of an attention module's class that answers in blocks."""
+    plain = kind.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        mode = _Answering(self.get_submodule(NAME))
+        with mode:
+            out = plain(self, *args, **kwargs)
+        if not mode.answered:
+            raise ValueError(
+                f"attention: {kind.__name__} must compute scaled_dot_product_attention in torch, got none. Was another backend "
+                "chosen with set_attention_backend? Reset it."
+            )
+        return out
+
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__, "plain_class": kind})
+
+
+def blocks_of(module: nn.Module) -> dict[str, Blocks]:
+    """Path of an attention module -> its blocks."""
+    return {path.rpartition(".")[0]: part for path, part in module.named_modules() if isinstance(part, Blocks)}
+
+
+def install_blocks(denoiser: nn.Module, path: str, spec: AttentionSpec, where: str = "attention") -> Blocks:
+    """Give an attention of a denoiser its blocks, whose buffers are still to be filled.
+
+    Raises:
+        ValueError: there is no such attention.
+    """
+    try:
+        part: Any = denoiser.get_submodule(path)
+    except AttributeError:
+        part = None
+    heads = heads_of(part)
+    if heads is None or isinstance(getattr(part, NAME, None), Blocks):
+        raise ValueError(
+            f"{where}: {path} must be an attention of {type(denoiser).__name__}, got {type(part).__name__}. "
+            "Was the model class changed?"
+        )
+    device = next((tensor.device for tensor in part.parameters()), None)
+    blocks = Blocks(spec, heads, device)
+    part.add_module(NAME, blocks)
+    kind: Any = type(part)
+    part.__class__ = _in_blocks(kind)
+    blocks.follow(denoiser)
+    return blocks
+
+
+def remove_blocks(denoiser: nn.Module) -> None:
+    """Make all attentions dense again."""
+    for path in blocks_of(denoiser):
+        part: Any = denoiser.get_submodule(path)
+        part.__class__ = type(part).plain_class
+        delattr(part, NAME)
