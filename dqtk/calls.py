@@ -1,13 +1,14 @@
 """How pipelines and their denoisers are called: prompts or class labels, arguments a family needs, the time of a denoiser call."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .resolve import call_kwargs_for
+from .numerics.layout import Layout
+from .resolve import adapters, call_kwargs_for
 from .sites import DENOISERS
 from .spec import did_you_mean
 
@@ -84,3 +85,37 @@ def time_of(arguments: Mapping[str, Any]) -> Tensor | None:
     """The time that a denoiser was called with, as the caller gave it; None for one without time."""
     found = next((arguments[name] for name in TIME_NAMES if arguments.get(name) is not None), None)
     return None if found is None else torch.as_tensor(found)
+
+
+LayoutRule = Callable[[nn.Module, Mapping[str, Any]], Sequence[tuple[int, ...]]]
+
+
+def layout_rule(module: nn.Module) -> LayoutRule:
+    """How this denoiser's calls tell the sequences that attend to themselves: as its family's adapter says, which knows where text
+    stands; else latents are [B, C, H, W] or [B, C, F, H, W], cut into patches."""
+    adapter = adapters().get(type(module).__name__)
+    return _of_latents if adapter is None or adapter.layouts is None else adapter.layouts
+
+
+def layouts_of(module: nn.Module, arguments: Mapping[str, Any], rule: LayoutRule | None = None) -> dict[int, Layout]:
+    """Number of tokens -> layout, of the sequences that attend to themselves in this call of a denoiser.
+
+    Raises:
+        ValueError: latents of a shape that the rule does not know.
+    """
+    found = [Layout(*numbers) for numbers in (rule or layout_rule(module))(module, arguments)]
+    return {layout.tokens: layout for layout in found}
+
+
+def _of_latents(module: nn.Module, arguments: Mapping[str, Any]) -> list[tuple[int, ...]]:
+    latents = next((arguments[name] for name in ("hidden_states", "sample") if isinstance(arguments.get(name), Tensor)), None)
+    if latents is None or latents.ndim not in (4, 5):
+        shape = None if latents is None else tuple(latents.shape)
+        raise ValueError(
+            f"attention: latents of {type(module).__name__} must be [B, C, H, W] or [B, C, F, H, W], got {shape}. Its family needs "
+            "an adapter that says where its tokens come from (docs/attention.md)."
+        )
+    patch = getattr(getattr(module, "config", None), "patch_size", None) or 1
+    sizes = tuple(latents.shape[2:]) if latents.ndim == 5 else (1, *latents.shape[2:])
+    each = tuple(patch) if isinstance(patch, list | tuple) else (1, patch, patch)
+    return [tuple(size // cut for size, cut in zip(sizes, each, strict=True))]

@@ -21,7 +21,6 @@ from .allocate.command import choices_from_logs, plan_from_model
 from .arguments import parser
 from .calibrate import Stats
 from .calibrate import calibrate as run_calibrate
-from .calibrate.together import calibrate_together
 from .calls import call_arguments, denoisers
 from .checkpoint import check_output, written_whole
 from .explain import totals
@@ -35,6 +34,7 @@ from .quantize import plan as make_plan
 from .recipes import RECIPES, recipe_named
 from .report.rounding import check_rounding
 from .resolve import oracle_for
+from .solved import calibrate_together
 from .sources import find_device, load_pipeline, local_folder, meta_pipeline, meta_target, read_json, readable
 from .spec import Distill, Reconstruct
 from .streaming import quantize_folder

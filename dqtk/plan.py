@@ -10,10 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from .attention.find import AttentionSite, find_attention
 from .numerics.hadamard import block_size
 from .numerics.storage import layer_bytes
-from .sites import DENOISERS, ROLES, TEXT_ENCODERS, Adapter, Site, components_of, find_sites
+from .sites import DENOISERS, ROLES, TEXT_ENCODERS, Adapter, AttentionSite, Site, components_of, find_attention, find_sites
 from .spec import (
     GROUPS,
     RTN,

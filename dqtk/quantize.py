@@ -18,13 +18,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .attention.choose import ChosenAttention, choose, place_attention
-from .attention.find import find_attention
 from .calibrate import Stats, calibrate
 from .calibrate.answers import exact_outputs
 from .calibrate.gather import calls_of
 from .calibrate.intervals import settled
 from .calibrate.run import check_model
-from .calibrate.together import calibrate_together
 from .checkpoint import FORMAT_VERSION, replace_layer, save_module, written_whole
 from .correct.output import check_correctable, correct_output
 from .hosts import backend_of
@@ -37,8 +35,8 @@ from .processes import ALONE, Processes, processes
 from .recipes import recipe_named
 from .refine.refine import refined
 from .resolve import adapters, embedded_folder, embedded_names
-from .sites import DENOISERS, Site, components_of, find_sites
-from .solved import SolvedFolder
+from .sites import DENOISERS, Site, components_of, find_attention, find_sites
+from .solved import SolvedFolder, calibrate_together
 from .sources import model_class, readable, stored_dtype
 from .spec import AttentionSpec, ByLevel, LayerSpec, Reconstruct, Refiner, SiteSpec, describe
 from .stages import solutions

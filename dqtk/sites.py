@@ -112,6 +112,26 @@ class Adapter:
     layouts: Callable[[nn.Module, Mapping[str, Any]], list[tuple[int, ...]]] | None = None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionSite:
+    """One self-attention or joint attention. id: ``component:path``. heads: of the queries."""
+
+    id: str
+    heads: int
+
+    @property
+    def component(self) -> str:
+        return self.id.partition(":")[0]
+
+    @property
+    def path(self) -> str:
+        return self.id.partition(":")[2]
+
+    def matches(self, pattern: str) -> bool:
+        """Whether a glob matches the id or the path."""
+        return fnmatchcase(self.path, pattern) or fnmatchcase(self.id, pattern)
+
+
 def components_of(target: Any) -> dict[str, nn.Module]:
     """Denoisers and text encoders of a pipeline by name, or ``{"model": target}`` for a bare module.
 
@@ -196,6 +216,23 @@ def _unsupported(layer: Any, path: str, ties: Mapping[int, list[str]]) -> str | 
             return f"padding {layer.padding_mode!r}, {layer.padding!r} (only zeros, given as numbers)"
         known = type(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     return None if known else f"layer class {type(layer).__name__} has its own forward"
+
+
+def find_attention(module: nn.Module, component: str = "model") -> list[AttentionSite]:
+    """All places of a denoiser where a sequence attends to itself: modules with a processor (as diffusers has them) and heads that
+    are not made for another sequence. Works on the meta device."""
+    found = []
+    for path, part in module.named_modules():
+        heads = heads_of(part)
+        if heads is not None and not getattr(part, "is_cross_attention", False):
+            found.append(AttentionSite(id=f"{component}:{path}", heads=heads))
+    return found
+
+
+def heads_of(part: Any) -> int | None:
+    """Number of heads of an attention module; None for other modules."""
+    heads = getattr(part, "heads", None)
+    return heads if isinstance(heads, int) and hasattr(part, "processor") else None
 
 
 # --- roles -----------------------------------------------------------------------------------------------------------

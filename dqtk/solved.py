@@ -14,9 +14,10 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from .calibrate import Stats, calibrate
 from .journal import Journal, claim, done
 from .methods.solve import Solution
-from .plan import Choice
+from .plan import Choice, Plan
 from .processes import ALONE, Processes
 from .sources import readable
 from .spec import ByLevel, LayerSpec, from_json, to_json
@@ -87,3 +88,15 @@ class SolvedFolder:
 
 def _name(group: Sequence[Choice]) -> str:
     return hashlib.sha256("\n".join(choice.site.id for choice in group).encode()).hexdigest()[:16]
+
+
+def calibrate_together(pipe: Any, prompts: Sequence[str], plan: Plan, file: Path, processes: Processes, **how: Any) -> Stats:
+    """``calibrate`` with ``output=file`` in the first process, which the others read; ``how``: its other arguments.
+
+    The file is read back by the first too, so that all have the same numbers whatever they were computed on.
+    """
+    if processes.first:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        calibrate(pipe, prompts, plan, output=file, **how)
+    processes.wait()
+    return Stats.load(file)

@@ -204,7 +204,7 @@ def set_weight(folder, value):
         (["--plan", "x", "--recipe", "w8a8"], "--plan must stand alone, got --recipe, --text-encoders, --keep or --set too."),
         (["--plan", "x", "--keep", "a"], "--plan must stand alone, got --recipe, --text-encoders, --keep or --set too."),
         (["--recipe", "w8a8", "--refine", "distill"], "--prompts or --stats must be given for --refine, got neither."),
-        (["--recipe", "w8a8", "--iterations", "5"], "--iterations and --checkpoint must come with --refine, got one without."),
+        (["--recipe", "w8a8", "--iterations", "5"], "--iterations must come with --refine, got it without."),
     ],
 )
 def test_words(shell, folder, tmp_path, words, says):
@@ -299,7 +299,7 @@ def test_arguments_of_a_wrong_kind(bare, load_tiny):
     calls = {
         r"plan: recipe must be a name or a Recipe, got LayerSpec.* Recipe\(name=": lambda: dqtk.plan(bare, spec),
         "plan: recipe must be a name or a Recipe, got None": lambda: dqtk.plan(bare, None),
-        r"plan: override of '0' must be a LayerSpec, a recipe's name or None, got Int": lambda: dqtk.plan(
+        r"plan: override of '0' must be a LayerSpec, an AttentionSpec, a recipe's name or None, got Int": lambda: dqtk.plan(
             bare, "w8a8", overrides={"0": Int(bits=4)}
         ),
         r"Recipe: rules must be a tuple, got Rule": lambda: dqtk.Recipe(name="x", rules=dqtk.Rule(spec=spec, why="x")),

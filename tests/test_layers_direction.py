@@ -21,15 +21,17 @@ jobs | bench
 report | diffusers_backend | transformers_backend
 streaming | allocate
 quantize
-stages | processes | shards | journal
+stages
+solved
+processes | shards | journal
 installed | sources | prompt_sets
 recipes
 policy
 correct | refine
 methods
+attention
 calibrate
 checkpoint
-attention
 nn
 kernels
 explain

@@ -10,9 +10,9 @@ from dqtk import checkpoint, plan
 from dqtk.sites import ROLES
 
 GOLDEN = {
-    "Adapter": "(*, classes, roles, keep, reversed_time)",
+    "Adapter": "(*, classes, roles, keep, reversed_time, layouts)",
     "LayerSpec": "(*, weight, input, solver, transforms, low_rank, correct_bias)",
-    "Plan": "(*, recipe, components, choices)",
+    "Plan": "(*, recipe, components, choices, attention)",
     "Recipe": "(*, name, rules)",
     "Rule": "(*, spec, why, pattern, roles)",
     "Site": "(*, id, kind, role, shape, bias, shared_input, unsupported)",

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dqtk.calibrate.replay import Call, arguments_for
+from dqtk.calls import layouts_of
 from dqtk.nn.attention import install_blocks
+from dqtk.numerics.block_masks import guards, largest, pack
+from dqtk.numerics.layout import Layout
+from dqtk.sites import AttentionSite
 from dqtk.spec import AttentionSpec, Incoherence, Order, Recall, StaticBlocks, WeightedSum
 
-from .blocks import guards, largest, pack
-from .find import AttentionSite
-from .layout import Layout, layouts_of
 from .sums import BlockSums, block_sums
 
 SHARE = 0.25  # of blocks, at which orders are compared where no mask says how many are kept

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dqtk.attention.blocks import carried, counts, near, pack, radial, unpack
-from dqtk.attention.find import heads_of
-from dqtk.attention.layout import Layout, Rule, layout_rule, layouts_of
-from dqtk.calls import given_arguments
+from dqtk.calls import LayoutRule, given_arguments, layout_rule, layouts_of
 from dqtk.kernels.block_attention import block_attention
+from dqtk.numerics.block_masks import carried, counts, near, pack, radial, unpack
+from dqtk.numerics.layout import Layout
+from dqtk.sites import heads_of
 from dqtk.spec import (
     AttentionSpec,
     Fixed,
@@ -42,7 +42,7 @@ NAME = "blocks"  # of the module that holds orders and masks, within an attentio
 class LayoutState:
     """What the sequences of the call in progress are. One per denoiser, owned by a hook on it."""
 
-    def __init__(self, rule: Rule) -> None:
+    def __init__(self, rule: LayoutRule) -> None:
         self.rule = rule
         self.layouts: dict[int, Layout] = {}
 
@@ -63,8 +63,8 @@ def layout_state(module: nn.Module) -> LayoutState:
 
 
 class Blocks(nn.Module):
-    """Masks of one attention: a buffer ``live`` uint8 [G, H, R, ceil(C / 8)], packed (``attention.blocks.pack``), per interval of
-    the noise level and head, where blocks are static."""
+    """Masks of one attention: a buffer ``live`` uint8 [G, H, R, ceil(C / 8)] (``numerics.block_masks.pack``), per interval of the
+    noise level and head, where blocks are static."""
 
     live: Tensor | None
 

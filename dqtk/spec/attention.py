@@ -128,7 +128,7 @@ class AttentionSpec:
     order: of the tokens, chosen per head (per layer if ``one_order``); None: as they lie. mask: None computes all blocks. block:
     queries and keys of a block. qk, pv: integers that queries and keys, probabilities and values are rounded to; None: not.
     Found by calibration: layout: frames, rows, columns, text tokens before and after, of the sequence that it saw. orders: the one
-    of every head, as an index into ``attention.layout.ORDERS``.
+    of every head, as an index into ``numerics.layout.ORDERS``.
     """
 
     order: Order | None = None

@@ -1,13 +1,9 @@
 """What a sequence of tokens is: a grid of frames, rows and columns, with text tokens before or behind it."""
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from dqtk.resolve import adapters
+from torch import Tensor
 
 # As PAROAttention numbers them: which axis of (frame, row, column) is the outermost, the next, the innermost.
 ORDERS = ((0, 1, 2), (0, 2, 1), (1, 2, 0), (1, 0, 2), (2, 1, 0), (2, 0, 1))
@@ -58,37 +54,3 @@ class Layout:
         size = self.frames * self.rows * self.columns
         where = torch.stack([index // (self.rows * self.columns), index // self.columns % self.rows, index % self.columns], dim=1)
         return torch.where(((index >= 0) & (index < size))[:, None], where, -1)
-
-
-Rule = Callable[[nn.Module, Mapping[str, Any]], Sequence[tuple[int, ...]]]
-
-
-def layout_rule(module: nn.Module) -> Rule:
-    """How this denoiser's calls tell the sequences that attend to themselves: as its family's adapter says, which knows where text
-    stands; else latents are [B, C, H, W] or [B, C, F, H, W], cut into patches."""
-    adapter = adapters().get(type(module).__name__)
-    return _of_latents if adapter is None or adapter.layouts is None else adapter.layouts
-
-
-def layouts_of(module: nn.Module, arguments: Mapping[str, Any], rule: Rule | None = None) -> dict[int, Layout]:
-    """Number of tokens -> layout, of the sequences that attend to themselves in this call of a denoiser.
-
-    Raises:
-        ValueError: latents of a shape that the rule does not know.
-    """
-    found = [Layout(*numbers) for numbers in (rule or layout_rule(module))(module, arguments)]
-    return {layout.tokens: layout for layout in found}
-
-
-def _of_latents(module: nn.Module, arguments: Mapping[str, Any]) -> list[tuple[int, ...]]:
-    latents = next((arguments[name] for name in ("hidden_states", "sample") if isinstance(arguments.get(name), Tensor)), None)
-    if latents is None or latents.ndim not in (4, 5):
-        shape = None if latents is None else tuple(latents.shape)
-        raise ValueError(
-            f"attention: latents of {type(module).__name__} must be [B, C, H, W] or [B, C, F, H, W], got {shape}. Its family needs "
-            "an adapter that says where its tokens come from (docs/attention.md)."
-        )
-    patch = getattr(getattr(module, "config", None), "patch_size", None) or 1
-    sizes = tuple(latents.shape[2:]) if latents.ndim == 5 else (1, *latents.shape[2:])
-    each = tuple(patch) if isinstance(patch, list | tuple) else (1, patch, patch)
-    return [tuple(size // cut for size, cut in zip(sizes, each, strict=True))]

@@ -1,0 +1,107 @@
+"""Masks of blocks: guards, budgets, storage, rules without calibration, and another resolution."""
+
+import itertools
+
+import pytest
+import torch
+
+from dqtk.numerics.block_masks import carried, counts, guards, largest, near, pack, radial, unpack
+from dqtk.numerics.layout import Layout
+
+IMAGE, VIDEO = Layout(1, 16, 16), Layout(4, 8, 8, before=20, after=0)
+
+
+def test_guards_are_the_diagonal_text_and_a_ragged_end():
+    layout = Layout(1, 10, 10, before=20)
+    keep = guards(layout, (16, 16))
+    assert counts(layout, (16, 16)) == (8, 8)
+    assert keep.diagonal().all()
+    for blocks in (keep, keep.T):
+        assert blocks[:2].all()  # 20 text tokens reach into the second block
+        assert blocks[-1].all()  # 8 tokens only
+    assert not keep[2, 3]
+    assert int(keep.sum()) == 8 * 8 - 5 * 5 + 5
+
+
+def test_text_behind_the_grid_is_guarded_too():
+    keep = guards(Layout(1, 8, 8, after=10), (16, 16))
+    assert keep[4].all()
+    assert keep[:, 4].all()
+    assert not keep[0, 1]
+
+
+def test_rectangular_blocks_see_their_diagonal():
+    keep = guards(IMAGE, (32, 16))
+    assert keep.shape == (8, 16)
+    assert all(keep[r, 2 * r] and keep[r, 2 * r + 1] for r in range(8))
+    assert int(keep.sum()) == 16
+
+
+@pytest.mark.parametrize("density", [0.1, 0.3, 0.5, 1.0])
+def test_a_budget_is_spent_on_the_largest(density):
+    mass = torch.rand(3, 2, 16, 16, generator=torch.Generator().manual_seed(0))
+    keep = largest(mass, guards(IMAGE, (16, 16)), density)
+    assert keep.sum() == max(round(density * mass.numel()), int(keep.sum()) if density == 0.1 else 0)
+    assert keep.any(-1).all()
+    assert keep.diagonal(dim1=-2, dim2=-1).all()
+    free = ~guards(IMAGE, (16, 16)).expand_as(mass) & ~torch.zeros_like(keep).scatter_(-1, mass.argmax(-1, keepdim=True), True)
+    if bool((free & ~keep).any()) and bool((free & keep).any()):
+        assert mass[free & keep].min() >= mass[free & ~keep].max()
+
+
+def test_every_row_keeps_its_largest_block_whatever_the_budget():
+    mass = torch.rand(1, 16, 16, generator=torch.Generator().manual_seed(1))
+    keep = largest(mass, torch.zeros(16, 16, dtype=torch.bool), 0.01)
+    assert torch.equal(keep, torch.zeros_like(keep).scatter_(-1, mass.argmax(-1, keepdim=True), True))
+
+
+@pytest.mark.parametrize("columns", [1, 7, 8, 9, 278])
+def test_packed_masks_come_back(columns):
+    keep = torch.rand(2, 3, 5, columns, generator=torch.Generator().manual_seed(0)) < 0.4
+    bits = pack(keep)
+    assert bits.dtype == torch.uint8
+    assert bits.shape == (2, 3, 5, -(-columns // 8))
+    assert torch.equal(unpack(bits, columns), keep)
+
+
+def test_the_first_block_is_the_lowest_bit():
+    assert pack(torch.tensor([[True, False, False, True]])).tolist() == [[9]]
+
+
+def test_near_blocks_are_near_in_the_grid_in_every_order():
+    layout = Layout(8, 8, 8)
+    for order in range(6):
+        keep = near(layout, order, (64, 64), 0.5)
+        assert abs(float(keep.float().mean()) - 0.5) <= 0.02
+        assert keep[3, 3]
+        assert keep[3, 4]
+        assert not keep[0, 7]  # the first and the last slice of the outermost axis
+
+
+def test_radial_windows_shrink_with_the_distance_of_frames():
+    layout = Layout(8, 8, 8)
+    keep = radial(layout, 0, (16, 16), 0.4)
+    per_frame = keep.unflatten(0, (8, 4)).unflatten(2, (8, 4)).float().mean((1, 3))
+    first = per_frame[0]
+    assert all(a >= b for a, b in itertools.pairwise(first))
+    assert first[7] <= first[2] < first[1]
+
+
+def test_a_mask_is_carried_to_a_larger_grid():
+    source, target = Layout(1, 16, 16), Layout(1, 32, 32)
+    keep = torch.eye(16, dtype=torch.bool)
+    keep[0, 15] = True  # the first row of the picture sees the last
+    moved = carried(keep, source, target, 0, (16, 16))
+    assert moved.shape == counts(target, (16, 16))
+    rows = moved.unflatten(0, (32, 2)).unflatten(2, (32, 2)).any(3).any(1)  # two blocks per row of tokens
+    assert rows[0, 31]
+    assert rows[1, 30]
+    assert not rows[2, 31]
+    assert not rows[8, 20]
+
+
+@pytest.mark.parametrize("order", range(6))
+def test_a_mask_carried_to_its_own_grid_is_itself(order):
+    keep = torch.rand(2, *counts(VIDEO, (16, 16)), generator=torch.Generator().manual_seed(order)) < 0.3
+    keep |= guards(VIDEO, (16, 16))
+    assert torch.equal(carried(keep, VIDEO, VIDEO, order, (16, 16)), keep)
