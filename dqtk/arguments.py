@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .allocate.budget import Budget, parse_budget
 from .allocate.from_logs import LOSSES
-from .recipes import RECIPES, SEARCHES
+from .recipes import ATTENTION, DENSITY, RECIPES, SEARCHES
 from .report.rounding import ROUNDINGS
 
 FLOORS = ("bfloat16", *ROUNDINGS)
@@ -156,6 +156,8 @@ def _model_and_plan(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--set", metavar="PATTERN=RECIPE", action="append", default=[], help="another recipe for matching sites; repeatable"
     )
+    verb.add_argument("--attention", metavar="NAME", help=f"how denoisers attend to themselves: {', '.join(ATTENTION)}")
+    verb.add_argument("--density", type=float, metavar="SHARE", help=f"of the blocks of attention that are computed ({DENSITY})")
 
 
 def _sampling(verb: argparse.ArgumentParser, prompts_required: bool = True, dtype: str = "float32") -> None:

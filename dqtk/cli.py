@@ -26,12 +26,12 @@ from .checkpoint import check_output, written_whole
 from .explain import totals
 from .installed import installed_plan, summary
 from .native.library import converts_bfloat16
-from .plan import Plan
+from .plan import Plan, Recipe, Rule
 from .processes import processes
 from .prompt_sets import read_prompts
 from .quantize import STATS, quantize, save
 from .quantize import plan as make_plan
-from .recipes import RECIPES, recipe_named
+from .recipes import ATTENTION, RECIPES, attention_named, recipe_named
 from .report.rounding import check_rounding
 from .resolve import oracle_for
 from .solved import calibrate_together
@@ -94,7 +94,17 @@ def _plan_for(options: argparse.Namespace, pipe: Any) -> Plan:
         if not equals:
             raise ValueError(f"--set must be PATTERN=RECIPE, got {wish!r}. For example --set '*.ff.*=w8a8'.")
         overrides[pattern] = recipe
-    return make_plan(pipe, options.recipe, text_encoders=options.text_encoders, overrides=overrides)
+    recipe, attention = options.recipe, options.attention
+    if recipe in ATTENTION and attention is not None:
+        raise ValueError(f"--attention must be left out with --recipe {recipe}, got {attention}. It is one already.")
+    if options.density is not None:
+        name = attention or recipe
+        if name not in ATTENTION:
+            raise ValueError("--density must come with --attention or --recipe paro-..., got it without. It is of their blocks.")
+        spec = attention_named(name, options.density)
+        recipe = recipe if attention else Recipe(name=recipe, rules=(Rule(spec=spec, why=f"{recipe}: attention alone"),))
+        attention = spec if attention else None
+    return make_plan(pipe, recipe, text_encoders=options.text_encoders, overrides=overrides, attention=attention)
 
 
 def _call_kwargs(options: argparse.Namespace, pipe: Any) -> dict[str, Any]:
@@ -194,8 +204,9 @@ def _quantize(options: argparse.Namespace, command: str) -> None:
     if options.plan is None:
         meta = meta_target(options.model) if options.stream else meta_pipeline(options.model)
         plan = _plan_for(options, meta)  # wrong names and patterns fail before any weight is read
-    elif options.recipe or options.text_encoders or options.keep or options.set:
-        raise ValueError("--plan must stand alone, got --recipe, --text-encoders, --keep or --set too. A plan has decided already.")
+    elif any((options.recipe, options.text_encoders, options.keep, options.set, options.attention, options.density)):
+        flags = "--recipe, --text-encoders, --keep, --set, --attention or --density"
+        raise ValueError(f"--plan must stand alone, got {flags} too. A plan has decided already.")
     else:
         plan = Plan.from_json(read_json(options.plan, "--plan"), str(options.plan))
     if options.stream:

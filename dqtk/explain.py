@@ -5,7 +5,7 @@ from typing import Any
 
 from .ops import op_of, report_of
 from .plan import Plan
-from .spec import SiteSpec, describe, kinds_of, weights_of
+from .spec import SiteSpec, describe, describe_attention, kinds_of, weights_of
 
 
 def human(num_bytes: float) -> str:
@@ -46,6 +46,8 @@ def explain(plan: Plan, sites: bool = True) -> str:
             blocks.append(table(["site", "role", "shape", "bits", "before", "after", "why"], rows))
         else:
             blocks.append(table(["role", "bits", "sites", "before", "after", "why"], _role_rows(mine)))
+        if attention := [c for c in plan.attention if c.site.component == component.name]:
+            blocks.append(table(["attention", "heads", "computed", "why"], _attention_rows(attention, sites)))
     blocks.append(totals(plan))
     blocks.append(runs(plan))
     return "\n\n".join(blocks)
@@ -83,7 +85,17 @@ def runs(plan: Plan) -> str:
     for device in ("cpu", "cuda"):
         for op, num in ops.most_common():
             rows.append([device, op, str(num), report_of(op, device)])
+        if blocks := [c for c in plan.attention if c.spec is not None]:
+            rows.append([device, "block_attention", str(len(blocks)), report_of("block_attention", device)])
     return table(["device", "op", "layers", "runs as"], rows)
+
+
+def _attention_rows(choices: list[Any], sites: bool) -> list[list[str]]:
+    """A row per attention, or per decision."""
+    if sites:
+        return [[c.site.path, str(c.site.heads), describe_attention(c.spec), c.why] for c in choices]
+    groups = Counter((str(c.site.heads), describe_attention(c.spec), c.why) for c in choices)
+    return [[f"{num} of them", *words] for words, num in groups.items()]
 
 
 def _widths(spec: SiteSpec | None) -> list[int]:

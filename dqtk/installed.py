@@ -6,18 +6,20 @@ from typing import Any
 from torch import nn
 
 from .nn import Quantized
-from .plan import Choice, Component, Plan
+from .nn.attention import blocks_of
+from .plan import AttentionChoice, Choice, Component, Plan
 from .resolve import adapters
-from .sites import components_of, find_sites
-from .spec import describe, kinds_of, weights_of
+from .sites import components_of, find_attention, find_sites
+from .spec import describe, describe_attention, kinds_of, weights_of
 
 
 def installed_plan(target: Any) -> Plan:
     """Every site of a (partly) quantized pipeline or module with the spec that is in place; components without any are left out."""
-    components, choices, recipes = [], [], []
+    components, choices, attention, recipes = [], [], [], []
     for name, part in components_of(target).items():
         layers = {path: layer for path, layer in part.named_modules() if isinstance(layer, Quantized)}
-        if not layers:
+        blocks = blocks_of(part)
+        if not (layers or blocks):
             continue
         config = getattr(getattr(part, "hf_quantizer", None), "quantization_config", None)
         recipes.append(getattr(config, "fields", {}).get("recipe", ""))
@@ -25,7 +27,12 @@ def installed_plan(target: Any) -> Plan:
         for site in find_sites(part, name, adapters().get(type(part).__name__)):
             layer = layers.get(site.path)
             choices.append(Choice(site=site, spec=layer.spec if layer else None, why="quantized" if layer else "16 bit"))
-    return Plan(recipe=", ".join(dict.fromkeys(r for r in recipes if r)), components=tuple(components), choices=tuple(choices))
+        for place in find_attention(part, name) if blocks else ():
+            found = blocks.get(place.path)
+            why = "dense" if found is None else f"density {found.density():.3f}" if found.spec.layout else "in blocks"
+            attention.append(AttentionChoice(site=place, spec=found.spec if found else None, why=why))
+    recipe = ", ".join(dict.fromkeys(r for r in recipes if r))
+    return Plan(recipe=recipe, components=tuple(components), choices=tuple(choices), attention=tuple(attention))
 
 
 def num_parameters(module: nn.Module) -> int:
@@ -62,4 +69,8 @@ def summary(target: Any) -> dict[str, Any] | None:
             for choice in plan.choices
         ],
         "kernels": dict(kernels),
+        "attention": [
+            {"id": choice.site.id, "heads": choice.site.heads, "spec": describe_attention(choice.spec), "why": choice.why}
+            for choice in plan.attention
+        ],
     }

@@ -32,7 +32,7 @@ from .nn.attention import Blocks
 from .plan import Choice, Plan, Recipe, Rule, check_fit, resolve
 from .policy import StepPolicy, combined, fixed_choices
 from .processes import ALONE, Processes, processes
-from .recipes import recipe_named
+from .recipes import ATTENTION, attention_named, recipe_named
 from .refine.refine import refined
 from .resolve import adapters, embedded_folder, embedded_names
 from .sites import DENOISERS, Site, components_of, find_attention, find_sites
@@ -52,6 +52,7 @@ def plan(
     text_encoders: str | Recipe | None = None,
     overrides: Mapping[str, SiteSpec | AttentionSpec | str | None] | None = None,
     policy: StepPolicy | None = None,
+    attention: AttentionSpec | str | None = None,
 ) -> Plan:
     """Decide what happens to every site. Costs nothing; works on the meta device.
 
@@ -62,6 +63,7 @@ def plan(
         overrides: glob on the site's path -> spec, recipe name, or None (keep 16 bits); before the recipe's rules, in order. An
             ``AttentionSpec`` is for the attentions (modules, such as ``*.attn1``) that its glob matches.
         policy: intervals of a run in which the denoisers have another precision. Overrides are for all intervals.
+        attention: how denoisers attend to themselves: a spec or its name (``recipes.ATTENTION``), where the recipe does not say.
     Raises:
         ValueError: unknown recipe, a pattern that matches nothing, a model without sites.
     """
@@ -75,6 +77,13 @@ def plan(
     denoisers = [name for name in parts if name == "model" or DENOISERS.fullmatch(name)]
     encoders = [name for name in parts if name not in denoisers]
     rules = [_override(pattern, wish) for pattern, wish in (overrides or {}).items()]
+    if attention is not None:
+        spec = attention_named(attention) if isinstance(attention, str) else attention
+        if not isinstance(spec, AttentionSpec):
+            raise ValueError(
+                f"plan: attention must be an AttentionSpec, a name or None, got {attention!r}. For example 'paro-int8'."
+            )
+        rules.append(Rule(spec=spec, why="attention by request"))
     theirs = [] if text_encoders is None else _matching(rules, parts, encoders)
     mine = [rule for rule in rules if rule not in theirs or _matching([rule], parts, denoisers)]
     how: dict[str, Any] = {"only": denoisers, "overrides": mine, "adapters": adapters()}
@@ -132,7 +141,9 @@ def _matching(rules: Sequence[Rule], parts: Mapping[str, nn.Module], names: Sequ
 def _override(pattern: str, wish: SiteSpec | AttentionSpec | str | None) -> Rule:
     if wish is None:
         return Rule(pattern=pattern, spec=None, why="kept by request")
-    spec = recipe_named(wish).main_spec() if isinstance(wish, str) else wish
+    spec: Any = wish
+    if isinstance(wish, str):
+        spec = attention_named(wish) if wish in ATTENTION else recipe_named(wish).main_spec()
     if not isinstance(spec, LayerSpec | ByLevel | AttentionSpec):
         kinds = "a LayerSpec, an AttentionSpec, a recipe's name or None"
         raise ValueError(f"plan: override of {pattern!r} must be {kinds}, got {wish!r}. Wrap it.")

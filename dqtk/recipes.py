@@ -9,6 +9,7 @@ and changes of basis and rounding of weights do harm there (notebooks/LOG.md).
 """
 
 from dataclasses import replace
+from functools import partial
 
 from .plan import Recipe, Rule
 from .spec import (
@@ -16,6 +17,7 @@ from .spec import (
     MSE,
     AbsMax,
     AdaRound,
+    AttentionSpec,
     BestFloat,
     ConstantToken,
     Dynamic,
@@ -31,9 +33,13 @@ from .spec import (
     PerLevel,
     PerTensor,
     PerToken,
+    Recall,
     ShortcutSplit,
     SiteSpec,
     Smooth,
+    SmoothBoth,
+    SmoothKeys,
+    StaticBlocks,
     TensorSpec,
     TwoLevel,
     did_you_mean,
@@ -327,6 +333,29 @@ def search_named(name: str) -> Search:
     return SEARCHES[name]()
 
 
+def _paro(density: float, bits: int | None) -> AttentionSpec:
+    """PAROAttention (arXiv 2506.16054): an order per head, static blocks, queries, keys, probabilities and values as integers.
+
+    Probabilities have a scale per row of a block, and 4-bit queries are smoothed too: both are finer than the paper's and free.
+    """
+    codes = None if bits is None else Int(bits=bits)
+    smooth = None if bits is None else SmoothKeys() if bits == 8 else SmoothBoth()
+    return AttentionSpec(order=Recall(), mask=StaticBlocks(density=density), qk=codes, pv=codes, smooth=smooth)
+
+
+ATTENTION = {"paro": partial(_paro, bits=None), "paro-int8": partial(_paro, bits=8), "paro-int4": partial(_paro, bits=4)}
+"""How attention is computed, by name; a function of the density. As recipes of their own they leave layers at 16 bits."""
+
+DENSITY = 0.5
+
+
+def attention_named(name: str, density: float = DENSITY) -> AttentionSpec:
+    """Raises ``ValueError`` with a suggestion for an unknown name."""
+    if name not in ATTENTION:
+        raise ValueError(f"attention: name must be one of {', '.join(ATTENTION)}, got {name!r}.{did_you_mean(name, ATTENTION)}")
+    return ATTENTION[name](density)
+
+
 def recipe_named(name: str) -> Recipe:
     """A generic recipe. Raises ``ValueError`` with a suggestion for an unknown name, and for one that is a search."""
     if name in SEARCHES:
@@ -336,6 +365,10 @@ def recipe_named(name: str) -> Recipe:
             "--stats plan-sensitivity.safetensors; "
             f"in Python made = dqtk.allocate(pipe, prompts, {name!r}), then dqtk.quantize(pipe, made.plan, made.stats)."
         )
+    if name in ATTENTION:
+        return Recipe(name=name, rules=(Rule(spec=attention_named(name), why=f"{name}: attention alone"),))
     if name not in RECIPES:
-        raise ValueError(f"recipe: name must be one of {', '.join(RECIPES)}, got {name!r}.{did_you_mean(name, RECIPES)}")
+        raise ValueError(
+            f"recipe: name must be one of {', '.join(RECIPES)}, got {name!r}.{did_you_mean(name, [*RECIPES, *ATTENTION])}"
+        )
     return RECIPES[name]()

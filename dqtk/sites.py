@@ -224,7 +224,7 @@ def find_attention(module: nn.Module, component: str = "model") -> list[Attentio
     found = []
     for path, part in module.named_modules():
         heads = heads_of(part)
-        if heads is not None and not getattr(part, "is_cross_attention", False):
+        if heads is not None and not _reads_another(part, path.rpartition(".")[2]):
             found.append(AttentionSite(id=f"{component}:{path}", heads=heads))
     return found
 
@@ -286,11 +286,14 @@ def _is_cross(root: nn.Module, path: str) -> bool:
         if not _ATTENTION_PARENT.search(parts[end - 1]):
             continue
         attention: Any = root.get_submodule(".".join(parts[:end]))
-        declared = getattr(attention, "is_cross_attention", None)
-        if isinstance(declared, bool):
-            return declared
-        return bool(re.search(r"cross|encdec|attn2", parts[end - 1], re.IGNORECASE))
+        return _reads_another(attention, parts[end - 1])
     return False
+
+
+def _reads_another(attention: Any, name: str) -> bool:
+    """Whether an attention module reads another sequence: as it declares itself, else by its name."""
+    declared = getattr(attention, "is_cross_attention", None)
+    return declared if isinstance(declared, bool) else bool(re.search(r"cross|encdec|attn2", name, re.IGNORECASE))
 
 
 def _shared_input(component: str, path: str, role: str) -> str | None:

@@ -1,10 +1,22 @@
 """The UNet of Stable Diffusion 1, 2 and XL."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from dqtk.sites import Adapter
 
-ADAPTER = Adapter(classes=("UNet2DConditionModel",))
+
+def layouts(unet: Any, arguments: Mapping[str, Any]) -> list[tuple[int, ...]]:
+    """Latents, and what is left of them after each downsampling convolution."""
+    height, width = arguments["sample"].shape[2:]
+    found = []
+    for _ in unet.config.down_block_types:
+        found.append((1, height, width, 0, 0))
+        height, width = -(-height // 2), -(-width // 2)
+    return found
+
+
+ADAPTER = Adapter(classes=("UNet2DConditionModel",), layouts=layouts)
 
 _SMALL = 32  # latents per side; the published models have 64 to 128
 

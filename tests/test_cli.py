@@ -25,7 +25,7 @@ from dqtk.costs import CostTable
 from dqtk.plan import Plan
 
 LEARNING = ["--correct", "--refine", "--iterations", "--checkpoint"]
-PLANNING = ["--keep", "--recipe", "--set", "--text-encoders"]
+PLANNING = ["--attention", "--density", "--keep", "--recipe", "--set", "--text-encoders"]
 SAMPLING = ["--batch-size", "--device", "--dtype", "--guidance", "--num-prompts", "--prompts", "--seed", "--steps"]
 BENCH = ["--batch", "--height", "--num-frames", "--repeats", "--size", "--threads", "--width"]
 ALLOCATION = [

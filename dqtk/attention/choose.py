@@ -25,7 +25,8 @@ from dqtk.spec import AttentionSpec, Incoherence, Order, Recall, StaticBlocks, W
 
 from .sums import BlockSums, block_sums
 
-SHARE = 0.25  # of blocks, at which orders are compared where no mask says how many are kept
+LEAST_BLOCKS = 32
+SHARE = 0.25  # of blocks, at which orders are compared where no mask leaves any out
 
 Seen = Callable[[str, Tensor, Tensor, Tensor | None, float], None]
 
@@ -94,6 +95,7 @@ def choose(
     sums: dict[str, list[Tensor]] = {}
     if learned:
         layouts = _layouts(module, calls, learned)
+        learned = {path: replace(spec, block=fitting(spec.block, layouts[path])) for path, spec in learned.items()}
         found = _ordered(module, calls, learned, layouts, progress)
         for path, spec in found.items():
             if isinstance(spec.mask, StaticBlocks):
@@ -140,6 +142,16 @@ def _layouts(module: nn.Module, calls: Sequence[Call], wanted: Mapping[str, Atte
 
     _made_again(module, calls[:1], list(wanted), see)
     return found
+
+
+def fitting(block: Sequence[int], layout: Layout) -> tuple[int, ...]:
+    """Halves of a block, down to 16, as long as a sequence has fewer than ``LEAST_BLOCKS`` of them: few blocks leave no choice."""
+    found = []
+    for size in block:
+        while layout.tokens / size < LEAST_BLOCKS and size % 32 == 0:
+            size //= 2
+        found.append(size)
+    return tuple(found)
 
 
 # --- orders --------------------------------------------------------------------------------------------------------------
@@ -213,7 +225,7 @@ def _score(spec: AttentionSpec, layout: Layout, sums: BlockSums) -> tuple[Tensor
             return incoherence, zero
         assert sums.small is not None
         return (sums.small >= spec.order.share).float().mean((1, 2)), incoherence
-    density = SHARE if spec.mask is None else spec.mask.density
+    density = SHARE if spec.mask is None or spec.mask.density == 1 else spec.mask.density
     mass = sums.mass.flatten(1)
     return mass.topk(max(1, round(density * mass.shape[1])), dim=1).values.sum(1) / mass.sum(1), zero
 

@@ -1,0 +1,169 @@
+"""Attention in blocks in whole pipelines: nothing changes where nothing is left out, and everything is saved."""
+
+import json
+
+import diffusers
+import pytest
+import torch
+import torch.nn.functional as F
+
+import dqtk
+from dqtk.installed import installed_plan
+from dqtk.nn.attention import blocks_of
+from dqtk.recipes import attention_named
+from dqtk.spec import AttentionSpec, Int, Radial, Recall, SlidingTile, SmoothKeys, StaticBlocks
+
+PROMPTS = ["a large red circle", "a small blue square on a green background"]
+INT8 = {"qk": Int(bits=8), "pv": Int(bits=8), "smooth": SmoothKeys()}
+ORDERED = AttentionSpec(order=Recall(), mask=StaticBlocks(density=0.5, groups=2), **INT8)
+
+
+def with_attention(pipe, spec, recipe="w8a8", prompts=PROMPTS, **options):
+    plan = dqtk.plan(pipe, dqtk.Recipe(name="none", rules=()) if recipe is None else recipe, attention=spec)
+    steps = {"num_inference_steps": 2}
+    return dqtk.quantize(pipe, plan, prompts=prompts, call_kwargs=steps, progress=False, **options)
+
+
+def step_of(pipe, **sizes):
+    """What the denoiser answers in float32, without the chaos of a whole run: a list of outputs."""
+    seen = []
+    handle = pipe.transformer.register_forward_hook(lambda module, args, out: seen.append(out[0].clone()))
+    draw = torch.Generator().manual_seed(0)
+    options = {"num_inference_steps": 1, "output_type": "latent", "use_resolution_binning": False, "clean_caption": False}
+    pipe("a circle", generator=draw, max_sequence_length=20, **options, **sizes)
+    handle.remove()
+    return torch.cat(seen)
+
+
+@pytest.fixture
+def pipe(load_tiny):
+    return load_tiny("pixart")
+
+
+def test_nothing_left_out_and_nothing_rounded_is_the_same(pipe):
+    before = step_of(pipe)
+    with_attention(pipe, AttentionSpec(order=Recall(), mask=StaticBlocks(density=1.0)), recipe=None)
+    found = blocks_of(pipe.transformer)
+    assert len(found) == 6
+    assert any(any(blocks.spec.orders) for blocks in found.values())
+    torch.testing.assert_close(step_of(pipe), before, rtol=1e-4, atol=1e-5)
+
+
+def test_fewer_blocks_are_worse_and_reported(pipe, load_tiny):
+    before, errors = step_of(pipe), []
+    for density in (0.7, 0.4, 0.2):
+        sparse = with_attention(load_tiny("pixart"), AttentionSpec(mask=StaticBlocks(density=density)), recipe=None)
+        errors.append(float((step_of(sparse) - before).norm()))
+        densities = [blocks.density() for blocks in blocks_of(sparse.transformer).values()]
+        assert abs(sum(densities) / len(densities) - density) < 0.01
+        assert len(set(densities)) > 1  # one budget for all
+    assert errors == sorted(errors)
+    assert "density 0.1" in installed_plan(sparse).explain() or "density 0.2" in installed_plan(sparse).explain()
+
+
+@pytest.mark.parametrize(
+    "spec", [ORDERED, AttentionSpec(mask=SlidingTile(density=0.4)), AttentionSpec(mask=Radial(density=0.4))], ids=str
+)
+def test_saved_and_loaded_by_diffusers(load_tiny, draw, tmp_path, spec):
+    pipe = with_attention(load_tiny("pixart", torch.bfloat16), spec)
+    expected = draw(pipe)
+    dqtk.save(pipe, tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "transformer" / "config.json").read_text())["quantization_config"]
+    assert sorted(config["attention"]) == [f"transformer_blocks.{i}.attn1" for i in range(6)]
+    again = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
+    assert torch.equal(draw(again), expected)
+    assert {path: blocks.spec for path, blocks in blocks_of(again.transformer).items()} == {
+        path: blocks.spec for path, blocks in blocks_of(pipe.transformer).items()
+    }
+
+
+def test_an_edited_configuration_is_refused(load_tiny, tmp_path):
+    dqtk.save(with_attention(load_tiny("pixart"), AttentionSpec(mask=Radial(density=0.4))), tmp_path / "saved")
+    file = tmp_path / "saved" / "transformer" / "config.json"
+    file.write_text(file.read_text().replace('"density": 0.4', '"density": 0.9'))
+    with pytest.raises(ValueError, match="hash must be"):
+        dqtk.load(tmp_path / "saved")
+
+
+def test_plain_again_after_dequantizing(pipe):
+    before = step_of(pipe)
+    with_attention(pipe, AttentionSpec(mask=Radial(density=0.2)), recipe=None)
+    assert not torch.allclose(step_of(pipe), before, atol=1e-2)
+    pipe.transformer.dequantize()
+    assert not blocks_of(pipe.transformer)
+    assert type(pipe.transformer.transformer_blocks[0].attn1) is diffusers.models.attention_processor.Attention
+    assert torch.equal(step_of(pipe), before)
+
+
+def test_another_resolution_takes_the_masks_along(load_tiny):
+    pipe = with_attention(load_tiny("pixart"), AttentionSpec(order=Recall(), mask=StaticBlocks(density=0.4)), recipe=None)
+    plain = load_tiny("pixart")
+    for sizes in ({"height": 96, "width": 64}, {"height": 64, "width": 128}):
+        dense, sparse = step_of(plain, **sizes), step_of(pipe, **sizes)
+        assert sparse.shape == dense.shape
+        assert 0 < float((sparse - dense).norm() / dense.norm()) < 1
+
+
+def test_masks_change_with_the_noise_level(pipe):
+    with_attention(pipe, AttentionSpec(mask=StaticBlocks(density=0.3, groups=2)), recipe=None)
+    blocks = blocks_of(pipe.transformer)["transformer_blocks.0.attn1"]
+    assert blocks.live.shape[0] == 2
+    assert not torch.equal(blocks.live[0], blocks.live[1])
+    call = {"encoder_hidden_states": torch.randn(1, 5, 128), "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+    x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def answer(time):
+        return pipe.transformer(x, timestep=torch.tensor([time]), **call)[0]
+
+    early = answer(900.0)
+    blocks.live[1] = 255
+    assert not torch.equal(answer(900.0), early)
+    late = answer(10.0)
+    blocks.live[1] = 0
+    assert torch.equal(answer(10.0), late)
+
+
+def test_another_backend_is_an_error(pipe, monkeypatch):
+    with_attention(pipe, AttentionSpec(mask=Radial(density=0.5)), recipe=None)
+    plain = F.scaled_dot_product_attention
+
+    class Elsewhere:
+        def __call__(self, attn, hidden_states, *args, **kwargs):
+            return hidden_states
+
+    pipe.transformer.transformer_blocks[1].attn1.set_processor(Elsewhere())
+    with pytest.raises(ValueError, match="attention: Attention must compute scaled_dot_product_attention in torch, got none"):
+        step_of(pipe)
+    assert F.scaled_dot_product_attention is plain
+
+
+def test_one_graph(load_tiny):
+    pipe = with_attention(load_tiny("pixart"), AttentionSpec(order=Recall(), mask=StaticBlocks(density=0.4, groups=2)), recipe=None)
+    call = {"encoder_hidden_states": torch.randn(1, 5, 128), "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+    x, times = torch.randn(1, 4, 16, 16), [torch.tensor([900.0]), torch.tensor([10.0])]
+    with torch.no_grad():
+        expected = [pipe.transformer(x, timestep=time, **call)[0] for time in times]
+        compiled = torch.compile(pipe.transformer, fullgraph=True, dynamic=False)
+        for time, wanted in zip(times, expected, strict=True):
+            torch.testing.assert_close(compiled(x, timestep=time, **call)[0], wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_plans_say_it(pipe):
+    plan = dqtk.plan(pipe, "w8a8", attention="paro-int8", overrides={"transformer_blocks.0.attn1": None})
+    assert plan.attention[0].spec is None
+    assert plan.attention[1].spec == attention_named("paro-int8")
+    assert plan.needs_stats
+    text = plan.explain(sites=False)
+    assert "5 of them" in text
+    assert "QK8 PV8 reordered, 0.50 of 64x64 blocks" in text
+    assert dqtk.Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    plain = dqtk.plan(pipe, "w8a8")
+    assert plan.hash != plain.hash
+    assert plain.diff(plan)[-1] == "transformer:transformer_blocks.5.attn1: absent -> QK8 PV8 reordered, 0.50 of 64x64 blocks"
+
+
+def test_attention_of_text_encoders_is_left(pipe):
+    plan = dqtk.plan(pipe, "w8a8", text_encoders="w8a8", attention="paro")
+    assert {choice.site.component for choice in plan.attention} == {"transformer"}
+    with pytest.raises(ValueError, match=r"plan: pattern must match at least one of 6 attentions, got '\*\.attn3'"):
+        dqtk.plan(pipe, "w8a8", overrides={"*.attn3": attention_named("paro")})
