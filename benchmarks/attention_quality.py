@@ -1,0 +1,167 @@
+"""What blocks of attention cost in pictures and clips: orders of the tokens, masks, densities, integers.
+
+    python benchmarks/attention_quality.py [MODEL ...] [--num-prompts 8] [--steps 8] [--densities 1 0.5 0.3 0.2] [--only WORD ...]
+
+Only attention is changed; layers stay as they are, in float32. Every variant draws the same prompts from the same noise as the
+untouched pipeline. PSNR: of the pictures (or all frames of a clip), mean over prompts. ``gain``: dB over the same mask and bits
+with tokens as they lie, paired, with its interval. Cosine: of final latents. Oracle: score of the embedded reader, less the
+untouched pipeline's. Calibrated on other captions. Appends JSON lines to results.jsonl.
+"""
+
+import argparse
+import copy
+import sys
+
+import torch
+from dqtk.metrics.bootstrap import paired_bootstrap
+from methods import CALIBRATION, PROMPTS, load
+from rows import append
+
+import dqtk
+from dqtk.nn.attention import blocks_of
+from dqtk.prompt_sets import read_prompts
+from dqtk.report.generate import image_seed, to_tensor
+from dqtk.resolve import call_kwargs_for, oracle_for
+from dqtk.sites import components_of
+from dqtk.spec import (
+    AttentionSpec,
+    Incoherence,
+    Int,
+    Radial,
+    Recall,
+    SlidingTile,
+    SmoothBoth,
+    SmoothKeys,
+    StaticBlocks,
+    WeightedSum,
+)
+
+PLAIN = "as they lie"
+ORDERS = {PLAIN: None, "reordered": Recall(), "least incoherence": Incoherence(), "weighted sum": WeightedSum()}
+BITS = {
+    16: {},
+    8: {"qk": Int(bits=8), "pv": Int(bits=8), "smooth": SmoothKeys()},
+    4: {"qk": Int(bits=4), "pv": Int(bits=4), "smooth": SmoothBoth()},
+}
+MOTION = [CALIBRATION.with_name(name) for name in ("motion_prompts.txt", "motion_calibration.txt")]
+LEARNING = dqtk.Recipe(name="watch", rules=(dqtk.Rule(spec=AttentionSpec(order=Recall()), why="watched"),))
+
+
+def variants(densities: list[float]) -> dict[tuple[float, int, str], AttentionSpec]:
+    """(density, bits, name) -> spec; tokens as they lie first, for others are judged against them."""
+    found = {}
+    for density in densities:
+        for bits, codes in BITS.items():
+            mask = None if density == 1 else StaticBlocks(density=density)
+            for name, order in ORDERS.items():
+                if name in (PLAIN, "reordered") or bits == 16:
+                    found[density, bits, name] = AttentionSpec(order=order, mask=mask, block=(16, 16), **codes)
+            if density < 1 and bits == 16:
+                found[density, bits, "sliding tile"] = AttentionSpec(mask=SlidingTile(density=density), block=(16, 16))
+                found[density, bits, "radial"] = AttentionSpec(mask=Radial(density=density), block=(16, 16))
+                each = StaticBlocks(density=density, together=False)
+                found[density, bits, "reordered, a share each"] = AttentionSpec(order=Recall(), mask=each, block=(16, 16))
+    return found
+
+
+def drawn(pipe, prompts: list[str], steps: int, **more) -> list:
+    """What the pipeline draws for every prompt: pictures as lists of one, clips as lists of frames; or latents."""
+    found = []
+    for index, prompt in enumerate(prompts):
+        generator = torch.Generator().manual_seed(image_seed(0, index))
+        made = pipe(prompt, generator=generator, **(call_kwargs_for(pipe) | {"num_inference_steps": steps} | more))
+        (one,) = made.images if hasattr(made, "images") else made.frames
+        found.append(one if isinstance(one, list | torch.Tensor) else [one])
+    return found
+
+
+def run(model: str, options) -> None:
+    """Measure every variant of one model; a row each."""
+    reference = load(model)
+    reference.set_progress_bar_config(disable=True)
+    prompts = read_prompts(MOTION[0] if model == "tiny-wan" else PROMPTS, options.num_prompts)
+    calibration = read_prompts(MOTION[1] if model == "tiny-wan" else CALIBRATION, 8)
+    stats = dqtk.calibrate(
+        reference,
+        calibration,
+        dqtk.plan(reference, LEARNING),
+        batch_size=1,
+        call_kwargs={"num_inference_steps": options.steps},
+        steps_per_run=options.steps,
+        progress=False,
+    )
+    video = {"output_type": "pil"}
+    originals = drawn(reference, prompts, options.steps, **video)
+    exact = [to_tensor(frames) for frames in originals]
+    latents = drawn(reference, prompts, options.steps, output_type="latent")
+    oracle = oracle_for(reference, prompts)
+    says = [score(oracle, frames, prompt) for frames, prompt in zip(originals, prompts, strict=True)]
+    plain: dict[tuple[float, int], torch.Tensor] = {}
+    for (density, bits, name), spec in variants(options.densities).items():
+        if options.only and not any(word in name for word in (PLAIN, *options.only)):
+            continue
+        pipe = copy.deepcopy(reference)
+        plan = dqtk.plan(pipe, dqtk.Recipe(name=name, rules=(dqtk.Rule(spec=spec, why=name),)))
+        dqtk.quantize(pipe, plan, stats if plan.needs_stats else None, progress=False)
+        frames = drawn(pipe, prompts, options.steps, **video)
+        values = torch.stack([decibels(to_tensor(a), b) for a, b in zip(frames, exact, strict=True)])
+        base = plain.setdefault((density, bits), values)
+        moved = drawn(pipe, prompts, options.steps, output_type="latent")
+        pairs = zip(moved, latents, strict=True)
+        cosine = [torch.cosine_similarity(a.float().flatten(), b.float().flatten(), dim=0) for a, b in pairs]
+        scores = [score(oracle, each, prompt) - said for each, prompt, said in zip(frames, prompts, says, strict=True)]
+        parts = [part for part in components_of(pipe).values() if blocks_of(part)]
+        blocks = [each for part in parts for each in blocks_of(part).values()]
+        row = {
+            "benchmark": "attention quality",
+            "model": model,
+            "density": density,
+            "bits": bits,
+            "variant": name,
+            "num_prompts": len(prompts),
+            "steps": options.steps,
+            "computed": sum(each.density() for each in blocks) / len(blocks) if spec.layout or plan.needs_stats else None,
+            "psnr": interval(values),
+            "gain": interval(values - base),
+            "cosine": round(float(torch.stack(cosine).mean()), 5),
+            "oracle": interval(torch.tensor(scores, dtype=torch.float64)) if oracle else None,
+        }
+        print(
+            f"{model:16} {density:4} {bits:3} bits {name:24} PSNR {row['psnr'][0]:6.2f} gain {row['gain']} "
+            f"cosine {row['cosine']:.4f} oracle {row['oracle']}",
+            flush=True,
+        )
+        append(row)
+
+
+def decibels(got: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """PSNR of numbers in [0, 1], at most 100 dB."""
+    return -10 * (got - exact).double().square().mean().clamp(min=1e-10).log10()
+
+
+def score(oracle, frames: list, prompt: str) -> float:
+    """What the embedded reader says of a picture, or of the frames of a clip."""
+    if oracle is None:
+        return 0.0
+    return float(oracle(frames[0] if len(frames) == 1 else frames, prompt).mean)
+
+
+def interval(values: torch.Tensor) -> list[float | None]:
+    found = paired_bootstrap(values)
+    return [None if value is None else round(value, 3) for value in (found.estimate, found.low, found.high)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", default=["tiny-pixart"])
+    parser.add_argument("--num-prompts", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--densities", type=float, nargs="+", default=[1, 0.5, 0.3, 0.2])
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="of a variant's name")
+    options = parser.parse_args()
+    for model in options.models or sys.exit("name a model"):
+        run(model, options)
+
+
+if __name__ == "__main__":
+    main()
