@@ -30,10 +30,12 @@ struct Attention {
 };
 
 constexpr int CHUNK = 64;  // keys that are packed together; blocks of keys have a multiple of it
-constexpr int KEYS = 128;  // of a step: two chunks, or a last one
+constexpr int64_t NEAR_BYTES = 3 << 18;
 constexpr int SIDE = 32;   // rows that tiles multiply at a time
 template <class E>
-constexpr int QUERIES = IN_TILES<E> ? 256 : 48;  // at most, of a task
+constexpr int KEYS = IN_TILES<E> ? 256 : 128;  // of a step: some chunks, fewer in the last
+template <class E>
+constexpr int QUERIES = IN_TILES<E> ? 1024 : 96;  // at most, of a task
 template <class E>
 constexpr int KEY_VECTORS = LANES == 8 || IN_TILES<E> ? 2 : 4;  // of a panel of keys
 template <class E>
@@ -60,6 +62,9 @@ struct Shape {
         vectors = IN_TILES<E> ? 2 : int((all + panels - 1) / panels);
         width = (IN_TILES<E> ? all : panels * vectors) * LANES;
         block_rows = a.live ? a.block_q : QUERIES<E>;
+        // Packed keys and values that fill a core's cache are read as seldom as may be.
+        while (!a.live && IN_TILES<E> && block_rows > 256 && (size() < (1 << 19) || a.queries / block_rows * a.heads * a.batch < 4 * a.threads))
+            block_rows /= 2;
         blocks = (a.queries + block_rows - 1) / block_rows;
     }
     int64_t lanes(int64_t panel) const { return std::min<int64_t>(vectors * LANES, width - panel * vectors * LANES); }
@@ -68,6 +73,13 @@ struct Shape {
 };
 
 // --- 1. packing ---------------------------------------------------------------------------------------------------------
+
+// Rows of a head lie far apart, where no hardware sees the next one coming.
+template <class T>
+inline void fetch(const T* row, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + i);
+}
+constexpr int64_t AHEAD = 16;  // rows
 
 // A row as elements, zeros beyond ``count``; a null row: zeros.
 template <class T, class E>
@@ -88,12 +100,22 @@ void pack_keys(const Attention& a, const Shape<E>& s, int64_t b, int64_t h, cons
     E* rows = room.get<E>(16 * stride);
     for (int64_t first = 0; first < CHUNK; first += 16) {
         for (int64_t j = 0; j < 16; j++) {
-            const int64_t key = chunk * CHUNK + first + j;
+            const int64_t key = chunk * CHUNK + first + j, next = key + AHEAD;
+            if (next < a.keys) fetch(at<T>(a.k, b, h, order ? order[next] : next), a.channels);
             take(key < a.keys ? at<T>(a.k, b, h, order ? order[key] : key) : nullptr, a.channels, rows + j * stride, stride);
         }
         E* panel = out + first / PANEL_KEYS<E> * PANEL_KEYS<E> * s.depth + first % PANEL_KEYS<E> * GROUP<E>;
         for (int64_t g = 0; g < groups; g += 16)
             turn(rows + g * GROUP<E>, stride * sizeof(E), std::min<int64_t>(16, groups - g), panel + g * PANEL_KEYS<E> * GROUP<E>, PANEL_KEYS<E> * 4);
+    }
+}
+
+// A group of rows becomes groups of neighbours.
+inline void weave(const float* rows, int64_t, float* out, int64_t count) { std::memcpy(out, rows, count * sizeof(float)); }
+inline void weave(const bfloat16* rows, int64_t stride, bfloat16* out, int64_t count) {
+    for (int64_t c = 0; c < count; c++) {
+        const uint32_t pair = rows[c].bits | uint32_t(rows[stride + c].bits) << 16;
+        std::memcpy(out + 2 * c, &pair, 4);
     }
 }
 
@@ -104,14 +126,13 @@ void pack_values(const Attention& a, const Shape<E>& s, int64_t b, int64_t h, co
     E* rows = room.get<E>(GROUP<E> * s.width);
     for (int64_t j = 0; j < CHUNK; j += GROUP<E>) {
         for (int64_t g = 0; g < GROUP<E>; g++) {
-            const int64_t key = chunk * CHUNK + j + g;
+            const int64_t key = chunk * CHUNK + j + g, next = key + AHEAD;
+            if (next < a.keys) fetch(at<T>(a.v, b, h, order ? order[next] : next), a.value_channels);
             take(key < a.keys ? at<T>(a.v, b, h, order ? order[key] : key) : nullptr, a.value_channels, rows + g * s.width, s.width);
         }
         for (int64_t p = 0; p < s.panels; p++) {
             const int64_t lanes = s.lanes(p), first = p * s.vectors * LANES;
-            E* line = out + first * CHUNK + j * lanes;
-            for (int64_t c = 0; c < lanes; c++)
-                for (int64_t g = 0; g < GROUP<E>; g++) line[c * GROUP<E> + g] = rows[g * s.width + first + c];
+            weave(rows + first, s.width, out + first * CHUNK + j * lanes, lanes);
         }
     }
 }
@@ -129,7 +150,7 @@ inline void put(Vector low, Vector high, float* out) {
 // A block of queries of a head, and the state of its softmax. Scores become probabilities where they stand.
 template <class E>
 struct Block {
-    static constexpr int64_t STRIDE = KEYS * 4 / sizeof(E);  // of probabilities
+    static constexpr int64_t STRIDE = KEYS<E> * 4 / sizeof(E);  // of probabilities
     const Attention& a;
     const Shape<E>& s;
     int64_t b, h, first, rows;
@@ -137,23 +158,21 @@ struct Block {
     const E* packed;
     const int32_t* chunks;
     int64_t num_chunks, steps;
-    float *scores, *out;
+    float *scores, *out, *top, *shrink, *total;  // of rows: the running maximum, scaled; what earlier sums are multiplied with; the sum
     E* queries;
     float factor;  // of scores, log2(e) in it
-    float top[QUERIES<E>], shrink[QUERIES<E>], total[QUERIES<E>];  // scaled; what earlier sums are multiplied with
+
+    static constexpr int64_t CHUNKS = KEYS<E> / CHUNK;  // of a step
 
     int64_t row(int64_t i) const { return order ? order[first + i] : first + i; }
     int64_t num_keys(int64_t step) const {
-        const int64_t last = std::min(2 * step + 1, num_chunks - 1), count = last - 2 * step + 1;
-        return (count - 1) * CHUNK + std::min<int64_t>(CHUNK, a.keys - chunks[last] * CHUNK);
+        const int64_t last = std::min((step + 1) * CHUNKS, num_chunks) - 1;
+        return (last - step * CHUNKS) * CHUNK + std::min<int64_t>(CHUNK, a.keys - chunks[last] * CHUNK);
     }
-    const E* keys(int64_t step, int half) const { return packed + chunks[std::min(2 * step + half, num_chunks - 1)] * CHUNK * s.depth; }
-    const E* values(int64_t step, int half) const {
-        return packed + s.key_size() + chunks[std::min(2 * step + half, num_chunks - 1)] * CHUNK * s.width;
-    }
-    Panel<E> values_panel(int64_t step, int64_t panel) const {
-        const int64_t offset = panel * s.vectors * LANES * CHUNK;
-        return {{values(step, 0) + offset, values(step, 1) + offset}, CHUNK};
+    // Where the chunk of key ``key`` of a step lies.
+    const E* keys(int64_t step, int64_t key) const { return packed + chunks[step * CHUNKS + key / CHUNK] * CHUNK * s.depth; }
+    const E* values(int64_t step, int64_t key, int64_t panel) const {
+        return packed + s.key_size() + chunks[step * CHUNKS + key / CHUNK] * CHUNK * s.width + panel * s.vectors * LANES * CHUNK;
     }
 
     // Scores of row ``i`` scaled, the mask added, minus infinity beyond the last key.
@@ -162,35 +181,57 @@ struct Block {
         if (a.mask) {
             const float* mask = a.mask + b * a.mask_batch + h * a.mask_head + row(i) * a.mask_row;
             for (int64_t j = 0; j < count; j++) {
-                const int64_t key = chunks[2 * step + j / CHUNK] * CHUNK + j % CHUNK;
+                const int64_t key = chunks[step * CHUNKS + j / CHUNK] * CHUNK + j % CHUNK;
                 scores[j] = scores[j] * factor + mask[(order ? order[key] : key) * a.mask_key] * LOG2E;
             }
         } else
             for (int64_t j = 0; j < count; j++) scores[j] *= factor;
-        std::fill(scores + count, scores + KEYS, -INFINITY);
+        std::fill(scores + count, scores + KEYS<E>, -INFINITY);
     }
 
-    // One row of scores becomes probabilities relative to the running maximum.
-    void soften(int64_t i, int64_t step, int64_t count, float* scores) {
-        float by = factor;
-        if (a.mask || count < KEYS || !(factor > 0)) mask_scores(i, step, count, scores), by = 1;
-        constexpr int VECTORS = KEYS / LANES;
-        Vector x[VECTORS], most[2] = {all(-INFINITY), all(-INFINITY)};
+    // Sixteen rows of scores, from row ``i`` on, become probabilities relative to the running maxima. ``between`` is called often.
+    template <class F>
+    void soften(int64_t i, int64_t step, int64_t count, float* scores, F&& between) {
+        constexpr int VECTORS = KEYS<E> / LANES;
+        const bool plain = !a.mask && count == KEYS<E> && factor > 0;
+        const Vector by = all(plain ? factor : 1.0f);
+        if (!plain)
+            for (int64_t r = 0; r < std::min<int64_t>(16, rows - i); r++) mask_scores(i + r, step, count, scores + r * KEYS<E>);
+        Vector most[16], sums[16];
+        for (int r = 0; r < 16; r++) {
+            const float* x = scores + r * KEYS<E>;
+            Vector even = load(x), odd = load(x + LANES);
 #pragma GCC unroll 16
-        for (int j = 0; j < VECTORS; j++) x[j] = load(scores + j * LANES), most[j % 2] = larger(x[j], most[j % 2]);
-        const float before = top[i], now = std::max(before, largest(larger(most[0], most[1])) * by);
-        top[i] = now;
-        const Vector factors = all(by), minus = all(now == -INFINITY ? 0.0f : -now);
-        Vector sums[2] = {};
-        E* p = reinterpret_cast<E*>(scores);
-#pragma GCC unroll 8
-        for (int j = 0; j < VECTORS; j += 2) {
-            const Vector low = power(fma(x[j], factors, minus)), high = power(fma(x[j + 1], factors, minus));
-            sums[0] += low, sums[1] += high;
-            put(low, high, p + j * LANES);
+            for (int j = 2; j < VECTORS; j += 2) {
+                even = larger(load(x + j * LANES), even);
+                odd = larger(load(x + (j + 1) * LANES), odd);
+            }
+            most[r] = larger(even, odd);
         }
-        shrink[i] = before == now ? 1.0f : power(all(before - now))[0];
-        total[i] = total[i] * shrink[i] + sum(sums[0] + sums[1]);
+        float largest[16], minus[16], sum[16];
+        reduce16<Largest>(most, largest);
+        for (int r = 0; r < 16; r += LANES) {
+            const Vector before = load(top + i + r), now = larger(load(largest + r) * by, before);
+            store(top + i + r, now);
+            store(minus + r, now == -INFINITY ? Vector{} : -now);
+            store(shrink + i + r, before == now ? all(1.0f) : power(before - now));
+        }
+        for (int r = 0; r < 16; r++) {
+            const float* x = scores + r * KEYS<E>;
+            E* p = reinterpret_cast<E*>(scores + r * KEYS<E>);
+            const Vector less = all(minus[r]);
+            Vector even = {}, odd = {};
+#pragma GCC unroll 16
+            for (int j = 0; j < VECTORS; j += 2) {
+                const Vector low = power(fma(load(x + j * LANES), by, less)), high = power(fma(load(x + (j + 1) * LANES), by, less));
+                even += low, odd += high;
+                put(low, high, p + j * LANES);
+                if (j % 8 == 6) between();
+            }
+            sums[r] = even + odd;
+        }
+        reduce16<Sum>(sums, sum);
+        for (int r = 0; r < 16; r += LANES) store(total + i + r, fma(load(total + i + r), load(shrink + i + r), load(sum + r)));
     }
 
     void rescale(int64_t i) const {
@@ -201,6 +242,7 @@ struct Block {
     template <class T>
     void begin(int64_t tall) {
         for (int64_t r = 0; r < tall; r++) {
+            if (r + AHEAD < rows) fetch(at<T>(a.q, b, h, row(r + AHEAD)), a.channels);
             take(r < rows ? at<T>(a.q, b, h, row(r)) : nullptr, a.channels, queries + r * s.depth, s.depth);
             top[r] = -INFINITY, total[r] = 0;
         }
@@ -219,22 +261,22 @@ struct Block {
 
 // In vectors: products, then probabilities, then products.
 template <class E>
-void attend_in_vectors(Block<E>& q, int64_t tall) {
+void attend_in_vectors(Block<E>& q) {
     for (int64_t step = 0; step < q.steps; step++) {
         const int64_t count = q.num_keys(step);
         for (int64_t j = 0; j < count; j += PANEL_KEYS<E>) {
-            const E* keys = q.keys(step, j / CHUNK) + j % CHUNK * q.s.depth;
-            tiles_of<E, false>(KEY_VECTORS<E>, q.queries, q.s.depth, {{keys, keys}, q.s.depth}, q.s.depth, q.scores + j, KEYS, tall);
+            const E* keys = q.keys(step, j) + j % CHUNK * q.s.depth;
+            tiles_of<E, false>(KEY_VECTORS<E>, q.queries, q.s.depth, {{keys, keys}, q.s.depth}, q.s.depth, q.scores + j, KEYS<E>, q.rows);
         }
-        for (int64_t r = 0; r < q.rows; r++) {
-            q.soften(r, step, count, q.scores + r * KEYS);
-            q.rescale(r);
-        }
-        for (int64_t p = 0; p < q.s.panels; p++)
+        for (int64_t r = 0; r < q.rows; r += 16) q.soften(r, step, count, q.scores + r * KEYS<E>, [] {});
+        for (int64_t r = 0; r < q.rows; r++) q.rescale(r);
+        for (int64_t p = 0; p < q.s.panels; p++) {
+            const Panel<E> panel{{q.values(step, 0, p), q.values(step, count > CHUNK ? CHUNK : 0, p)}, CHUNK};
             tiles_of<E, true>(
-                q.s.vectors, reinterpret_cast<E*>(q.scores), q.STRIDE, q.values_panel(step, p), whole_steps<E>(count),
-                q.out + p * q.s.vectors * LANES, q.s.width, tall
+                q.s.vectors, reinterpret_cast<E*>(q.scores), q.STRIDE, panel, whole_steps<E>(count), q.out + p * q.s.vectors * LANES,
+                q.s.width, q.rows
             );
+        }
     }
 }
 
@@ -263,21 +305,22 @@ class Beside {
         for (; done < until; done++) one();
     }
 
+    int64_t done = 0;
+
   private:
     void begin_job() {
         step = 0;
         if (job < p_panels) {
-            const Panel<bfloat16> panel = block->values_panel(p_step, job);
             beside = block->s.lanes(job) > LANES, add = p_step > 0;
             a = p, a_stride = block->STRIDE * 2, steps = p_steps;
-            b = panel.part[0], second = panel.part[1], b_stride = block->s.lanes(job) * 4;
+            b_stride = block->s.lanes(job) * 4;
             sums = out + job * 2 * LANES, sums_stride = block->s.width * 4;
         } else if (job < p_panels + k_panels) {
             const int64_t key = (job - p_panels) * 32;
             beside = true, add = false;
             a = queries, a_stride = block->s.depth * 2, steps = block->s.depth / 32;
-            b = block->keys(k_step, int(key / CHUNK)) + key % CHUNK * block->s.depth, second = nullptr, b_stride = 128;
-            sums = to + key, sums_stride = KEYS * 4;
+            b = block->keys(k_step, key) + key % CHUNK * block->s.depth, b_stride = 128;
+            sums = to + key, sums_stride = KEYS<bfloat16> * 4;
         }
     }
     void one() {
@@ -297,7 +340,7 @@ class Beside {
                 _tile_zero(3);
             }
         }
-        if (second && step == CHUNK / 32) b = second;
+        if (job < p_panels && step % (CHUNK / 32) == 0) b = block->values(p_step, step * 32, job);
         _tile_loadd(6, b, b_stride);
         _tile_loadd(4, a, a_stride);
         _tile_dpbf16ps(0, 4, 6);
@@ -324,35 +367,51 @@ class Beside {
     int64_t p_step = 0, p_steps = 0, p_panels = 0, k_step = 0, k_panels = 0;
     const bfloat16 *p = nullptr, *queries = nullptr;
     float *out = nullptr, *to = nullptr;
-    int64_t job = 0, done = 0, step = 0, steps = 0, a_stride = 0, b_stride = 0, sums_stride = 0;
-    const bfloat16 *a = nullptr, *b = nullptr, *second = nullptr;
+    int64_t job = 0, step = 0, steps = 0, a_stride = 0, b_stride = 0, sums_stride = 0;
+    const bfloat16 *a = nullptr, *b = nullptr;
     float* sums = nullptr;
     bool beside = true, add = false;
 };
 
 // A unit is SIDE rows and the keys of a step. While its scores become probabilities, tiles multiply those of the unit before with
-// values, and make the scores of the next.
+// values, and make the scores of the next. Units of the same rows follow each other for as many keys as stay in a core's cache.
 void attend_in_tiles(Block<bfloat16>& q) {
     const Tiles shapes;
     const int64_t sides = (q.rows + SIDE - 1) / SIDE, units = q.steps * sides;
-    float* scores[2] = {q.scores, q.scores + SIDE * KEYS};
+    const int64_t near = std::max<int64_t>(1, NEAR_BYTES / ((q.s.depth + q.s.width) * KEYS<bfloat16> * int64_t(sizeof(bfloat16))));
+    float* scores[2] = {q.scores, q.scores + SIDE * KEYS<bfloat16>};
+    struct Unit {
+        int64_t step, first;
+    };
+    const auto unit_of = [&](int64_t unit) -> Unit {
+        const int64_t begin = unit / (near * sides) * near, length = std::min(near, q.steps - begin), rest = unit - begin * sides;
+        return {begin + rest % length, rest / length * SIDE};
+    };
     for (int64_t unit = -1; unit <= units; unit++) {
         Beside beside;
         if (unit > 0) {
-            const int64_t step = (unit - 1) / sides, first = (unit - 1) % sides * SIDE;
+            const auto [step, first] = unit_of(unit - 1);
             if (step > 0)
                 for (int64_t r = first; r < std::min(first + SIDE, q.rows); r++) q.rescale(r);
             beside.add_values(q, step, first, scores[(unit - 1) % 2]);
         }
-        if (unit + 1 < units) beside.add_keys(q, (unit + 1) / sides, (unit + 1) % sides * SIDE, scores[(unit + 1) % 2]);
+        if (unit + 1 < units) {
+            const auto [step, first] = unit_of(unit + 1);
+            beside.add_keys(q, step, first, scores[(unit + 1) % 2]);
+        }
         const int64_t all_steps = beside.start();
         if (unit >= 0 && unit < units) {
-            const int64_t step = unit / sides, first = unit % sides * SIDE, count = q.num_keys(step);
-            const int64_t live = std::min<int64_t>(SIDE, q.rows - first);
-            for (int64_t r = 0; r < live; r++) {
-                beside.run(all_steps * r / live);
-                q.soften(first + r, step, count, scores[unit % 2] + r * KEYS);
-            }
+            const auto [step, first] = unit_of(unit);
+            const int64_t count = q.num_keys(step), live = std::min<int64_t>(SIDE, q.rows - first);
+            const int64_t moments = (live + 15) / 16 * 16 * (KEYS<bfloat16> / LANES / 8);
+            const int64_t at_once = (all_steps + moments - 1) / moments, pause = all_steps ? std::max<int64_t>(1, moments / all_steps) : 1;
+            int64_t moment = pause;
+            const auto between = [&] {
+                if (--moment > 0) return;
+                moment = pause;
+                beside.run(std::min(beside.done + at_once, all_steps));
+            };
+            for (int64_t r = 0; r < live; r += 16) q.soften(first + r, step, count, scores[unit % 2] + r * KEYS<bfloat16>, between);
         }
         beside.run(all_steps);
     }
@@ -380,23 +439,23 @@ void attend(const Attention& a, const Shape<E>& s, const E* packed, int64_t b, i
     thread_local Scratch room, chunks_room;
     int32_t* chunks = chunks_room.get<int32_t>(s.chunks);
     const int64_t num_chunks = list_chunks(a, s, h, first / s.block_rows, chunks);
-    constexpr int64_t ROUND = IN_TILES<E> ? SIDE : TALL;
+    constexpr int64_t ROUND = IN_TILES<E> ? SIDE : TALL;  // also of 16 rows of a softmax
     const int64_t tall = (rows + ROUND - 1) / ROUND * ROUND, scored = IN_TILES<E> ? 2 * SIDE : tall;
-    float* scores = room.get<float>(scored * KEYS + tall * (s.width + s.depth));
-    float* out = scores + scored * KEYS;
-    E* queries = reinterpret_cast<E*>(out + tall * s.width);
+    float* scores = room.get<float>(scored * KEYS<E> + tall * (s.width + 3 + s.depth));
+    float *out = scores + scored * KEYS<E>, *top = out + tall * s.width, *shrink = top + tall, *total = shrink + tall;
+    E* queries = reinterpret_cast<E*>(total + tall);
     constexpr float LOG2E = 1.44269504088896341f;
-    Block<E> block{
-        a, s, b, h, first, rows, a.order ? a.order + h * a.keys : nullptr, packed, chunks, num_chunks, (num_chunks + 1) / 2, scores, out,
-        queries, a.scale * LOG2E, {}, {}, {}
-    };
+    Block<E> block{a, s, b, h, first, rows, a.order ? a.order + h * a.keys : nullptr, packed, chunks, num_chunks};
+    block.steps = (num_chunks + block.CHUNKS - 1) / block.CHUNKS;
+    block.scores = scores, block.out = out, block.top = top, block.shrink = shrink, block.total = total, block.queries = queries;
+    block.factor = a.scale * LOG2E;
     block.template begin<T>(tall);
     if (!IN_TILES<E> || num_chunks == 0) std::fill(out, out + tall * s.width, 0.0f);
 #if defined(__AMX_BF16__)
     if constexpr (IN_TILES<E>) attend_in_tiles(block);
     else
 #endif
-        attend_in_vectors(block, tall);
+        attend_in_vectors(block);
     block.template end<T>();
 }
 
@@ -408,7 +467,7 @@ void attention(const Attention& a) {
     const Shape<E> s(a);
     thread_local Scratch packed_room;
     const int64_t pairs = a.batch * a.key_heads, sharing = a.heads / a.key_heads;
-    const int64_t height = std::min<int64_t>(QUERIES<E>, s.block_rows), parts = (s.block_rows + height - 1) / height;
+    const int64_t parts = (s.block_rows + QUERIES<E> - 1) / QUERIES<E>, height = (s.block_rows + parts - 1) / parts;
     const int64_t chunk = std::min(pairs, std::max<int64_t>(a.threads, PACKED_BYTES / int64_t(s.size() * sizeof(E))));
     E* packed = packed_room.get<E>(chunk * s.size());
     for (int64_t first = 0; first < pairs; first += chunk) {

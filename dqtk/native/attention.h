@@ -33,15 +33,6 @@ inline Vector fma(Vector a, Vector b, Vector c) {
     return a * b + c;
 #endif
 }
-inline float sum(Vector v) {
-#if defined(__AVX512VNNI__)
-    return _mm512_reduce_add_ps(v);
-#else
-    float total = 0;
-    for (int i = 0; i < LANES; i++) total += v[i];
-    return total;
-#endif
-}
 inline Vector larger(Vector a, Vector b) {  // b where either is NaN
 #if defined(__AVX512VNNI__)
     return _mm512_max_ps(a, b);
@@ -49,13 +40,30 @@ inline Vector larger(Vector a, Vector b) {  // b where either is NaN
     return a > b ? a : b;
 #endif
 }
-inline float largest(Vector v) {
+struct Sum {
+    static Vector of(Vector a, Vector b) { return a + b; }
+};
+struct Largest {
+    static Vector of(Vector a, Vector b) { return larger(a, b); }
+};
+// 16 vectors become 16 numbers, their sums or largest lanes.
+template <class By>
+inline void reduce16(Vector* v, float* out) {
 #if defined(__AVX512VNNI__)
-    return _mm512_reduce_max_ps(v);
+    for (int i = 0; i < 8; i++) v[i] = By::of(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+    for (int i = 0; i < 4; i++) {
+        const __m512d a = (__m512d)v[2 * i], b = (__m512d)v[2 * i + 1];
+        v[i] = By::of((__m512)_mm512_unpacklo_pd(a, b), (__m512)_mm512_unpackhi_pd(a, b));
+    }
+    for (int i = 0; i < 2; i++)
+        v[i] = By::of(_mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0x44), _mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0xee));
+    store(out, By::of(_mm512_shuffle_f32x4(v[0], v[1], 0x88), _mm512_shuffle_f32x4(v[0], v[1], 0xdd)));
 #else
-    float top = v[0];
-    for (int i = 1; i < LANES; i++) top = v[i] > top ? v[i] : top;
-    return top;
+    for (int i = 0; i < 16; i++) {
+        for (int width = LANES / 2; width > 0; width /= 2)
+            for (int j = 0; j < width; j++) v[i][j] = By::of(all(v[i][j]), all(v[i][j + width]))[0];
+        out[i] = v[i][0];
+    }
 #endif
 }
 // 2^x for x <= 0, or NaN; 0 where it is not a normal number, or nearly so. Relative error below 3e-7.
@@ -129,7 +137,7 @@ constexpr int rows_for(int vectors) { return vectors <= 3 ? 8 : vectors == 4 ? 6
 constexpr int MOST_VECTORS = 3;
 constexpr int rows_for(int vectors) { return vectors <= 2 ? 4 : 3; }
 #endif
-constexpr int TALL = 24;  // a multiple of the rows of all of these
+constexpr int TALL = 48;  // a multiple of the rows of all of these
 
 // A matrix in panels of ``LANES`` times some vectors: [elements / GROUP, lanes, GROUP]. The elements may lie in two parts.
 template <class E>
@@ -171,7 +179,7 @@ void tiles(const E* a, int64_t stride, const Panel<E>& panel, int64_t elements, 
     for (int64_t r = 0; r < rows; r += R) tile<E, R, C, ADD>(a + r * stride, stride, panel, elements, out + r * out_stride, out_stride);
 }
 
-// ``rows``: a multiple of those of a tile.
+// What lies beyond ``rows``, up to a multiple of TALL, may be written too.
 template <class E, bool ADD>
 void tiles_of(
     int vectors, const E* a, int64_t stride, const Panel<E>& panel, int64_t elements, float* out, int64_t out_stride, int64_t rows

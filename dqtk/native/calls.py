@@ -92,7 +92,7 @@ class _Tensor4(ctypes.Structure):
 
 
 class _Attention(ctypes.Structure):
-    """``mask``: float32, added to the scaled scores, or null; its strides may be 0. ``order``, ``live``: of block_attention, or null."""
+    """``mask``: float32, added to the scaled scores, or null; its strides may be 0. ``order``, ``live``: those of block_attention."""
 
     _fields_ = (
         *((name, _Tensor4) for name in ("q", "k", "v", "out")),
@@ -207,8 +207,8 @@ def attention(library: ctypes.CDLL, q: Tensor, k: Tensor, v: Tensor, mask: Tenso
     """[B, H, Q, D'] = softmax(q k^T * scale + mask) v, whose rows lie as [B, Q, H, D'], ready to be merged.
 
     q [B, H, Q, D], k [B, G, K, D], v [B, G, K, D'] of one of ``TYPES``, H a multiple of G; mask float32 [B, H, Q, K], or expanded
-    to it. ``blocks``: order, live, block_q and block_k of block_attention, whose H is G and whose Q is K; ``block_k`` is a multiple of
-    ``BLOCK_KEYS`` where not all are live.
+    to it. ``blocks``: order, live, block_q and block_k of block_attention, whose H is G and whose Q is K; ``block_k`` is a multiple
+    of ``BLOCK_KEYS`` where not all are live.
     """
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     order, live, block_q, block_k = blocks or (None, None, 0, 0)
