@@ -1,6 +1,7 @@
-"""dqtk's attention on the CPU against ``F.scaled_dot_product_attention``: dense, bfloat16 and float32.
+"""dqtk's attention on the CPU against ``F.scaled_dot_product_attention``: dense, bfloat16 and float32; with ``--sparse``: over live
+blocks of reordered tokens, drawn at random, against dense attention of torch.
 
-    python benchmarks/attention.py [--repeats 9] [--threads 2]
+    python benchmarks/attention.py [--sparse] [--repeats 9] [--threads 2]
 
 In each round every method runs once, in an order drawn anew; times are divided by torch's in the same round, medians of ratios are
 printed. Appends one JSON line per shape to benchmarks/results.jsonl.
@@ -10,13 +11,14 @@ import argparse
 import random
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from rows import append
 
 from dqtk import native
-from dqtk.kernels import attention
+from dqtk.kernels import attention, block_attention
 
 SHAPES = {  # batch, heads, queries, keys, channels, masked
     "PixArt-XL 512, self": (2, 16, 1024, 1024, 72, False),
@@ -26,6 +28,12 @@ SHAPES = {  # batch, heads, queries, keys, channels, masked
     "Flux 1024": (1, 24, 4608, 4608, 128, False),
     "Wan 480p, 1 s": (1, 12, 7800, 7800, 128, False),
 }
+SPARSE = {  # heads, tokens, channels
+    "4608 tokens, 64": (4, 4608, 64),
+    "4608 tokens, 128": (4, 4608, 128),
+    "17776 tokens, 64": (2, 17776, 64),
+}
+DENSITIES = (1.0, 0.5, 0.3, 0.2)
 
 
 def timed(call) -> float:
@@ -34,14 +42,24 @@ def timed(call) -> float:
     return time.perf_counter() - start
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--only", nargs="*", default=[], help="words of the shapes to run")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    print(native.describe()[1])
+def rounds(methods: dict[str, Callable], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each method in each round."""
+    seconds: dict[str, list[float]] = {method: [] for method in methods}
+    for _ in range(repeats):
+        for method in random.sample(list(methods), len(methods)):
+            seconds[method].append(timed(methods[method]))
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], method: str, over: str) -> float:
+    return statistics.median(a / b for a, b in zip(seconds[over], seconds[method], strict=True))
+
+
+def milliseconds(seconds: dict[str, list[float]]) -> dict[str, float]:
+    return {method: round(1e3 * statistics.median(found), 3) for method, found in seconds.items()}
+
+
+def dense(options: argparse.Namespace) -> None:
     for name, (b, h, queries, keys, d, masked) in SHAPES.items():
         if options.only and not any(word in name for word in options.only):
             continue
@@ -56,19 +74,67 @@ def main() -> None:
                 "dqtk": lambda q=q, k=k, v=v, mask=mask, d=d: attention(q, k, v, mask, d**-0.5),
             }
             difference = (methods["torch"]().float() - methods["dqtk"]().float()).abs().max().item()
-            seconds: dict[str, list[float]] = {method: [] for method in methods}
-            for _ in range(options.repeats):
-                for method in random.sample(list(methods), len(methods)):
-                    seconds[method].append(timed(methods[method]))
-            times = {method: statistics.median(found) for method, found in seconds.items()}
-            ratio = statistics.median(a / b for a, b in zip(seconds["torch"], seconds["dqtk"], strict=True))
-            rate = 2 * b * h * queries * keys * 2 * d / times["dqtk"] / 1e9
+            seconds = rounds(methods, options.repeats)
+            times, faster = milliseconds(seconds), ratio(seconds, "dqtk", "torch")
+            rate = 2 * b * h * queries * keys * 2 * d / times["dqtk"] / 1e6
             print(
-                f"{name:22} {str(dtype)[6:]:9} torch {1e3 * times['torch']:8.2f} ms  dqtk {1e3 * times['dqtk']:8.2f} ms  "
-                f"{ratio:5.2f} times faster, {rate:5.0f} GFLOP/s, largest difference {difference:.1e}"
+                f"{name:22} {str(dtype)[6:]:9} torch {times['torch']:8.2f} ms  dqtk {times['dqtk']:8.2f} ms  "
+                f"{faster:5.2f} times faster, {rate:5.0f} GFLOP/s, largest difference {difference:.1e}"
             )
-            row = {"benchmark": "attention", "shape": name, "dtype": str(dtype)[6:], "speedup": round(ratio, 3)}
-            append(row | {"milliseconds": {method: round(1e3 * value, 3) for method, value in times.items()}})
+            row = {"benchmark": "attention", "shape": name, "dtype": str(dtype)[6:], "speedup": round(faster, 3)}
+            append(row | {"milliseconds": times})
+
+
+def sparse(options: argparse.Namespace) -> None:
+    """Whole calls, tokens reordered at random per head and back again."""
+    for name, (h, n, d) in SPARSE.items():
+        if options.only and not any(word in name for word in options.only):
+            continue
+        draw = torch.Generator().manual_seed(0)
+        order = torch.stack([torch.randperm(n, generator=draw) for _ in range(h)]).to(torch.int32)
+        inputs = [torch.randn(1, n, h, d, generator=draw).transpose(1, 2) for _ in range(3)]
+        tensors = {dtype: [t.to(dtype) for t in inputs] for dtype in (torch.float32, torch.bfloat16)}
+        for block in options.blocks:
+            size = -(-n // block)
+            methods: dict[str, Callable] = {
+                f"torch {str(dtype)[6:]}": lambda t=t: F.scaled_dot_product_attention(*t) for dtype, t in tensors.items()
+            }
+            shares = {}
+            for density in DENSITIES:
+                seen = torch.rand(h, size, size, generator=draw) < density
+                live = torch.zeros(h, size, -(-size // 8) * 8, dtype=torch.uint8)
+                live[:, :, :size] = seen
+                live = (live.unflatten(2, (-1, 8)) << torch.arange(8, dtype=torch.uint8)).sum(3).to(torch.uint8)
+                for dtype, t in tensors.items():
+                    for bits in options.bits:
+                        method = f"{str(dtype)[6:]} {bits} bits, density {density:g}"
+                        shares[method] = seen.float().mean().item()
+                        arguments = order, live, None, block, block, d**-0.5, bits, bits, "row", "none" if bits == 16 else "k"
+                        methods[method] = lambda t=t, arguments=arguments: block_attention(*t, *arguments)
+            seconds = rounds(methods, options.repeats)
+            times = milliseconds(seconds)
+            for method, share in shares.items():
+                over = {str(dtype)[6:]: round(ratio(seconds, method, f"torch {str(dtype)[6:]}"), 3) for dtype in tensors}
+                print(
+                    f"{name:20} blocks of {block:3} {method:34} {times[method]:9.2f} ms, over dense torch: "
+                    + ", ".join(f"{value:5.2f} ({dtype})" for dtype, value in over.items())
+                )
+                row = {"benchmark": "block attention", "shape": name, "block": block, "method": method, "live": round(share, 4)}
+                append(row | {"speedup": over, "milliseconds": times[method]})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--only", nargs="*", default=[], help="words of the shapes to run")
+    parser.add_argument("--sparse", action="store_true")
+    parser.add_argument("--blocks", type=int, nargs="*", default=[64, 128])
+    parser.add_argument("--bits", type=int, nargs="*", default=[16, 8])
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print(native.describe()[1])
+    (sparse if options.sparse else dense)(options)
 
 
 if __name__ == "__main__":

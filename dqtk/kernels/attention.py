@@ -38,10 +38,10 @@ def _(q, k, v, mask, scale):
     library = native.load()
     if library is None or q.dtype not in native.TYPES or 0 in (*q.shape, *k.shape, *v.shape):
         return _through_torch(q, k, v, mask, scale)
-    return native.attention(library, q, k, v, None if mask is None else _added(mask, q, k), scale)
+    return native.attention(library, q, k, v, None if mask is None else added(mask, q, k), scale)
 
 
-def _added(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
+def added(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
     """float32, to be added to the scores, expanded without copies."""
     if mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)

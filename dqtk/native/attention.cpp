@@ -1,219 +1,16 @@
 // Attention without the matrix of scores (Dao et al. 2022, arXiv 2205.14135): softmax(q k^T * scale + mask) v, blocks of queries
-// against blocks of keys, with running maxima and sums in float32.
+// against blocks of keys, with running maxima and sums in float32. Tokens may be taken in another order, and blocks left out.
 //
 // A call works on some heads at a time, as many as a few MiB of keys and values hold:
-//   1. Threads pack keys and values into panels, so that one broadcast number of a query (or probability) meets a vector of keys (or
-//      of channels). bfloat16 numbers are multiplied in pairs where the CPU can; all other types as float32.
-//   2. Threads take blocks of queries of a head.
-// With AMX, tiles multiply bfloat16 numbers; everything else is as for pairs of them.
+//   1. Threads pack chunks of keys and values into panels, so that one broadcast number of a query (or probability) meets a vector of
+//      keys (or of channels). bfloat16 numbers are multiplied in pairs where the CPU can; all other types as float32. This is where
+//      the order of the tokens is made: rows are picked up in it here, with the queries, and where outputs are put back.
+//   2. Threads take blocks of queries of a head, and go through the chunks that are live for it, two at a time.
+// With AMX, tiles multiply bfloat16 numbers, so fast that exponentials take as long: both are done at once (``Beside``).
 // Probabilities are rounded to the type that is multiplied, as torch does.
-#include "base.h"
-
-#include <type_traits>
+#include "attention.h"
 
 namespace dqtk {
-
-// --- vectors ------------------------------------------------------------------------------------------------------------
-
-#if defined(__AVX512VNNI__)
-constexpr int LANES = 16;
-#else
-constexpr int LANES = 8;
-#endif
-typedef float Vector __attribute__((vector_size(4 * LANES)));
-typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
-
-inline Vector all(float x) { return Vector{} + x; }
-inline Vector load(const float* in) {
-    Vector v;
-    std::memcpy(&v, in, sizeof v);
-    return v;
-}
-inline void store(float* out, Vector v) { std::memcpy(out, &v, sizeof v); }
-inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }  // b where either is NaN
-inline Vector fma(Vector a, Vector b, Vector c) {
-#if defined(__AVX512VNNI__)
-    return _mm512_fmadd_ps(a, b, c);
-#elif defined(__AVX2__)
-    return _mm256_fmadd_ps(a, b, c);
-#else
-    return a * b + c;
-#endif
-}
-inline float sum(Vector v) {
-    float total = 0;
-    for (int i = 0; i < LANES; i++) total += v[i];
-    return total;
-}
-inline float largest(Vector v) {
-    float top = v[0];
-    for (int i = 1; i < LANES; i++) top = v[i] > top ? v[i] : top;
-    return top;
-}
-// 2^x for x <= 0, or NaN; 0 below the least normal number.
-inline Vector power(Vector x) {
-    constexpr float SHIFT = 0x1.8p23f;  // added and taken away again, it rounds to whole numbers
-    const Vector n = (x + SHIFT) - SHIFT, f = x - n;
-    Vector p = all(1.33335581e-3f);
-    p = fma(p, f, all(9.61812911e-3f));
-    p = fma(p, f, all(5.55041087e-2f));
-    p = fma(p, f, all(2.40226507e-1f));
-    p = fma(p, f, all(6.93147182e-1f));
-    p = fma(p, f, all(1.0f));
-    const Integers exponent = (__builtin_convertvector(n, Integers) + 127) << 23;
-    Vector scale;
-    std::memcpy(&scale, &exponent, sizeof scale);
-    return x < -126.0f ? Vector{} : p * scale;
-}
-
-// What is multiplied: float, or pairs of bfloat16 where one instruction takes them.
-#if defined(__AVX512BF16__)
-template <class T>
-using Element = std::conditional_t<std::is_same_v<T, bfloat16>, bfloat16, float>;
-inline Vector multiply(const bfloat16* a, __m512bh b, Vector acc) {
-    int32_t pair;
-    std::memcpy(&pair, a, 4);
-    return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_set1_epi32(pair), b);
-}
-inline __m512bh load_panel(const bfloat16* b) { return (__m512bh)_mm512_loadu_si512(b); }
-#else
-template <class T>
-using Element = float;
-#endif
-inline Vector multiply(const float* a, Vector b, Vector acc) { return fma(all(*a), b, acc); }
-inline Vector load_panel(const float* b) { return load(b); }
-
-// --- tiles --------------------------------------------------------------------------------------------------------------
-
-// out [R, C * LANES] (+)= a [R, groups] times a panel [groups, C * LANES], in groups of ``GROUP`` elements.
-template <class E, int R, int C, bool ADD>
-void tile(const E* a, int64_t stride, const E* panel, int64_t groups, float* out, int64_t out_stride) {
-    constexpr int GROUP = 4 / sizeof(E);
-    Vector acc[R][C];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-        for (int c = 0; c < C; c++) acc[r][c] = ADD ? load(out + r * out_stride + c * LANES) : Vector{};
-    for (int64_t g = 0; g < groups; g++, panel += C * LANES * GROUP) {
-        decltype(load_panel(panel)) b[C];
-#pragma GCC unroll 8
-        for (int c = 0; c < C; c++) b[c] = load_panel(panel + c * LANES * GROUP);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-            for (int c = 0; c < C; c++) acc[r][c] = multiply(a + r * stride + g * GROUP, b[c], acc[r][c]);
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-        for (int c = 0; c < C; c++) store(out + r * out_stride + c * LANES, acc[r][c]);
-}
-
-#if defined(__AMX_BF16__)
-// The same for up to 2 x 2 tiles of 16 x 16 outputs, 32 elements of a row at a time. 0 to 3: outputs; 4 and 5: a; 6 and 7: the panel.
-template <bool BELOW, bool BESIDE, bool ADD>
-void amx_tile(const bfloat16* a, int64_t stride, const bfloat16* panel, int64_t lanes, int64_t groups, float* out, int64_t out_stride) {
-    float* below = out + 16 * out_stride;
-    if constexpr (ADD) {
-        _tile_loadd(0, out, out_stride * 4);
-        if constexpr (BESIDE) _tile_loadd(1, out + 16, out_stride * 4);
-        if constexpr (BELOW) _tile_loadd(2, below, out_stride * 4);
-        if constexpr (BELOW && BESIDE) _tile_loadd(3, below + 16, out_stride * 4);
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    }
-    for (int64_t g = 0; g < groups; g += 16, a += 32, panel += 32 * lanes) {
-        _tile_loadd(4, a, stride * 2);
-        _tile_loadd(6, panel, lanes * 4);
-        _tile_dpbf16ps(0, 4, 6);
-        if constexpr (BELOW) {
-            _tile_loadd(5, a + 16 * stride, stride * 2);
-            _tile_dpbf16ps(2, 5, 6);
-        }
-        if constexpr (BESIDE) {
-            _tile_loadd(7, panel + 32, lanes * 4);
-            _tile_dpbf16ps(1, 4, 7);
-            if constexpr (BELOW) _tile_dpbf16ps(3, 5, 7);
-        }
-    }
-    _tile_stored(0, out, out_stride * 4);
-    if constexpr (BESIDE) _tile_stored(1, out + 16, out_stride * 4);
-    if constexpr (BELOW) _tile_stored(2, below, out_stride * 4);
-    if constexpr (BELOW && BESIDE) _tile_stored(3, below + 16, out_stride * 4);
-}
-
-template <bool ADD>
-void amx_tiles(
-    int vectors, const bfloat16* a, int64_t stride, const bfloat16* panel, int64_t groups, float* out, int64_t out_stride, int64_t rows
-) {
-    const int64_t lanes = vectors * LANES;
-    for (int c = 0; c < vectors; c += 2)
-        for (int64_t r = 0; r < rows; r += 32) {
-            const bfloat16 *from = a + r * stride, *with = panel + c * LANES * 2;
-            float* to = out + r * out_stride + c * LANES;
-            const bool beside = c + 1 < vectors, below = r + 16 < rows;
-            if (beside && below) amx_tile<true, true, ADD>(from, stride, with, lanes, groups, to, out_stride);
-            else if (beside) amx_tile<false, true, ADD>(from, stride, with, lanes, groups, to, out_stride);
-            else if (below) amx_tile<true, false, ADD>(from, stride, with, lanes, groups, to, out_stride);
-            else amx_tile<false, false, ADD>(from, stride, with, lanes, groups, to, out_stride);
-        }
-}
-#endif
-
-// Elements that a step of products takes from a row, and rows that a block has a multiple of.
-#if defined(__AMX_BF16__)
-template <class E>
-constexpr int STEP = std::is_same_v<E, bfloat16> ? 32 : 1;
-template <class E>
-constexpr int TALL = std::is_same_v<E, bfloat16> ? 16 : 24;
-constexpr int QUERIES = 96;  // of a block
-#else
-template <class E>
-constexpr int STEP = 4 / sizeof(E);
-template <class E>
-constexpr int TALL = 24;
-constexpr int QUERIES = 48;
-#endif
-#if defined(__AVX512VNNI__)
-constexpr int KEY_VECTORS = 4, MOST_VECTORS = 6;  // of a panel of keys; of a panel of channels
-constexpr int rows_for(int vectors) { return vectors <= 3 ? 8 : vectors == 4 ? 6 : 4; }
-#else
-constexpr int KEY_VECTORS = 2, MOST_VECTORS = 3;
-constexpr int rows_for(int vectors) { return vectors <= 2 ? 4 : 3; }
-#endif
-constexpr int PANEL_KEYS = KEY_VECTORS * LANES;
-constexpr int KEYS = 128;  // of a block
-
-template <class E>
-constexpr int64_t whole_steps(int64_t elements) {
-    return (elements + STEP<E> - 1) / STEP<E> * STEP<E>;
-}
-
-template <class E, int C, bool ADD>
-void tiles(const E* a, int64_t stride, const E* panel, int64_t groups, float* out, int64_t out_stride, int64_t rows) {
-    constexpr int R = rows_for(C);
-    for (int64_t r = 0; r < rows; r += R) tile<E, R, C, ADD>(a + r * stride, stride, panel, groups, out + r * out_stride, out_stride);
-}
-
-template <class E, bool ADD>
-void tiles_of(int vectors, const E* a, int64_t stride, const E* panel, int64_t groups, float* out, int64_t out_stride, int64_t rows) {
-#if defined(__AMX_BF16__)
-    if constexpr (std::is_same_v<E, bfloat16>) return amx_tiles<ADD>(vectors, a, stride, panel, groups, out, out_stride, rows);
-#endif
-    switch (vectors) {
-        case 1: return tiles<E, 1, ADD>(a, stride, panel, groups, out, out_stride, rows);
-        case 2: return tiles<E, 2, ADD>(a, stride, panel, groups, out, out_stride, rows);
-        case 3: return tiles<E, 3, ADD>(a, stride, panel, groups, out, out_stride, rows);
-        case 4: return tiles<E, std::min(4, MOST_VECTORS), ADD>(a, stride, panel, groups, out, out_stride, rows);
-        case 5: return tiles<E, std::min(5, MOST_VECTORS), ADD>(a, stride, panel, groups, out, out_stride, rows);
-        default: return tiles<E, MOST_VECTORS, ADD>(a, stride, panel, groups, out, out_stride, rows);
-    }
-}
-
-// --- attention ----------------------------------------------------------------------------------------------------------
 
 // Mirrored by a ctypes structure in calls.py. Strides of batch, head and row, in elements; channels are neighbours.
 struct Tensor4 {
@@ -222,12 +19,27 @@ struct Tensor4 {
 };
 struct Attention {
     Tensor4 q, k, v, out;
-    const float* mask;  // added to scaled scores, or null
+    const float* mask;  // added to scaled scores, or null; of tokens as they lie
     int64_t mask_batch, mask_head, mask_row, mask_key;
     int64_t batch, heads, key_heads, queries, keys, channels, value_channels;
+    const int32_t* order;  // [heads, keys], or null
+    const uint8_t* live;   // bits [heads, blocks of queries, blocks of keys], rows padded to bytes, or null
+    int64_t block_q, block_k;
     float scale;
     int32_t type, threads;
 };
+
+constexpr int CHUNK = 64;  // keys that are packed together; blocks of keys have a multiple of it
+constexpr int64_t NEAR_BYTES = 3 << 18;
+constexpr int SIDE = 32;   // rows that tiles multiply at a time
+template <class E>
+constexpr int KEYS = IN_TILES<E> ? 256 : 128;  // of a step: some chunks, fewer in the last
+template <class E>
+constexpr int QUERIES = IN_TILES<E> ? 1024 : 96;  // at most, of a task
+template <class E>
+constexpr int KEY_VECTORS = LANES == 8 || IN_TILES<E> ? 2 : 4;  // of a panel of keys
+template <class E>
+constexpr int PANEL_KEYS = KEY_VECTORS<E>* LANES;
 
 template <class T>
 const T* at(const Tensor4& t, int64_t b, int64_t h, int64_t row) {
@@ -237,142 +49,414 @@ const T* at(const Tensor4& t, int64_t b, int64_t h, int64_t row) {
 // Sizes of packed keys and values of a head.
 template <class E>
 struct Shape {
-    static constexpr int64_t GROUP = 4 / sizeof(E);
-    int64_t depth;             // channels of a query, padded to steps
-    int64_t keys;              // padded to blocks
-    int vectors;               // of a panel of channels
-    int64_t panels, width;     // of channels, and all of their lanes
+    int64_t depth;                  // channels of a query, padded to steps
+    int64_t chunks;                 // of keys
+    int vectors;                    // of a panel of channels; of the last of several, what is left
+    int64_t panels, width, blocks;  // of channels, all of their lanes; of queries
+    int64_t block_rows;             // of a block of queries
     explicit Shape(const Attention& a) {
         depth = whole_steps<E>(a.channels);
-        keys = (a.keys + KEYS - 1) / KEYS * KEYS;
-        const int64_t all = (a.value_channels + LANES - 1) / LANES;
-        panels = (all + MOST_VECTORS - 1) / MOST_VECTORS;
-        vectors = int((all + panels - 1) / panels);
-        width = panels * vectors * LANES;
+        chunks = (a.keys + CHUNK - 1) / CHUNK;
+        const int64_t most = IN_TILES<E> ? 2 : MOST_VECTORS, all = (a.value_channels + LANES - 1) / LANES;
+        panels = (all + most - 1) / most;
+        vectors = IN_TILES<E> ? 2 : int((all + panels - 1) / panels);
+        width = (IN_TILES<E> ? all : panels * vectors) * LANES;
+        block_rows = a.live ? a.block_q : QUERIES<E>;
+        // Packed keys and values that fill a core's cache are read as seldom as may be.
+        while (!a.live && IN_TILES<E> && block_rows > 256 && (size() < (1 << 19) || a.queries / block_rows * a.heads * a.batch < 4 * a.threads))
+            block_rows /= 2;
+        blocks = (a.queries + block_rows - 1) / block_rows;
     }
-    int64_t key_size() const { return keys * depth; }
-    int64_t size() const { return key_size() + keys * width; }
+    int64_t lanes(int64_t panel) const { return std::min<int64_t>(vectors * LANES, width - panel * vectors * LANES); }
+    int64_t key_size() const { return chunks * CHUNK * depth; }
+    int64_t size() const { return key_size() + chunks * CHUNK * width; }
 };
 
-inline void put(float x, float& out) { out = x; }
-inline void put(float x, bfloat16& out) { narrow(x, out); }
+// --- 1. packing ---------------------------------------------------------------------------------------------------------
 
-// Keys [first, first + PANEL_KEYS) of a head: [depth / GROUP, PANEL_KEYS, GROUP]; zeros beyond the last.
+// Rows of a head lie far apart, where no hardware sees the next one coming.
+template <class T>
+inline void fetch(const T* row, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + i);
+}
+constexpr int64_t AHEAD = 16;  // rows
+
+// A row as elements, zeros beyond ``count``; a null row: zeros.
 template <class T, class E>
-void pack_keys(const Attention& a, const Shape<E>& s, int64_t b, int64_t h, int64_t first, E* out) {
-    constexpr int64_t GROUP = Shape<E>::GROUP;
-    for (int64_t j = 0; j < PANEL_KEYS; j++) {
-        const T* row = first + j < a.keys ? at<T>(a.k, b, h, first + j) : nullptr;
-        for (int64_t d = 0; d < s.depth; d++)
-            put(row && d < a.channels ? widened(row[d]) : 0.0f, out[(d / GROUP * PANEL_KEYS + j) * GROUP + d % GROUP]);
+inline void take(const T* row, int64_t count, E* out, int64_t width) {
+    if (!row) count = 0;
+    if constexpr (std::is_same_v<T, E>) {
+        if (count) std::memcpy(out, row, count * sizeof(E));
+    } else widen(row, out, count);
+    std::memset(static_cast<void*>(out + count), 0, (width - count) * sizeof(E));
+}
+
+// Chunk ``chunk`` of the keys of a head: panels of [depth / GROUP, PANEL_KEYS, GROUP]; zeros beyond the last key.
+template <class T, class E>
+void pack_keys(const Attention& a, const Shape<E>& s, int64_t b, int64_t h, const int32_t* order, int64_t chunk, E* out) {
+    thread_local Scratch room;
+    constexpr int64_t LINE = 16 * GROUP<E>;
+    const int64_t groups = s.depth / GROUP<E>, stride = (s.depth + LINE - 1) / LINE * LINE;
+    E* rows = room.get<E>(16 * stride);
+    for (int64_t first = 0; first < CHUNK; first += 16) {
+        for (int64_t j = 0; j < 16; j++) {
+            const int64_t key = chunk * CHUNK + first + j, next = key + AHEAD;
+            if (next < a.keys) fetch(at<T>(a.k, b, h, order ? order[next] : next), a.channels);
+            take(key < a.keys ? at<T>(a.k, b, h, order ? order[key] : key) : nullptr, a.channels, rows + j * stride, stride);
+        }
+        E* panel = out + first / PANEL_KEYS<E> * PANEL_KEYS<E> * s.depth + first % PANEL_KEYS<E> * GROUP<E>;
+        for (int64_t g = 0; g < groups; g += 16)
+            turn(rows + g * GROUP<E>, stride * sizeof(E), std::min<int64_t>(16, groups - g), panel + g * PANEL_KEYS<E> * GROUP<E>, PANEL_KEYS<E> * 4);
     }
 }
 
-// Values of a group of keys: a line of every panel of channels [width, GROUP].
-template <class T, class E>
-void pack_values(const Attention& a, const Shape<E>& s, int64_t b, int64_t h, int64_t key, E* out) {
-    constexpr int64_t GROUP = Shape<E>::GROUP;
-    const int64_t lanes = s.vectors * LANES;
-    for (int64_t g = 0; g < GROUP; g++) {
-        const T* row = key + g < a.keys ? at<T>(a.v, b, h, key + g) : nullptr;
-        for (int64_t c = 0; c < s.width; c++)  // panels of a block of keys follow each other
-            put(row && c < a.value_channels ? widened(row[c]) : 0.0f, out[c / lanes * lanes * KEYS + (c % lanes) * GROUP + g]);
+// A group of rows becomes groups of neighbours.
+inline void weave(const float* rows, int64_t, float* out, int64_t count) { std::memcpy(out, rows, count * sizeof(float)); }
+inline void weave(const bfloat16* rows, int64_t stride, bfloat16* out, int64_t count) {
+    for (int64_t c = 0; c < count; c++) {
+        const uint32_t pair = rows[c].bits | uint32_t(rows[stride + c].bits) << 16;
+        std::memcpy(out + 2 * c, &pair, 4);
     }
 }
+
+// Chunk ``chunk`` of the values of a head: panels of [CHUNK / GROUP, lanes, GROUP].
+template <class T, class E>
+void pack_values(const Attention& a, const Shape<E>& s, int64_t b, int64_t h, const int32_t* order, int64_t chunk, E* out) {
+    thread_local Scratch room;
+    E* rows = room.get<E>(GROUP<E> * s.width);
+    for (int64_t j = 0; j < CHUNK; j += GROUP<E>) {
+        for (int64_t g = 0; g < GROUP<E>; g++) {
+            const int64_t key = chunk * CHUNK + j + g, next = key + AHEAD;
+            if (next < a.keys) fetch(at<T>(a.v, b, h, order ? order[next] : next), a.value_channels);
+            take(key < a.keys ? at<T>(a.v, b, h, order ? order[key] : key) : nullptr, a.value_channels, rows + g * s.width, s.width);
+        }
+        for (int64_t p = 0; p < s.panels; p++) {
+            const int64_t lanes = s.lanes(p), first = p * s.vectors * LANES;
+            weave(rows + first, s.width, out + first * CHUNK + j * lanes, lanes);
+        }
+    }
+}
+
+// --- 2. attending -------------------------------------------------------------------------------------------------------
 
 #if defined(__AVX512BF16__)
-inline void round_probabilities(const float* in, bfloat16* out) {
-    for (int64_t j = 0; j < KEYS; j += 2 * LANES)
-        _mm512_storeu_si512(out + j, (__m512i)_mm512_cvtne2ps_pbh(load(in + j + LANES), load(in + j)));
+inline void put(Vector low, Vector high, bfloat16* out) { _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(high, low)); }
+#endif
+inline void put(Vector low, Vector high, float* out) {
+    store(out, low);
+    store(out + LANES, high);
+}
+
+// A block of queries of a head, and the state of its softmax. Scores become probabilities where they stand.
+template <class E>
+struct Block {
+    static constexpr int64_t STRIDE = KEYS<E> * 4 / sizeof(E);  // of probabilities
+    const Attention& a;
+    const Shape<E>& s;
+    int64_t b, h, first, rows;
+    const int32_t* order;
+    const E* packed;
+    const int32_t* chunks;
+    int64_t num_chunks, steps;
+    float *scores, *out, *top, *shrink, *total;  // of rows: the running maximum, scaled; what earlier sums are multiplied with; the sum
+    E* queries;
+    float factor;  // of scores, log2(e) in it
+
+    static constexpr int64_t CHUNKS = KEYS<E> / CHUNK;  // of a step
+
+    int64_t row(int64_t i) const { return order ? order[first + i] : first + i; }
+    int64_t num_keys(int64_t step) const {
+        const int64_t last = std::min((step + 1) * CHUNKS, num_chunks) - 1;
+        return (last - step * CHUNKS) * CHUNK + std::min<int64_t>(CHUNK, a.keys - chunks[last] * CHUNK);
+    }
+    // Where the chunk of key ``key`` of a step lies.
+    const E* keys(int64_t step, int64_t key) const { return packed + chunks[step * CHUNKS + key / CHUNK] * CHUNK * s.depth; }
+    const E* values(int64_t step, int64_t key, int64_t panel) const {
+        return packed + s.key_size() + chunks[step * CHUNKS + key / CHUNK] * CHUNK * s.width + panel * s.vectors * LANES * CHUNK;
+    }
+
+    // Scores of row ``i`` scaled, the mask added, minus infinity beyond the last key.
+    void mask_scores(int64_t i, int64_t step, int64_t count, float* scores) const {
+        constexpr float LOG2E = 1.44269504088896341f;
+        if (a.mask) {
+            const float* mask = a.mask + b * a.mask_batch + h * a.mask_head + row(i) * a.mask_row;
+            for (int64_t j = 0; j < count; j++) {
+                const int64_t key = chunks[step * CHUNKS + j / CHUNK] * CHUNK + j % CHUNK;
+                scores[j] = scores[j] * factor + mask[(order ? order[key] : key) * a.mask_key] * LOG2E;
+            }
+        } else
+            for (int64_t j = 0; j < count; j++) scores[j] *= factor;
+        std::fill(scores + count, scores + KEYS<E>, -INFINITY);
+    }
+
+    // Sixteen rows of scores, from row ``i`` on, become probabilities relative to the running maxima. ``between`` is called often.
+    template <class F>
+    void soften(int64_t i, int64_t step, int64_t count, float* scores, F&& between) {
+        constexpr int VECTORS = KEYS<E> / LANES;
+        const bool plain = !a.mask && count == KEYS<E> && factor > 0;
+        const Vector by = all(plain ? factor : 1.0f);
+        if (!plain)
+            for (int64_t r = 0; r < std::min<int64_t>(16, rows - i); r++) mask_scores(i + r, step, count, scores + r * KEYS<E>);
+        Vector most[16], sums[16];
+        for (int r = 0; r < 16; r++) {
+            const float* x = scores + r * KEYS<E>;
+            Vector even = load(x), odd = load(x + LANES);
+#pragma GCC unroll 16
+            for (int j = 2; j < VECTORS; j += 2) {
+                even = larger(load(x + j * LANES), even);
+                odd = larger(load(x + (j + 1) * LANES), odd);
+            }
+            most[r] = larger(even, odd);
+        }
+        float largest[16], minus[16], sum[16];
+        reduce16<Largest>(most, largest);
+        for (int r = 0; r < 16; r += LANES) {
+            const Vector before = load(top + i + r), now = larger(load(largest + r) * by, before);
+            store(top + i + r, now);
+            store(minus + r, now == -INFINITY ? Vector{} : -now);
+            store(shrink + i + r, before == now ? all(1.0f) : power(before - now));
+        }
+        for (int r = 0; r < 16; r++) {
+            const float* x = scores + r * KEYS<E>;
+            E* p = reinterpret_cast<E*>(scores + r * KEYS<E>);
+            const Vector less = all(minus[r]);
+            Vector even = {}, odd = {};
+#pragma GCC unroll 16
+            for (int j = 0; j < VECTORS; j += 2) {
+                const Vector low = power(fma(load(x + j * LANES), by, less)), high = power(fma(load(x + (j + 1) * LANES), by, less));
+                even += low, odd += high;
+                put(low, high, p + j * LANES);
+                if (j % 8 == 6) between();
+            }
+            sums[r] = even + odd;
+        }
+        reduce16<Sum>(sums, sum);
+        for (int r = 0; r < 16; r += LANES) store(total + i + r, fma(load(total + i + r), load(shrink + i + r), load(sum + r)));
+    }
+
+    void rescale(int64_t i) const {
+        if (shrink[i] == 1.0f) return;
+        for (int64_t c = 0; c < s.width; c += LANES) store(out + i * s.width + c, load(out + i * s.width + c) * shrink[i]);
+    }
+
+    template <class T>
+    void begin(int64_t tall) {
+        for (int64_t r = 0; r < tall; r++) {
+            if (r + AHEAD < rows) fetch(at<T>(a.q, b, h, row(r + AHEAD)), a.channels);
+            take(r < rows ? at<T>(a.q, b, h, row(r)) : nullptr, a.channels, queries + r * s.depth, s.depth);
+            top[r] = -INFINITY, total[r] = 0;
+        }
+    }
+    template <class T>
+    void end() const {
+        for (int64_t r = 0; r < rows; r++) {
+            const float by = total[r] == 0 ? 0.0f : 1 / total[r];  // a query that sees no key: 0, as torch has it
+            T* y = const_cast<T*>(at<T>(a.out, b, h, row(r)));
+            float* line = out + r * s.width;
+            for (int64_t c = 0; c < s.width; c += LANES) store(line + c, load(line + c) * by);
+            narrow(line, y, a.value_channels);
+        }
+    }
+};
+
+// In vectors: products, then probabilities, then products.
+template <class E>
+void attend_in_vectors(Block<E>& q) {
+    for (int64_t step = 0; step < q.steps; step++) {
+        const int64_t count = q.num_keys(step);
+        for (int64_t j = 0; j < count; j += PANEL_KEYS<E>) {
+            const E* keys = q.keys(step, j) + j % CHUNK * q.s.depth;
+            tiles_of<E, false>(KEY_VECTORS<E>, q.queries, q.s.depth, {{keys, keys}, q.s.depth}, q.s.depth, q.scores + j, KEYS<E>, q.rows);
+        }
+        for (int64_t r = 0; r < q.rows; r += 16) q.soften(r, step, count, q.scores + r * KEYS<E>, [] {});
+        for (int64_t r = 0; r < q.rows; r++) q.rescale(r);
+        for (int64_t p = 0; p < q.s.panels; p++) {
+            const Panel<E> panel{{q.values(step, 0, p), q.values(step, count > CHUNK ? CHUNK : 0, p)}, CHUNK};
+            tiles_of<E, true>(
+                q.s.vectors, reinterpret_cast<E*>(q.scores), q.STRIDE, panel, whole_steps<E>(count), q.out + p * q.s.vectors * LANES,
+                q.s.width, q.rows
+            );
+        }
+    }
+}
+
+#if defined(__AMX_BF16__)
+// Products in tiles, to be made step by step while vectors do something else: first probabilities of SIDE rows times values, then
+// the next SIDE rows of queries times keys. A step multiplies 32 elements of two tiles of rows with two of a panel, in tiles 4 to 7;
+// sums are in tiles 0 to 3.
+class Beside {
+  public:
+    // Of probabilities: ``count`` keys of a step. The first step begins with zero.
+    void add_values(const Block<bfloat16>& q, int64_t step, int64_t first, const float* scores) {
+        block = &q, p_step = step, p = reinterpret_cast<const bfloat16*>(scores), out = q.out + first * q.s.width;
+        p_steps = (q.num_keys(step) + 31) / 32, p_panels = q.s.panels;
+    }
+    void add_keys(const Block<bfloat16>& q, int64_t step, int64_t first, float* scores) {
+        block = &q, k_step = step, queries = q.queries + first * q.s.depth, to = scores;
+        k_panels = (q.num_keys(step) + 31) / 32;
+    }
+    int64_t start() {
+        job = done = 0;
+        if (!block) return 0;
+        begin_job();
+        return p_panels * p_steps + k_panels * (block->s.depth / 32);
+    }
+    void run(int64_t until) {
+        for (; done < until; done++) one();
+    }
+
+    int64_t done = 0;
+
+  private:
+    void begin_job() {
+        step = 0;
+        if (job < p_panels) {
+            beside = block->s.lanes(job) > LANES, add = p_step > 0;
+            a = p, a_stride = block->STRIDE * 2, steps = p_steps;
+            b_stride = block->s.lanes(job) * 4;
+            sums = out + job * 2 * LANES, sums_stride = block->s.width * 4;
+        } else if (job < p_panels + k_panels) {
+            const int64_t key = (job - p_panels) * 32;
+            beside = true, add = false;
+            a = queries, a_stride = block->s.depth * 2, steps = block->s.depth / 32;
+            b = block->keys(k_step, key) + key % CHUNK * block->s.depth, b_stride = 128;
+            sums = to + key, sums_stride = KEYS<bfloat16> * 4;
+        }
+    }
+    void one() {
+        char *upper = reinterpret_cast<char*>(sums), *lower = upper + 16 * sums_stride;
+        if (step == 0) {
+            if (add) {
+                _tile_loadd(0, upper, sums_stride);
+                _tile_loadd(2, lower, sums_stride);
+                if (beside) {
+                    _tile_loadd(1, upper + 64, sums_stride);
+                    _tile_loadd(3, lower + 64, sums_stride);
+                }
+            } else {
+                _tile_zero(0);
+                _tile_zero(1);
+                _tile_zero(2);
+                _tile_zero(3);
+            }
+        }
+        if (job < p_panels && step % (CHUNK / 32) == 0) b = block->values(p_step, step * 32, job);
+        _tile_loadd(6, b, b_stride);
+        _tile_loadd(4, a, a_stride);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(5, reinterpret_cast<const char*>(a) + 16 * a_stride, a_stride);
+        _tile_dpbf16ps(2, 5, 6);
+        if (beside) {
+            _tile_loadd(7, b + 32, b_stride);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        a += 32, b += 8 * b_stride;
+        if (++step < steps) return;
+        _tile_stored(0, upper, sums_stride);
+        _tile_stored(2, lower, sums_stride);
+        if (beside) {
+            _tile_stored(1, upper + 64, sums_stride);
+            _tile_stored(3, lower + 64, sums_stride);
+        }
+        job++;
+        begin_job();
+    }
+
+    const Block<bfloat16>* block = nullptr;
+    int64_t p_step = 0, p_steps = 0, p_panels = 0, k_step = 0, k_panels = 0;
+    const bfloat16 *p = nullptr, *queries = nullptr;
+    float *out = nullptr, *to = nullptr;
+    int64_t job = 0, step = 0, steps = 0, a_stride = 0, b_stride = 0, sums_stride = 0;
+    const bfloat16 *a = nullptr, *b = nullptr;
+    float* sums = nullptr;
+    bool beside = true, add = false;
+};
+
+// A unit is SIDE rows and the keys of a step. While its scores become probabilities, tiles multiply those of the unit before with
+// values, and make the scores of the next. Units of the same rows follow each other for as many keys as stay in a core's cache.
+void attend_in_tiles(Block<bfloat16>& q) {
+    const Tiles shapes;
+    const int64_t sides = (q.rows + SIDE - 1) / SIDE, units = q.steps * sides;
+    const int64_t near = std::max<int64_t>(1, NEAR_BYTES / ((q.s.depth + q.s.width) * KEYS<bfloat16> * int64_t(sizeof(bfloat16))));
+    float* scores[2] = {q.scores, q.scores + SIDE * KEYS<bfloat16>};
+    struct Unit {
+        int64_t step, first;
+    };
+    const auto unit_of = [&](int64_t unit) -> Unit {
+        const int64_t begin = unit / (near * sides) * near, length = std::min(near, q.steps - begin), rest = unit - begin * sides;
+        return {begin + rest % length, rest / length * SIDE};
+    };
+    for (int64_t unit = -1; unit <= units; unit++) {
+        Beside beside;
+        if (unit > 0) {
+            const auto [step, first] = unit_of(unit - 1);
+            if (step > 0)
+                for (int64_t r = first; r < std::min(first + SIDE, q.rows); r++) q.rescale(r);
+            beside.add_values(q, step, first, scores[(unit - 1) % 2]);
+        }
+        if (unit + 1 < units) {
+            const auto [step, first] = unit_of(unit + 1);
+            beside.add_keys(q, step, first, scores[(unit + 1) % 2]);
+        }
+        const int64_t all_steps = beside.start();
+        if (unit >= 0 && unit < units) {
+            const auto [step, first] = unit_of(unit);
+            const int64_t count = q.num_keys(step), live = std::min<int64_t>(SIDE, q.rows - first);
+            const int64_t moments = (live + 15) / 16 * 16 * (KEYS<bfloat16> / LANES / 8);
+            const int64_t at_once = (all_steps + moments - 1) / moments, pause = all_steps ? std::max<int64_t>(1, moments / all_steps) : 1;
+            int64_t moment = pause;
+            const auto between = [&] {
+                if (--moment > 0) return;
+                moment = pause;
+                beside.run(std::min(beside.done + at_once, all_steps));
+            };
+            for (int64_t r = 0; r < live; r += 16) q.soften(first + r, step, count, scores[unit % 2] + r * KEYS<bfloat16>, between);
+        }
+        beside.run(all_steps);
+    }
 }
 #endif
-inline void round_probabilities(const float* in, float* out) { std::memcpy(out, in, KEYS * sizeof(float)); }
 
-// Scores times log2(e), the mask added, minus infinity beyond the last key; returns the largest.
-inline float scale_scores(float* scores, const float* mask, int64_t mask_step, int64_t live, float scale) {
-    constexpr float LOG2E = 1.44269504088896341f;
-    const int64_t full = mask && mask_step != 1 ? 0 : live / LANES * LANES;
-    const Vector factor = all(scale * LOG2E), log2e = all(LOG2E);
-    Vector most = all(-INFINITY);
-    for (int64_t j = 0; j < full; j += LANES) {
-        Vector x = load(scores + j) * factor;
-        if (mask) x = fma(load(mask + j), log2e, x);
-        store(scores + j, x);
-        most = larger(most, x);
-    }
-    for (int64_t j = full; j < live; j++) scores[j] = scores[j] * (scale * LOG2E) + (mask ? mask[j * mask_step] * LOG2E : 0.0f);
-    std::fill(scores + live, scores + KEYS, -INFINITY);
-    for (int64_t j = full; j < live; j += LANES) most = larger(most, load(scores + j));
-    return largest(most);
-}
-
-// One row of scores becomes probabilities relative to the running maximum; returns what earlier sums are multiplied with.
+// Chunks of keys that a block of queries sees.
 template <class E>
-float soften(float* scores, const float* mask, int64_t mask_step, int64_t live, float scale, float& top, float& total, E* out) {
-    const float before = top, now = std::max(before, scale_scores(scores, mask, mask_step, live, scale));
-    top = now;
-    const Vector minus = all(now == -INFINITY ? 0.0f : -now);
-    Vector sums = Vector{};
-    for (int64_t j = 0; j < KEYS; j += LANES) {
-        const Vector p = power(load(scores + j) + minus);
-        sums += p;
-        store(scores + j, p);
+int64_t list_chunks(const Attention& a, const Shape<E>& s, int64_t h, int64_t block, int32_t* chunks) {
+    int64_t count = 0;
+    if (!a.live) {
+        for (; count < s.chunks; count++) chunks[count] = int32_t(count);
+        return count;
     }
-    round_probabilities(scores, out);
-    if (before == now) {
-        total += sum(sums);
-        return 1;
-    }
-    float shrink[LANES];
-    store(shrink, power(all(before - now)));
-    total = total * shrink[0] + sum(sums);
-    return shrink[0];
+    const int64_t columns = (a.keys + a.block_k - 1) / a.block_k, per_block = a.block_k / CHUNK;
+    const uint8_t* bits = a.live + (h * s.blocks + block) * ((columns + 7) / 8);
+    for (int64_t j = 0; j < columns; j++)
+        if (bits[j / 8] >> j % 8 & 1)
+            for (int64_t c = j * per_block; c < std::min((j + 1) * per_block, s.chunks); c++) chunks[count++] = int32_t(c);
+    return count;
 }
 
 template <class T, class E>
-void attend(const Attention& a, const Shape<E>& s, const E* packed, int64_t b, int64_t h, int64_t first, float* room) {
-    constexpr int64_t GROUP = Shape<E>::GROUP;
-    const int64_t rows = std::min<int64_t>(QUERIES, a.queries - first), lanes = s.vectors * LANES;
-    float* scores = room;                                            // [QUERIES, KEYS]
-    float* out = scores + QUERIES * KEYS;                            // [QUERIES, width]
-    E* queries = reinterpret_cast<E*>(out + QUERIES * s.width);      // [QUERIES, depth]
-    E* probabilities = queries + QUERIES * s.depth;                  // [QUERIES, KEYS]
-    float top[QUERIES], total[QUERIES];
-    for (int64_t r = 0; r < QUERIES; r++) {
-        const T* row = r < rows ? at<T>(a.q, b, h, first + r) : nullptr;
-        for (int64_t d = 0; d < s.depth; d++) put(row && d < a.channels ? widened(row[d]) : 0.0f, queries[r * s.depth + d]);
-        top[r] = -INFINITY, total[r] = 0;
-    }
-    std::fill(out, out + QUERIES * s.width, 0.0f);
-    const int64_t tall = (rows + TALL<E> - 1) / TALL<E> * TALL<E>;  // a multiple of the rows of every tile
-    const Tiles shapes;
-    const E* values = packed + s.key_size();
-    for (int64_t key = 0; key < a.keys; key += KEYS) {
-        const int64_t live = std::min<int64_t>(KEYS, a.keys - key);
-        for (int64_t j = 0; j < live; j += PANEL_KEYS)
-            tiles_of<E, false>(
-                KEY_VECTORS, queries, s.depth, packed + (key + j) * s.depth, s.depth / GROUP, scores + j, KEYS, tall
-            );
-        for (int64_t r = 0; r < rows; r++) {
-            const float* mask = a.mask ? a.mask + b * a.mask_batch + h * a.mask_head + (first + r) * a.mask_row + key * a.mask_key : nullptr;
-            const float shrink =
-                soften(scores + r * KEYS, mask, a.mask_key, live, a.scale, top[r], total[r], probabilities + r * KEYS);
-            if (shrink != 1.0f)
-                for (int64_t c = 0; c < s.width; c += LANES) store(out + r * s.width + c, load(out + r * s.width + c) * shrink);
-        }
-        const int64_t groups = (whole_steps<E>(live) + GROUP - 1) / GROUP;
-        for (int64_t panel = 0; panel < s.panels; panel++)
-            tiles_of<E, true>(
-                s.vectors, probabilities, KEYS, values + key * s.width + panel * lanes * KEYS, groups, out + panel * lanes, s.width, tall
-            );
-    }
-    for (int64_t r = 0; r < rows; r++) {
-        const float factor = total[r] == 0 ? 0.0f : 1 / total[r];  // a query that sees no key: 0, as torch has it
-        T* y = const_cast<T*>(at<T>(a.out, b, h, first + r));
-        float* line = out + r * s.width;
-        for (int64_t c = 0; c < s.width; c += LANES) store(line + c, load(line + c) * factor);
-        narrow(line, y, a.value_channels);
-    }
+void attend(const Attention& a, const Shape<E>& s, const E* packed, int64_t b, int64_t h, int64_t first, int64_t rows) {
+    thread_local Scratch room, chunks_room;
+    int32_t* chunks = chunks_room.get<int32_t>(s.chunks);
+    const int64_t num_chunks = list_chunks(a, s, h, first / s.block_rows, chunks);
+    constexpr int64_t ROUND = IN_TILES<E> ? SIDE : TALL;  // also of 16 rows of a softmax
+    const int64_t tall = (rows + ROUND - 1) / ROUND * ROUND, scored = IN_TILES<E> ? 2 * SIDE : tall;
+    float* scores = room.get<float>(scored * KEYS<E> + tall * (s.width + 3 + s.depth));
+    float *out = scores + scored * KEYS<E>, *top = out + tall * s.width, *shrink = top + tall, *total = shrink + tall;
+    E* queries = reinterpret_cast<E*>(total + tall);
+    constexpr float LOG2E = 1.44269504088896341f;
+    Block<E> block{a, s, b, h, first, rows, a.order ? a.order + h * a.keys : nullptr, packed, chunks, num_chunks};
+    block.steps = (num_chunks + block.CHUNKS - 1) / block.CHUNKS;
+    block.scores = scores, block.out = out, block.top = top, block.shrink = shrink, block.total = total, block.queries = queries;
+    block.factor = a.scale * LOG2E;
+    block.template begin<T>(tall);
+    if (!IN_TILES<E> || num_chunks == 0) std::fill(out, out + tall * s.width, 0.0f);
+#if defined(__AMX_BF16__)
+    if constexpr (IN_TILES<E>) attend_in_tiles(block);
+    else
+#endif
+        attend_in_vectors(block);
+    block.template end<T>();
 }
 
 constexpr int64_t PACKED_BYTES = 16 << 20;
@@ -380,30 +464,29 @@ constexpr int64_t PACKED_BYTES = 16 << 20;
 template <class T>
 void attention(const Attention& a) {
     using E = Element<T>;
-    constexpr int64_t GROUP = Shape<E>::GROUP;
     const Shape<E> s(a);
     thread_local Scratch packed_room;
-    const int64_t pairs = a.batch * a.key_heads, sharing = a.heads / a.key_heads, blocks = (a.queries + QUERIES - 1) / QUERIES;
+    const int64_t pairs = a.batch * a.key_heads, sharing = a.heads / a.key_heads;
+    const int64_t parts = (s.block_rows + QUERIES<E> - 1) / QUERIES<E>, height = (s.block_rows + parts - 1) / parts;
     const int64_t chunk = std::min(pairs, std::max<int64_t>(a.threads, PACKED_BYTES / int64_t(s.size() * sizeof(E))));
     E* packed = packed_room.get<E>(chunk * s.size());
-    const int64_t key_panels = s.keys / PANEL_KEYS, value_blocks = s.keys / KEYS;
     for (int64_t first = 0; first < pairs; first += chunk) {
         const int64_t count = std::min(chunk, pairs - first);
-        for_each(a.threads, count * (key_panels + value_blocks), 4, [&](int64_t task) {
-            const int64_t pair = task / (key_panels + value_blocks), part = task % (key_panels + value_blocks);
+        for_each(a.threads, count * s.chunks, 2, [&](int64_t task) {
+            const int64_t pair = task / s.chunks, i = task % s.chunks;
             const int64_t b = (first + pair) / a.key_heads, h = (first + pair) % a.key_heads;
+            const int32_t* order = a.order ? a.order + h * a.keys : nullptr;
             E* head = packed + pair * s.size();
-            if (part < key_panels) return pack_keys<T>(a, s, b, h, part * PANEL_KEYS, head + part * PANEL_KEYS * s.depth);
-            const int64_t key = (part - key_panels) * KEYS;
-            E* values = head + s.key_size() + key * s.width;
-            for (int64_t g = 0; g < KEYS; g += GROUP) pack_values<T>(a, s, b, h, key + g, values + g * s.vectors * LANES);
+            pack_keys<T>(a, s, b, h, order, i, head + i * CHUNK * s.depth);
+            pack_values<T>(a, s, b, h, order, i, head + s.key_size() + i * CHUNK * s.width);
         });
-        for_each(a.threads, count * sharing * blocks, 1, [&](int64_t task) {
-            thread_local Scratch room;
-            const int64_t pair = task / (sharing * blocks), inner = task % (sharing * blocks);
-            const int64_t b = (first + pair) / a.key_heads, h = (first + pair) % a.key_heads * sharing + inner / blocks;
-            float* memory = room.get<float>(QUERIES * (2 * KEYS + s.width + s.depth));
-            attend<T>(a, s, packed + pair * s.size(), b, h, inner % blocks * QUERIES, memory);
+        for_each(a.threads, count * sharing * s.blocks * parts, 1, [&](int64_t task) {
+            const int64_t part = task % parts, block = task / parts % s.blocks, inner = task / parts / s.blocks;
+            const int64_t pair = inner / sharing, b = (first + pair) / a.key_heads;
+            const int64_t h = (first + pair) % a.key_heads * sharing + inner % sharing;
+            const int64_t begin = block * s.block_rows + part * height;
+            const int64_t end = std::min({begin + height, (block + 1) * s.block_rows, a.queries});
+            if (begin < end) attend<T>(a, s, packed + pair * s.size(), b, h, begin, end - begin);
         });
     }
     packed_room.keep_at_most(KEPT_BYTES);

@@ -242,6 +242,41 @@ inline void for_each(int threads, int64_t count, int64_t grain, F&& body) {
     else parallel(work, &shared, unsigned(threads), 0);
 }
 
+// --- turning ------------------------------------------------------------------------------------------------------------
+
+// 16 rows of up to 16 groups of four bytes become rows of groups: group g of row i goes to place i of line g. Strides in bytes; whole
+// rows of 16 groups are read.
+#if defined(__AVX512F__)
+inline void turn(__m512i* a) {
+    __m512i b[16];
+    for (int i = 0; i < 16; i += 4) {  // 4 x 4 groups within each quarter
+        const __m512i p = _mm512_unpacklo_epi32(a[i], a[i + 1]), q = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+        const __m512i r = _mm512_unpacklo_epi32(a[i + 2], a[i + 3]), s = _mm512_unpackhi_epi32(a[i + 2], a[i + 3]);
+        b[i] = _mm512_unpacklo_epi64(p, r), b[i + 1] = _mm512_unpackhi_epi64(p, r);
+        b[i + 2] = _mm512_unpacklo_epi64(q, s), b[i + 3] = _mm512_unpackhi_epi64(q, s);
+    }
+    for (int i = 0; i < 4; i++) {  // and the quarters
+        const __m512i p = _mm512_shuffle_i32x4(b[i], b[i + 4], 0x88), q = _mm512_shuffle_i32x4(b[i], b[i + 4], 0xdd);
+        const __m512i r = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0x88), s = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0xdd);
+        a[i] = _mm512_shuffle_i32x4(p, r, 0x88), a[i + 8] = _mm512_shuffle_i32x4(p, r, 0xdd);
+        a[i + 4] = _mm512_shuffle_i32x4(q, s, 0x88), a[i + 12] = _mm512_shuffle_i32x4(q, s, 0xdd);
+    }
+}
+#endif
+inline void turn(const void* rows, int64_t stride, int64_t groups, void* out, int64_t out_stride) {
+    const char* in = static_cast<const char*>(rows);
+    char* to = static_cast<char*>(out);
+#if defined(__AVX512F__)
+    __m512i a[16];
+    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(in + i * stride);
+    turn(a);
+    for (int64_t g = 0; g < groups; g++) _mm512_storeu_si512(to + g * out_stride, a[g]);
+#else
+    for (int64_t g = 0; g < groups; g++)
+        for (int i = 0; i < 16; i++) std::memcpy(to + g * out_stride + 4 * i, in + i * stride + 4 * g, 4);
+#endif
+}
+
 // --- tiles --------------------------------------------------------------------------------------------------------------
 
 // The shapes of a thread's tiles of AMX, 16 rows of 64 bytes, while there is one of these. Others in this thread set them anew for

@@ -10,6 +10,7 @@ from torch import Tensor
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FEW_ROWS = 2  # of inputs, which are multiplied with every row of weights as soon as it is decoded
+BLOCK_KEYS = 64  # the keys of a block are a multiple of these
 ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2}
 _Int, _Wide, _Pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 
@@ -91,13 +92,17 @@ class _Tensor4(ctypes.Structure):
 
 
 class _Attention(ctypes.Structure):
-    """``mask``: float32, added to the scaled scores, or null; its strides may be 0."""
+    """``mask``: float32, added to the scaled scores, or null; its strides may be 0. ``order``, ``live``: those of block_attention."""
 
     _fields_ = (
         *((name, _Tensor4) for name in ("q", "k", "v", "out")),
         ("mask", _Pointer),
         *((f"mask_{name}", _Wide) for name in ("batch", "head", "row", "key")),
         *((name, _Wide) for name in ("batch", "heads", "key_heads", "queries", "keys", "channels", "value_channels")),
+        ("order", _Pointer),
+        ("live", _Pointer),
+        ("block_q", _Wide),
+        ("block_k", _Wide),
         ("scale", ctypes.c_float),
         ("type", _Int),
         ("threads", _Int),
@@ -198,18 +203,22 @@ def _three(values: Sequence[int], fill: int) -> ctypes.Array:
     return (_Wide * 3)(*[fill] * (3 - len(values)), *values)
 
 
-def attention(library: ctypes.CDLL, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def attention(library: ctypes.CDLL, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, blocks=None) -> Tensor:
     """[B, H, Q, D'] = softmax(q k^T * scale + mask) v, whose rows lie as [B, Q, H, D'], ready to be merged.
 
     q [B, H, Q, D], k [B, G, K, D], v [B, G, K, D'] of one of ``TYPES``, H a multiple of G; mask float32 [B, H, Q, K], or expanded
-    to it.
+    to it. ``blocks``: order, live, block_q and block_k of block_attention, whose H is G and whose Q is K; ``block_k`` is a multiple
+    of ``BLOCK_KEYS`` where not all are live.
     """
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
+    order, live, block_q, block_k = blocks or (None, None, 0, 0)
+    order, live = _dense(order, torch.int32), _dense(live, torch.uint8)
     out = torch.empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]), dtype=q.dtype).transpose(1, 2)
     sizes = (*q.shape[:2], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
     strides = (0, 0, 0, 0) if mask is None else mask.stride()
     tensors = [_Tensor4(_address(t), *t.stride()[:3]) for t in (q, k, v, out)]
-    call = _Attention(*tensors, _address(mask), *strides, *sizes, scale, TYPES[q.dtype], torch.get_num_threads())
+    which = _address(order), _address(live), block_q, block_k
+    call = _Attention(*tensors, _address(mask), *strides, *sizes, *which, scale, TYPES[q.dtype], torch.get_num_threads())
     library.dqtk_attention(ctypes.byref(call))
     return out
 

@@ -220,20 +220,9 @@ void interleave(const Factor* const* rows, int64_t groups, Factor* panel, int32_
     for (int64_t g = 0; g < groups; g += 16) {
         const int live = int(std::min<int64_t>(16, groups - g));
         const __mmask16 mask = __mmask16((1u << live) - 1);
-        __m512i a[16], b[16];
+        __m512i a[16];
         for (int i = 0; i < 16; i++) a[i] = _mm512_maskz_loadu_epi32(mask, rows[i] + g * GROUP);
-        for (int i = 0; i < 16; i += 4) {  // 4 x 4 lanes within each quarter
-            const __m512i p = _mm512_unpacklo_epi32(a[i], a[i + 1]), q = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-            const __m512i r = _mm512_unpacklo_epi32(a[i + 2], a[i + 3]), s = _mm512_unpackhi_epi32(a[i + 2], a[i + 3]);
-            b[i] = _mm512_unpacklo_epi64(p, r), b[i + 1] = _mm512_unpackhi_epi64(p, r);
-            b[i + 2] = _mm512_unpacklo_epi64(q, s), b[i + 3] = _mm512_unpackhi_epi64(q, s);
-        }
-        for (int i = 0; i < 4; i++) {  // and the quarters
-            const __m512i p = _mm512_shuffle_i32x4(b[i], b[i + 4], 0x88), q = _mm512_shuffle_i32x4(b[i], b[i + 4], 0xdd);
-            const __m512i r = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0x88), s = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0xdd);
-            a[i] = _mm512_shuffle_i32x4(p, r, 0x88), a[i + 8] = _mm512_shuffle_i32x4(p, r, 0xdd);
-            a[i + 4] = _mm512_shuffle_i32x4(q, s, 0x88), a[i + 12] = _mm512_shuffle_i32x4(q, s, 0xdd);
-        }
+        turn(a);
         for (int i = 0; i < live; i++) {
             _mm512_storeu_si512(panel + (g + i) * COLUMNS * GROUP, a[i]);
             sum = _mm512_dpbusd_epi32(sum, ones, a[i]);
