@@ -14,7 +14,7 @@ import sys
 
 import torch
 from dqtk.metrics.bootstrap import paired_bootstrap
-from methods import CALIBRATION, PROMPTS, load
+from methods import PROMPTS, load
 from rows import append
 
 import dqtk
@@ -43,7 +43,8 @@ BITS = {
     8: {"qk": Int(bits=8), "pv": Int(bits=8), "smooth": SmoothKeys()},
     4: {"qk": Int(bits=4), "pv": Int(bits=4), "smooth": SmoothBoth()},
 }
-MOTION = [CALIBRATION.with_name(name) for name in ("motion_prompts.txt", "motion_calibration.txt")]
+CAPTIONS = [PROMPTS.with_name(name) for name in ("prompts.txt", "calibration.txt")]
+MOTION = [PROMPTS.with_name(f"motion_{path.name}") for path in CAPTIONS]
 LEARNING = dqtk.Recipe(name="watch", rules=(dqtk.Rule(spec=AttentionSpec(order=Recall()), why="watched"),))
 
 
@@ -79,8 +80,8 @@ def run(model: str, options) -> None:
     """Measure every variant of one model; a row each."""
     reference = load(model)
     reference.set_progress_bar_config(disable=True)
-    prompts = read_prompts(MOTION[0] if model == "tiny-wan" else PROMPTS, options.num_prompts)
-    calibration = read_prompts(MOTION[1] if model == "tiny-wan" else CALIBRATION, 8)
+    judged, learned = MOTION if model == "tiny-wan" else CAPTIONS
+    prompts, calibration = read_prompts([str(judged)], options.num_prompts), read_prompts([str(learned)], 8)
     stats = dqtk.calibrate(
         reference,
         calibration,

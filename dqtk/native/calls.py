@@ -92,7 +92,7 @@ class _Tensor4(ctypes.Structure):
 
 
 class _Attention(ctypes.Structure):
-    """``mask``: float32, added to the scaled scores, or null; its strides may be 0. ``order``, ``live``: those of block_attention."""
+    """``mask``: float32, added to the scaled scores, or null; its strides may be 0. ``order``, ``live``: as of block_attention."""
 
     _fields_ = (
         *((name, _Tensor4) for name in ("q", "k", "v", "out")),
