@@ -156,7 +156,7 @@ def main() -> None:
         torch._dynamo.reset()
         with torch.inference_mode():
             row = bench(shape, options.repeats, not options.no_compile)
-        row |= {"kernels": native.describe(products=True)[1]}
+        row |= {"kernels": native.describe()[1]}
         append(row, packages)
         print(f"\n{shape}: milliseconds, times faster than bfloat16 / float32")
         for name, value in row["milliseconds"].items():
