@@ -35,7 +35,10 @@ from dqtk.bench.memory import NotMeasured, available, rise
 from dqtk.bench.step import Step, record_step
 from dqtk.bench.timing import Spread, interleaved, times_faster
 from dqtk.bench.variants import in_dtype, quantized
+from dqtk.nn.attention import install_blocks
+from dqtk.recipes import attention_named
 from dqtk.report.sizes import bytes_in_memory
+from dqtk.sites import find_attention
 from dqtk.sources import MetaPipeline, load_pipeline
 
 BASE, FLOAT32 = "bfloat16", "float32"
@@ -62,8 +65,10 @@ def plan_of(step: Step, recipe: str) -> dqtk.Plan:
     return dqtk.plan(MetaPipeline({step.component: step.module}), recipe)
 
 
-def ours(step: Step, recipe: str = "w8a8", *, compiled: bool = False) -> Prepared:
+def ours(step: Step, recipe: str = "w8a8", *, compiled: bool = False, attention: str | None = None) -> Prepared:
     made = quantized(step.module, plan_of(step, recipe).choices)
+    for site in find_attention(made) if attention is not None else ():
+        install_blocks(made, site.path, attention_named(attention))
     return compile_blocks(made) if compiled else made
 
 
@@ -151,6 +156,8 @@ VARIANTS = {
     "float32 compiled": Variant(prepare=partial(plain, dtype=torch.float32, compiled=True), native=True),
     "dqtk w8a8": Variant(prepare=ours, peer=False),
     "dqtk w8a8 compiled": Variant(prepare=partial(ours, compiled=True), peer=False),
+    "dqtk w8a8 own attention": Variant(prepare=partial(ours, attention="dense"), peer=False),
+    "dqtk w8a8 own attention compiled": Variant(prepare=partial(ours, attention="dense", compiled=True), peer=False),
     "dqtk w4a8": Variant(prepare=partial(ours, recipe="w4a8"), peer=False),
     "torchao int8 dynamic": Variant(prepare=partial(by_peer, quantize=torchao, **DYNAMIC), native=True),
     "torchao int8 dynamic compiled": Variant(prepare=partial(by_peer, quantize=torchao, compiled=True, **DYNAMIC), native=True),

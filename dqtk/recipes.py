@@ -8,6 +8,7 @@ Recipes of our own that learn from prompts keep a text token exact that is the s
 and changes of basis and rounding of weights do harm there (notebooks/LOG.md).
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -333,6 +334,9 @@ def search_named(name: str) -> Search:
     return SEARCHES[name]()
 
 
+DENSITY = 0.5  # where none is given
+
+
 def _paro(density: float, bits: int | None) -> AttentionSpec:
     """PAROAttention (arXiv 2506.16054): an order per head, static blocks, queries, keys, probabilities and values as integers.
 
@@ -343,10 +347,20 @@ def _paro(density: float, bits: int | None) -> AttentionSpec:
     return AttentionSpec(order=Recall(), mask=StaticBlocks(density=density), qk=codes, pv=codes, smooth=smooth)
 
 
-ATTENTION = {"paro": partial(_paro, bits=None), "paro-int8": partial(_paro, bits=8), "paro-int4": partial(_paro, bits=4)}
-"""How attention is computed, by name; a function of the density. As recipes of their own they leave layers at 16 bits."""
+def _dense(density: float) -> AttentionSpec:
+    """All of it, as it is, by dqtk's own kernel where there is one."""
+    if density != DENSITY:
+        raise ValueError(f"attention: density must be left out for dense, got {density}. Take paro.")
+    return AttentionSpec()
 
-DENSITY = 0.5
+
+ATTENTION: dict[str, Callable[[float], AttentionSpec]] = {
+    "dense": _dense,
+    "paro": partial(_paro, bits=None),
+    "paro-int8": partial(_paro, bits=8),
+    "paro-int4": partial(_paro, bits=4),
+}
+"""How attention is computed, by name; a function of the density. As recipes of their own they leave layers at 16 bits."""
 
 
 def attention_named(name: str, density: float = DENSITY) -> AttentionSpec:
