@@ -1,6 +1,7 @@
 """What blocks of attention cost in pictures and clips: orders of the tokens, masks, densities, integers.
 
-    python benchmarks/attention_quality.py [MODEL ...] [--num-prompts 8] [--steps 8] [--densities 1 0.5 0.3 0.2] [--only WORD ...]
+    python benchmarks/attention_quality.py [MODEL ...] [--num-prompts 8] [--steps 8] [--densities 1 0.5 0.3 0.2] [--bits 16 8 4]
+        [--only WORD ...]
 
 Only attention is changed; layers stay as they are, in float32. Every variant draws the same prompts from the same noise as the
 untouched pipeline. PSNR: of the pictures (or all frames of a clip), mean over prompts. ``gain``: dB over the same mask and bits
@@ -48,11 +49,12 @@ MOTION = [PROMPTS.with_name(f"motion_{path.name}") for path in CAPTIONS]
 LEARNING = dqtk.Recipe(name="watch", rules=(dqtk.Rule(spec=AttentionSpec(order=Recall()), why="watched"),))
 
 
-def variants(densities: list[float]) -> dict[tuple[float, int, str], AttentionSpec]:
+def variants(densities: list[float], widths: list[int]) -> dict[tuple[float, int, str], AttentionSpec]:
     """(density, bits, name) -> spec; tokens as they lie first, for others are judged against them."""
     found = {}
     for density in densities:
-        for bits, codes in BITS.items():
+        for bits in widths:
+            codes = BITS[bits]
             mask = None if density == 1 else StaticBlocks(density=density)
             for name, order in ORDERS.items():
                 if name in (PLAIN, "reordered") or bits == 16:
@@ -98,7 +100,7 @@ def run(model: str, options) -> None:
     oracle = oracle_for(reference, prompts)
     says = [score(oracle, frames, prompt) for frames, prompt in zip(originals, prompts, strict=True)]
     plain: dict[tuple[float, int], torch.Tensor] = {}
-    for (density, bits, name), spec in variants(options.densities).items():
+    for (density, bits, name), spec in variants(options.densities, options.bits).items():
         if options.only and not any(word in name for word in (PLAIN, *options.only)):
             continue
         pipe = copy.deepcopy(reference)
@@ -158,6 +160,7 @@ def main() -> None:
     parser.add_argument("--num-prompts", type=int, default=8)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--densities", type=float, nargs="+", default=[1, 0.5, 0.3, 0.2])
+    parser.add_argument("--bits", type=int, nargs="+", choices=tuple(BITS), default=list(BITS))
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="of a variant's name")
     options = parser.parse_args()
     for model in options.models or sys.exit("name a model"):
