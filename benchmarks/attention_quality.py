@@ -28,6 +28,7 @@ from dqtk.spec import (
     AttentionSpec,
     Incoherence,
     Int,
+    PooledBlocks,
     Radial,
     Recall,
     SlidingTile,
@@ -62,6 +63,10 @@ def variants(densities: list[float], widths: list[int]) -> dict[tuple[float, int
             if density < 1 and bits == 16:
                 found[density, bits, "sliding tile"] = AttentionSpec(mask=SlidingTile(density=density), block=(16, 16))
                 found[density, bits, "radial"] = AttentionSpec(mask=Radial(density=density), block=(16, 16))
+                found[density, bits, "pooled"] = AttentionSpec(mask=PooledBlocks(density=density), block=(16, 16))
+                found[density, bits, "reordered, pooled"] = AttentionSpec(
+                    order=Recall(), mask=PooledBlocks(density=density), block=(16, 16)
+                )
                 each = StaticBlocks(density=density, together=False)
                 found[density, bits, "reordered, a share each"] = AttentionSpec(order=Recall(), mask=each, block=(16, 16))
     return found

@@ -17,13 +17,14 @@ from torch.overrides import TorchFunctionMode
 
 from dqtk.calls import LayoutRule, given_arguments, layout_rule, layouts_of
 from dqtk.kernels.block_attention import block_attention
-from dqtk.numerics.block_masks import carried, counts, near, pack, radial, unpack
+from dqtk.numerics.block_masks import carried, counts, guards, near, pack, pooled, radial, unpack
 from dqtk.numerics.layout import Layout
 from dqtk.sites import heads_of
 from dqtk.spec import (
     AttentionSpec,
     Fixed,
     PerTile,
+    PooledBlocks,
     Radial,
     RowInTile,
     SlidingTile,
@@ -88,7 +89,9 @@ class Blocks(nn.Module):
             self._noise = following(denoiser, self.spec.mask.edges)
 
     def density(self, layout: Layout | None = None) -> float:
-        """Share of blocks that are computed, over heads and intervals."""
+        """Share of blocks that are computed, over heads and intervals; where calls choose, what was asked for."""
+        if isinstance(self.spec.mask, PooledBlocks):
+            return self.spec.mask.density
         layout = Layout(*self.spec.layout) if layout is None else layout
         live = self._masks(layout, torch.device("cpu"))
         return 1.0 if live is None else float(unpack(live, counts(layout, self.spec.block)[1]).float().mean())
@@ -108,6 +111,9 @@ class Blocks(nn.Module):
                 "family's adapter must say what they are (docs/attention.md)."
             )
         order, live = self._prepared(layout, q.device)
+        if isinstance(self.spec.mask, PooledBlocks):
+            guard = guards(layout, self.spec.block).to(q.device)
+            live = pack(pooled(q, k, order, guard, self.spec.block, scale, self.spec.mask.density))[None]
         if live is not None and self._noise is not None:
             live = live.index_select(0, self._noise.index(q.device))
         return block_attention(
@@ -138,7 +144,7 @@ class Blocks(nn.Module):
 
     def _masks(self, layout: Layout, device: torch.device) -> Tensor | None:
         spec = self.spec
-        if spec.mask is None:
+        if spec.mask is None or isinstance(spec.mask, PooledBlocks):
             return None
         orders = self.spec.orders or (0,) * self.heads
         if isinstance(spec.mask, SlidingTile | Radial):

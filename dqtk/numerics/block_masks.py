@@ -68,6 +68,26 @@ def radial(layout: Layout, order: int, block: Sequence[int], density: float) -> 
     return largest(-cost, guards(layout, block), density)
 
 
+def pooled(q: Tensor, k: Tensor, index: Tensor | None, guard: Tensor, block: Sequence[int], scale: float, density: float) -> Tensor:
+    """bool [H, R, C]: guards, and in every row of blocks the largest of softmax(mean query times mean key), as a share of the row.
+
+    Args:
+        q, k: [B, H, N, D]; samples share the choice. index: int [H, N] or None: the token at every place.
+        guard: bool [R, C].
+    """
+    means = []
+    for given, size in ((q, block[0]), (k - k.mean(2, keepdim=True), block[1])):
+        x = given.float()
+        if index is not None:
+            x = x.gather(2, index.long()[None, :, :, None].expand_as(x))
+        pad = -x.shape[2] % size
+        number = F.pad(torch.ones(x.shape[2], device=x.device), (0, pad)).unflatten(0, (-1, size)).sum(1)
+        means.append(F.pad(x, (0, 0, 0, pad)).unflatten(2, (-1, size)).sum(3) / number[:, None])
+    expected = (means[0] @ means[1].transpose(2, 3) * scale).softmax(-1).mean(0)
+    chosen = expected.topk(max(1, round(density * guard.shape[1])), dim=-1).indices
+    return torch.zeros_like(expected, dtype=torch.bool).scatter(-1, chosen, True) | guard
+
+
 def _centres(layout: Layout, order: int, size: int) -> Tensor:
     """float32 [blocks, 3]: mean frame, row and column of the grid's tokens of every block; 0 for blocks of text alone."""
     where = layout.positions(order).float()

@@ -88,7 +88,19 @@ class Radial:
             raise ValueError(f"Radial: density must be in (0, 1], got {self.density!r}. Half of the blocks is 0.5.")
 
 
-Mask = StaticBlocks | SlidingTile | Radial
+@frozen
+class PooledBlocks:
+    """Chosen in every call: per row of blocks those with the largest softmax of mean query times mean key (as SpargeAttn predicts,
+    arXiv 2502.18137, without its test of similarity); samples of a batch share them."""
+
+    density: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.density <= 1:
+            raise ValueError(f"PooledBlocks: density must be in (0, 1], got {self.density!r}. Half of the blocks is 0.5.")
+
+
+Mask = StaticBlocks | SlidingTile | Radial | PooledBlocks
 
 # --- rounding ------------------------------------------------------------------------------------------------------------
 

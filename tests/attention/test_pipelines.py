@@ -11,7 +11,7 @@ import dqtk
 from dqtk.installed import installed_plan
 from dqtk.nn.attention import blocks_of
 from dqtk.recipes import attention_named
-from dqtk.spec import AttentionSpec, Int, Radial, Recall, SlidingTile, SmoothKeys, StaticBlocks
+from dqtk.spec import AttentionSpec, Int, PooledBlocks, Radial, Recall, SlidingTile, SmoothKeys, StaticBlocks
 
 PROMPTS = ["a large red circle", "a small blue square on a green background"]
 INT8 = {"qk": Int(bits=8), "pv": Int(bits=8), "smooth": SmoothKeys()}
@@ -61,9 +61,10 @@ def test_fewer_blocks_are_worse_and_reported(pipe, load_tiny):
     assert "density 0.1" in installed_plan(sparse).explain() or "density 0.2" in installed_plan(sparse).explain()
 
 
-@pytest.mark.parametrize(
-    "spec", [ORDERED, AttentionSpec(mask=SlidingTile(density=0.4)), AttentionSpec(mask=Radial(density=0.4))], ids=str
-)
+RULES = [AttentionSpec(mask=kind(density=0.4)) for kind in (SlidingTile, Radial, PooledBlocks)]
+
+
+@pytest.mark.parametrize("spec", [ORDERED, *RULES], ids=["calibrated", "tile", "radial", "pooled"])
 def test_saved_and_loaded_by_diffusers(load_tiny, draw, tmp_path, spec):
     pipe = with_attention(load_tiny("pixart", torch.bfloat16), spec)
     expected = draw(pipe)

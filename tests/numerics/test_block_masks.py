@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from dqtk.numerics.block_masks import carried, counts, guards, largest, near, pack, radial, unpack
+from dqtk.numerics.block_masks import carried, counts, guards, largest, near, pack, pooled, radial, unpack
 from dqtk.numerics.layout import Layout
 
 IMAGE, VIDEO = Layout(1, 16, 16), Layout(4, 8, 8, before=20, after=0)
@@ -85,6 +85,22 @@ def test_radial_windows_shrink_with_the_distance_of_frames():
     first = per_frame[0]
     assert all(a >= b for a, b in itertools.pairwise(first))
     assert first[7] <= first[2] < first[1]
+
+
+def test_pooled_blocks_follow_the_attention():
+    layout = Layout(1, 16, 16, after=9)
+    guard = guards(layout, (16, 16))
+    centres = 5 * torch.eye(17).repeat_interleave(16, 0)[: layout.tokens].expand(1, 2, -1, -1)
+    turn = torch.arange(layout.tokens).roll(48)  # a block sees the one three before it
+    q, k = centres[:, :, turn], centres
+    keep = pooled(q, k, None, guard, (16, 16), 1.0, 1 / 17)
+    assert all(bool(keep[h, r, (r - 3) % 17]) for h in range(2) for r in range(4, 16))
+    assert (keep | ~guard).all()
+    assert int(keep[:, 4:16].sum()) <= int(guard[4:16].sum()) * 2 + 2 * 12
+    index = layout.index(1).expand(2, -1)
+    moved = torch.argsort(index.long(), dim=1)[None, :, :, None].expand_as(q)
+    again = pooled(q.gather(2, moved), k.gather(2, moved), index, guard, (16, 16), 1.0, 1 / 17)
+    assert torch.equal(again, keep)  # the same tokens, read in an order that puts them back
 
 
 def test_a_mask_is_carried_to_a_larger_grid():
