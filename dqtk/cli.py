@@ -204,7 +204,7 @@ def _quantize(options: argparse.Namespace, command: str) -> None:
     if options.plan is None:
         meta = meta_target(options.model) if options.stream else meta_pipeline(options.model)
         plan = _plan_for(options, meta)  # wrong names and patterns fail before any weight is read
-    elif any((options.recipe, options.text_encoders, options.keep, options.set, options.attention, options.density)):
+    elif any((options.recipe, options.text_encoders, options.keep, options.set, options.attention, options.density is not None)):
         flags = "--recipe, --text-encoders, --keep, --set, --attention or --density"
         raise ValueError(f"--plan must stand alone, got {flags} too. A plan has decided already.")
     else:
@@ -233,7 +233,9 @@ def _quantize_in_memory(options: argparse.Namespace, plan: Plan) -> None:
         raise ValueError(f"--prompts or --stats must be given for {what}, got neither. It is calibrated.")
     if stats is not None and not calibrated:
         raise ValueError(f"--stats must be left out for recipe {plan.recipe}, got {options.stats}. It learns nothing from inputs.")
-    pipe = load_pipeline(options.model, options.dtype, me.device if me.world > 1 else find_device(options.device))
+    pipe = load_pipeline(
+        options.model, options.dtype, me.device if me.world > 1 and not options.device else find_device(options.device)
+    )
     if calibrated and options.dtype == "stored":
         _say_slow(pipe)
     if calibrated and stats is None and prompts is not None:

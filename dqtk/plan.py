@@ -316,6 +316,10 @@ def resolve(
     attention: tuple[AttentionChoice, ...] = ()
     if any(isinstance(rule.spec, AttentionSpec) for rule in rules):
         attention = tuple(_choose_attention(site, rules) for site in places)
+        if not attention:
+            raise ValueError(
+                "plan: attention must be left out for a model that has none with a processor, got a rule for it. Remove it."
+            )
     return Plan(recipe=recipe.name, components=components, choices=choices, attention=attention)
 
 

@@ -6,7 +6,9 @@ come on top, and ``sequential`` does without. Whatever can be wrong with the mod
 whatever interrupts it later, the model is told which layers were really replaced: saving it then is still true.
 """
 
+import hashlib
 import importlib
+import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,13 +24,13 @@ from .calibrate import Stats, calibrate
 from .calibrate.answers import exact_outputs
 from .calibrate.gather import calls_of
 from .calibrate.intervals import settled
-from .calibrate.run import check_model
+from .calibrate.run import check_model, fingerprint
 from .checkpoint import FORMAT_VERSION, replace_layer, save_module, written_whole
 from .correct.output import check_correctable, correct_output
 from .hosts import backend_of
 from .methods.solve import Solution
 from .nn import Quantized, runtime_class
-from .nn.attention import Blocks
+from .nn.attention import Blocks, check_free
 from .plan import Choice, Plan, Recipe, Rule, check_fit, resolve
 from .policy import StepPolicy, combined, fixed_choices
 from .processes import ALONE, Processes, processes
@@ -38,7 +40,7 @@ from .resolve import adapters, embedded_folder, embedded_names
 from .sites import DENOISERS, Site, components_of, find_attention, find_sites
 from .solved import SolvedFolder, calibrate_together
 from .sources import model_class, readable, stored_dtype
-from .spec import AttentionSpec, ByLevel, LayerSpec, Reconstruct, Refiner, SiteSpec, describe
+from .spec import AttentionSpec, ByLevel, LayerSpec, Reconstruct, Refiner, SiteSpec, canonical, describe
 from .stages import solutions
 
 STATS = "stats.safetensors"  # in a checkpoint folder
@@ -209,6 +211,8 @@ def quantize(
     work = fixed_choices(work, target, prompts, call_kwargs)
     for choice in work:
         _check_layer(_layer_of(parts, choice), choice, stats)
+    for place in (choice.site for choice in made.attention if choice.spec is not None):
+        check_free(parts[place.component].get_submodule(place.path), place.id, "quantize")
     touched = dict.fromkeys(choice.site.component for choice in made.decisions if choice.spec is not None)
     students = _denoisers_among(touched, parts) if taught else {}
     exact = exact_outputs(students, stats) if stats is not None else {}
@@ -216,7 +220,7 @@ def quantize(
         check_correctable(students, stats, exact)
     kept = None
     if folder is not None and stats is not None and made.needs_stats and not sequential:
-        kept = SolvedFolder(folder / "solved", _task(made, stats), me)
+        kept = SolvedFolder(folder / "solved", _task(target, made, work, stats), me)
     attention = _chosen_attention(parts, made, stats, progress=progress)
     originals: dict[str, dict[str, nn.Module]] = {name: {} for name in touched}
     try:
@@ -242,9 +246,17 @@ def quantize(
     return target
 
 
-def _task(plan: Plan, stats: Stats) -> dict[str, Any]:
-    """What decides the solved layers: ``stats.run`` says which model, prompts and arguments."""
-    return {"format_version": FORMAT_VERSION, "plan": plan.hash, "recipe": plan.recipe, "stats": stats.run or repr(stats)}
+def _task(target: Any, plan: Plan, work: Sequence[Choice], stats: Stats) -> dict[str, Any]:
+    """What decides the solved layers. Specs are those with their noise levels fixed."""
+    specs = hashlib.sha256(json.dumps([[choice.site.id, canonical(choice.spec)] for choice in work]).encode()).hexdigest()[:16]
+    return {
+        "format_version": FORMAT_VERSION,
+        "plan": plan.hash,
+        "recipe": plan.recipe,
+        "specs": specs,
+        "model": fingerprint(target, plan),
+        "stats": stats.run or stats.digest(),
+    }
 
 
 def _chosen_attention(parts: Mapping[str, nn.Module], plan: Plan, stats: Stats | None, *, progress: bool) -> list[ChosenAttention]:

@@ -61,6 +61,8 @@ class SolvedFolder:
         path = self._path(name)
         partial = path.with_name(f".{path.name}.partial")
         save_file(tensors, partial, metadata={"specs": specs})
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(partial, path)
         with Journal(self.folder, self.processes.rank) as journal:
             journal.record(name, {"sites": [choice.site.id for choice, _ in solved]})

@@ -2,6 +2,7 @@
 
 import importlib
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -92,9 +93,12 @@ def test_other_work_is_refused(stats, tmp_path):
     quantized(stats, checkpoint=tmp_path)
     with pytest.raises(ValueError, match=r"must be the unfinished work of this command, got another's \(different: plan\)"):
         quantized(stats, ("blocks.1.*", LEARNED), checkpoint=tmp_path)
-    stats.run = {"model": "{}", "prompts": "3 prompts, 123"}
+    louder = Stats(calls=[replace(call, kwargs={"x": 100 * call.kwargs["x"]}) for call in stats.calls])
     with pytest.raises(ValueError, match=r"\(different: stats\)"):
-        quantized(stats, checkpoint=tmp_path)
+        quantized(louder, checkpoint=tmp_path)
+    torch.manual_seed(1)
+    with pytest.raises(ValueError, match=r"\(different: model\)"):
+        quantized(stats, model=Model().requires_grad_(False).eval(), checkpoint=tmp_path)
 
 
 def test_processes_share_the_groups(stats, tmp_path, monkeypatch):

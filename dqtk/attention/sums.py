@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROWS_AT_ONCE = 512
-MOST_ROWS = 4096  # of a head that are looked at, evenly; the blocks of a longer sequence are seen through some of their rows
+MOST_ROWS = 4096  # of a head that are looked at; the blocks of a longer sequence are seen through some of their rows
+ROWS_PER_BLOCK = 8  # at least, on average
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +27,20 @@ class BlockSums:
     small: Tensor | None = None
 
 
-def probabilities(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Iterator[tuple[Tensor, Tensor]]:
+def some_rows(num: int, blocks: int, device: torch.device) -> Tensor:
+    """int64, ascending: all rows, or a seeded draw of them. Even steps would see some columns of a grid and never the others."""
+    most = max(MOST_ROWS, ROWS_PER_BLOCK * blocks)
+    if num <= most:
+        return torch.arange(num, device=device)
+    return torch.randperm(num, generator=torch.Generator().manual_seed(0))[:most].sort().values.to(device)
+
+
+def probabilities(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Some rows at a time of one sample: their numbers int64 [r], and float32 [H, r, N].
 
     Args:
-        q, k: [H, N, D]. mask: bool or float, broadcastable to [H, N, N]. scale: of the scores.
+        q, k: [H, N, D]. mask: bool or float, broadcastable to [H, N, N]. scale: of the scores. rows: int64, which.
     """
-    num = q.shape[1]
-    rows = torch.arange(min(num, MOST_ROWS), device=q.device) * num // min(num, MOST_ROWS)
     keys = k.float().transpose(1, 2)
     for part in rows.split(ROWS_AT_ONCE):
         scores = q[:, part].float() @ keys * scale
@@ -71,7 +78,7 @@ def block_sums(
     little = [torch.zeros(heads, *shape, device=device) for _ in orders] if small is not None else []
     seen = [torch.zeros(shape[0], device=device) for _ in orders]
     columns = [F.one_hot(place // block[1], shape[1]).float() for place in places]
-    for part, p in probabilities(q, k, mask, scale):
+    for part, p in probabilities(q, k, mask, scale, some_rows(num, shape[0], device)):
         for i, place in enumerate(places):
             home = place[part] // block[0]
             sums[i].index_add_(1, home, p @ columns[i])
@@ -84,6 +91,9 @@ def block_sums(
                 most[i].scatter_reduce_(1, target, ordered, reduce="amax")
     found = []
     for i in range(len(orders)):
+        missed = seen[i] == 0
+        if bool(missed.any()):  # of a long sequence: as the others are on average
+            sums[i][:, missed] = (sums[i].sum(1) / seen[i].sum())[:, None]
         rows = seen[i].clamp(min=1)[:, None]
         widths = columns[i].sum(0)
         found.append(BlockSums(sums[i] / rows, most[i] if most else None, little[i] / rows / widths if little else None))

@@ -4,6 +4,7 @@ One entry per key (site, noise-level bucket, CFG branch): least and largest inpu
 Merging is min, max and addition, so statistics can be streamed, resumed and gathered from several processes in any order.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from dqtk.checkpoint import digest
 
 from .replay import Call, from_tensors, to_tensors
 
@@ -124,6 +127,16 @@ class Stats:
                 "Calibrate in bfloat16 or float32, or keep the site at 16 bits."
             )
         return low, high
+
+    def digest(self) -> str:
+        """First 16 hex digits of SHA-256 over all numbers: tells statistics apart that say nothing of where they come from."""
+        tensors, words = to_tensors(self.calls)
+        for key, seen in self.inputs.items():
+            tensors |= {f"{key}|low": seen.low, f"{key}|high": seen.high, f"{key}|channels": seen.channel_absmax}
+        sha = hashlib.sha256(words.encode())
+        for name in sorted(tensors):
+            sha.update(f"{name}={digest(tensors[name])}".encode())
+        return sha.hexdigest()[:16]
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file (temporary name, then rename)."""

@@ -194,10 +194,11 @@ void round_row(const Input& in, const T* x, int64_t k, Code* out, float& scale) 
 
 // --- 2. panels of weights -----------------------------------------------------------------------------------------------
 
-// Where the codes of a row lie: ``count`` runs of ``length`` codes, ``groups`` groups of codes each.
+// Where the codes of a row lie: ``count`` runs of ``length`` codes, ``groups`` groups of codes each. Behind the last row there is
+// room for ``SPARE_ROWS`` more, ``spare`` codes apart.
 struct Runs {
     const int64_t* offsets;
-    int64_t count, length, groups;
+    int64_t count, length, groups, spare;
 };
 
 // A row of weights as factors, each run padded with zeros to whole groups. Null ``row``: zeros.
@@ -281,7 +282,8 @@ struct TileRows {
     int64_t stride;
     bool copied;
     TileRows(int count, const Code* const* rows, Steps steps, int64_t num_steps, Code* room)
-        : codes(rows[0]), stride(count > 1 ? rows[1] - rows[0] : 0), copied(false) {
+        : codes(rows[0]), stride(count > 1 ? rows[1] - rows[0] : 0) {
+        copied = count < 16 && stride > steps.runs.spare;
         for (int r = 2; r < count; r++) copied |= rows[r] - rows[r - 1] != stride;
         if (!copied) return;
         codes = room, stride = STEP;
@@ -588,7 +590,7 @@ template <class T>
 void linear(const Input& in, const Weight& w, const Output& out, int64_t rows) {
     thread_local Scratch codes_room, offsets_room, scales_room;
     const int64_t start = 0, groups = groups_of(w.k), width = row_width(groups * GROUP);
-    const Runs runs{&start, 1, w.k, groups};
+    const Runs runs{&start, 1, w.k, groups, width};
     const int32_t shift = OFFSET + (in.zero ? *in.zero : 0);
     const int64_t chunk = std::max<int64_t>(64, CHUNK_BYTES / int64_t(width * sizeof(Code))), most = std::min(rows, chunk);
     Code* codes = codes_room.get<Code>((most + SPARE_ROWS) * width);
@@ -674,7 +676,7 @@ void conv(const Input& in, const Weight& w, const Output& out, const Window& o) 
         const int64_t tap = i % per_row, y = i / per_row % o.kernel[1], z = i / per_row / o.kernel[1];
         starts[i] = p.at(0, z * o.dilation[0], y * o.dilation[1], tap * o.dilation[2]);
     }
-    const Runs runs{starts, num_runs, length, groups_of(length)};
+    const Runs runs{starts, num_runs, length, groups_of(length), o.stride[2] * o.channels};
     const int32_t shift = OFFSET + (in.zero ? *in.zero : 0);
     const int64_t elements = o.channels * o.size[0] * o.size[1] * o.size[2], sample_codes = p.at(1, 0, 0, 0);
     const int64_t positions = o.out[0] * o.out[1] * o.out[2];

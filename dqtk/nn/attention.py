@@ -46,10 +46,21 @@ class LayoutState:
     def __init__(self, rule: LayoutRule) -> None:
         self.rule = rule
         self.layouts: dict[int, Layout] = {}
+        self._indices: dict[tuple, Tensor] = {}
 
     def see(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """The hook."""
         self.layouts = layouts_of(module, given_arguments(module, args, kwargs), self.rule)
+
+    def index(self, orders: tuple[int, ...], layout: Layout, device: torch.device) -> Tensor:
+        """int32 [H, N]: the token at every place, per head. Attentions with equal orders share it."""
+        key = orders, layout.numbers, device
+        if key not in self._indices:
+            if any(known[1:] != key[1:] for known in self._indices):
+                self._indices.clear()  # another size: those of the last are not needed
+            each = {which: layout.index(which, device) for which in set(orders)}
+            self._indices[key] = torch.stack([each[which] for which in orders])
+        return self._indices[key]
 
 
 def layout_state(module: nn.Module) -> LayoutState:
@@ -80,7 +91,7 @@ class Blocks(nn.Module):
         self.register_buffer("live", live)
         self._layouts: LayoutState | None = None
         self._noise: NoiseState | None = None
-        self._made: dict[tuple, tuple[Tensor | None, Tensor | None]] = {}
+        self._made: tuple[Any, Tensor | None] = (None, None)
 
     def follow(self, denoiser: nn.Module) -> None:
         """Know what the calls of this denoiser look like."""
@@ -96,7 +107,7 @@ class Blocks(nn.Module):
         live = self._masks(layout, torch.device("cpu"))
         return 1.0 if live is None else float(unpack(live, counts(layout, self.spec.block)[1]).float().mean())
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         """[B, H, N, D'] for q, k [B, H, N, D] and v [B, H, N, D'] of a sequence that the call in progress has.
 
         Raises:
@@ -110,12 +121,15 @@ class Blocks(nn.Module):
                 f"attention: a sequence that attends to itself must have {known} tokens in this call, got {q.shape[2]}. Its "
                 "family's adapter must say what they are (docs/attention.md)."
             )
-        order, live = self._prepared(layout, q.device)
+        order = self._layouts.index(self.spec.orders, layout, q.device) if any(self.spec.orders) else None
+        live = self._live(layout, q.device)
         if isinstance(self.spec.mask, PooledBlocks):
             guard = guards(layout, self.spec.block).to(q.device)
             live = pack(pooled(q, k, order, guard, self.spec.block, scale, self.spec.mask.density))[None]
         if live is not None and self._noise is not None:
             live = live.index_select(0, self._noise.index(q.device))
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            return self._differentiable(q, k, v, order, live, mask, scale)
         return block_attention(
             q,
             k,
@@ -131,16 +145,32 @@ class Blocks(nn.Module):
             _SMOOTH[type(self.spec.smooth)],
         )
 
-    def _prepared(self, layout: Layout, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        """int32 [H, N] or None, and packed masks [G, H, R, bytes] or None, made once per layout and device."""
+    def _differentiable(
+        self, q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, live: Tensor | None, mask: Tensor | None, scale: float
+    ) -> Tensor:
+        """The same blocks through torch's attention, which has a gradient; nothing is rounded, and the mask is of all scores."""
+        num, size = q.shape[2], self.spec.block
+        if live is not None:
+            keep = unpack(live[0], -(-num // size[1])).repeat_interleave(size[0], 1).repeat_interleave(size[1], 2)[:, :num, :num]
+            if order is not None:
+                place = torch.argsort(order.long(), dim=1)
+                keep = torch.stack([head[at][:, at] for head, at in zip(keep, place, strict=True)])
+            if mask is None:
+                mask = keep[None]
+            elif mask.dtype == torch.bool:
+                mask = keep & mask
+            else:
+                mask = mask.masked_fill(~keep, -torch.inf)
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+
+    def _live(self, layout: Layout, device: torch.device) -> Tensor | None:
+        """Packed masks [G, H, R, bytes] or None; those that must be made are kept for the next call."""
+        if self.live is not None and layout.numbers == self.spec.layout:
+            return self.live.to(device)
         key = layout.numbers, device
-        if key not in self._made:
-            order = None
-            if any(self.spec.orders):
-                each = {which: layout.index(which, device) for which in set(self.spec.orders)}
-                order = torch.stack([each[which] for which in self.spec.orders])
-            self._made[key] = order, self._masks(layout, device)
-        return self._made[key]
+        if self._made[0] != key:
+            self._made = key, self._masks(layout, device)
+        return self._made[1]
 
     def _masks(self, layout: Layout, device: torch.device) -> Tensor | None:
         spec = self.spec
@@ -154,7 +184,7 @@ class Blocks(nn.Module):
         assert self.live is not None
         source = Layout(*spec.layout)
         if layout == source:
-            return self.live.to(device)
+            return self.live
         kept = unpack(self.live.cpu(), counts(source, spec.block)[1])
         moved = [carried(kept[:, head], source, layout, order, spec.block) for head, order in enumerate(orders)]
         return pack(torch.stack(moved, dim=1)).to(device)
@@ -198,7 +228,7 @@ def _answer(
             "attention: an attention in blocks must be of a sequence to itself, without dropout and causal mask, as many heads for "
             f"keys, got queries {tuple(query.shape)}, keys {tuple(key.shape)}, is_causal={is_causal}. Keep this one at 16 bits."
         )
-    return blocks.attend(query, key, value, attn_mask, query.shape[-1] ** -0.5 if scale is None else scale)
+    return blocks(query, key, value, attn_mask, query.shape[-1] ** -0.5 if scale is None else scale)
 
 
 @cache
@@ -225,6 +255,17 @@ def blocks_of(module: nn.Module) -> dict[str, Blocks]:
     return {path.rpartition(".")[0]: part for path, part in module.named_modules() if isinstance(part, Blocks)}
 
 
+def check_free(part: Any, path: str, where: str) -> None:
+    """Raises ``ValueError`` for an attention that has blocks already, or a forward of its own: a hook's would never come here."""
+    if isinstance(getattr(part, NAME, None), Blocks):
+        raise ValueError(f"{where}: attention of {path} must be dense, got blocks already. Load the original model.")
+    if "forward" in vars(part):
+        raise ValueError(
+            f"{where}: attention of {path} must have no hooks, got some (offloading, caching, your own). Quantize first, add them "
+            "afterwards."
+        )
+
+
 def install_blocks(denoiser: nn.Module, path: str, spec: AttentionSpec, where: str = "attention") -> Blocks:
     """Give an attention of a denoiser its blocks, whose buffers are still to be filled.
 
@@ -236,11 +277,12 @@ def install_blocks(denoiser: nn.Module, path: str, spec: AttentionSpec, where: s
     except AttributeError:
         part = None
     heads = heads_of(part)
-    if heads is None or isinstance(getattr(part, NAME, None), Blocks):
+    if heads is None:
         raise ValueError(
             f"{where}: {path} must be an attention of {type(denoiser).__name__}, got {type(part).__name__}. "
             "Was the model class changed?"
         )
+    check_free(part, path, where)
     device = next((tensor.device for tensor in part.parameters()), None)
     blocks = Blocks(spec, heads, device)
     part.add_module(NAME, blocks)
@@ -256,3 +298,7 @@ def remove_blocks(denoiser: nn.Module) -> None:
         part: Any = denoiser.get_submodule(path)
         part.__class__ = type(part).plain_class
         delattr(part, NAME)
+    for key, hook in list(denoiser._forward_pre_hooks.items()):
+        if isinstance(getattr(hook, "__self__", None), LayoutState):
+            del denoiser._forward_pre_hooks[key]
+            denoiser._forward_pre_hooks_with_kwargs.pop(key, None)

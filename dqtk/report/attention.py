@@ -31,7 +31,8 @@ def maps(module: nn.Module, call: Call, path: str) -> tuple[Layout, Tensor]:
     def see(_: str, q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> None:
         if q.shape[2] > MOST_TOKENS:
             raise ValueError(f"maps: a sequence must have at most {MOST_TOKENS} tokens to be drawn, got {q.shape[2]}.")
-        rows = [part for _, part in probabilities(q[0], k[0], None if mask is None else mask[0], scale)]
+        every = torch.arange(q.shape[2], device=q.device)
+        rows = [part for _, part in probabilities(q[0], k[0], None if mask is None else mask[0], scale, every)]
         found[path] = layouts_of(module, arguments)[q.shape[2]], torch.cat(rows, dim=1).cpu()
 
     with watching(module, [path], see):

@@ -2,14 +2,17 @@
 
 import json
 
+import accelerate
 import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
 
 import dqtk
+from dqtk.checkpoint import quantized_layers
 from dqtk.installed import installed_plan
 from dqtk.nn.attention import blocks_of
+from dqtk.numerics.layout import Layout
 from dqtk.recipes import attention_named
 from dqtk.spec import AttentionSpec, Int, PooledBlocks, Radial, Recall, SlidingTile, SmoothKeys, StaticBlocks
 
@@ -92,6 +95,7 @@ def test_plain_again_after_dequantizing(pipe):
     assert not torch.allclose(step_of(pipe), before, atol=1e-2)
     pipe.transformer.dequantize()
     assert not blocks_of(pipe.transformer)
+    assert not pipe.transformer._forward_pre_hooks
     assert type(pipe.transformer.transformer_blocks[0].attn1) is diffusers.models.attention_processor.Attention
     assert torch.equal(step_of(pipe), before)
 
@@ -168,3 +172,50 @@ def test_attention_of_text_encoders_is_left(pipe):
     assert {choice.site.component for choice in plan.attention} == {"transformer"}
     with pytest.raises(ValueError, match=r"plan: pattern must match at least one of 6 attentions, got '\*\.attn3'"):
         dqtk.plan(pipe, "w8a8", overrides={"*.attn3": attention_named("paro")})
+
+
+def test_a_resolution_is_taken_along_by_place(load_tiny):
+    """At twice the size nearly as much attention is computed as where the masks were made, and far more than by chance."""
+    pipe = with_attention(load_tiny("pixart"), AttentionSpec(mask=StaticBlocks(density=0.4, groups=1)), recipe=None)
+    blocks = blocks_of(pipe.transformer)["transformer_blocks.3.attn1"]
+    larger = Layout(1, 32, 32)
+    assert 0.2 < blocks.density(larger) < 0.7
+
+
+def test_gradients_go_through_the_same_blocks(pipe):
+    with_attention(pipe, AttentionSpec(order=Recall(), mask=StaticBlocks(density=0.4, groups=2)), recipe=None)
+    call = {"encoder_hidden_states": torch.randn(1, 5, 128), "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+    x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = pipe.transformer(x, timestep=torch.tensor([500.0]), **call)[0]
+    x.requires_grad_()
+    found = pipe.transformer(x, timestep=torch.tensor([500.0]), **call)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    found.square().sum().backward()
+    assert float(x.grad.abs().sum()) > 0
+
+
+def test_offloaded_with_its_masks(load_tiny):
+    pipe = with_attention(load_tiny("pixart"), AttentionSpec(order=Recall(), mask=StaticBlocks(density=0.4)), recipe=None)
+    expected = step_of(pipe)
+    accelerate.cpu_offload(pipe.transformer, torch.device("cpu"), offload_buffers=True)
+    assert next(iter(blocks_of(pipe.transformer).values())).live.is_meta
+    assert torch.equal(step_of(pipe), expected)
+
+
+def test_hooks_and_blocks_are_found_before_anything_changes(pipe):
+    plan = dqtk.plan(pipe, "w8a8", attention="dense")
+    accelerate.hooks.add_hook_to_module(pipe.transformer.transformer_blocks[2].attn1, accelerate.hooks.ModelHook())
+    with pytest.raises(ValueError, match=r"attention of transformer:transformer_blocks\.2\.attn1 must have no hooks, got some"):
+        dqtk.quantize(pipe, plan, progress=False)
+    assert not quantized_layers(pipe.transformer)
+    assert not blocks_of(pipe.transformer)
+    accelerate.hooks.remove_hook_from_module(pipe.transformer.transformer_blocks[2].attn1)
+    dqtk.quantize(pipe, plan, progress=False)
+    with pytest.raises(ValueError, match="must be dense, got blocks already"):
+        dqtk.quantize(pipe, dqtk.plan(pipe, dqtk.Recipe(name="none", rules=()), attention="dense"), progress=False)
+
+
+def test_a_model_without_attention_has_none_to_plan(bare):
+    with pytest.raises(ValueError, match="plan: attention must be left out for a model that has none with a processor"):
+        dqtk.plan(bare, "w8a8", attention="paro")

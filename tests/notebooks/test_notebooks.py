@@ -16,6 +16,7 @@ PICTURES = {
     "03_batch_metrics.ipynb": 2,
     "04_methods.ipynb": 2,
     "05_mixed_precision.ipynb": 4,
+    "06_attention.ipynb": 3,
 }
 
 
@@ -43,6 +44,7 @@ def test_runs(name, tmp_path):
     text = " ".join(str(output) for output in outputs(notebook))
     expected = {"01": "w4a8: default", "02": "hard to tell|same pictures", "03": "frechet\\[tiny-clip\\]@vs_original\\(paired\\)"}
     expected |= {"04": "smooth \\+ rotate \\+ gptq", "05": "(?s)4.5 bits over the line.*constant token, keys and values.*split at"}
+    expected |= {"06": "(?s)FWH.*in the other order.*nearest"}
     assert re.search(expected[name[:2]], text)
 
 
