@@ -7,13 +7,14 @@
 // their sums are multiplied with.
 #include "attention.h"
 
+#include <vector>
+
 namespace dqtk {
 
-// Mirrored by a ctypes structure in calls.py. ``key_mean`` [batch, heads, channels], or null.
+// Mirrored by a ctypes structure in calls.py.
 struct Rounded {
     Attention attention;
-    const float* key_mean;
-    int32_t qk_bits, pv_bits, smooth_queries;
+    int32_t qk_bits, pv_bits, smooth_keys, smooth_queries;
 };
 
 constexpr int ROWS = 128;       // of queries at a time
@@ -30,7 +31,7 @@ constexpr int64_t lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 template <class Q, class P>
 struct Layout {
     int64_t depth, columns, block, wide, width, panels, vectors;  // wide: keys of a block, padded to chunks
-    int64_t key_sums, values, key_scales, value_scales, size;     // bytes, where they begin
+    int64_t key_sums, values, key_scales, value_scales, key_mean, size;  // bytes, where they begin
     explicit Layout(const Attention& a) {
         depth = whole_steps<Q>(a.channels);
         block = a.block_k, wide = (block + CHUNK - 1) / CHUNK * CHUNK, columns = (a.keys + block - 1) / block;
@@ -41,7 +42,8 @@ struct Layout {
         values = key_sums + lines(columns * wide * 4);
         key_scales = values + lines(columns * wide * width * int64_t(sizeof(P)));
         value_scales = key_scales + lines(columns * 4);
-        size = value_scales + lines(columns * width * 4);
+        key_mean = value_scales + lines(columns * width * 4);
+        size = key_mean + lines(a.channels * 4);
     }
     int64_t lanes(int64_t panel) const { return std::min(vectors * LANES, width - panel * vectors * LANES); }
 };
@@ -53,13 +55,23 @@ inline float scale_of(float top, float most) {
     const float scale = top / most;
     return scale <= 1e-30f ? 1.0f : scale;
 }
+// To the nearest whole number, ``offset`` more; what is no number has a scale that is none.
+#if defined(__AVX512VNNI__)
+inline void put_rounded(Vector x, int offset, uint8_t* out) {
+    _mm_storeu_si128((__m128i*)out, _mm512_cvtepi32_epi8(_mm512_add_epi32(_mm512_cvtps_epi32(x), _mm512_set1_epi32(offset))));
+}
+inline void put_rounded(Vector x, int offset, int8_t* out) { put_rounded(x, offset, reinterpret_cast<uint8_t*>(out)); }
+#endif
+inline void put_rounded(Vector x, int, float* out) {
+    constexpr float SHIFT = 0x1.8p23f;  // added and taken away again, it rounds to whole numbers
+    store(out, (x + SHIFT) - SHIFT);
+}
+inline void put_rounded(Vector, int, bfloat16*) {}
+// Whole vectors of them: up to LANES - 1 more than ``count``.
 template <class E>
-inline void round_to(const float* x, float scale, float most, int offset, E* out, int64_t count) {
-    if constexpr (std::is_same_v<E, bfloat16>) return;  // not rounded to codes
-    else {
-        if (!std::isfinite(scale)) return std::fill(out, out + count, E(offset));
-        for (int64_t i = 0; i < count; i++) out[i] = E(int32_t(std::min(std::max(std::rint(x[i] / scale), -most), most)) + offset);
-    }
+inline void round_to(const float* x, float scale, int offset, E* out, int64_t count) {
+    const Vector by = all(scale);
+    for (int64_t i = 0; i < count; i += LANES) put_rounded(load(x + i) / by, offset, out + i);
 }
 // As it is.
 inline void convert(const float* x, float* out, int64_t count) { std::memcpy(out, x, count * sizeof(float)); }
@@ -97,6 +109,18 @@ struct Packing {
         }
         return count;
     }
+    // Of the keys over all tokens, or zero.
+    void mean() const {
+        thread_local Scratch room;
+        float *out = reinterpret_cast<float*>(head + s.key_mean), *row = room.get<float>(a.channels);
+        std::vector<double> sums(a.channels);
+        for (int64_t i = 0; i < a.keys && call.smooth_keys; i++) {
+            if (i + AHEAD < a.keys) fetch(at<T>(a.k, b, h, i + AHEAD), a.channels);
+            widen(at<T>(a.k, b, h, i), row, a.channels);
+            for (int64_t c = 0; c < a.channels; c++) sums[c] += row[c];
+        }
+        for (int64_t c = 0; c < a.channels; c++) out[c] = float(sums[c] / double(a.keys));
+    }
     void keys(int64_t column) const {
         thread_local Scratch floats_room, codes_room;
         constexpr int64_t LINE = 16 * GROUP<Q>;
@@ -106,12 +130,11 @@ struct Packing {
         const int64_t count = rows_of(a.k, column, a.channels, stride, x);
         float most = 0;
         if (call.qk_bits < 16) {
-            const float* mean = call.key_mean ? call.key_mean + (b * a.heads + h) * a.channels : nullptr;
+            const float* mean = reinterpret_cast<const float*>(head + s.key_mean);
             uint32_t top = 0;
             for (int64_t r = 0; r < count; r++) {
                 float* row = x + r * stride;
-                if (mean)
-                    for (int64_t d = 0; d < a.channels; d++) row[d] -= mean[d];
+                for (int64_t d = 0; d < a.channels; d++) row[d] -= mean[d];
                 top = std::max(top, largest_bits(row, a.channels));
             }
             most = most_of(call.qk_bits);
@@ -124,7 +147,7 @@ struct Packing {
             for (int64_t j = 0; j < 16; j++) {
                 Q* to = codes + j * stride;
                 if (first + j >= count) std::memset(static_cast<void*>(to), 0, stride * sizeof(Q));
-                else if (most) round_to(x + (first + j) * stride, scale, most, 0, to, stride);
+                else if (most) round_to(x + (first + j) * stride, scale, 0, to, stride);
                 else convert(x + (first + j) * stride, to, stride);
                 if constexpr (OFFSET && IS_BYTE<Q>) {
                     int32_t sum = 0;
@@ -150,27 +173,25 @@ struct Packing {
         const bool rounds = call.pv_bits < 16;
         if (rounds) {
             const float most = most_of(call.pv_bits);
-            int32_t tops[LANES];
             for (int64_t c = 0; c < s.width; c += LANES) {
-                std::fill(tops, tops + LANES, 0);
-                for (int64_t r = 0; r < count; r++)
-                    for (int64_t i = 0; i < LANES; i++)
-                        tops[i] = std::max(tops[i], int32_t(bits_of(x[r * s.width + c + i]) & 0x7fffffffu));
-                for (int64_t i = 0; i < LANES; i++) scales[c + i] = scale_of(float_of(uint32_t(tops[i])), most);
-            }
-            for (int64_t r = 0; r < count; r++)
-                for (int64_t c = 0; c < s.width; c++) {
-                    const float code = std::rint(x[r * s.width + c] / scales[c]);
-                    x[r * s.width + c] = code == code ? code : 0.0f;  // where the scale is none, all of it is none
+                Integers top = {};
+                for (int64_t r = 0; r < count; r++) {
+                    Integers bits;
+                    std::memcpy(&bits, x + r * s.width + c, sizeof bits);
+                    bits &= 0x7fffffff;
+                    top = bits > top ? bits : top;
                 }
+                for (int64_t i = 0; i < LANES; i++) scales[c + i] = scale_of(float_of(uint32_t(top[i])), most);
+            }
         }
         P* out = reinterpret_cast<P*>(head + s.values) + column * s.wide * s.width;
         for (int64_t j = 0; j < s.wide; j += GROUP<P>) {
             for (int64_t g = 0; g < GROUP<P>; g++) {
                 const float* row = x + (j + g) * s.width;
-                if constexpr (IS_BYTE<P>)
-                    for (int64_t c = 0; c < s.width; c++) codes[g * s.width + c] = P(int32_t(row[c]));
-                else convert(row, codes + g * s.width, s.width);
+                P* to = codes + g * s.width;
+                if (!rounds) convert(row, to, s.width);
+                else
+                    for (int64_t c = 0; c < s.width; c += LANES) put_rounded(load(row + c) / load(scales + c), 0, to + c);
             }
             for (int64_t p = 0; p < s.panels; p++) {
                 const int64_t first = p * s.vectors * LANES, chunk = j / CHUNK * CHUNK;
@@ -188,13 +209,7 @@ inline Vector number(const int32_t* sum, const int32_t* shift) {
     const __m512i x = load(sum);
     return _mm512_cvtepi32_ps(OFFSET ? _mm512_sub_epi32(x, load(shift)) : x);
 }
-inline void put_codes(Vector x, uint8_t* out) { _mm_storeu_si128((__m128i*)out, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x))); }
 #endif
-inline void put_codes(Vector x, float* out) {
-    constexpr float SHIFT = 0x1.8p23f;  // added and taken away again, it rounds to whole numbers
-    store(out, (x + SHIFT) - SHIFT);
-}
-inline void put_codes(Vector, bfloat16*) {}
 template <class P>
 inline void put_pair(Vector low, Vector high, P* out) {
     if constexpr (!IS_BYTE<P>) put(low, high, out);
@@ -244,9 +259,9 @@ struct Queries {
         }
         for (int64_t r = 0; r < tall; r++) {
             Q* to = queries + r * s.depth;
-            std::fill(room, room + s.depth, 0.0f);
+            std::fill(room, room + s.depth + LANES, 0.0f);
             if (r < rows) less_shift(first + r, room);
-            if (step) round_to(room, step, most, OFFSET, to, s.depth);
+            if (step) round_to(room, step, OFFSET, to, s.depth);
             else convert(room, to, s.depth);
             top[r] = -INFINITY, total[r] = 0;
         }
@@ -262,10 +277,9 @@ struct Queries {
         std::fill(extra + count, extra + s.wide, -INFINITY);
         if (call.qk_bits == 16 || !call.smooth_queries) return;
         float* x = reinterpret_cast<float*>(sums);
-        const float* mean = call.key_mean ? call.key_mean + (b * a.heads + h) * a.channels : nullptr;
+        const float* mean = reinterpret_cast<const float*>(head + s.key_mean);
         float constant = 0;
-        if (mean)
-            for (int64_t c = 0; c < a.channels; c++) constant += shift[c] * mean[c];
+        for (int64_t c = 0; c < a.channels; c++) constant += shift[c] * mean[c];
         const int64_t wide = a.channels / LANES * LANES;
         for (int64_t j = 0; j < count; j++) {
             const int64_t key = column * s.block + j;
@@ -327,8 +341,8 @@ struct Queries {
                 const Vector low = power(load(x + j) + less), high = power(load(x + j + LANES) + less);
                 even += low, odd += high;
                 if (codes) {
-                    put_codes(low * levels, p + j);
-                    put_codes(high * levels, p + j + LANES);
+                    put_rounded(low * levels, 0, p + j);
+                    put_rounded(high * levels, 0, p + j + LANES);
                 } else put_pair(low, high, p + j);
             }
             totals[r] = even + odd;
@@ -437,11 +451,14 @@ void attention(const Rounded& call) {
     char* packed = packed_room.get<char>(chunk * s.size);
     for (int64_t first = 0; first < pairs; first += chunk) {
         const int64_t count = std::min(chunk, pairs - first);
+        const auto packing = [&](int64_t pair) {
+            const int64_t b = (first + pair) / a.heads, h = (first + pair) % a.heads;
+            return Packing<T, Q, P>{call, a, s, b, h, a.order ? a.order + h * a.keys : nullptr, packed + pair * s.size};
+        };
+        for_each(a.threads, count, 1, [&](int64_t pair) { packing(pair).mean(); });
         for_each(a.threads, count * s.columns, 1, [&](int64_t task) {
-            const int64_t pair = task / s.columns, b = (first + pair) / a.heads, h = (first + pair) % a.heads;
-            const Packing<T, Q, P> packing{call, a, s, b, h, a.order ? a.order + h * a.keys : nullptr, packed + pair * s.size};
-            packing.keys(task % s.columns);
-            packing.values(task % s.columns);
+            packing(task / s.columns).keys(task % s.columns);
+            packing(task / s.columns).values(task % s.columns);
         });
         for_each(a.threads, count * blocks * parts, 1, [&](int64_t task) {
             const int64_t pair = task / parts / blocks, b = (first + pair) / a.heads, h = (first + pair) % a.heads;

@@ -109,13 +109,9 @@ class _Attention(ctypes.Structure):
 
 
 class _Rounded(ctypes.Structure):
-    """``key_mean``: float32 [batch, heads, channels], or null."""
+    """Bits 16: as they are. ``smooth_keys``, ``smooth_queries``: 1 to take means away before they are rounded."""
 
-    _fields_ = (
-        ("attention", _Attention),
-        ("key_mean", _Pointer),
-        *((name, _Int) for name in ("qk_bits", "pv_bits", "smooth_queries")),
-    )
+    _fields_ = (("attention", _Attention), *((name, _Int) for name in ("qk_bits", "pv_bits", "smooth_keys", "smooth_queries")))
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -253,8 +249,7 @@ def block_attention(
     if (qk_bits, pv_bits) == (16, 16):
         library.dqtk_attention(ctypes.byref(call))
         return kept[-1]
-    mean = None if smooth == "none" or qk_bits == 16 else kept[1].mean(2, dtype=torch.float64).float()
-    rounded = _Rounded(call, _address(mean), qk_bits, pv_bits, int(smooth == "qk"))
+    rounded = _Rounded(call, qk_bits, pv_bits, int(smooth != "none"), int(smooth == "qk"))
     library.dqtk_rounded_attention(ctypes.byref(rounded))
     return kept[-1]
 
