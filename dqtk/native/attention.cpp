@@ -35,8 +35,8 @@ struct Shape {
         width = (IN_TILES<E> ? all : panels * vectors) * LANES;
         block_rows = a.live ? a.block_q : QUERIES<E>;
         // Packed keys and values that fill a core's cache are read as seldom as may be.
-        while (!a.live && IN_TILES<E> && block_rows > 256 && (size() < (1 << 19) || a.queries / block_rows * a.heads * a.batch < 4 * a.threads))
-            block_rows /= 2;
+        const auto few = [&] { return a.queries / block_rows * a.heads * a.batch < 4 * a.threads; };
+        while (!a.live && IN_TILES<E> && block_rows > 256 && (size() < (1 << 19) || few())) block_rows /= 2;
         blocks = (a.queries + block_rows - 1) / block_rows;
     }
     int64_t lanes(int64_t panel) const { return std::min<int64_t>(vectors * LANES, width - panel * vectors * LANES); }
@@ -61,7 +61,10 @@ void pack_keys(const Attention& a, const Shape<E>& s, int64_t b, int64_t h, cons
         }
         E* panel = out + first / PANEL_KEYS<E> * PANEL_KEYS<E> * s.depth + first % PANEL_KEYS<E> * GROUP<E>;
         for (int64_t g = 0; g < groups; g += 16)
-            turn(rows + g * GROUP<E>, stride * sizeof(E), std::min<int64_t>(16, groups - g), panel + g * PANEL_KEYS<E> * GROUP<E>, PANEL_KEYS<E> * 4);
+            turn(
+                rows + g * GROUP<E>, stride * sizeof(E), std::min<int64_t>(16, groups - g), panel + g * PANEL_KEYS<E> * GROUP<E>,
+                PANEL_KEYS<E> * 4
+            );
     }
 }
 
