@@ -50,12 +50,10 @@ def report_of(op: str, device: str) -> str:
         if served:
             return f"weights decoded to the compute dtype, {by}, then torch's own matmul"
         return f"weights decoded to the compute dtype, then torch's own matmul{why}"
+    if op == "block_attention":
+        return f"live blocks, {by}" if served else f"live blocks gathered for torch's own attention; integers emulated{why}"
     if op in ("linear_int8", "conv_int8") and device in ("cpu", "cuda"):
         return f"integer matmul, {by}" if served else f"integer matmul through torch._int_mm{why}"
-    if op == "block_attention" and device == "cpu" and served:
-        return f"16-bit blocks of 64 keys and multiples, {by}; others block by block through torch"
-    if op == "block_attention":
-        return "block by block through torch"
     if op == "linear_fp8" and device == "cuda" and gpu.no_scaled_matmul() is None:
         return "FP8 matmul through torch._scaled_mm"
     return EMULATED

@@ -73,22 +73,20 @@ def _(q, k, v, order, live, mask, block_q, block_k, scale, qk_bits, pv_bits, pv_
     _check(q, k, v, order, live, mask, block_q, block_k, qk_bits, pv_bits, pv_mode, smooth)
     _check_order(order)
     library = native.load()
-    if library is not None and _native_takes(q, v, live, block_k, qk_bits, pv_bits):
-        return native.attention(
-            library, q, k, v, None if mask is None else added(mask, q, k), scale, (order, live, block_q, block_k)
-        )
-    return _through_torch(q, k, v, order, live, mask, block_q, block_k, scale, qk_bits, pv_bits, pv_mode, smooth)
+    if (
+        library is None
+        or 0 in (*q.shape, *v.shape)
+        or not native.takes_blocks(live, block_k, q.shape[3], qk_bits, pv_bits, pv_mode)
+    ):
+        return _through_torch(q, k, v, order, live, mask, block_q, block_k, scale, qk_bits, pv_bits, pv_mode, smooth)
+    mask = None if mask is None else added(mask, q, k)
+    return native.block_attention(library, q, k, v, order, live, mask, block_q, block_k, scale, qk_bits, pv_bits, smooth)
 
 
 @block_attention.register_fake
 def _(q, k, v, order, live, mask, block_q, block_k, scale, qk_bits, pv_bits, pv_mode, smooth):
     _check(q, k, v, order, live, mask, block_q, block_k, qk_bits, pv_bits, pv_mode, smooth)
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3])).transpose(1, 2)
-
-
-def _native_takes(q: Tensor, v: Tensor, live: Tensor | None, block_k: int, qk_bits: int, pv_bits: int) -> bool:
-    whole = live is None or block_k % native.BLOCK_KEYS == 0
-    return (qk_bits, pv_bits) == (16, 16) and whole and q.numel() > 0 and v.numel() > 0
 
 
 def block_attention_reference(q, k, v, order, live, mask, block_q, block_k, scale, qk_bits, pv_bits, pv_mode, smooth) -> Tensor:

@@ -12,40 +12,12 @@
 
 namespace dqtk {
 
-// Mirrored by a ctypes structure in calls.py. Strides of batch, head and row, in elements; channels are neighbours.
-struct Tensor4 {
-    const void* data;
-    int64_t batch, head, row;
-};
-struct Attention {
-    Tensor4 q, k, v, out;
-    const float* mask;  // added to scaled scores, or null; of tokens as they lie
-    int64_t mask_batch, mask_head, mask_row, mask_key;
-    int64_t batch, heads, key_heads, queries, keys, channels, value_channels;
-    const int32_t* order;  // [heads, keys], or null
-    const uint8_t* live;   // bits [heads, blocks of queries, blocks of keys], rows padded to bytes, or null
-    int64_t block_q, block_k;
-    float scale;
-    int32_t type, threads;
-};
-
-constexpr int CHUNK = 64;  // keys that are packed together; blocks of keys have a multiple of it
 constexpr int64_t NEAR_BYTES = 3 << 18;
 constexpr int SIDE = 32;   // rows that tiles multiply at a time
 template <class E>
 constexpr int KEYS = IN_TILES<E> ? 256 : 128;  // of a step: some chunks, fewer in the last
 template <class E>
 constexpr int QUERIES = IN_TILES<E> ? 1024 : 96;  // at most, of a task
-template <class E>
-constexpr int KEY_VECTORS = LANES == 8 || IN_TILES<E> ? 2 : 4;  // of a panel of keys
-template <class E>
-constexpr int PANEL_KEYS = KEY_VECTORS<E>* LANES;
-
-template <class T>
-const T* at(const Tensor4& t, int64_t b, int64_t h, int64_t row) {
-    return static_cast<const T*>(t.data) + b * t.batch + h * t.head + row * t.row;
-}
-
 // Sizes of packed keys and values of a head.
 template <class E>
 struct Shape {
@@ -63,8 +35,8 @@ struct Shape {
         width = (IN_TILES<E> ? all : panels * vectors) * LANES;
         block_rows = a.live ? a.block_q : QUERIES<E>;
         // Packed keys and values that fill a core's cache are read as seldom as may be.
-        while (!a.live && IN_TILES<E> && block_rows > 256 && (size() < (1 << 19) || a.queries / block_rows * a.heads * a.batch < 4 * a.threads))
-            block_rows /= 2;
+        const auto few = [&] { return a.queries / block_rows * a.heads * a.batch < 4 * a.threads; };
+        while (!a.live && IN_TILES<E> && block_rows > 256 && (size() < (1 << 19) || few())) block_rows /= 2;
         blocks = (a.queries + block_rows - 1) / block_rows;
     }
     int64_t lanes(int64_t panel) const { return std::min<int64_t>(vectors * LANES, width - panel * vectors * LANES); }
@@ -73,23 +45,6 @@ struct Shape {
 };
 
 // --- 1. packing ---------------------------------------------------------------------------------------------------------
-
-// Rows of a head lie far apart, where no hardware sees the next one coming.
-template <class T>
-inline void fetch(const T* row, int64_t count) {
-    for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + i);
-}
-constexpr int64_t AHEAD = 16;  // rows
-
-// A row as elements, zeros beyond ``count``; a null row: zeros.
-template <class T, class E>
-inline void take(const T* row, int64_t count, E* out, int64_t width) {
-    if (!row) count = 0;
-    if constexpr (std::is_same_v<T, E>) {
-        if (count) std::memcpy(out, row, count * sizeof(E));
-    } else widen(row, out, count);
-    std::memset(static_cast<void*>(out + count), 0, (width - count) * sizeof(E));
-}
 
 // Chunk ``chunk`` of the keys of a head: panels of [depth / GROUP, PANEL_KEYS, GROUP]; zeros beyond the last key.
 template <class T, class E>
@@ -106,16 +61,10 @@ void pack_keys(const Attention& a, const Shape<E>& s, int64_t b, int64_t h, cons
         }
         E* panel = out + first / PANEL_KEYS<E> * PANEL_KEYS<E> * s.depth + first % PANEL_KEYS<E> * GROUP<E>;
         for (int64_t g = 0; g < groups; g += 16)
-            turn(rows + g * GROUP<E>, stride * sizeof(E), std::min<int64_t>(16, groups - g), panel + g * PANEL_KEYS<E> * GROUP<E>, PANEL_KEYS<E> * 4);
-    }
-}
-
-// A group of rows becomes groups of neighbours.
-inline void weave(const float* rows, int64_t, float* out, int64_t count) { std::memcpy(out, rows, count * sizeof(float)); }
-inline void weave(const bfloat16* rows, int64_t stride, bfloat16* out, int64_t count) {
-    for (int64_t c = 0; c < count; c++) {
-        const uint32_t pair = rows[c].bits | uint32_t(rows[stride + c].bits) << 16;
-        std::memcpy(out + 2 * c, &pair, 4);
+            turn(
+                rows + g * GROUP<E>, stride * sizeof(E), std::min<int64_t>(16, groups - g), panel + g * PANEL_KEYS<E> * GROUP<E>,
+                PANEL_KEYS<E> * 4
+            );
     }
 }
 
@@ -138,14 +87,6 @@ void pack_values(const Attention& a, const Shape<E>& s, int64_t b, int64_t h, co
 }
 
 // --- 2. attending -------------------------------------------------------------------------------------------------------
-
-#if defined(__AVX512BF16__)
-inline void put(Vector low, Vector high, bfloat16* out) { _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(high, low)); }
-#endif
-inline void put(Vector low, Vector high, float* out) {
-    store(out, low);
-    store(out + LANES, high);
-}
 
 // A block of queries of a head, and the state of its softmax. Scores become probabilities where they stand.
 template <class E>
@@ -266,7 +207,7 @@ void attend_in_vectors(Block<E>& q) {
         const int64_t count = q.num_keys(step);
         for (int64_t j = 0; j < count; j += PANEL_KEYS<E>) {
             const E* keys = q.keys(step, j) + j % CHUNK * q.s.depth;
-            tiles_of<E, false>(KEY_VECTORS<E>, q.queries, q.s.depth, {{keys, keys}, q.s.depth}, q.s.depth, q.scores + j, KEYS<E>, q.rows);
+            tiles_of<E, false>(KEY_VECTORS<E>, q.queries, q.s.depth, {{keys}, q.s.depth}, q.s.depth, q.scores + j, KEYS<E>, q.rows);
         }
         for (int64_t r = 0; r < q.rows; r += 16) q.soften(r, step, count, q.scores + r * KEYS<E>, [] {});
         for (int64_t r = 0; r < q.rows; r++) q.rescale(r);

@@ -10,7 +10,6 @@ from torch import Tensor
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FEW_ROWS = 2  # of inputs, which are multiplied with every row of weights as soon as it is decoded
-BLOCK_KEYS = 64  # the keys of a block are a multiple of these
 ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2}
 _Int, _Wide, _Pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 
@@ -92,7 +91,7 @@ class _Tensor4(ctypes.Structure):
 
 
 class _Attention(ctypes.Structure):
-    """``mask``: float32, added to the scaled scores, or null; its strides may be 0. ``order``, ``live``: as of block_attention."""
+    """``mask``: float32, added to the scaled scores, or null; strides may be 0. ``order``, ``live``: those of block_attention."""
 
     _fields_ = (
         *((name, _Tensor4) for name in ("q", "k", "v", "out")),
@@ -107,6 +106,12 @@ class _Attention(ctypes.Structure):
         ("type", _Int),
         ("threads", _Int),
     )
+
+
+class _Rounded(ctypes.Structure):
+    """Bits 16: as they are. ``smooth_keys``, ``smooth_queries``: 1 to take means away before they are rounded."""
+
+    _fields_ = (("attention", _Attention), *((name, _Int) for name in ("qk_bits", "pv_bits", "smooth_keys", "smooth_queries")))
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -203,24 +208,57 @@ def _three(values: Sequence[int], fill: int) -> ctypes.Array:
     return (_Wide * 3)(*[fill] * (3 - len(values)), *values)
 
 
-def attention(library: ctypes.CDLL, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, blocks=None) -> Tensor:
-    """[B, H, Q, D'] = softmax(q k^T * scale + mask) v, whose rows lie as [B, Q, H, D'], ready to be merged.
+class _Blocks(NamedTuple):
+    """Which blocks are seen, as block_attention has it; nothing: all tokens, as they lie."""
 
-    q [B, H, Q, D], k [B, G, K, D], v [B, G, K, D'] of one of ``TYPES``, H a multiple of G; mask float32 [B, H, Q, K], or expanded
-    to it. ``blocks``: order, live, block_q and block_k of block_attention, whose H is G and whose Q is K; ``block_k`` is a multiple
-    of ``BLOCK_KEYS`` where not all are live.
-    """
+    order: Tensor | None = None
+    live: Tensor | None = None
+    block_q: int = 0
+    block_k: int = 0
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, blocks: _Blocks, scale: float) -> tuple[_Attention, tuple]:
+    """The structure of a call, and what must live as long; the last of it is the output, whose rows lie as [B, Q, H, D']."""
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
-    order, live, block_q, block_k = blocks or (None, None, 0, 0)
-    order, live = _dense(order, torch.int32), _dense(live, torch.uint8)
+    order, live = _dense(blocks.order, torch.int32), _dense(blocks.live, torch.uint8)
     out = torch.empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]), dtype=q.dtype).transpose(1, 2)
     sizes = (*q.shape[:2], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
     strides = (0, 0, 0, 0) if mask is None else mask.stride()
     tensors = [_Tensor4(_address(t), *t.stride()[:3]) for t in (q, k, v, out)]
-    which = _address(order), _address(live), block_q, block_k
+    which = _address(order), _address(live), blocks.block_q, blocks.block_k
     call = _Attention(*tensors, _address(mask), *strides, *sizes, *which, scale, TYPES[q.dtype], torch.get_num_threads())
+    return call, (q, k, v, mask, order, live, out)
+
+
+def attention(library: ctypes.CDLL, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """[B, H, Q, D'] = softmax(q k^T * scale + mask) v, whose rows lie as [B, Q, H, D'], ready to be merged.
+
+    q [B, H, Q, D], k [B, G, K, D], v [B, G, K, D'] of one of ``TYPES``, H a multiple of G; mask float32 [B, H, Q, K], or expanded
+    to it.
+    """
+    call, kept = _attention(q, k, v, mask, _Blocks(), scale)
     library.dqtk_attention(ctypes.byref(call))
-    return out
+    return kept[-1]
+
+
+def block_attention(
+    library: ctypes.CDLL, q, k, v, order, live, mask: Tensor | None, block_q, block_k, scale, qk_bits, pv_bits, smooth
+) -> Tensor:
+    """The op of that name, probabilities rounded by row; ``mask`` as for ``attention``. ``takes_blocks`` says what is served."""
+    call, kept = _attention(q, k, v, mask, _Blocks(order, live, block_q, block_k), scale)
+    if (qk_bits, pv_bits) == (16, 16):
+        library.dqtk_attention(ctypes.byref(call))
+        return kept[-1]
+    rounded = _Rounded(call, qk_bits, pv_bits, int(smooth != "none"), int(smooth == "qk"))
+    library.dqtk_rounded_attention(ctypes.byref(rounded))
+    return kept[-1]
+
+
+def takes_blocks(live: Tensor | None, block_k: int, channels: int, qk_bits: int, pv_bits: int, pv_mode: str) -> bool:
+    """Whether ``block_attention`` serves these: else sums of products may not be exact, or a block not fit."""
+    if (qk_bits, pv_bits) == (16, 16):
+        return live is None or block_k % 64 == 0
+    return block_k <= 256 and channels <= 1024 and (pv_bits == 16 or pv_mode == "row")
 
 
 class Decoder:

@@ -159,8 +159,8 @@ def test_text_first(level, use):
     close(y, exact(q, k, v, order, live, mask, 0.125, 64, 64), torch.float32)
 
 
-# Integer products are exact, so that results differ by the rounding of floats, and where it moves a probability over the middle
-# between two codes: by a part of a code.
+# Integer products are exact. Results differ by the rounding of floats, and where that moves a probability over the middle between
+# two codes: in few rows, by about a code.
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [(8, 16), (16, 8), (8, 8), (4, 4), (8, 4)])
@@ -173,7 +173,13 @@ def test_integers_equal_the_reference(level, dtype, bits, use):
             arguments = orders(shape), packed(blocks(shape, 0.5)), None, *shape[5:], 0.15, *bits, "row", smooth
             y, expected = block_attention(q, k, v, *arguments), block_attention_reference(q, k, v, *arguments)
             assert y.dtype == dtype
-            torch.testing.assert_close(y.float(), expected.float(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+            difference = (y.float() - expected.float()).abs()
+            moved = (difference > TOLERANCE[dtype] * (1 + expected.float().abs())).any(-1)
+            if bits[1] == 16:
+                assert not moved.any()
+            else:
+                assert moved.float().mean() < 0.03
+                assert difference.max() < 2 / (2 ** bits[1] - 1) * v.float().abs().max()
 
 
 def local_head(n, d):
