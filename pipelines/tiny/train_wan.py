@@ -4,8 +4,9 @@
     python -m dqtk.pipelines.tiny.train_wan --work work/more --minutes 60 --start FOLDER
 
 Flow matching (velocity = noise - latents) at noise levels shifted like the scheduler's, one caption in ten dropped for guidance,
-EMA of everything that is trained. The first part of the budget runs on half-size clips (5x8x8 latents, a seventh of the tokens):
-text and motion are learned there, detail afterwards; a run that starts from trained weights is at full size throughout.
+EMA of everything that is trained. The budget begins with half-size clips (5x8x8 latents, a seventh of the tokens), where text and
+motion are learned; then come the first five latent frames of whole clips, then all nine. A run that starts from trained weights has
+whole clips throughout.
 Needs ``WORK/vae`` from ``train_wan_vae``. Resumable: ``WORK/tiny-wan.pt`` is written every 3 minutes; ``--finish`` writes the EMA
 weights of the last saved state as a bf16 diffusers folder to ``WORK/tiny-wan``, which a whole run does at its end.
 """
@@ -33,12 +34,15 @@ from .train_wan_vae import clips, half_size
 
 NAME = "tiny-wan"
 NUM_CLIPS = 4000
-HALF_SIZE_UNTIL = 0.3  # share of the time budget
+PHASES = (("half", 0.25, 2), ("begun", 0.55, 1), ("whole", 1.0, 1))  # clips, until which share of the time budget, batches of
 
 
 @torch.no_grad()
 def latents(vae: AutoencoderKLWan, work: Path) -> dict[str, Tensor]:
-    """Normalized latents of the training clips, bf16: "whole" [NUM_CLIPS, 8, 9, 16, 16], "half" [NUM_CLIPS, 8, 5, 8, 8]; cached."""
+    """Normalized latents of the training clips, bf16 [NUM_CLIPS, 8, F, H, W], cached in ``work``.
+
+    "half": 5x8x8, "whole": 9x16x16, "begun": 5x16x16, the first of "whole", which the causal encoder made of nine frames.
+    """
     file = work / "latents.pt"
     if not file.exists():
         mean, std = (torch.tensor(v).view(-1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
@@ -50,7 +54,8 @@ def latents(vae: AutoencoderKLWan, work: Path) -> dict[str, Tensor]:
                     z = vae.encode(x).latent_dist.mean.float()
                 rows[kind].append(((z - mean) / std).bfloat16())
         torch.save({kind: torch.cat(parts) for kind, parts in rows.items()}, file)
-    return torch.load(file, weights_only=True)
+    stored = torch.load(file, weights_only=True)
+    return stored | {"begun": stored["whole"][:, :, :5]}
 
 
 def text_states(pipe: Any, ids: Tensor, mask: Tensor, drop: Tensor) -> Tensor:
@@ -105,7 +110,7 @@ def train(work: Path, minutes: float, seed: int, batch_size: int, lr: float, max
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     pipe: Any = untrained(work) if start is None else DiffusionPipeline.from_pretrained(start)
-    half_size_until = 0.0 if start is not None else HALF_SIZE_UNTIL
+    phases = PHASES if start is None else PHASES[-1:]
     run = Run(trained_modules(pipe), lr, work / f"{NAME}.pt", max_decay)
     data = latents(pipe.vae, work)
     captions = [sample_clip(0, i).caption for i in range(NUM_CLIPS)]
@@ -115,16 +120,15 @@ def train(work: Path, minutes: float, seed: int, batch_size: int, lr: float, max
     began, saved, losses = time.thread_time(), run.spent, []
     while (elapsed := run.spent + time.thread_time() - began) < minutes * 60:
         progress = elapsed / (minutes * 60)
-        size = "half" if progress < half_size_until else "whole"
-        num = batch_size * (2 if size == "half" else 1)
+        kind, num = next((kind, batch_size * times) for kind, until, times in phases if progress < until)
         rows = torch.randint(0, NUM_CLIPS, (num,), generator=generator)
         drop = torch.rand(num, generator=generator) < 0.1
         code = (coded.input_ids[rows], coded.attention_mask[rows], drop)
-        loss = flow_loss(lambda x, t: predict(pipe, code, x, t), data[size][rows].float(), generator)  # noqa: B023
+        loss = flow_loss(lambda x, t: predict(pipe, code, x, t), data[kind][rows].float(), generator)  # noqa: B023
         run.update(loss, learning_rate(lr, run.step, progress), num)
         losses.append(loss.item())
         if run.step % 50 == 0:
-            row = {"step": run.step, "seconds": round(elapsed), "clips": run.images, "size": size}
+            row = {"step": run.step, "seconds": round(elapsed), "clips": run.images, "kind": kind}
             print(json.dumps(row | {"loss": round(float(np.mean(losses)), 5)}), file=log, flush=True)
             losses.clear()
         if elapsed - saved > 180:
