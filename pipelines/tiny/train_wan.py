@@ -1,13 +1,13 @@
 """Train the transformer and text encoder of tiny-wan on the world in motion.
 
-    python -m dqtk.pipelines.tiny.train_wan --work work/wan --minutes 70
-    python -m dqtk.pipelines.tiny.train_wan --work work/more --minutes 60 --start FOLDER
+    python -m dqtk.pipelines.tiny.train_wan --work work/wan --minutes 30
+    python -m dqtk.pipelines.tiny.train_wan --work work/more --minutes 30 --lr 2e-3 --start FOLDER
 
 Flow matching (velocity = noise - latents) at noise levels shifted like the scheduler's, one caption in ten dropped for guidance,
 EMA of everything that is trained. The budget begins with half-size clips (5x8x8 latents, a seventh of the tokens), where text and
 motion are learned; then come the first five latent frames of whole clips, then all nine. A run that starts from trained weights has
 whole clips throughout.
-Needs ``WORK/vae`` from ``train_wan_vae``. Resumable: ``WORK/tiny-wan.pt`` is written every 3 minutes; ``--finish`` writes the EMA
+Needs ``WORK/vae`` from ``train_wan_vae``. Resumable: ``WORK/tiny-wan.pt`` is written every 2 minutes; ``--finish`` writes the EMA
 weights of the last saved state as a bf16 diffusers folder to ``WORK/tiny-wan``, which a whole run does at its end.
 """
 
@@ -33,7 +33,7 @@ from .train_vae import to_float
 from .train_wan_vae import clips, half_size
 
 NAME = "tiny-wan"
-NUM_CLIPS = 4000
+NUM_CLIPS = 3000
 PHASES = (("half", 0.25, 2), ("begun", 0.55, 1), ("whole", 1.0, 1))  # clips, until which share of the time budget, batches of
 
 
@@ -131,7 +131,7 @@ def train(work: Path, minutes: float, seed: int, batch_size: int, lr: float, max
             row = {"step": run.step, "seconds": round(elapsed), "clips": run.images, "kind": kind}
             print(json.dumps(row | {"loss": round(float(np.mean(losses)), 5)}), file=log, flush=True)
             losses.clear()
-        if elapsed - saved > 180:
+        if elapsed - saved > 120:
             run.save(elapsed)
             saved = elapsed
     run.save(minutes * 60)
@@ -150,12 +150,12 @@ def finish(work: Path, start: Path | None) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=70)
+    parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=int, default=24, help="clips a step; twice as many while they are half-size")
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--ema", type=float, default=0.998, help="decay of the averages (steps: 1 / (1 - decay))")
+    parser.add_argument("--batch-size", type=int, default=16, help="clips a step; twice as many while they are half-size")
+    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--ema", type=float, default=0.995, help="decay of the averages (steps: 1 / (1 - decay))")
     parser.add_argument("--start", type=Path, help="a trained pipeline to go on from")
     parser.add_argument("--finish", action="store_true", help="only export the last saved state")
     a = parser.parse_args()

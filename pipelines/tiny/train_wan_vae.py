@@ -1,6 +1,6 @@
 """Train the AutoencoderKLWan of tiny-wan (17 frames of 64x64 RGB <-> latents 9x16x16, 8 channels).
 
-    python -m dqtk.pipelines.tiny.train_wan_vae --work work/wan --minutes 25
+    python -m dqtk.pipelines.tiny.train_wan_vae --work work/wan --minutes 10
 
 Three phases: single 32x32 crops teach the spatial layers (a clip's first frame passes none that mixes time), then five frames of
 such crops and of half-size clips, then whole clips. Colour and chroma L1 + KL, which weighs more than in ``train_vae``: the decoder
@@ -147,7 +147,7 @@ def finish(vae: AutoencoderKLWan, work: Path, seed: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=25)
+    parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
