@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     alloc = verbs.add_parser("allocate", help="which layer gets which bits within a budget")
     _allocation(alloc)
 
-    generate = verbs.add_parser("generate", help="write one PNG per prompt")
+    generate = verbs.add_parser("generate", help="write one PNG per prompt, or per frame of a clip")
     generate.add_argument("model", metavar="MODEL")
     _sampling(generate)
     generate.add_argument("--output", type=Path, required=True, help="folder for the pictures; new or empty")

@@ -1,7 +1,7 @@
 """The command line: ``dqtk explain | calibrate | allocate | quantize | generate | compare | bench | evaluate | run``.
 
-MODEL is an embedded pipeline's name (tiny-pixart, tiny-sdxl), a local diffusers folder, or a hub id. Errors that a person can mend
-are one line on stderr and exit status 2; Ctrl-C exits with 130 and leaves no half-written output.
+MODEL is an embedded pipeline's name (tiny-pixart, tiny-sdxl, tiny-wan), a local diffusers folder, or a hub id. Errors that a person
+can mend are one line on stderr and exit status 2; Ctrl-C exits with 130 and leaves no half-written output.
 """
 
 import argparse
@@ -271,21 +271,23 @@ def _read_stats(path: Path) -> Stats:
 
 
 def _generate(options: argparse.Namespace, command: str) -> None:
-    from .report.generate import generate, make_tasks
+    from .report.generate import generate_frames, make_tasks
 
     check_output(options.output, "generate")
     _check_writable(options.output, "generate")
     prompts = read_prompts(options.prompts, options.num_prompts)
     pipe = load_pipeline(options.model, options.dtype, find_device(options.device))
     tasks = make_tasks(prompts, options.seed, 1)
+    lines = []
     with written_whole(options.output, "generate") as folder:
         for start in range(0, len(tasks), options.batch_size):
             part = tasks[start : start + options.batch_size]
-            for task, image in zip(part, generate(pipe, part, _call_kwargs(options, pipe)).images, strict=True):
-                image.save(folder / f"{task.id}.png")
-        lines = [json.dumps({"id": task.id, "prompt": task.prompt, "seed": task.seed}) for task in tasks]
+            for frame in generate_frames(pipe, part, _call_kwargs(options, pipe)):
+                frame.image.save(folder / f"{frame.name}.png")
+                lines.append(json.dumps({"id": frame.name, "prompt": frame.task.prompt, "seed": frame.task.seed}))
         (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
-    print(f"{options.output}: {len(tasks)} {'picture' if len(tasks) == 1 else 'pictures'}")
+    clips = "" if len(lines) == len(tasks) else f", frames of {len(tasks)} {'clip' if len(tasks) == 1 else 'clips'}"
+    print(f"{options.output}: {len(lines)} {'picture' if len(lines) == 1 else 'pictures'}{clips}")
 
 
 def _compare(options: argparse.Namespace, command: str) -> None:

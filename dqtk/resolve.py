@@ -59,7 +59,7 @@ def embedded_folder(name: str) -> Path:
 
 def embedded_prompts(name: str) -> Path:
     """The file of prompts to calibrate an embedded pipeline with, one per line."""
-    return embedded_folder(name).parent.parent / "calibration.txt"
+    return importlib.import_module("dqtk.pipelines.tiny").calibration_prompts(name)
 
 
 @cache

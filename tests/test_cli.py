@@ -172,6 +172,25 @@ def test_quantize_then_generate_then_explain(folder, say, tmp_path):
     assert main(["explain", str(out), "--keep", "*"]) == 2
 
 
+def test_clips_are_quantized_generated_and_evaluated_frame_by_frame(say, tmp_path):
+    from dqtk.pipelines.tiny.build_wan import new_wan
+    from dqtk.pipelines.tiny.train_wan_vae import new_wan_vae
+
+    torch.manual_seed(0)
+    new_wan(new_wan_vae()).save_pretrained(tmp_path / "wan")
+    say("quantize", tmp_path / "wan", "--recipe", "w8a8", "--output", tmp_path / "wan-w8a8")
+    for name in ("wan", "wan-w8a8"):
+        words = ["--prompts", "a small red circle", "--steps", 2, "--output", tmp_path / f"{name}-clips"]
+        assert say("generate", tmp_path / name, *words) == f"{tmp_path / name}-clips: 17 pictures, frames of 1 clip\n"
+    rows = [json.loads(line) for line in (tmp_path / "wan-clips" / "prompts.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == [f"0000-0-{number:02d}" for number in range(17)]
+    with Image.open(tmp_path / "wan-clips" / "0000-0-16.png") as image:
+        assert image.size == (64, 64)
+    folders = [tmp_path / "wan-clips", tmp_path / "wan-w8a8-clips"]
+    text = say("evaluate", *folders, "--metrics", "psnr", "--output", tmp_path / "evaluated")
+    assert float(re.search(r"wan-w8a8-clips \| \S+ \| ([\d.]+) \|", text)[1]) > 30
+
+
 def test_keep_and_set(folder, say, tmp_path):
     words = ["--recipe", "w8a8", "--keep", "*.attn1.*", "--set", "*.ff.*=w4a16", "--keep", "*.attn2.to_q"]
     say("quantize", folder, *words, "--output", tmp_path / "out")

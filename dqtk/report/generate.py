@@ -44,6 +44,15 @@ class Task:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Frame:
+    """One 8-bit RGB picture, alone or of a clip, and what it was made for."""
+
+    name: str
+    task: Task
+    image: Image.Image
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
     """Images of one call and the wall time in seconds that it took, decoding and conversion to pixels included."""
 
@@ -84,6 +93,36 @@ def generate(pipe: Any, tasks: Sequence[Task], call_kwargs: Mapping[str, Any]) -
 
     Raises ``ValueError`` for a pipeline that takes no prompt, ``NotFinite`` for one that computes NaN or infinity.
     """
+    output, seconds = _call(pipe, tasks, call_kwargs)
+    images = getattr(output, "images", None)
+    if images is None or len(images) != len(tasks):
+        got = "no images" if images is None else f"{len(images)} images"
+        raise ValueError(
+            f"compare: the pipeline must return one image per prompt ({len(tasks)}), got {got}. Video is not compared yet."
+        )
+    return Batch(images=tuple(image.convert("RGB") for image in images), seconds=seconds)
+
+
+def generate_frames(pipe: Any, tasks: Sequence[Task], call_kwargs: Mapping[str, Any]) -> list[Frame]:
+    """Make one batch of pictures or clips. A picture's name is its task's id, frames of a clip are ``ID-00``, ``ID-01``, and so on.
+
+    Raises as ``generate`` does.
+    """
+    output, _ = _call(pipe, tasks, call_kwargs)
+    clips = getattr(output, "frames", None)
+    if clips is None:
+        clips = [[image] for image in getattr(output, "images", ())]
+    if len(clips) != len(tasks):
+        raise ValueError(f"generate: the pipeline must return one picture or clip per prompt ({len(tasks)}), got {len(clips)}.")
+    made = []
+    for task, frames in zip(tasks, clips, strict=True):
+        names = [task.id] if len(frames) == 1 else [f"{task.id}-{number:02d}" for number in range(len(frames))]
+        made += [Frame(name=name, task=task, image=frame.convert("RGB")) for name, frame in zip(names, frames, strict=True)]
+    return made
+
+
+def _call(pipe: Any, tasks: Sequence[Task], call_kwargs: Mapping[str, Any]) -> tuple[Any, float]:
+    """What the pipeline returns for these prompts and seeds, checked to be finite, and the seconds that it took."""
     generators = [torch.Generator("cpu").manual_seed(task.seed) for task in tasks]
     inputs = prompt_argument(pipe, [task.prompt for task in tasks], "prompts")
     device = getattr(pipe, "_execution_device", torch.device("cpu"))
@@ -98,13 +137,7 @@ def generate(pipe: Any, tasks: Sequence[Task], call_kwargs: Mapping[str, Any]) -
         output = pipe(**inputs, **call_kwargs, generator=generators, output_type="pil")
         seconds = time.perf_counter() - start
     _check_finite(tasks, finite)
-    images = getattr(output, "images", None)
-    if images is None or len(images) != len(tasks):
-        got = "no images" if images is None else f"{len(images)} images"
-        raise ValueError(
-            f"compare: the pipeline must return one image per prompt ({len(tasks)}), got {got}. Video is not compared yet."
-        )
-    return Batch(images=tuple(image.convert("RGB") for image in images), seconds=seconds)
+    return output, seconds
 
 
 def to_tensor(images: Sequence[Image.Image]) -> Tensor:

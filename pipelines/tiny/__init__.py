@@ -1,7 +1,8 @@
 """The embedded pipelines: small, really trained, saved as ordinary diffusers folders in ``weights/``.
 
-They paint the captioned world of ``scenes``; ``oracle`` reads pictures back; ``stress`` makes their difficult twins. The training
-scripts, seeds and log summaries are here too. Nothing in the engine knows them: whatever works here works with a hub id.
+They paint the captioned world of ``scenes``, or that of ``motion``; ``oracle`` reads pictures back, ``motion.judge`` clips;
+``stress`` makes the difficult twins of those that paint pictures. The training scripts, seeds and log summaries are here too.
+Nothing in the engine knows them: whatever works here works with a hub id.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,6 +22,11 @@ def folder(name: str) -> Path:
     if name not in names():
         raise ValueError(f"tiny.folder: name must be one of {', '.join(names())}, got {name!r}.")
     return _WEIGHTS / name
+
+
+def calibration_prompts(name: str) -> Path:
+    """The file of training captions to calibrate an embedded pipeline with, one per line; of things in motion for clips."""
+    return folder(name).parent.parent / ("motion_calibration.txt" if name == "tiny-wan" else "calibration.txt")
 
 
 def extractor_folder(name: str) -> Path | None:

@@ -7,6 +7,7 @@ for black and white backgrounds.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from diffusers import (
@@ -59,9 +60,9 @@ def _merges(learner: Tokenizer) -> list[list[str]]:
     return json.loads(learner.to_str())["model"]["merges"]
 
 
-def t5_tokenizer() -> T5Tokenizer:
-    """A unigram tokenizer in T5's layout: one piece per word of the world, single characters for anything else."""
-    counts = Counter(word for caption in _corpus() for word in caption.split())
+def t5_tokenizer(corpus: Sequence[str]) -> T5Tokenizer:
+    """A unigram tokenizer in T5's layout: one piece per word of the captions, single characters for anything else."""
+    counts = Counter(word for caption in corpus for word in caption.split())
     total = sum(counts.values())
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -8.0)]
     vocab += [(f"▁{word}", float(torch.log(torch.tensor(n / total)))) for word, n in sorted(counts.items())]
@@ -117,7 +118,7 @@ def new_sdxl(vae: AutoencoderKL) -> StableDiffusionXLPipeline:
 
 def new_pixart(vae: AutoencoderKL) -> PixArtSigmaPipeline:
     """An untrained tiny-pixart around a trained autoencoder; about 4 M transformer parameters."""
-    tokenizer = t5_tokenizer()
+    tokenizer = t5_tokenizer(_corpus())
     transformer = PixArtTransformer2DModel(
         sample_size=16,
         patch_size=1,

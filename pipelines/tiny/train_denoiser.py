@@ -187,12 +187,17 @@ def finish(name: str, work: Path, start: Path | None) -> DiffusionPipeline:
         module.load_state_dict(saved)
     if name == "tiny-sdxl":
         prepare_first_token(pipe, sorted({sample_scene(0, i).caption for i in range(256)}))
-    pipe.to(torch.bfloat16).save_pretrained(work / name)
-    for file in (work / name).glob("*/config.json"):  # the folder in which the autoencoder was trained means nothing elsewhere
+    write(pipe, work / name)
+    return pipe
+
+
+def write(pipe: DiffusionPipeline, folder: Path) -> None:
+    """Save as bf16, without the folders in which the parts were trained: those mean nothing elsewhere."""
+    pipe.to(torch.bfloat16).save_pretrained(folder)
+    for file in folder.glob("*/config.json"):
         config = json.loads(file.read_text())
         config.pop("_name_or_path", None)
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    return pipe
 
 
 if __name__ == "__main__":

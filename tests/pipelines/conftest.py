@@ -3,12 +3,14 @@
 import pytest
 import torch
 from dqtk.pipelines.tiny.build import new_pixart, new_sdxl
+from dqtk.pipelines.tiny.build_wan import new_wan
 from dqtk.pipelines.tiny.train_vae import new_vae
+from dqtk.pipelines.tiny.train_wan_vae import new_wan_vae
 
 
-def _ready(new, seed: int):
+def _ready(new, seed: int, vae=new_vae):
     torch.manual_seed(seed)
-    pipe = new(new_vae())
+    pipe = new(vae())
     pipe.set_progress_bar_config(disable=True)
     for module in pipe.components.values():
         if isinstance(module, torch.nn.Module):
@@ -24,6 +26,11 @@ def sdxl():
 @pytest.fixture(scope="session")
 def pixart():
     return _ready(new_pixart, 1)
+
+
+@pytest.fixture(scope="session")
+def wan():
+    return _ready(new_wan, 2, new_wan_vae)
 
 
 @pytest.fixture(params=["sdxl", "pixart"])
