@@ -259,7 +259,8 @@ def check_free(part: Any, path: str, where: str) -> None:
     """Raises ``ValueError`` for an attention that has blocks already, or a forward of its own: a hook's would never come here."""
     if isinstance(getattr(part, NAME, None), Blocks):
         raise ValueError(f"{where}: attention of {path} must be dense, got blocks already. Load the original model.")
-    if "forward" in vars(part):
+    own = vars(part).get("forward")
+    if own is not None and getattr(own, "__func__", None) is not type(part).forward:  # accelerate leaves the plain one behind
         raise ValueError(
             f"{where}: attention of {path} must have no hooks, got some (offloading, caching, your own). Quantize first, add them "
             "afterwards."
@@ -286,6 +287,7 @@ def install_blocks(denoiser: nn.Module, path: str, spec: AttentionSpec, where: s
     device = next((tensor.device for tensor in part.parameters()), None)
     blocks = Blocks(spec, heads, device)
     part.add_module(NAME, blocks)
+    vars(part).pop("forward", None)
     kind: Any = type(part)
     part.__class__ = _in_blocks(kind)
     blocks.follow(denoiser)
