@@ -72,15 +72,22 @@ def variants(densities: list[float], widths: list[int]) -> dict[tuple[float, int
     return found
 
 
-def drawn(pipe, prompts: list[str], steps: int, **more) -> list:
-    """What the pipeline draws for every prompt: pictures as lists of one, clips as lists of frames; or latents."""
-    found = []
+def drawn(pipe, prompts: list[str], steps: int) -> tuple[list, list[torch.Tensor]]:
+    """What the pipeline draws for every prompt, pictures as lists of one, clips as lists of frames; and what was decoded into it."""
+    found, latents, decode = [], [], pipe.vae.decode
+
+    def remembered(z: torch.Tensor, *args, **kwargs):
+        latents.append(z.float().clone())
+        return decode(z, *args, **kwargs)
+
+    pipe.vae.decode = remembered
     for index, prompt in enumerate(prompts):
         generator = torch.Generator().manual_seed(image_seed(0, index))
-        made = pipe(prompt, generator=generator, **(call_kwargs_for(pipe) | {"num_inference_steps": steps} | more))
+        made = pipe(prompt, generator=generator, output_type="pil", **(call_kwargs_for(pipe) | {"num_inference_steps": steps}))
         (one,) = made.images if hasattr(made, "images") else made.frames
-        found.append(one if isinstance(one, list | torch.Tensor) else [one])
-    return found
+        found.append(one if isinstance(one, list) else [one])
+    pipe.vae.decode = decode
+    return found, latents
 
 
 def run(model: str, options) -> None:
@@ -98,10 +105,8 @@ def run(model: str, options) -> None:
         steps_per_run=options.steps,
         progress=False,
     )
-    video = {"output_type": "pil"}
-    originals = drawn(reference, prompts, options.steps, **video)
+    originals, latents = drawn(reference, prompts, options.steps)
     exact = [to_tensor(frames) for frames in originals]
-    latents = drawn(reference, prompts, options.steps, output_type="latent")
     oracle = oracle_for(reference, prompts)
     says = [score(oracle, frames, prompt) for frames, prompt in zip(originals, prompts, strict=True)]
     plain: dict[tuple[float, int], torch.Tensor] = {}
@@ -111,12 +116,11 @@ def run(model: str, options) -> None:
         pipe = copy.deepcopy(reference)
         plan = dqtk.plan(pipe, dqtk.Recipe(name=name, rules=(dqtk.Rule(spec=spec, why=name),)))
         dqtk.quantize(pipe, plan, stats if plan.needs_stats else None, progress=False)
-        frames = drawn(pipe, prompts, options.steps, **video)
+        frames, moved = drawn(pipe, prompts, options.steps)
         values = torch.stack([decibels(to_tensor(a), b) for a, b in zip(frames, exact, strict=True)])
         base = plain.setdefault((density, bits), values)
-        moved = drawn(pipe, prompts, options.steps, output_type="latent")
         pairs = zip(moved, latents, strict=True)
-        cosine = [torch.cosine_similarity(a.float().flatten(), b.float().flatten(), dim=0) for a, b in pairs]
+        cosine = [torch.cosine_similarity(a.flatten(), b.flatten(), dim=0) for a, b in pairs]
         scores = [score(oracle, each, prompt) - said for each, prompt, said in zip(frames, prompts, says, strict=True)]
         parts = [part for part in components_of(pipe).values() if blocks_of(part)]
         blocks = [each for part in parts for each in blocks_of(part).values()]
