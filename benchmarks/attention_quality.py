@@ -73,7 +73,7 @@ def variants(densities: list[float], widths: list[int]) -> dict[tuple[float, int
 
 
 def drawn(pipe, prompts: list[str], steps: int) -> tuple[list, list[torch.Tensor]]:
-    """What the pipeline draws for every prompt, pictures as lists of one, clips as lists of frames; and what was decoded into it."""
+    """What the pipeline draws for every prompt, pictures as lists of one, clips as lists of frames; and its latents."""
     found, latents, decode = [], [], pipe.vae.decode
 
     def remembered(z: torch.Tensor, *args, **kwargs):
