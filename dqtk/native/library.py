@@ -169,7 +169,7 @@ def _version(command: tuple[str, ...]) -> str:
 
 
 def _build(command: list[str], path: Path) -> None:
-    print(f"dqtk: compiling native kernels into {path.parent} (once, some seconds)", file=sys.stderr)
+    print(f"dqtk: compiling native kernels into {path.parent} (once, up to a minute)", file=sys.stderr)
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(prefix="build-", dir=path.parent) as folder:
