@@ -91,7 +91,7 @@ def test_a_damaged_file_is_named(stats, tmp_path):
 
 def test_other_work_is_refused(stats, tmp_path):
     quantized(stats, checkpoint=tmp_path)
-    with pytest.raises(ValueError, match=r"must be the unfinished work of this command, got another's \(different: plan\)"):
+    with pytest.raises(ValueError, match=r"must be the unfinished work of this command, got another's \(different: plan, specs\)"):
         quantized(stats, ("blocks.1.*", LEARNED), checkpoint=tmp_path)
     louder = Stats(calls=[replace(call, kwargs={"x": 100 * call.kwargs["x"]}) for call in stats.calls])
     with pytest.raises(ValueError, match=r"\(different: stats\)"):
