@@ -13,8 +13,8 @@ _FRAMES, _SIDE = 9, 16  # latents of a miniature's clip
 def call_kwargs(pipe: Any) -> dict[str, Any]:
     """Size, text length and steps of miniature models: those whose tokenizer stops before the published length.
 
-    The pipeline's defaults are 50 steps, a clip of 81 frames of 480x832, and texts padded to 512 tokens. Padding is not masked, so another
-    length is another function: a model answers well only to the one that it was trained with.
+    The pipeline's defaults are 50 steps, a clip of 81 frames of 480x832, and texts padded to 512 tokens. Padding is not masked, so
+    another length is another function: a model answers well only to the one that it was trained with.
     """
     limit = pipe.tokenizer.model_max_length
     if limit >= _TEXT:
