@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -41,8 +42,11 @@ class Step:
 
     @property
     def dtype(self) -> torch.dtype:
-        """dtype of the weights: floating arguments of this dtype follow a variant that is made in another."""
-        return next(p.dtype for p in self.module.parameters() if p.is_floating_point())
+        """dtype of most weights (Wan keeps a few in float32): floating arguments of it follow a variant that is made in another."""
+        numbers = Counter[torch.dtype]()
+        for p in self.module.parameters():
+            numbers[p.dtype] += p.numel() if p.is_floating_point() else 0
+        return numbers.most_common(1)[0][0]
 
     def runner(self, module: Callable[..., Any], dtype: torch.dtype | None = None) -> Callable[[], list[Any]]:
         """The step of a variant of the module, which computes in ``dtype``; it returns what the calls return."""

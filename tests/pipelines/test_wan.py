@@ -14,6 +14,7 @@ from dqtk.pipelines.wan import call_kwargs
 from transformers import UMT5EncoderModel
 
 import dqtk
+from dqtk.bench import record_step
 
 PROMPTS = [
     "a small red circle moving left slowly on a striped background",
@@ -172,3 +173,10 @@ def test_a_seed_is_a_clip(trained):
     first = clip(0)
     assert np.array_equal(first, clip(0))
     assert not np.array_equal(first, clip(1))
+
+
+def test_a_step_has_the_dtype_of_most_weights():
+    """Wan keeps its modulation tables and time embedding in float32, the first parameter among them."""
+    pipe = dqtk.load("tiny-wan")
+    assert next(pipe.transformer.parameters()).dtype == torch.float32
+    assert record_step(pipe, height=32, width=32, num_frames=3).dtype == torch.bfloat16
