@@ -136,8 +136,9 @@ def _explain(options: argparse.Namespace, command: str) -> None:
     plan = installed_plan(pipe)
     if options.recipe is not None or not plan.components:
         plan = _plan_for(options, pipe)
-    elif options.keep or options.set or options.text_encoders:
-        raise ValueError(f"--keep, --set and --text-encoders must come with --recipe, got none. {options.model} is quantized.")
+    elif options.keep or options.set or options.text_encoders or options.attention:
+        flags = "--keep, --set, --text-encoders and --attention"
+        raise ValueError(f"{flags} must come with --recipe, got none. {options.model} is quantized.")
     print(plan.explain(sites=not options.roles))
     if options.output is not None:
         _write_json(options.output, plan.to_json())

@@ -51,7 +51,11 @@ def report_of(op: str, device: str) -> str:
             return f"weights decoded to the compute dtype, {by}, then torch's own matmul"
         return f"weights decoded to the compute dtype, then torch's own matmul{why}"
     if op == "block_attention":
-        return f"live blocks, {by}" if served else f"live blocks gathered for torch's own attention; integers emulated{why}"
+        return (
+            f"live blocks, {by} (of 64 keys or multiples; others through torch)"
+            if served
+            else f"live blocks gathered for torch's own attention; integers emulated{why}"
+        )
     if op in ("linear_int8", "conv_int8") and device in ("cpu", "cuda"):
         return f"integer matmul, {by}" if served else f"integer matmul through torch._int_mm{why}"
     if op == "linear_fp8" and device == "cuda" and gpu.no_scaled_matmul() is None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .checkpoint import METHOD, install, read_config
+from .checkpoint import METHOD, install, install_attention, read_config
 from .hosts import backend_of, quiet_hosts
 from .resolve import embedded_folder, embedded_names
 from .sites import DENOISERS, TEXT_ENCODERS, meta
@@ -188,6 +188,7 @@ def _meta_model(folder: Path, kind: Any) -> torch.nn.Module:
     made = meta(kind.from_config, config) if hasattr(kind, "load_config") else meta(kind, kind.config_class.from_dict(config))
     if stored is not None:
         install(made, read_config(stored, folder.name), folder.name)
+        install_attention(made, stored, folder.name)
         backend: Any = backend_of(made)
         backend.attach(made, stored.get("recipe", ""))
     return made

@@ -100,8 +100,8 @@ class Blocks(nn.Module):
             self._noise = following(denoiser, self.spec.mask.edges)
 
     def density(self, layout: Layout | None = None) -> float:
-        """Share of blocks that are computed, over heads and intervals; where calls choose, what was asked for."""
-        if isinstance(self.spec.mask, PooledBlocks):
+        """Share of blocks that are computed, over heads and intervals; what was asked for where calls choose, or without data."""
+        if isinstance(self.spec.mask, PooledBlocks) or (self.spec.mask is not None and self.live is not None and self.live.is_meta):
             return self.spec.mask.density
         layout = Layout(*self.spec.layout) if layout is None else layout
         live = self._masks(layout, torch.device("cpu"))

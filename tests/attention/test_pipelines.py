@@ -14,6 +14,7 @@ from dqtk.installed import installed_plan
 from dqtk.nn.attention import blocks_of
 from dqtk.numerics.layout import Layout
 from dqtk.recipes import attention_named
+from dqtk.sources import meta_pipeline
 from dqtk.spec import AttentionSpec, Int, PooledBlocks, Radial, Recall, SlidingTile, SmoothKeys, StaticBlocks
 
 PROMPTS = ["a large red circle", "a small blue square on a green background"]
@@ -74,6 +75,8 @@ def test_saved_and_loaded_by_diffusers(load_tiny, draw, tmp_path, spec):
     dqtk.save(pipe, tmp_path / "saved")
     config = json.loads((tmp_path / "saved" / "transformer" / "config.json").read_text())["quantization_config"]
     assert sorted(config["attention"]) == [f"transformer_blocks.{i}.attn1" for i in range(6)]
+    unread = installed_plan(meta_pipeline(str(tmp_path / "saved")))  # from the configuration alone
+    assert [choice.spec for choice in unread.attention] == [b.spec for b in blocks_of(pipe.transformer).values()]
     again = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
     assert torch.equal(draw(again), expected)
     assert {path: blocks.spec for path, blocks in blocks_of(again.transformer).items()} == {
