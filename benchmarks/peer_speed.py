@@ -35,10 +35,7 @@ from dqtk.bench.memory import NotMeasured, available, rise
 from dqtk.bench.step import Step, record_step
 from dqtk.bench.timing import Spread, interleaved, times_faster
 from dqtk.bench.variants import in_dtype, quantized
-from dqtk.nn.attention import install_blocks
-from dqtk.recipes import attention_named
 from dqtk.report.sizes import bytes_in_memory
-from dqtk.sites import find_attention
 from dqtk.sources import MetaPipeline, load_pipeline
 
 BASE, FLOAT32 = "bfloat16", "float32"
@@ -61,14 +58,13 @@ class Variant:
 # --- ours and torch's ------------------------------------------------------------------------------------------------
 
 
-def plan_of(step: Step, recipe: str) -> dqtk.Plan:
-    return dqtk.plan(MetaPipeline({step.component: step.module}), recipe)
+def plan_of(step: Step, recipe: str, attention: str | None = None) -> dqtk.Plan:
+    return dqtk.plan(MetaPipeline({step.component: step.module}), recipe, attention=attention)
 
 
 def ours(step: Step, recipe: str = "w8a8", *, compiled: bool = False, attention: str | None = None) -> Prepared:
-    made = quantized(step.module, plan_of(step, recipe).choices)
-    for site in find_attention(made) if attention is not None else ():
-        install_blocks(made, site.path, attention_named(attention))
+    plan = plan_of(step, recipe, attention)
+    made = quantized(step.module, plan.choices, plan.attention)
     return compile_blocks(made) if compiled else made
 
 

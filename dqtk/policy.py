@@ -67,6 +67,11 @@ def combined(main: Plan, parts: Sequence[tuple[Interval, Plan | None]]) -> Plan:
 
     A site that one of the plans keeps at 16 bits stays so throughout. Raises ``ValueError`` for plans of different sites.
     """
+    if any(plan is not None and plan.attention for _, plan in parts):
+        raise ValueError(
+            "policy: recipes of intervals must leave attention alone, got one that does not. Attention is the same in the whole "
+            "run; its masks follow the noise level by themselves."
+        )
     specs = [None if plan is None else {choice.site.id: choice.spec for choice in plan.choices} for _, plan in parts]
     for given in specs:
         if given is not None and list(given) != [choice.site.id for choice in main.choices]:

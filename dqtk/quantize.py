@@ -65,7 +65,8 @@ def plan(
         overrides: glob on the site's path -> spec, recipe name, or None (keep 16 bits); before the recipe's rules, in order. An
             ``AttentionSpec`` is for the attentions (modules, such as ``*.attn1``) that its glob matches.
         policy: intervals of a run in which the denoisers have another precision. Overrides are for all intervals.
-        attention: how denoisers attend to themselves: a spec or its name (``recipes.ATTENTION``), where the recipe does not say.
+        attention: how denoisers attend to themselves: a spec or its name (``recipes.ATTENTION``), where overrides do not say. The
+            same in all intervals of a policy.
     Raises:
         ValueError: unknown recipe, a pattern that matches nothing, a model without sites.
     """

@@ -154,7 +154,7 @@ def fitting(block: Sequence[int], layout: Layout) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _of_sample(mask: Tensor | None, sample: int, batch: int) -> Tensor | None:
+def of_sample(mask: Tensor | None, sample: int, batch: int) -> Tensor | None:
     """A sample's mask, [H or 1, N or 1, N], of one that is broadcastable to [B, H, N, N]."""
     if mask is None:
         return None
@@ -192,7 +192,7 @@ def _ordered(
         indices = [layout.index(order, q.device) for order in orders]
         small = spec.order.small if isinstance(spec.order, WeightedSum) else None
         for sample in range(q.shape[0]):
-            given = _of_sample(mask, sample, q.shape[0])
+            given = of_sample(mask, sample, q.shape[0])
             sums = block_sums(
                 q[sample],
                 k[sample],
@@ -274,7 +274,7 @@ def _masses(
         used = sorted(set(orders))
         indices = [layout.index(order, q.device) for order in used]
         for sample in range(q.shape[0]):
-            given = _of_sample(mask, sample, q.shape[0])
+            given = of_sample(mask, sample, q.shape[0])
             found = block_sums(q[sample], k[sample], given, scale, indices, spec.block)
             mine = torch.stack([found[used.index(order)].mass[head].cpu() for head, order in enumerate(orders)])
             groups = sums.setdefault(path, [torch.zeros_like(mine) for _ in range(len(spec.mask.edges) + 1)])

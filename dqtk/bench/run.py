@@ -28,7 +28,7 @@ from .layers import half_of, is_emulated, measure_costs, name_of
 from .memory import NotMeasured, available, rise
 from .step import Profile, Step, profile, record_step
 from .timing import Spread, interleaved, times_faster, waiter
-from .variants import in_dtype, quantized, unpacked
+from .variants import check_attention, in_dtype, is_quantized, quantized, unpacked
 
 DATA_FREE = "codes rounded to nearest without data; speed and size do not depend on their values"
 # Transforms that are asked for and then left out where calibration does not find what they are for.
@@ -182,12 +182,14 @@ def bench_step(
 def _plans(step: Step, recipes: Sequence[str | Recipe]) -> dict[str, Plan]:
     """Name -> plan of the denoiser. Raises ``ValueError`` for recipes that do not fit, or none where there must be some."""
     target = MetaPipeline({step.component: step.module})
-    if quantized_layers(step.module) and not recipes:
+    if is_quantized(step.module) and not recipes:
         stored = installed_plan(target)
         return {stored.recipe or "as stored": stored}
     if not recipes:
         raise ValueError("bench: recipes must name at least one for an unquantized model, got none. For example w8a8 w4a8.")
     plans = [make_plan(target, recipe) for recipe in recipes]
+    for plan in plans:
+        check_attention(plan.attention)
     return {plan.recipe: plan for plan in plans}
 
 
@@ -211,7 +213,7 @@ class _Work:
     @staticmethod
     def of(step: Step, recipes: Sequence[str | Recipe], repeats: int) -> "_Work":
         plans, half = _plans(step, recipes), half_of(step.dtype)
-        plain = unpacked(step.module) if quantized_layers(step.module) else step.module
+        plain = unpacked(step.module) if is_quantized(step.module) else step.module
         builders: dict[str, Callable[[], nn.Module]] = {
             name_of(half): lambda: in_dtype(plain, half),
             _FLOAT32: lambda: in_dtype(plain, torch.float32),
@@ -380,6 +382,6 @@ class _Work:
 
 def _builder(module: nn.Module, plan: Plan) -> Callable[[], nn.Module]:
     """Makes the variant of a plan: the module as it is, if its layers are quantized already."""
-    if quantized_layers(module):
+    if is_quantized(module):
         return lambda: module
-    return lambda: quantized(module, plan.choices)
+    return lambda: quantized(module, plan.choices, plan.attention)

@@ -6,7 +6,7 @@ has to calibrate in order to know how fast a model would be. Variants share ever
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,10 +20,11 @@ from dqtk.methods.format_search import concrete
 from dqtk.methods.rtn import rtn
 from dqtk.methods.shortcut_split import columns_of
 from dqtk.methods.solve import Solution
+from dqtk.nn.attention import blocks_of, install_blocks, remove_blocks
 from dqtk.numerics.storage import Part, layer_layout, parts_of, stored_name, tensor_name
-from dqtk.plan import Choice
+from dqtk.plan import AttentionChoice, Choice
 from dqtk.quantize import runtime_layer
-from dqtk.spec import ByLevel, LayerSpec
+from dqtk.spec import ByLevel, LayerSpec, describe_attention
 
 INPUT_SCALE = 8 / 255  # of static inputs: 8 standard deviations of a normal distribution in 8 bits
 
@@ -34,9 +35,28 @@ def shared_copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, tensors)  # type: ignore[arg-type]
 
 
-def quantized(module: nn.Module, choices: Iterable[Choice]) -> nn.Module:
+def is_quantized(module: nn.Module) -> bool:
+    """Whether layers are packed or attentions in blocks."""
+    return bool(quantized_layers(module) or blocks_of(module))
+
+
+def check_attention(attention: Iterable[AttentionChoice]) -> None:
+    """Raises ``ValueError`` for attention whose blocks calibration chooses: which are left out decides its speed."""
+    found = next((wanted for wanted in attention if wanted.spec is not None and wanted.spec.needs_stats), None)
+    if found is not None:
+        raise ValueError(
+            f"bench: attention of {found.site.id} must need no calibration, got {describe_attention(found.spec)}. Quantize and "
+            "save the pipeline, then bench that."
+        )
+
+
+def quantized(module: nn.Module, choices: Iterable[Choice], attention: Sequence[AttentionChoice] = ()) -> nn.Module:
     """A copy with the chosen layers of this component quantized without data; everything else is shared."""
     made = shared_copy(module)
+    check_attention(attention)
+    for wanted in attention:
+        if wanted.spec is not None:
+            install_blocks(made, wanted.site.path, wanted.spec, "bench")
     for choice in choices:
         if choice.spec is not None:
             layer = module.get_submodule(choice.site.path)
@@ -50,8 +70,9 @@ def quantized(module: nn.Module, choices: Iterable[Choice]) -> nn.Module:
 
 
 def unpacked(module: nn.Module) -> nn.Module:
-    """A copy whose quantized layers are ordinary ones again, with decoded weights."""
+    """A copy whose quantized layers are ordinary ones again, with decoded weights, and whose attention is dense."""
     made = shared_copy(module)
+    remove_blocks(made)
     for path, layer in quantized_layers(made).items():
         replace_layer(made, path, layer.plain())
     return made

@@ -7,7 +7,7 @@ blocks that are not live are skipped, the others are multiplied in 16 bits or as
 - Integer probabilities have a scale per row of a tile, unsigned: the largest of a row in a tile is known anyway, and the error is a
   sixth of that with a scale per tile, a 24th of that with one scale for all. The other two are there to compare with.
 
-There is no gradient: what learns goes through dense attention.
+There is no gradient: what learns goes through torch's attention under the same blocks (``nn/attention.py``).
 """
 
 from collections.abc import Iterator
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dqtk import native
+from dqtk.numerics.block_masks import unpack
 
 from .attention import added
 
@@ -189,7 +190,7 @@ def _heads(
 ) -> Iterator[tuple[int, Tensor, Iterator[tuple[slice, Tensor | slice]]]]:
     """Each head, its rows in the new order, and its blocks of queries that see something, with the keys that they see."""
     num = q.shape[2]
-    bits = None if live is None else live_blocks(live, -(-num // block_k))
+    bits = None if live is None else unpack(live, -(-num // block_k))
     for h in range(q.shape[1]):
         rows = torch.arange(num, device=q.device) if order is None else order[h].long()
         yield h, rows, _row_blocks(None if bits is None else bits[h], num, block_q, block_k, q.device)
@@ -206,12 +207,6 @@ def _row_blocks(
         elif bits_RC[i].any():
             seen = (bits_RC[i].nonzero() * block_k + within).flatten()
             yield some, seen[seen < num]
-
-
-def live_blocks(live: Tensor, columns: int) -> Tensor:
-    """bool [..., columns] of the bits in uint8 [..., ceil(columns / 8)]."""
-    bits = live[..., None] >> torch.arange(8, dtype=torch.uint8, device=live.device) & 1
-    return bits.flatten(-2)[..., :columns].bool()
 
 
 def _part(mask: Tensor, q: Tensor, h: int, rows: Tensor, columns: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from dqtk.spec import (
     SmoothBoth,
     SmoothKeys,
     StaticBlocks,
+    describe_attention,
 )
 
 from .noise import NoiseState, following
@@ -190,8 +191,6 @@ class Blocks(nn.Module):
         return pack(torch.stack(moved, dim=1)).to(device)
 
     def extra_repr(self) -> str:
-        from dqtk.spec import describe_attention
-
         return describe_attention(self.spec)
 
 

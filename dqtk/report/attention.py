@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dqtk.attention.choose import watching
+from dqtk.attention.choose import of_sample, watching
 from dqtk.attention.sums import probabilities
 from dqtk.calibrate.replay import Call, arguments_for
 from dqtk.calls import layouts_of
@@ -32,7 +32,7 @@ def maps(module: nn.Module, call: Call, path: str) -> tuple[Layout, Tensor]:
         if q.shape[2] > MOST_TOKENS:
             raise ValueError(f"maps: a sequence must have at most {MOST_TOKENS} tokens to be drawn, got {q.shape[2]}.")
         every = torch.arange(q.shape[2], device=q.device)
-        rows = [part for _, part in probabilities(q[0], k[0], None if mask is None else mask[0], scale, every)]
+        rows = [part for _, part in probabilities(q[0], k[0], of_sample(mask, 0, q.shape[0]), scale, every)]
         found[path] = layouts_of(module, arguments)[q.shape[2]], torch.cat(rows, dim=1).cpu()
 
     with watching(module, [path], see):

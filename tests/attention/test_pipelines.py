@@ -9,10 +9,13 @@ import torch
 import torch.nn.functional as F
 
 import dqtk
+from dqtk.bench import bench_model
+from dqtk.bench.variants import quantized, unpacked
 from dqtk.checkpoint import quantized_layers
 from dqtk.installed import installed_plan
 from dqtk.nn.attention import blocks_of
 from dqtk.numerics.layout import Layout
+from dqtk.policy import Interval, StepPolicy
 from dqtk.recipes import attention_named
 from dqtk.sources import meta_pipeline
 from dqtk.spec import AttentionSpec, Int, PooledBlocks, Radial, Recall, SlidingTile, SmoothKeys, StaticBlocks
@@ -222,3 +225,21 @@ def test_hooks_and_blocks_are_found_before_anything_changes(pipe):
 def test_a_model_without_attention_has_none_to_plan(bare):
     with pytest.raises(ValueError, match="plan: attention must be left out for a model that has none with a processor"):
         dqtk.plan(bare, "w8a8", attention="paro")
+
+
+def test_bench_times_the_attention_that_it_names(pipe):
+    with pytest.raises(ValueError, match=r"bench: attention of .*attn1 must need no calibration, got 16 bit reordered, 0\.50 of"):
+        bench_model(pipe, ["paro"], repeats=1, progress=False)
+    made = quantized(pipe.transformer, (), dqtk.plan(pipe, "dense").attention)
+    assert len(blocks_of(made)) == 6
+    assert not blocks_of(pipe.transformer)
+    with_attention(pipe, AttentionSpec(mask=Radial(density=0.5)), recipe=None)
+    assert not blocks_of(unpacked(pipe.transformer))
+    assert len(blocks_of(pipe.transformer)) == 6
+    assert bench_model(pipe, repeats=1, progress=False).table()
+
+
+def test_intervals_of_a_policy_leave_attention(pipe):
+    policy = StepPolicy(intervals=(Interval(begin=0, end=0.5, recipe="paro"),))
+    with pytest.raises(ValueError, match="policy: recipes of intervals must leave attention alone"):
+        dqtk.plan(pipe, "w8a8", policy=policy)

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from dqtk.kernels import block_attention, block_attention_reference
-from dqtk.kernels.block_attention import live_blocks
 from dqtk.native import library
+from dqtk.numerics.block_masks import unpack
 
 LEVELS = [*(level.name for level in library.LEVELS), "off"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -289,8 +289,8 @@ def test_wrong_arguments():
 
 def test_bits_of_blocks():
     bits = blocks((1, 2, 640, 1, 1, 64, 64), 0.5)
-    assert torch.equal(live_blocks(packed(bits), 10), bits)
-    assert live_blocks(torch.tensor([[[2, 1]]], dtype=torch.uint8), 9).nonzero()[:, 2].tolist() == [1, 8]
+    assert torch.equal(unpack(packed(bits), 10), bits)
+    assert unpack(torch.tensor([[[2, 1]]], dtype=torch.uint8), 9).nonzero()[:, 2].tolist() == [1, 8]
 
 
 def test_opcheck():
