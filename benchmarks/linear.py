@@ -20,7 +20,7 @@ from rows import append
 from torch import nn
 
 from dqtk import native
-from dqtk.kernels.linear import linear_int8_through_torch
+from dqtk.kernels.linear import linears_int8_through_torch
 from dqtk.methods.rtn import rtn
 from dqtk.nn import QuantLinear
 from dqtk.spec import AbsMax, Dynamic, Int, LayerSpec, PerChannel, PerGroup, PerTensor, PerToken, TensorSpec, TwoLevel
@@ -59,8 +59,8 @@ def quantized(plain: nn.Linear, spec: LayerSpec) -> QuantLinear:
 
 def through_torch(layer: QuantLinear):
     """The same W8A8 layer without native kernels: rounding in torch, then ``torch._int_mm``."""
-    weight = layer.qweight, layer.scale, None, layer.bias, None, None, 8
-    return lambda x: linear_int8_through_torch(x, *weight)
+    stored = native.IntegerLayer(layer.qweight, layer.scale, None, layer.bias, None, None, 8)  # type: ignore[arg-type]
+    return lambda x: linears_int8_through_torch(x, [stored])[0]
 
 
 def installed(name: str) -> bool:

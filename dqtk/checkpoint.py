@@ -34,7 +34,9 @@ from .nn import Quantized, runtime_class
 from .nn.activated import fit
 from .nn.attention import blocks_of, install_blocks
 from .nn.correction import NAME, OutputCorrection, correction_of
+from .nn.shared_input import share_input
 from .nn.steps import first_last_policy
+from .sites import read_together
 from .spec import AttentionSpec, ByLevel, LayerSpec, SiteSpec, canonical, from_json, to_json
 
 FORMAT_VERSION = 2
@@ -164,6 +166,7 @@ def replace_layer(module: nn.Module, path: str, layer: nn.Module) -> None:
     holder = module.get_submodule(parent)
     setattr(holder, name, layer)
     fit(holder, layer)
+    share_input([holder.get_submodule(beside) for beside in read_together(module, path)])
     if isinstance(layer, Quantized):
         layer.follow(module)
 

@@ -309,6 +309,19 @@ def _shared_input(component: str, path: str, role: str) -> str | None:
     return None
 
 
+def read_together(root: nn.Module, path: str) -> list[str]:
+    """Names of the modules beside ``path``, itself included, that read the same tensor as it does; by their names alone."""
+    parent = path.rpartition(".")[0]
+    holder = root.get_submodule(parent)
+
+    def key(name: str) -> str | None:
+        beside = f"{parent}.{name}" if parent else name
+        return _shared_input("", beside, _role(root, beside, holder.get_submodule(name), inside=True))
+
+    wanted = key(path.rpartition(".")[2])
+    return [] if wanted is None else [name for name, _ in holder.named_children() if key(name) == wanted]
+
+
 def repeated_block(path: str) -> str:
     """The repeated block around a layer: ``down_blocks.1.attentions.0.transformer_blocks.2``; elsewhere the part it stands in."""
     found = re.match(r"(.*?(?:blocks?|layers?)\.\d+(?:\.(?:\w*blocks|attentions|resnets|layers)\.\d+)*)(\.|$)", path)

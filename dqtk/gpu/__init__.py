@@ -3,6 +3,9 @@
 Triton is imported by the first call of a kernel, not before.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,7 +15,7 @@ from .table import chosen
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-__all__ = ["TYPES", "describe", "forget", "linear_decoded", "linear_int8", "no_scaled_matmul", "serves"]
+__all__ = ["TYPES", "describe", "forget", "linear_decoded", "linear_int8", "linears_int8", "no_scaled_matmul", "serves"]
 
 
 def forget() -> None:
@@ -29,6 +32,26 @@ def linear_int8(x_TK: Tensor, qweight: Tensor, scale: Tensor, group_scale: Tenso
     kind = "int4" if stays_packed(qweight, group_scale, bits, k) else "int8"
     tile = chosen(kind, max(t, 1), qweight.shape[0], k, x_TK.device)
     return None if tile is None else linear_int8(x_TK, qweight, scale, group_scale, *others, tile=tile)
+
+
+def linears_int8(x_TK: Tensor, layers: Sequence[Any], smooth: Tensor | None) -> list[Tensor] | None:
+    """``integer.linear_int8`` of layers (dqtk::linear_int8's arguments from ``qweight`` to ``bits``) whose input is rounded alike:
+    once. None where torch's kernels are faster for one of them, or there are no rows."""
+    from .integer import linear_int8, round_rows, stays_packed
+
+    t, k = x_TK.shape
+    packed = [stays_packed(layer.qweight, layer.group_scale, layer.bits, k) for layer in layers]
+    kinds = ["int4" if halves else "int8" for halves in packed]
+    tiles = [chosen(kind, max(t, 1), layer.qweight.shape[0], k, x_TK.device) for kind, layer in zip(kinds, layers, strict=True)]
+    if None in tiles or t == 0:
+        return None
+    first, smooth = layers[0], None if smooth is None else smooth.contiguous()
+    with torch.cuda.device_of(x_TK):
+        codes = {halves: round_rows(x_TK, first.input_scale, first.input_zero, smooth, halves) for halves in set(packed)}
+    return [
+        linear_int8(x_TK, *layer, tile=tile, rounded=codes[halves])  # type: ignore[arg-type]
+        for layer, tile, halves in zip(layers, tiles, packed, strict=True)
+    ]
 
 
 def linear_decoded(x_TK: Tensor, bias: Tensor | None, *stored) -> Tensor | None:

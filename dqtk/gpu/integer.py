@@ -183,10 +183,12 @@ def linear_int8(
     active_from: int = 0,
     *,
     tile: Tile,
+    rounded: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """[T, N] in the dtype of ``x_TK`` [T, K]: float32, bfloat16 or float16. Other arguments as dqtk::linear_int8 has them.
 
-    ``tile``: one of ``tiles.INT4`` where the weight ``stays_packed``, else of ``tiles.INT8``.
+    ``tile``: one of ``tiles.INT4`` where the weight ``stays_packed``, else of ``tiles.INT8``. ``rounded``: the input as
+    ``round_rows`` gives it, where that was done before.
     """
     (t, k), n = x_TK.shape, qweight.shape[0]
     y = x_TK.new_empty((t, n))
@@ -195,7 +197,7 @@ def linear_int8(
     scale, group_scale, bias, smooth = dense(scale, group_scale, bias, smooth)
     halves = stays_packed(qweight, group_scale, bits, k)
     with torch.cuda.device_of(x_TK):
-        codes, x_scale = round_rows(x_TK, input_scale, input_zero, smooth, halves)
+        codes, x_scale = rounded or round_rows(x_TK, input_scale, input_zero, smooth, halves)
         ends = (y, x_scale, scale, int(scale.numel() > 1), bias, input_zero, active_from, t, n, k)
         constants = {
             "BIAS": bias is not None,

@@ -6,7 +6,7 @@ from .attention import attention
 from .block_attention import block_attention, block_attention_reference
 from .conv import conv_int8, conv_int8_reference, from_matrix, to_matrix
 from .decoded import Decoding, decode_reference, decode_weight, linear_decoded
-from .linear import ACTIVATIONS, activated, linear_fp8, linear_int8, linear_int8_reference
+from .linear import ACTIVATIONS, activated, linear_fp8, linear_int8, linear_int8_reference, linears_int8
 
 __all__ = [
     "ACTIVATIONS",
@@ -24,6 +24,7 @@ __all__ = [
     "linear_fp8",
     "linear_int8",
     "linear_int8_reference",
+    "linears_int8",
     "op_of",
     "report_of",
     "to_matrix",

@@ -3,6 +3,8 @@
 ``bits`` is the width of the stored weight codes (``numerics.packing``); group scales are those of ``spec.TwoLevel``.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,14 +19,22 @@ _OUTPUTS_AT_ONCE = 1 << 20  # measured on Zen 4: 4096 tokens of 1152 by 1152 tak
 
 
 def _linear_int8(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, matmul) -> Tensor:
-    k, n = x.shape[-1], qweight.shape[0]
+    return _linears_int8(x, [native.IntegerLayer(qweight, scale, group_scale, bias, input_scale, input_zero, bits)], matmul)[0]
+
+
+def _linears_int8(x, layers, matmul) -> list[Tensor]:
+    """Of layers whose input is rounded alike: once."""
+    k, input_zero = x.shape[-1], layers[0].input_zero
     rows = x.reshape(-1, k)
     if rows.shape[0] == 0:
-        return x.new_empty((*x.shape[:-1], n))
-    weight = integer_weight(qweight, group_scale, bits, k)
-    codes, x_scale = quantize_rows(rows, input_scale, input_zero)
-    y = epilogue(matmul(codes, weight), x_scale, input_zero, weight, scale, bias)
-    return y.to(x.dtype).view(*x.shape[:-1], n)
+        return [x.new_empty((*x.shape[:-1], layer.qweight.shape[0])) for layer in layers]
+    codes, x_scale = quantize_rows(rows, layers[0].input_scale, input_zero)
+    ys = []
+    for layer in layers:
+        weight = integer_weight(layer.qweight, layer.group_scale, layer.bits, k)
+        y = epilogue(matmul(codes, weight), x_scale, input_zero, weight, layer.scale, layer.bias)
+        ys.append(y.to(x.dtype).view(*x.shape[:-1], weight.shape[0]))
+    return ys
 
 
 @torch.library.custom_op("dqtk::linear_int8", mutates_args=())
@@ -79,16 +89,19 @@ def activated(y: Tensor, activation: str, active_from: int = 0) -> Tensor:
     return torch.cat([y[..., :active_from], F.gelu(y[..., active_from:], approximate=approximate)], dim=-1)
 
 
-def linear_int8_through_torch(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits) -> Tensor:
-    """The op on a CPU without native kernels, some rows at a time: their float32 results stay in memory that is warm."""
-    k, n = x.shape[-1], qweight.shape[0]
-    weight, rows = integer_weight(qweight, group_scale, bits, k), x.reshape(-1, k)
-    y = x.new_empty((rows.shape[0], n))
-    length = max(64, _OUTPUTS_AT_ONCE // max(n, 1) // 64 * 64)
+def linears_int8_through_torch(x, layers) -> list[Tensor]:
+    """Of layers whose input is rounded alike, on a CPU without native kernels: some rows at a time, so that their float32 results
+    stay in memory that is warm."""
+    k, input_zero = x.shape[-1], layers[0].input_zero
+    weights, rows = [integer_weight(layer.qweight, layer.group_scale, layer.bits, k) for layer in layers], x.reshape(-1, k)
+    ys = [x.new_empty((rows.shape[0], weight.shape[0])) for weight in weights]
+    length = max(64, _OUTPUTS_AT_ONCE // max(*[weight.shape[0] for weight in weights], 1) // 64 * 64)
     for first in range(0, rows.shape[0], length):
-        codes, x_scale = quantize_rows(rows[first : first + length], input_scale, input_zero)
-        y[first : first + length] = epilogue(matmul_int_mm(codes, weight), x_scale, input_zero, weight, scale, bias)
-    return y.view(*x.shape[:-1], n)
+        codes, x_scale = quantize_rows(rows[first : first + length], layers[0].input_scale, input_zero)
+        for layer, weight, y in zip(layers, weights, ys, strict=True):
+            done = epilogue(matmul_int_mm(codes, weight), x_scale, input_zero, weight, layer.scale, layer.bias)
+            y[first : first + length] = done
+    return [y.view(*x.shape[:-1], y.shape[1]) for y in ys]
 
 
 @linear_int8.register_kernel("cpu")
@@ -96,9 +109,9 @@ def _(x, qweight, scale, group_scale, bias, input_scale, input_zero, bits, smoot
     library = native.load()
     layer = native.IntegerLayer(qweight, scale, group_scale, bias, input_scale, input_zero, bits)
     if library is None or x.dtype not in native.TYPES:
-        return activated(linear_int8_through_torch(smoothed(x, smooth), *layer), activation, active_from)
+        return activated(linears_int8_through_torch(smoothed(x, smooth), [layer])[0], activation, active_from)
     rows = x.reshape(-1, x.shape[-1])
-    y = native.linear_int8(library, rows, layer, smooth, activation, active_from)
+    (y,) = native.linear_int8(library, rows, [layer], smooth, activation, active_from)
     return y.view(*x.shape[:-1], qweight.shape[0])
 
 
@@ -139,6 +152,62 @@ def _backward_linear_int8(ctx, grad):
 
 
 linear_int8.register_autograd(_backward_linear_int8, setup_context=_save_linear_int8)
+
+
+@torch.library.custom_op("dqtk::linears_int8", mutates_args=())
+def linears_int8(
+    x: Tensor,
+    qweights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    group_scales: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    input_scale: Tensor | None,
+    input_zero: Tensor | None,
+    bits: int,
+    smooth: Tensor | None = None,
+) -> list[Tensor]:
+    """``linear_int8`` of several layers that read one input, which is rounded once.
+
+    Args:
+        x: float [..., K].
+        qweights, scales, group_scales, biases: of each layer, as ``linear_int8`` has them.
+        input_scale, input_zero, bits, smooth: of all of them.
+    Returns:
+        For each layer [..., N] in the dtype of ``x``: bit for bit what ``linear_int8`` returns.
+    """
+    layers = _layers_of(qweights, scales, group_scales, biases, input_scale, input_zero, bits)
+    return _linears_int8(smoothed(x, smooth), layers, matmul_reference)
+
+
+def _layers_of(qweights, scales, group_scales, biases, input_scale, input_zero, bits) -> list[native.IntegerLayer]:
+    stored = zip(qweights, scales, group_scales, biases, strict=True)
+    return [native.IntegerLayer(*layer, input_scale, input_zero, bits) for layer in stored]
+
+
+@linears_int8.register_kernel("cpu")
+def _(x, qweights, scales, group_scales, biases, input_scale, input_zero, bits, smooth=None):
+    library = native.load()
+    layers = _layers_of(qweights, scales, group_scales, biases, input_scale, input_zero, bits)
+    if library is None or x.dtype not in native.TYPES:
+        return linears_int8_through_torch(smoothed(x, smooth), layers)
+    ys = native.linear_int8(library, x.reshape(-1, x.shape[-1]), layers, smooth)
+    return [y.view(*x.shape[:-1], y.shape[1]) for y in ys]
+
+
+@linears_int8.register_kernel("cuda")
+def linears_int8_on_cuda(x, qweights, scales, group_scales, biases, input_scale, input_zero, bits, smooth=None) -> list[Tensor]:
+    """The op on a CUDA device: through Triton if its table says so for every layer, else through torch."""
+    layers = _layers_of(qweights, scales, group_scales, biases, input_scale, input_zero, bits)
+    if x.dtype in gpu.TYPES and gpu.serves(x.device):
+        ys = gpu.linears_int8(x.reshape(-1, x.shape[-1]), layers, smooth)
+        if ys is not None:
+            return [y.view(*x.shape[:-1], y.shape[1]) for y in ys]
+    return _linears_int8(smoothed(x, smooth), layers, matmul_padded)
+
+
+@linears_int8.register_fake
+def _(x, qweights, scales, group_scales, biases, input_scale, input_zero, bits, smooth=None):
+    return [x.new_empty((*x.shape[:-1], qweight.shape[0])) for qweight in qweights]
 
 
 def linear_int8_reference(

@@ -138,14 +138,13 @@ class _Arguments:
     """What linear and convolution share. Keeps converted tensors alive during the call."""
 
     def __init__(
-        self, x: Tensor, stride: int, layer: IntegerLayer, k: int, y: Tensor, smooth=None, activation="none", active_from=0
-    ):
-        qweight, group_scale = layer.qweight.contiguous(), _dense(layer.group_scale, torch.uint8)
-        self.kept = x, qweight, y, group_scale
-        floats = (layer.scale, layer.bias, smooth, layer.input_scale)
-        scale, bias, smooth, input_scale = self.floats = [_dense(values) for values in floats]
-        self.zero = _dense(layer.input_zero, torch.int32)
-        size = 0 if group_scale is None else k // group_scale.shape[1]
+        self, x: Tensor, stride: int, layers: Sequence[IntegerLayer], k: int, ys: Sequence[Tensor], smooth=None, activation="none",
+        active_from=0,
+    ):  # fmt: skip
+        first = layers[0]
+        self.kept: list[Tensor | None] = [x, *ys]
+        smooth, input_scale, zero = _dense(smooth), _dense(first.input_scale), _dense(first.input_zero, torch.int32)
+        self.kept += [smooth, input_scale, zero]
         self.input = _Input(
             _address(x),
             stride,
@@ -153,33 +152,44 @@ class _Arguments:
             torch.get_num_threads(),
             _address(smooth),
             _address(input_scale),
-            None if input_scale is None else _address(self.zero),
+            None if input_scale is None else _address(zero),
         )
+        self.weights = (_Weight * len(layers))(*[self._weight(layer, k) for layer in layers])
+        ends = active_from, ACTIVATIONS[activation]
+        self.outputs = (_Output * len(layers))(*[self._output(layer, y, ends) for layer, y in zip(layers, ys, strict=True)])
+
+    def _weight(self, layer: IntegerLayer, k: int) -> _Weight:
+        qweight, group_scale = layer.qweight.contiguous(), _dense(layer.group_scale, torch.uint8)
+        self.kept += [qweight, group_scale]
+        size = 0 if group_scale is None else k // group_scale.shape[1]
         bits = 0 if qweight.dtype == torch.int8 else layer.bits
-        self.weight = _Weight(_address(qweight), qweight.stride(0), qweight.shape[0], k, bits, 1, _address(group_scale), size)
-        step = int(layer.scale.numel() > 1)
-        self.output = _Output(_address(y), _address(scale), step, _address(bias), active_from, ACTIVATIONS[activation])
+        return _Weight(_address(qweight), qweight.stride(0), qweight.shape[0], k, bits, 1, _address(group_scale), size)
+
+    def _output(self, layer: IntegerLayer, y: Tensor, ends: tuple[int, int]) -> _Output:
+        scale, bias = _dense(layer.scale), _dense(layer.bias)
+        self.kept += [scale, bias]
+        return _Output(_address(y), _address(scale), int(layer.scale.numel() > 1), _address(bias), *ends)
 
 
 def linear_int8(
     library: ctypes.CDLL,
     x_TK: Tensor,
-    layer: IntegerLayer,
+    layers: Sequence[IntegerLayer],
     smooth: Tensor | None = None,
     activation: str = "none",
     active_from: int = 0,
-) -> Tensor:
-    """[T, N] in the dtype of ``x_TK`` [T, K], which is one of ``TYPES``.
+) -> list[Tensor]:
+    """For each layer [T, N] in the dtype of ``x_TK`` [T, K], which is one of ``TYPES`` and rounded once, as the first layer has it.
 
     ``smooth``: [K], multiplied with the input, which is rounded to its dtype. ``activation``: one of ``ACTIVATIONS``, of outputs
     from ``active_from`` on.
     """
     t, k = x_TK.shape
     x = x_TK if x_TK.stride(1) == 1 else x_TK.contiguous()
-    y = torch.empty((t, layer.qweight.shape[0]), dtype=x.dtype)
-    a = _Arguments(x, x.stride(0), layer, k, y, smooth, activation, active_from)
-    library.dqtk_linear_int8(ctypes.byref(a.input), ctypes.byref(a.weight), ctypes.byref(a.output), _Wide(t))
-    return y
+    ys = [torch.empty((t, layer.qweight.shape[0]), dtype=x.dtype) for layer in layers]
+    a = _Arguments(x, x.stride(0), layers, k, ys, smooth, activation, active_from)
+    library.dqtk_linear_int8(ctypes.byref(a.input), a.weights, a.outputs, _Wide(len(layers)), _Wide(t))
+    return ys
 
 
 def conv_int8(
@@ -197,10 +207,10 @@ def conv_int8(
     channels_last = x.movedim(1, -1).is_contiguous()
     x = x if channels_last else x.contiguous()
     y = torch.empty((batch * math.prod(out), layer.qweight.shape[0]), dtype=x.dtype)
-    a = _Arguments(x, math.prod(x.shape[1:]), layer, channels * math.prod(kernel), y)
+    a = _Arguments(x, math.prod(x.shape[1:]), [layer], channels * math.prod(kernel), [y])
     sizes = [_three(x.shape[2:], 1), _three(kernel, 1), _three(stride, 1), _three(padding, 0), _three(dilation, 1), _three(out, 1)]
     window = _Window(batch, channels, *sizes, int(channels_last))
-    library.dqtk_conv_int8(ctypes.byref(a.input), ctypes.byref(a.weight), ctypes.byref(a.output), ctypes.byref(window))
+    library.dqtk_conv_int8(ctypes.byref(a.input), a.weights, a.outputs, ctypes.byref(window))
     return y
 
 

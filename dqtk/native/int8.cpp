@@ -586,11 +586,12 @@ void multiply_few_rows(const Rows& rows, int64_t stride, const Weight& w, const 
 
 // --- linear -------------------------------------------------------------------------------------------------------------
 
+// Layers of one input, which is rounded once: chunk by chunk, so that its codes stay near for all of them.
 template <class T>
-void linear(const Input& in, const Weight& w, const Output& out, int64_t rows) {
+void linear(const Input& in, const Weight* weights, const Output* outputs, int64_t layers, int64_t rows) {
     thread_local Scratch codes_room, offsets_room, scales_room;
-    const int64_t start = 0, groups = groups_of(w.k), width = row_width(groups * GROUP);
-    const Runs runs{&start, 1, w.k, groups, width};
+    const int64_t k = weights->k, start = 0, groups = groups_of(k), width = row_width(groups * GROUP);
+    const Runs runs{&start, 1, k, groups, width};
     const int32_t shift = OFFSET + (in.zero ? *in.zero : 0);
     const int64_t chunk = std::max<int64_t>(64, CHUNK_BYTES / int64_t(width * sizeof(Code))), most = std::min(rows, chunk);
     Code* codes = codes_room.get<Code>((most + SPARE_ROWS) * width);
@@ -599,20 +600,23 @@ void linear(const Input& in, const Weight& w, const Output& out, int64_t rows) {
     for (int64_t m = 0; m < rows; m += chunk) {
         const int64_t count = std::min(chunk, rows - m);
         const T* x = static_cast<const T*>(in.x) + m * in.stride;
-        for_each(count * w.k < 16384 ? 1 : in.threads, count, 8, [&](int64_t i) {
-            round_row(in, x + i * in.stride, w.k, codes + i * width, scales[i]);
+        for_each(count * k < 16384 ? 1 : in.threads, count, 8, [&](int64_t i) {
+            round_row(in, x + i * in.stride, k, codes + i * width, scales[i]);
             offsets[i] = i * width;
         });
-        T* y = static_cast<T*>(out.y) + m * w.n;
         const Rows these{codes, offsets, count, scales, 1};
-        const int threads = count * w.k * w.n < (1 << 18) ? 1 : in.threads;
+        for (int64_t i = 0; i < layers; i++) {
+            const Weight& w = weights[i];
+            T* y = static_cast<T*>(outputs[i].y) + m * w.n;
+            const int threads = count * k * w.n < (1 << 18) ? 1 : in.threads;
 #if defined(__AVX512VNNI__)
-        if (count <= FEW_ROWS) {
-            multiply_few_rows(these, width, w, out, shift + FEW_OFFSET - OFFSET, threads, y);
-            continue;
-        }
+            if (count <= FEW_ROWS) {
+                multiply_few_rows(these, width, w, outputs[i], shift + FEW_OFFSET - OFFSET, threads, y);
+                continue;
+            }
 #endif
-        multiply_chunk(these, runs, w, out, shift, threads, y);
+            multiply_chunk(these, runs, w, outputs[i], shift, threads, y);
+        }
     }
     codes_room.keep_at_most(KEPT_BYTES);
 }
@@ -723,8 +727,8 @@ EXPORT const char* dqtk_level() {
 
 EXPORT void dqtk_use_threads_of(void* gomp_parallel) { dqtk::parallel = reinterpret_cast<dqtk::Parallel>(gomp_parallel); }
 
-EXPORT void dqtk_linear_int8(const dqtk::Input* in, const dqtk::Weight* w, const dqtk::Output* out, int64_t rows) {
-    dqtk::with_type(in->type, [&](auto element) { dqtk::linear<decltype(element)>(*in, *w, *out, rows); });
+EXPORT void dqtk_linear_int8(const dqtk::Input* in, const dqtk::Weight* w, const dqtk::Output* out, int64_t layers, int64_t rows) {
+    dqtk::with_type(in->type, [&](auto element) { dqtk::linear<decltype(element)>(*in, w, out, layers, rows); });
 }
 
 EXPORT void dqtk_conv_int8(const dqtk::Input* in, const dqtk::Weight* w, const dqtk::Output* out, const dqtk::Window* window) {

@@ -45,6 +45,7 @@ class Quantized(Stored):
         nn.Module.__init__(self)  # type: ignore[arg-type]
         module: Any = self
         module.spec, module.n, module.k = spec, n, k
+        module.shared = None
         module.basis = Basis.of(spec, channels)
         module.noise = None
         dtype = dtype or torch.get_default_dtype()
@@ -135,7 +136,7 @@ class Quantized(Stored):
         base = base_class(type(self))
         new: Any = base.__new__(base)
         nn.Module.__init__(new)
-        skip = ("spec", "n", "k", "basis", "noise", "taps", "parts", "stored")
+        skip = ("spec", "n", "k", "shared", "basis", "noise", "taps", "parts", "stored")
         new.__dict__.update({name: value for name, value in vars(module).items() if not name.startswith("_") and name not in skip})
         if isinstance(new, nn.modules.conv._ConvNd):
             padding: Any = new.padding
@@ -197,11 +198,17 @@ class QuantLinear(Quantized, LinearProduct, nn.Linear):
         """[..., N]. ``activation``, one of ``kernels.ACTIVATIONS``, is applied to the outputs from ``active_from`` on."""
         module: Any = self
         trains = torch.is_grad_enabled() and (input.requires_grad or (module.bias is not None and module.bias.requires_grad))
-        plain = module.signs is None and module.down is None and module.token is None and len(module.parts) == 0
-        if self.op == "linear_int8" and plain and not trains:
-            return self.product(input, module.smooth, activation, active_from)  # all in one pass
+        if self.op == "linear_int8" and self.rounds_plainly and not trains:  # all in one pass
+            y = None if module.shared is None or activation != "none" else module.shared.output(self, input)
+            return self.product(input, module.smooth, activation, active_from) if y is None else y
         y = self._whole(input) if module.token is None else self._with_token(input)
         return activated(y, activation, active_from)
+
+    @property
+    def rounds_plainly(self) -> bool:
+        """Whether the input is at most smoothed before it is rounded, and nothing is added behind the product."""
+        module: Any = self
+        return module.signs is None and module.down is None and module.token is None and len(module.parts) == 0
 
     def _whole(self, x: Tensor, alone: bool = False) -> Tensor:
         module: Any = self

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from dqtk.kernels.decoded import decode_reference, linear_decoded_on_cuda
-from dqtk.kernels.linear import linear_int8_on_cuda, linear_int8_reference
+from dqtk.kernels.linear import linear_int8_on_cuda, linear_int8_reference, linears_int8_on_cuda
 from dqtk.numerics.packing import pack
 
 CASES: dict[str, Callable[[str], None]] = {}
@@ -54,7 +54,7 @@ def layer(n: int, k: int, bits: int = 8, size: int | None = None, inputs: str = 
     return qweight, scale, group_scale, seeded(n, seed=4) if bias else None, *given, bits
 
 
-def moved(values: tuple, device: str) -> list:
+def moved(values, device: str) -> list:
     return [value.to(device) if isinstance(value, torch.Tensor) else value for value in values]
 
 
@@ -72,6 +72,20 @@ def int8_equals_reference(device: str) -> None:
             dtype = DTYPES[(i + j) % 3]
             x, arguments = seeded(*shape).to(dtype), layer(n, shape[-1], inputs=inputs)
             same_integers(x, arguments, device, f"{shape} {n} {inputs} {dtype}")
+
+
+@case
+def layers_of_one_input_equal_each_alone(device: str) -> None:
+    """Rounded once for all of them, with and without a static range, int8 and packed 4-bit weights."""
+    for bits, size, inputs, dtype in ((8, None, "dynamic", torch.bfloat16), (4, 8, "static-asymmetric", torch.float32)):
+        layers = [layer(n, 40, bits, size, inputs, bias=n != 7) for n in (16, 7, 33)]
+        stored = [list(column) for column in zip(*(arguments[:4] for arguments in layers), strict=True)]
+        x, smooth = seeded(2, 5, 40).to(dtype), seeded(40, seed=5).abs()
+        given = [moved(column, device) for column in stored]
+        ys = linears_int8_on_cuda(x.to(device), *given, *moved(layers[0][4:], device), smooth.to(device))
+        for y, arguments in zip(ys, layers, strict=True):
+            expected = linear_int8_reference(x, *arguments, smooth)
+            assert torch.equal(y.cpu(), expected), f"{bits} bits, {inputs}"
 
 
 @case

@@ -6,6 +6,7 @@ import torch
 from dqtk.kernels import linear, linear_fp8, linear_int8, linear_int8_reference
 from dqtk.kernels.int8 import matmul_padded, matmul_reference
 from dqtk.methods.rtn import rtn
+from dqtk.native import IntegerLayer
 from dqtk.numerics.packing import dequantize
 from dqtk.spec import Float, Int, PerChannel, PerTensor, TensorSpec, TwoLevel
 
@@ -227,12 +228,17 @@ def test_padded_matmul_of_cuda_is_exact(t, k, n):
     assert torch.equal(matmul_padded(a, b), matmul_reference(a, b))
 
 
+def through_torch(x, *layer):
+    (y,) = linear.linears_int8_through_torch(x, [IntegerLayer(*layer)])
+    return y
+
+
 def test_rows_in_blocks_without_native_kernels(monkeypatch):
     monkeypatch.setattr(linear, "_OUTPUTS_AT_ONCE", 64 * 7)
     _, packed, bias = stored(7, 24, 4)
     for mode in INPUTS:
         call = arguments(seeded(3, 50, 24), packed, 4, bias, mode)
-        assert torch.equal(linear.linear_int8_through_torch(*call), linear_int8_reference(*call))
+        assert torch.equal(through_torch(*call), linear_int8_reference(*call))
 
 
 @pytest.mark.parametrize("mode", INPUTS)
@@ -241,5 +247,5 @@ def test_inputs_are_left_alone(mode):
     for dtype in (torch.float32, torch.bfloat16):
         x = seeded(5, 24).to(dtype)
         copy = x.clone()
-        linear.linear_int8_through_torch(*arguments(x, packed, 8, bias, mode))
+        through_torch(*arguments(x, packed, 8, bias, mode))
         assert torch.equal(x, copy)
