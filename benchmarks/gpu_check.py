@@ -186,6 +186,29 @@ def check() -> None:
         refuse(f"these kernels must be right before they are timed: {', '.join(wrong)}")
 
 
+def check_graphs() -> None:
+    """Refuse to go on where an op of a linear layer, recorded into a CUDA graph, does not compute the same of new inputs."""
+    t, (n, k) = 16, SIZES[0]
+    x, fresh = (torch.randn(t, k, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    int8, decoded4 = stored("int8", n, k, "cuda"), stored("decoded4", n, k, "cuda")
+    ops = torch.ops.dqtk
+    calls: dict[str, Callable[[Tensor], list[Tensor]]] = {
+        "W8A8": lambda x: [ops.linear_int8(x, *int8)],
+        "W8A8, three layers": lambda x: ops.linears_int8(x, *[[value] * 3 for value in int8[:4]], *int8[4:]),
+        "W4A16": lambda x: [ops.linear_decoded(x, decoded4[0], None, *decoded4[1:])],
+    }
+    for name, call in calls.items():
+        recorded, graph = x.clone(), torch.cuda.CUDAGraph()
+        call(recorded)  # compiled before it is recorded
+        with torch.cuda.graph(graph):
+            outputs = call(recorded)
+        recorded.copy_(fresh)
+        graph.replay()
+        if not all(torch.equal(a, b) for a, b in zip(outputs, call(fresh), strict=True)):
+            refuse(f"{name} must compute the same in a CUDA graph, got other numbers")
+    print(f"{len(calls)} ops compute the same in a CUDA graph", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=9, help="when tuning stops early: after two thirds of them")
@@ -206,6 +229,7 @@ def main() -> None:
     import triton
 
     check()
+    check_graphs()
     path = table.path_of(torch.cuda.get_device_name())
     if not options.no_tune:
         limit = begun + options.minutes * 40
