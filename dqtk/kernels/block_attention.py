@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dqtk import native
+from dqtk import gpu, native
 from dqtk.numerics.block_masks import unpack
 
-from .attention import added
+from .attention import added, through_torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BITS = (16, 8, 4)
@@ -77,11 +77,22 @@ def _(q, k, v, order, live, mask, block_q, block_k, scale, qk_bits, pv_bits, pv_
     if (
         library is None
         or 0 in (*q.shape, *v.shape)
-        or not native.takes_blocks(live, block_k, q.shape[3], qk_bits, pv_bits, pv_mode)
+        or not native.takes_blocks(live is not None, block_k, q.shape[3], qk_bits, pv_bits, pv_mode)
     ):
         return _through_torch(q, k, v, order, live, mask, block_q, block_k, scale, qk_bits, pv_bits, pv_mode, smooth)
     mask = None if mask is None else added(mask, q, k)
     return native.block_attention(library, q, k, v, order, live, mask, block_q, block_k, scale, qk_bits, pv_bits, smooth)
+
+
+@block_attention.register_kernel("cuda")
+def block_attention_on_cuda(q, k, v, order, live, mask, block_q, block_k, scale, qk_bits, pv_bits, pv_mode, smooth) -> Tensor:
+    """The op on a CUDA device: Triton kernels, else torch's; ``report_of`` says which and why."""
+    _check(q, k, v, order, live, mask, block_q, block_k, qk_bits, pv_bits, pv_mode, smooth)
+    plain = live is None and (qk_bits, pv_bits) == (16, 16)  # all of it, as it is: torch's own is the fastest
+    served = gpu.serves(q.device) and gpu.takes_blocks(block_q, block_k, max(q.shape[3], v.shape[3]), qk_bits, pv_bits, pv_mode)
+    if plain or not served or 0 in (*q.shape, *v.shape):
+        return _through_torch(q, k, v, order, live, mask, block_q, block_k, scale, qk_bits, pv_bits, pv_mode, smooth)
+    return gpu.block_attention(q, k, v, order, live, mask, block_q, block_k, scale, qk_bits, pv_bits, smooth)
 
 
 @block_attention.register_fake
@@ -168,6 +179,8 @@ def _through_torch(q, k, v, order, live, mask, block_q, block_k, scale, qk_bits,
     """Keys and values of live blocks gathered, then torch's attention; integers as the reference has them."""
     if (qk_bits, pv_bits) != (16, 16):
         return block_attention_reference(q, k, v, order, live, mask, block_q, block_k, scale, qk_bits, pv_bits, pv_mode, smooth)
+    if live is None:  # an order changes nothing
+        return through_torch(q, k, v, mask, scale)
     out = _output(q, v)
     for h, rows, row_blocks in _heads(order, live, q, block_q, block_k):
         q_h, k_h, v_h = (t[:, h].index_select(1, rows)[:, None] for t in (q, k, v))

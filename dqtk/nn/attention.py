@@ -19,14 +19,12 @@ from dqtk.calls import LayoutRule, given_arguments, layout_rule, layouts_of
 from dqtk.kernels.block_attention import block_attention
 from dqtk.numerics.block_masks import carried, counts, guards, near, pack, pooled, radial, unpack
 from dqtk.numerics.layout import Layout
+from dqtk.ops import PV_MODES
 from dqtk.sites import heads_of
 from dqtk.spec import (
     AttentionSpec,
-    Fixed,
-    PerTile,
     PooledBlocks,
     Radial,
-    RowInTile,
     SlidingTile,
     SmoothBoth,
     SmoothKeys,
@@ -36,7 +34,6 @@ from dqtk.spec import (
 
 from .noise import NoiseState, following
 
-_SCALES = {RowInTile: "row", PerTile: "tile", Fixed: "static"}
 _SMOOTH = {type(None): "none", SmoothKeys: "k", SmoothBoth: "qk"}
 NAME = "blocks"  # of the module that holds orders and masks, within an attention module
 
@@ -142,7 +139,7 @@ class Blocks(nn.Module):
             scale,
             16 if self.spec.qk is None else self.spec.qk.bits,
             16 if self.spec.pv is None else self.spec.pv.bits,
-            _SCALES[type(self.spec.scale)],
+            PV_MODES[type(self.spec.scale)],
             _SMOOTH[type(self.spec.smooth)],
         )
 
