@@ -78,6 +78,10 @@ PV_MODES = {RowInTile: "row", PerTile: "tile", Fixed: "static"}
 
 def report_of_attention(spec: AttentionSpec, device: str) -> str:
     """What runs for an attention on a device type, in words; blocks of a plan shrink where a sequence has few of them."""
+    if spec.kernel is not None:
+        there = gpu.sage_version()
+        what = f"sageattention {there}, the installed package" if there else "an error: sageattention is not installed"
+        return what if device == "cuda" else "an error: sageattention is for CUDA devices"
     qk, pv = (16 if given is None else given.bits for given in (spec.qk, spec.pv))
     exact, mode = (qk, pv) == (16, 16), PV_MODES[type(spec.scale)]
     if device == "cuda" and exact and spec.mask is None:

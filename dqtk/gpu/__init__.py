@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import support, table
+from .sage import require_sage, sage_version
 from .support import describe, no_scaled_matmul, serves
 from .table import chosen, chosen_pass
 
@@ -20,6 +21,8 @@ __all__ = [
     "linear_decoded",
     "linear_int8",
     "no_scaled_matmul",
+    "require_sage",
+    "sage_version",
     "serves",
     "takes_blocks",
 ]
