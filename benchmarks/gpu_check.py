@@ -1,11 +1,13 @@
-"""The GPU kernels on the GPU of this machine: whether they are right, which tiles are best here, how fast linear layers are.
+"""The GPU kernels on the GPU of this machine: whether they are right, which tiles are best here, how fast linear
+layers and attention are.
 
     make gpu-check          or          python benchmarks/gpu_check.py [--minutes 9] [--no-tune]
 
 Needs a checkout, a CUDA build of torch (Triton comes with it) and a device; neither diffusers nor an installed dqtk. First come the
 cases of tests/gpu/triton_cases.py: a wrong kernel is not timed. Then every tile of every kind of product, and torch's own kernel,
-for some shapes: the best go into the device's table in the cache folder (dqtk/gpu/table.py). Then linear layers beside bfloat16, in
-rounds: a JSON line per shape in benchmarks/results.jsonl, and a short table.
+for some shapes: the best go into the device's table in the cache folder (dqtk/gpu/table.py). Then linear layers beside bfloat16,
+and attention over live blocks (gpu_attention.py) beside torch's, in rounds: a JSON line per shape in benchmarks/results.jsonl,
+and a short table.
 
 Times are the device's: before each call the device sleeps, so that launches wait for nothing, and overwrites its cache, so that
 weights come from memory as they do in a model. "called" is the time of calls from Python one behind the other, cache warm.
@@ -20,6 +22,7 @@ import types
 from collections.abc import Callable
 from pathlib import Path
 
+import gpu_attention
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -151,19 +154,19 @@ def methods(t: int, n: int, k: int, device: str) -> Calls:
     return found
 
 
-def compare(calls: Calls, repeats: int) -> dict:
-    """Medians of times, and of their ratios to bfloat16's in the same round; orders are drawn anew."""
+def compare(calls: Calls, repeats: int, base: str = "bfloat16") -> dict:
+    """Medians of times, and of their ratios to those of ``base`` in the same round; orders are drawn anew."""
     times: dict = {name: [] for name in calls}
     for call in calls.values():
         call()
     for _ in range(repeats):
         for name in random.sample(list(calls), len(calls)):
             times[name].append(microseconds(calls[name]))
-    base = times["bfloat16"]
     return {
         "microseconds": {name: round(statistics.median(values), 1) for name, values in times.items()},
-        "times_faster_than_bfloat16": {
-            name: round(statistics.median(a / b for a, b in zip(base, values, strict=True)), 3) for name, values in times.items()
+        f"times_faster_than_{base}": {
+            name: round(statistics.median(a / b for a, b in zip(times[base], values, strict=True)), 3)
+            for name, values in times.items()
         },
         "microseconds_called": {name: round(called(call), 1) for name, call in calls.items()},
         "repeats": repeats,
@@ -230,27 +233,39 @@ def main() -> None:
 
     check()
     check_graphs()
-    path = table.path_of(torch.cuda.get_device_name())
+    path, device = table.path_of(torch.cuda.get_device_name()), torch.device("cuda", torch.cuda.current_device())
     if not options.no_tune:
         limit = begun + options.minutes * 40
-        table.save(path, tune("cuda", ROWS, SIZES, lambda: limit - time.monotonic()))
+        attention = gpu_attention.tune("cuda", lambda: limit - time.monotonic(), microseconds, runs)
+        table.save(path, [*attention, *tune("cuda", ROWS, SIZES, lambda: limit - time.monotonic())])
         print(f"table: {path}", flush=True)
     lines = []
     for n, k in SIZES:
         for t in ROWS:
             row = compare(methods(t, n, k, "cuda"), 30)
-            tiles = {
-                kind: str(table.chosen(kind, t, n, k, torch.device("cuda", torch.cuda.current_device()))) for kind in table.TILES
-            }
+            tiles = {kind: str(table.chosen(kind, t, n, k, device)) for kind in table.TILES}
             append({"benchmark": "gpu-linear", "shape": [t, k, n], **row, "tiles": tiles}, {"triton": triton.__version__}, "cuda")
-            faster = row["times_faster_than_bfloat16"]
-            lines.append(
-                f"{t:5} {k:6} {n:6} {row['microseconds']['bfloat16']:9.1f}"
-                + "".join(f"{faster[m]:12.2f}" for m in faster if m != "bfloat16")
-            )
-    names = [name for name in row["microseconds"] if name != "bfloat16"]
-    print(f"\n{gpu.describe()[1]}, {torch.cuda.get_device_name()}, {time.monotonic() - begun:.0f} s; times faster than bfloat16")
-    print(f"{'T':>5} {'K':>6} {'N':>6} {'bf16 us':>9}" + "".join(f"{name:>12}" for name in names), *lines, sep="\n")
+            lines.append(line(f"{t:5} {k:6} {n:6}", row, "bfloat16"))
+    print(f"\n{gpu.describe()[1]}, {torch.cuda.get_device_name()}; times faster than bfloat16")
+    print(headings(f"{'T':>5} {'K':>6} {'N':>6}", row, "bfloat16"), *lines, sep="\n")
+    for shape in gpu_attention.SHAPES:
+        row = compare(gpu_attention.methods(shape, "cuda", microseconds), 20, "SDPA")
+        name = " x ".join(map(str, shape))
+        how = str(gpu_attention.chosen(shape, device))
+        append({"benchmark": "gpu-attention", "shape": list(shape), **row, "how": how}, {"triton": triton.__version__}, "cuda")
+        print(f"\nattention, {name}: heads, tokens, channels, queries and keys of a block; times faster than torch's")
+        print(headings("", row, "SDPA"), line("", row, "SDPA"), sep="\n")
+    print(f"\n{time.monotonic() - begun:.0f} s")
+
+
+def headings(first: str, row: dict, base: str) -> str:
+    names = [name for name in row["microseconds"] if name != base]
+    return f"{first} {base + ' us':>11}" + "".join(f"{name:>14}" for name in names)
+
+
+def line(first: str, row: dict, base: str) -> str:
+    faster = row[f"times_faster_than_{base}"]
+    return f"{first} {row['microseconds'][base]:11.1f}" + "".join(f"{faster[name]:14.2f}" for name in faster if name != base)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from .nn import Quantized, runtime_class
 from .nn.activated import fit
-from .nn.attention import blocks_of, install_blocks
+from .nn.attention import blocks_of, check_packages, install_blocks
 from .nn.correction import NAME, OutputCorrection, correction_of
 from .nn.shared_input import share_input
 from .nn.steps import first_last_policy
@@ -311,6 +311,7 @@ def load_module(module: nn.Module, path: str | os.PathLike) -> nn.Module:
     layers = read_config(config, f"load: {folder}")
     digests = verify_files([folder / "model.safetensors"], "load")
     install(module, layers, f"load: {folder}")
+    check_packages(read_attention(config, f"load: {folder}").values(), f"load: {folder}")
     install_attention(module, config, f"load: {folder}")
     install_correction(module, config, f"load: {folder}")
     once = load_file(folder / "model.safetensors")

@@ -28,13 +28,14 @@ from .checkpoint import (
     install_attention,
     install_correction,
     quantized_layers,
+    read_attention,
     read_config,
     replace_layer,
     verify_files,
 )
 from .nn import Quantized
 from .nn.activated import FUSED, fuses
-from .nn.attention import remove_blocks
+from .nn.attention import check_packages, remove_blocks
 from .nn.correction import remove_correction
 from .nn.noise import forget
 from .nn.steps import forget_steps
@@ -88,6 +89,7 @@ class DqtkQuantizer(DiffusersQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> None:
         install(model, read_config(self.quantization_config.fields), "from_pretrained")
+        check_packages(read_attention(self.quantization_config.fields, "from_pretrained").values(), "from_pretrained")
         install_attention(model, self.quantization_config.fields, "from_pretrained")
         install_correction(model, self.quantization_config.fields, "from_pretrained")
 

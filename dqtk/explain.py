@@ -3,7 +3,7 @@
 from collections import Counter
 from typing import Any
 
-from .ops import op_of, report_of
+from .ops import op_of, report_of, report_of_attention
 from .plan import Plan
 from .spec import SiteSpec, describe, describe_attention, kinds_of, weights_of
 
@@ -85,8 +85,8 @@ def runs(plan: Plan) -> str:
     for device in ("cpu", "cuda"):
         for op, num in ops.most_common():
             rows.append([device, op, str(num), report_of(op, device)])
-        if blocks := [c for c in plan.attention if c.spec is not None]:
-            rows.append([device, "block_attention", str(len(blocks)), report_of("block_attention", device)])
+        attention = Counter(report_of_attention(c.spec, device) for c in plan.attention if c.spec is not None)
+        rows += [[device, "attention", str(num), report] for report, num in attention.most_common()]
     return table(["device", "op", "layers", "runs as"], rows)
 
 

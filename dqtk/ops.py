@@ -7,7 +7,22 @@ emulated      everything else: inputs are rounded, weights decoded, and the prod
 """
 
 from dqtk import gpu, native
-from dqtk.spec import STATIC, Dynamic, Float, Int, LayerSpec, PerChannel, PerTensor, PerToken, TensorSpec, TwoLevel
+from dqtk.spec import (
+    STATIC,
+    AttentionSpec,
+    Dynamic,
+    Fixed,
+    Float,
+    Int,
+    LayerSpec,
+    PerChannel,
+    PerTensor,
+    PerTile,
+    PerToken,
+    RowInTile,
+    TensorSpec,
+    TwoLevel,
+)
 
 E4M3 = Float(exponent=4, mantissa=3)
 EMULATED = "emulated in floating point"
@@ -50,17 +65,36 @@ def report_of(op: str, device: str) -> str:
         if served:
             return f"weights decoded to the compute dtype, {by}, then torch's own matmul"
         return f"weights decoded to the compute dtype, then torch's own matmul{why}"
-    if op == "block_attention":
-        return (
-            f"live blocks, {by} (of 64 keys or multiples; others through torch)"
-            if served
-            else f"live blocks gathered for torch's own attention; integers emulated{why}"
-        )
     if op in ("linear_int8", "conv_int8") and device in ("cpu", "cuda"):
         return f"integer matmul, {by}" if served else f"integer matmul through torch._int_mm{why}"
     if op == "linear_fp8" and device == "cuda" and gpu.no_scaled_matmul() is None:
         return "FP8 matmul through torch._scaled_mm"
     return EMULATED
+
+
+PV_MODES = {RowInTile: "row", PerTile: "tile", Fixed: "static"}
+"""How dqtk::block_attention calls the scales of probabilities."""
+
+
+def report_of_attention(spec: AttentionSpec, device: str) -> str:
+    """What runs for an attention on a device type, in words; blocks of a plan shrink where a sequence has few of them."""
+    if spec.kernel is not None:
+        there = gpu.sage_version()
+        what = f"sageattention {there}, the installed package" if there else "an error: sageattention is not installed"
+        return what if device == "cuda" else "an error: sageattention is for CUDA devices"
+    qk, pv = (16 if given is None else given.bits for given in (spec.qk, spec.pv))
+    exact, mode = (qk, pv) == (16, 16), PV_MODES[type(spec.scale)]
+    if device == "cuda" and exact and spec.mask is None:
+        return "torch's own attention: all of it, as it is"
+    served, by = native.describe() if device == "cpu" else gpu.describe() if device == "cuda" else (False, "")
+    if device == "cpu":
+        taken = native.takes_blocks(spec.mask is not None, spec.block[1], 1, qk, pv, mode)
+    else:
+        taken = gpu.takes_blocks(spec.block[0], spec.block[1], 1, qk, pv, mode)
+    if served and taken:
+        return f"live blocks, {by}"
+    why = f" ({by} take no blocks of {spec.block[0]} by {spec.block[1]} like these)" if served else f" ({by})" if by else ""
+    return f"live blocks gathered for torch's own attention{why}" if exact else f"{EMULATED}{why}"
 
 
 def _kernels(op: str, device: str) -> tuple[bool, str]:

@@ -30,7 +30,7 @@ from .correct.output import check_correctable, correct_output
 from .hosts import backend_of
 from .methods.solve import Solution
 from .nn import Quantized, runtime_class
-from .nn.attention import Blocks, check_free
+from .nn.attention import Blocks, check_free, check_packages
 from .plan import Choice, Plan, Recipe, Rule, check_fit, resolve
 from .policy import StepPolicy, combined, fixed_choices
 from .processes import ALONE, Processes, processes
@@ -212,6 +212,7 @@ def quantize(
     work = fixed_choices(work, target, prompts, call_kwargs)
     for choice in work:
         _check_layer(_layer_of(parts, choice), choice, stats)
+    check_packages((choice.spec for choice in made.attention), "quantize")
     for place in (choice.site for choice in made.attention if choice.spec is not None):
         check_free(parts[place.component].get_submodule(place.path), place.id, "quantize")
     touched = dict.fromkeys(choice.site.component for choice in made.decisions if choice.spec is not None)

@@ -35,6 +35,7 @@ from .spec import (
     PerTensor,
     PerToken,
     Recall,
+    Sage,
     ShortcutSplit,
     SiteSpec,
     Smooth,
@@ -354,11 +355,19 @@ def _dense(density: float) -> AttentionSpec:
     return AttentionSpec()
 
 
+def _sage(density: float) -> AttentionSpec:
+    """An installed SageAttention."""
+    if density != DENSITY:
+        raise ValueError(f"attention: density must be left out for sage, got {density}. Take paro-int8.")
+    return AttentionSpec(kernel=Sage())
+
+
 ATTENTION: dict[str, Callable[[float], AttentionSpec]] = {
     "dense": _dense,
     "paro": partial(_paro, bits=None),
     "paro-int8": partial(_paro, bits=8),
     "paro-int4": partial(_paro, bits=4),
+    "sage": _sage,
 }
 """How attention is computed, by name; a function of the density. As recipes of their own they leave layers at 16 bits."""
 

@@ -43,6 +43,7 @@ from dqtk.spec import (
     Recall,
     Reconstruct,
     RowInTile,
+    Sage,
     ShortcutSplit,
     SlidingTile,
     Smooth,
@@ -96,6 +97,7 @@ EVERY_TYPE = [
     Fixed(),
     SmoothKeys(),
     SmoothBoth(),
+    Sage(),
     AttentionSpec(
         order=Recall(),
         mask=StaticBlocks(density=0.3),

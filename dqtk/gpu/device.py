@@ -35,10 +35,16 @@ def rounded_to(v, TYPE: tl.constexpr):
 
 @triton.jit
 def sum_of_products(a, b, acc):
-    """acc + a @ b in float32, of 16-bit numbers."""
+    """acc + a @ b in float32, of 16-bit numbers or of float32 ones in three parts of 10 bits."""
     if _INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc)
+    return tl.dot(a, b, acc, input_precision="tf32x3")
+
+
+@triton.jit
+def nearest(v):
+    """To the nearest integer, ties to even, of |v| < 2^22."""
+    return (v + 12582912.0) - 12582912.0
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dqtk.numerics.packing import integer_weight
 
-from .device import EXACT, dense, per_group, rounded_to, sizes_of, tile_of
+from .device import EXACT, dense, nearest, per_group, rounded_to, sizes_of, tile_of
 from .tiles import Tile
 
 ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2}
@@ -33,12 +33,6 @@ def _load_smoothed(x, smooth, at, inside, SMOOTH: tl.constexpr):
         factors = tl.load(smooth + at, mask=inside, other=0.0).to(tl.float32)
         values = rounded_to(values.to(tl.float32) * factors, x.dtype.element_ty)
     return values.to(tl.float32)
-
-
-@triton.jit
-def _round(v):
-    """To the nearest integer, ties to even, of |v| < 2^22."""
-    return (v + 12582912.0) - 12582912.0
 
 
 @triton.jit
@@ -70,7 +64,7 @@ def _round_rows(
         at = start + tl.arange(0, BLOCK)
         v = tl.div_rn(_load_smoothed(x, smooth, at, at < K, SMOOTH), tl.zeros((BLOCK,), dtype=tl.float32) + scale)
         v = tl.where(v == v, v, 0.0)
-        v = _round(tl.minimum(tl.maximum(v, -1024.0), 1024.0))
+        v = nearest(tl.minimum(tl.maximum(v, -1024.0), 1024.0))
         if ZERO:
             v += tl.load(input_zero).to(tl.float32)
         v = tl.minimum(tl.maximum(v, -128.0), 127.0)

@@ -1,4 +1,4 @@
-"""How large the tiles of a product are: a few sizes to choose from, and which one serves a shape.
+"""How large the tiles of a product are, and how attention walks over its blocks: a few to choose from, and which serves a shape.
 
 Without a measured table (``table.py``) the choice is by the number of rows alone, and nobody has timed it.
 """
@@ -51,7 +51,31 @@ TILES = {"int8": INT8, "int4": INT4, "decoded8": DECODED, "decoded4": DECODED}
 """By what is multiplied: 8-bit inputs with 8- or 4-bit weights, 16-bit inputs with weights that are decoded."""
 
 
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """How blocks of keys pass by a block of queries: Triton's warps and stages; whether rows are put in order beforehand (else
+    every block of queries picks them up by their numbers)."""
+
+    warps: int
+    stages: int
+    moved: bool = False
+
+
+_PASSES = (Pass(4, 2), Pass(4, 3), Pass(8, 2), Pass(8, 3), Pass(4, 3, True), Pass(8, 3, True))
+PASSES = {
+    f"attention{bits}-{keys}": tuple(how for how in _PASSES if bits == 16 or not how.moved)
+    for bits in (16, 8)
+    for keys in (64, 128)
+}
+"""By whether numbers are rounded (those lie in order anyway), and keys of a block. Which of them fit depends on the channels."""
+
+
 def by_rows(rows: int, tiles: tuple[Tile, ...]) -> Tile:
     """The tile of a product where no table says better."""
     enough = [tile for tile in tiles if tile.rows >= rows]
     return enough[0] if enough else tiles[-1]
+
+
+def default_pass(rows: int, block_bytes: int, shared_bytes: int) -> Pass:
+    """Where no table says better: as many blocks of keys and values ahead as fit beside the queries, three at most; not timed."""
+    return Pass(8 if rows >= 128 else 4, max(1, min(3, (shared_bytes * 3 // 4) // block_bytes)))

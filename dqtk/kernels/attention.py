@@ -23,10 +23,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     Returns:
         [B, H, Q, D'] in the dtype of ``q``; 0 where a query sees no key. Rows lie as [B, Q, H, D'].
     """
-    return _through_torch(q, k, v, mask, scale)
+    return through_torch(q, k, v, mask, scale)
 
 
-def _through_torch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def through_torch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """The op on any device."""
     if mask is not None:
         mask = torch.atleast_2d(mask if mask.dtype == torch.bool else mask.to(q.dtype))
     y = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
@@ -37,7 +38,7 @@ def _through_torch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: 
 def _(q, k, v, mask, scale):
     library = native.load()
     if library is None or q.dtype not in native.TYPES or 0 in (*q.shape, *k.shape, *v.shape):
-        return _through_torch(q, k, v, mask, scale)
+        return through_torch(q, k, v, mask, scale)
     return native.attention(library, q, k, v, None if mask is None else added(mask, q, k), scale)
 
 
@@ -62,7 +63,7 @@ def _backward(ctx, grad):
     q, k, v, mask = ctx.saved_tensors
     with torch.enable_grad():
         leaves = q, k, v = [t.detach().requires_grad_() for t in (q, k, v)]
-        found = torch.autograd.grad(_through_torch(q, k, v, mask, ctx.scale), leaves, grad)
+        found = torch.autograd.grad(through_torch(q, k, v, mask, ctx.scale), leaves, grad)
     return *found, None, None
 
 

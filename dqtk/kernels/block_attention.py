@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dqtk import native
+from dqtk import gpu, native
 from dqtk.numerics.block_masks import unpack
 
-from .attention import added
+from .attention import added, through_torch
+from .attention_check import Kernel, check_kernel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BITS = (16, 8, 4)
@@ -71,17 +72,47 @@ def block_attention(
 
 @block_attention.register_kernel("cpu")
 def _(q, k, v, order, live, mask, block_q, block_k, scale, qk_bits, pv_bits, pv_mode, smooth):
+    given = q, k, v, order, live, mask, block_q, block_k, scale, qk_bits, pv_bits, pv_mode, smooth
     _check(q, k, v, order, live, mask, block_q, block_k, qk_bits, pv_bits, pv_mode, smooth)
     _check_order(order)
+    served = native.load() is not None and native.takes_blocks(live is not None, block_k, q.shape[3], qk_bits, pv_bits, pv_mode)
+    if not served or 0 in (*q.shape, *v.shape):
+        return _through_torch(*given)
+    kernel = Kernel(
+        run=_through_native,
+        which=native.load(),
+        name=lambda: native.describe()[1],
+        remedy="DQTK_NATIVE=off does without it.",
+    )
+    check_kernel(kernel, _through_torch, *given)
+    return _through_native(*given)
+
+
+def _through_native(q, k, v, order, live, mask, block_q, block_k, scale, qk_bits, pv_bits, pv_mode, smooth) -> Tensor:
     library = native.load()
-    if (
-        library is None
-        or 0 in (*q.shape, *v.shape)
-        or not native.takes_blocks(live, block_k, q.shape[3], qk_bits, pv_bits, pv_mode)
-    ):
-        return _through_torch(q, k, v, order, live, mask, block_q, block_k, scale, qk_bits, pv_bits, pv_mode, smooth)
+    assert library is not None
     mask = None if mask is None else added(mask, q, k)
     return native.block_attention(library, q, k, v, order, live, mask, block_q, block_k, scale, qk_bits, pv_bits, smooth)
+
+
+@block_attention.register_kernel("cuda")
+def block_attention_on_cuda(q, k, v, order, live, mask, block_q, block_k, scale, qk_bits, pv_bits, pv_mode, smooth) -> Tensor:
+    """The op on a CUDA device: Triton kernels, else torch's; ``ops.report_of_attention`` says which and why."""
+    given = q, k, v, order, live, mask, block_q, block_k, scale, qk_bits, pv_bits, pv_mode, smooth
+    _check(q, k, v, order, live, mask, block_q, block_k, qk_bits, pv_bits, pv_mode, smooth)
+    plain = live is None and (qk_bits, pv_bits) == (16, 16)  # all of it, as it is: torch's own is the fastest
+    served = gpu.serves(q.device) and gpu.takes_blocks(block_q, block_k, max(q.shape[3], v.shape[3]), qk_bits, pv_bits, pv_mode)
+    if plain or not served or 0 in (*q.shape, *v.shape):
+        return _through_torch(*given)
+    check_kernel(_TRITON, _through_torch, *given)
+    return _through_triton(*given)
+
+
+def _through_triton(q, k, v, order, live, mask, block_q, block_k, scale, qk_bits, pv_bits, pv_mode, smooth) -> Tensor:
+    return gpu.block_attention(q, k, v, order, live, mask, block_q, block_k, scale, qk_bits, pv_bits, smooth)
+
+
+_TRITON = Kernel(run=_through_triton, which="triton", name=lambda: gpu.describe()[1], remedy="DQTK_TRITON=off does without it.")
 
 
 @block_attention.register_fake
@@ -168,6 +199,8 @@ def _through_torch(q, k, v, order, live, mask, block_q, block_k, scale, qk_bits,
     """Keys and values of live blocks gathered, then torch's attention; integers as the reference has them."""
     if (qk_bits, pv_bits) != (16, 16):
         return block_attention_reference(q, k, v, order, live, mask, block_q, block_k, scale, qk_bits, pv_bits, pv_mode, smooth)
+    if live is None:  # an order changes nothing
+        return through_torch(q, k, v, mask, scale)
     out = _output(q, v)
     for h, rows, row_blocks in _heads(order, live, q, block_q, block_k):
         q_h, k_h, v_h = (t[:, h].index_select(1, rows)[:, None] for t in (q, k, v))

@@ -264,10 +264,10 @@ def block_attention(
     return kept[-1]
 
 
-def takes_blocks(live: Tensor | None, block_k: int, channels: int, qk_bits: int, pv_bits: int, pv_mode: str) -> bool:
+def takes_blocks(sparse: bool, block_k: int, channels: int, qk_bits: int, pv_bits: int, pv_mode: str) -> bool:
     """Whether ``block_attention`` serves these: else sums of products may not be exact, or a block not fit."""
     if (qk_bits, pv_bits) == (16, 16):
-        return live is None or block_k % 64 == 0
+        return not sparse or block_k % 64 == 0
     return block_k <= 256 and channels <= 1024 and (pv_bits == 16 or pv_mode == "row")
 
 

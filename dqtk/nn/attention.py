@@ -6,7 +6,7 @@ ends in that call, masks are seen and honoured, nothing global is changed, and `
 processor hands to another kernel (a backend chosen with ``set_attention_backend``) never arrives here, which is an error.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -16,17 +16,18 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dqtk.calls import LayoutRule, given_arguments, layout_rule, layouts_of
+from dqtk.gpu.sage import PACKAGE, require_sage
 from dqtk.kernels.block_attention import block_attention
+from dqtk.kernels.sage import sage_attention
 from dqtk.numerics.block_masks import carried, counts, guards, near, pack, pooled, radial, unpack
 from dqtk.numerics.layout import Layout
+from dqtk.ops import PV_MODES
 from dqtk.sites import heads_of
 from dqtk.spec import (
     AttentionSpec,
-    Fixed,
-    PerTile,
     PooledBlocks,
     Radial,
-    RowInTile,
+    Sage,
     SlidingTile,
     SmoothBoth,
     SmoothKeys,
@@ -36,7 +37,6 @@ from dqtk.spec import (
 
 from .noise import NoiseState, following
 
-_SCALES = {RowInTile: "row", PerTile: "tile", Fixed: "static"}
 _SMOOTH = {type(None): "none", SmoothKeys: "k", SmoothBoth: "qk"}
 NAME = "blocks"  # of the module that holds orders and masks, within an attention module
 
@@ -104,6 +104,8 @@ class Blocks(nn.Module):
         """Share of blocks that are computed, over heads and intervals; what was asked for where calls choose, or without data."""
         if isinstance(self.spec.mask, PooledBlocks) or (self.spec.mask is not None and self.live is not None and self.live.is_meta):
             return self.spec.mask.density
+        if self.spec.mask is None:
+            return 1.0
         layout = Layout(*self.spec.layout) if layout is None else layout
         live = self._masks(layout, torch.device("cpu"))
         return 1.0 if live is None else float(unpack(live, counts(layout, self.spec.block)[1]).float().mean())
@@ -114,6 +116,8 @@ class Blocks(nn.Module):
         Raises:
             ValueError: a sequence of another length.
         """
+        if self.spec.kernel is not None:
+            return self._by_package(q, k, v, mask, scale)
         assert self._layouts is not None
         layout = self._layouts.layouts.get(q.shape[2])
         if layout is None:
@@ -129,7 +133,7 @@ class Blocks(nn.Module):
             live = pack(pooled(q, k, order, guard, self.spec.block, scale, self.spec.mask.density))[None]
         if live is not None and self._noise is not None:
             live = live.index_select(0, self._noise.index(q.device))
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        if _learns(q, k, v):
             return self._differentiable(q, k, v, order, live, mask, scale)
         return block_attention(
             q,
@@ -142,9 +146,19 @@ class Blocks(nn.Module):
             scale,
             16 if self.spec.qk is None else self.spec.qk.bits,
             16 if self.spec.pv is None else self.spec.pv.bits,
-            _SCALES[type(self.spec.scale)],
+            PV_MODES[type(self.spec.scale)],
             _SMOOTH[type(self.spec.smooth)],
         )
+
+    def _by_package(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        if _learns(q, k, v):
+            return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+        if mask is not None:
+            raise ValueError(
+                f"attention: a mask must be left out for {PACKAGE}, which drops it, got one of {list(mask.shape)}. Plan another "
+                "attention for this model, or prompts without padding."
+            )
+        return sage_attention(q, k, v, scale)
 
     def _differentiable(
         self, q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, live: Tensor | None, mask: Tensor | None, scale: float
@@ -192,6 +206,10 @@ class Blocks(nn.Module):
 
     def extra_repr(self) -> str:
         return describe_attention(self.spec)
+
+
+def _learns(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 class _Answering(TorchFunctionMode):
@@ -264,6 +282,12 @@ def check_free(part: Any, path: str, where: str) -> None:
             f"{where}: attention of {path} must have no hooks, got some (offloading, caching, your own). Quantize first, add them "
             "afterwards."
         )
+
+
+def check_packages(specs: Iterable[AttentionSpec | None], where: str) -> None:
+    """Raises ``ValueError`` where a package is not installed whose kernel is planned."""
+    if any(spec is not None and isinstance(spec.kernel, Sage) for spec in specs):
+        require_sage(where)
 
 
 def install_blocks(denoiser: nn.Module, path: str, spec: AttentionSpec, where: str = "attention") -> Blocks:

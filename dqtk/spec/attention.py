@@ -4,6 +4,8 @@ Sequences are cut into blocks of queries and of keys, and everything is decided 
 calibration decides) and ``dqtk/kernels/block_attention.py`` (what is computed).
 """
 
+from dataclasses import replace
+
 from .formats import Int
 from .frozen import frozen
 
@@ -134,11 +136,17 @@ class SmoothBoth:
 
 
 @frozen
+class Sage:
+    """The installed package ``sageattention``: dense, queries and keys in INT8, the rest as it decides (arXiv 2411.10958)."""
+
+
+@frozen
 class AttentionSpec:
     """One attention.
 
     order: of the tokens, chosen per head (per layer if ``one_order``); None: as they lie. mask: None computes all blocks. block:
     queries and keys of a block. qk, pv: integers that queries and keys, probabilities and values are rounded to; None: not.
+    kernel: of another package, which then decides everything; None: dqtk's own, else torch's.
     Found by calibration: layout: frames, rows, columns, text tokens before and after, of the sequence that it saw. orders: the one
     of every head, as an index into ``numerics.layout.ORDERS``.
     """
@@ -153,6 +161,7 @@ class AttentionSpec:
     smooth: SmoothKeys | SmoothBoth | None = None
     layout: tuple[int, ...] = ()
     orders: tuple[int, ...] = ()
+    kernel: Sage | None = None
 
     def __post_init__(self) -> None:
         if len(self.block) != 2 or not all(isinstance(size, int) and size >= 8 and size % 8 == 0 for size in self.block):
@@ -167,6 +176,12 @@ class AttentionSpec:
         if self.smooth is not None and self.qk is None:
             raise ValueError(f"AttentionSpec: smooth must be left out where queries and keys are not rounded, got {self.smooth!r}.")
 
+        if self.kernel is not None and (rest := replace(self, kernel=None)) != AttentionSpec():
+            raise ValueError(
+                f"AttentionSpec: order, mask and rounding must be left out with {type(self.kernel).__name__}(), which decides "
+                f"them, got {describe_attention(rest)}."
+            )
+
     @property
     def needs_stats(self) -> bool:
         """Whether calibration decides something."""
@@ -177,6 +192,8 @@ def describe_attention(spec: AttentionSpec | None) -> str:
     """For tables: ``QK8 PV8 reordered, 0.30 of 64x64 blocks``."""
     if spec is None:
         return "16 bit"
+    if spec.kernel is not None:
+        return "QK8 dense, by sageattention"
     words = [f"{name}{given.bits}" for name, given in (("QK", spec.qk), ("PV", spec.pv)) if given is not None] or ["16 bit"]
     if spec.order is not None:
         words.append("reordered")

@@ -20,7 +20,7 @@ import torch
 import gpu_check
 gpu_check.open_rooms()
 import triton_cases
-from dqtk.gpu.tiles import TILES
+from dqtk.gpu.tiles import PASSES as gpu_attention_passes, TILES
 torch.manual_seed(0)
 x = torch.randn(3, 128).bfloat16()
 for kind in TILES:
@@ -41,6 +41,25 @@ methods = gpu_check.methods(3, 72, 128, "cpu")
 for name in ("W8A8", "W8A16", "W4A8", "W4A16", "W8A8 torch", "W4A16 torch"):
     assert methods[name]().shape == (3, 72), name
 assert torch.equal(methods["W8A8"](), methods["W8A8 torch"]())
+
+import gpu_attention
+import torch.nn.functional as F
+shape = (2, 200, 32, 64, 64)
+calls = gpu_attention.methods(shape, "cpu", None)
+exact = calls["SDPA"]().float()
+assert list(calls) == ["SDPA", *(f"{what} {bits}" for bits in (16, 8) for what in ("dense", "0.5", "0.3", "0.2"))]
+for name, bound in (("dense 16", 0.01), ("dense 8", 0.03)):
+    error = (calls[name]().float() - exact).norm() / exact.norm()
+    assert error < bound, (name, error)
+assert calls["0.3 16"]().shape == exact.shape
+order = iter(range(1000, 0, -1))
+found = gpu_attention.tune("cpu", lambda: 1, lambda call: next(order), lambda call: True, [shape], 1)
+assert [(row.kind, row.t, row.n, row.k, row.tile) for row in found] == [
+    ("attention16-64", 200, 64, 32, gpu_attention_passes["attention16-64"][-1]),
+    ("attention8-64", 200, 64, 32, gpu_attention_passes["attention8-64"][-1]),
+]
+assert gpu_attention.tune("cpu", lambda: -1, None, None, [shape]) == []
+assert list(gpu_attention.chosen(shape, torch.device("cpu"))) == [16, 8]
 assert not {"dqtk.plan", "dqtk.quantize"} & set(sys.modules)
 """
 

@@ -7,17 +7,19 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import types
 from pathlib import Path
 
 import pytest
 import torch
-from triton_cases import CASES, KINDS, layer, moved, near, seeded, weight_only
+from triton_cases import ATTENTION, CASES, KINDS, attends, attention_inputs, drawn_blocks, layer, moved, near, seeded, weight_only
 
 from dqtk import gpu
 from dqtk.gpu import table
-from dqtk.gpu.tiles import INT8, by_rows
+from dqtk.gpu.tiles import INT8, Pass, by_rows, default_pass
 from dqtk.kernels import linear, linear_int8_reference, report_of
-from dqtk.ops import EMULATED
+from dqtk.ops import EMULATED, report_of_attention
+from dqtk.spec import AttentionSpec, Int, PerTile, Radial
 
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -143,6 +145,57 @@ def test_without_triton_torch_serves_the_op(machine, monkeypatch):
     assert gpu.serves(torch.device("cpu"))
     x, arguments = seeded(3, 24).double(), moved(layer(7, 24), "cpu")
     assert torch.equal(linear.linear_int8_on_cuda(x, *arguments), linear_int8_reference(x, *arguments))
+
+
+def test_attention_says_what_runs(machine):
+    sparse, codes = Radial(density=0.3), {"qk": Int(bits=8), "pv": Int(bits=8)}
+    specs = {
+        "dense": AttentionSpec(),
+        "16": AttentionSpec(mask=sparse),
+        "8": AttentionSpec(mask=sparse, **codes),
+        "tile": AttentionSpec(mask=sparse, scale=PerTile(), **codes),
+        "odd": AttentionSpec(mask=sparse, block=(64, 48)),
+    }
+
+    def reports():
+        return {name: report_of_attention(spec, "cuda") for name, spec in specs.items()}
+
+    machine(capability=(9, 0))
+    assert reports() == {
+        "dense": "torch's own attention: all of it, as it is",
+        "16": "live blocks, Triton kernels",
+        "8": "live blocks, Triton kernels",
+        "tile": f"{EMULATED} (Triton kernels take no blocks of 64 by 64 like these)",
+        "odd": "live blocks gathered for torch's own attention (Triton kernels take no blocks of 64 by 48 like these)",
+    }
+    machine(capability=(7, 5))
+    why = "(Triton kernels: this device has compute capability 7.5, below 8.0)"
+    assert reports()["8"] == f"{EMULATED} {why}"
+    assert reports()["16"] == f"live blocks gathered for torch's own attention {why}"
+
+
+def test_attention_without_triton(machine, monkeypatch):
+    monkeypatch.setattr(gpu, "block_attention", None)  # an error if it is called
+    shape = ATTENTION[2]
+    for how, bits, mode, block in (({"capability": (7, 5)}, 8, "row", 64), ({"TRITON_INTERPRET": "1"}, 8, "tile", 64)):
+        machine(**how)
+        arguments = None, drawn_blocks((*shape[:5], block, 128), 0.5), None, block, 128, 0.2, bits, bits, mode, "k"
+        attends(attention_inputs(shape, torch.float32), arguments, "cpu", f"{how}")
+
+
+def test_a_pass_for_attention(machine):
+    q = torch.empty(1, 1, 4608, 128, dtype=torch.bfloat16)
+    machine(capability=(9, 0))
+    assert table.chosen_pass(q, q, 64, 64, 16, 16) == Pass(4, 2)
+    assert table.chosen_pass(q, q, 128, 64, 8, 8) == Pass(8, 3)
+    assert default_pass(64, 1 << 20, table.SMALLEST) == Pass(4, 1)
+    rows = [table.Row("attention16-64", 4608, 64, 128, Pass(8, 3, True)), table.Row("attention8-64", 4608, 64, 128, Pass(4, 3))]
+    table.save(table.path_of("NVIDIA Some (Card)"), rows)
+    assert table.load(table.path_of("NVIDIA Some (Card)")) == rows
+    there = torch.empty(1, 1, 9000, 128, device="meta", dtype=torch.bfloat16)
+    there_too = types.SimpleNamespace(device=CUDA, shape=there.shape, dtype=there.dtype, element_size=lambda: 2)
+    assert table.chosen_pass(there_too, there_too, 64, 64, 16, 16) == Pass(8, 3, True)
+    assert table.chosen_pass(there_too, there_too, 64, 64, 4, 8) == Pass(4, 3)
 
 
 def test_weights_that_the_kernel_does_not_take_are_decoded_by_torch(machine, monkeypatch):

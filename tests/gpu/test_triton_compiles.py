@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dqtk.gpu import decoded, device, integer, tiles
+from dqtk.gpu import attention, attention_rows, decoded, device, integer, tiles
 
 SMALLEST = 99 << 10  # bytes of shared memory of a thread block, capabilities 8.6 and 8.9
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma"}
@@ -22,13 +22,13 @@ def _own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-def compiled(kernel, capability, types, constants, **options):
+def compiled(kernel, capability, types, constants, exact=True, **options):
     """A kernel for a capability; every number and address a multiple of 16, as in most models."""
     names = [name for name in kernel.arg_names if name not in constants]
     signature = dict(zip(names, types.split(), strict=True)) | dict.fromkeys(constants, "constexpr")
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options | device.EXACT)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options | (device.EXACT if exact else {}))
 
 
 def is_exact(made):
@@ -118,3 +118,69 @@ def test_decoded_product(kind, tile, capability):
     constants = {"BIAS": True, "SIGNED": kind == "two-level4", "LEVELS": kind == "table4", "ZERO": kind == "uint4"}
     constants |= {"SCALED": kind == "two-level4"} | KINDS[kind]
     product(decoded._multiply_decoded, capability, tile, types, constants)
+
+
+# --- attention -----------------------------------------------------------------------------------------------------------
+
+STRIDES = " i32" * 16
+ORDERED = {"MASK": "", "ORDER": True, "LISTED": True, "RAGGED": True, "TILES_PER_BLOCK": 1}
+
+
+def attends(capability, channels, block, how, qk=0, pv=0, smooth=False, dtype="bf16", **more):
+    """The kernel over blocks, whose products must be of tensor cores and fit into shared memory."""
+    rows, keys = block
+    sizes = {"ROWS": rows, "KEYS": keys, "CHANNELS": channels, "WIDE": 128, "OUTPUTS": channels, "WIDE_OUT": 128}
+    constants = ORDERED | sizes | more | {"QK": qk, "PV": pv, "SMOOTH_Q": smooth, "MOVED": how.moved}
+    kept = {"keys": qk or how.moved, "key_scales": qk, "key_mean": smooth, "values": pv or how.moved, "value_scales": pv}
+    kept["value_sums"] = pv
+    types = dict.fromkeys(("q", "k", "v", "out"), f"*{dtype}") | {"order": "*i32", "columns": "*i32"}
+    types |= {"counts": "*i32", "keys": "*i8" if qk else f"*{dtype}", "key_scales": "*fp32", "key_mean": "*fp32"}
+    types |= {"values": "*i8" if pv else f"*{dtype}", "value_scales": "*fp32", "value_sums": "*i32", "scale": "fp32"}
+    constants |= {name: None for name, there in kept.items() if not there}
+    constants |= {} if constants["LISTED"] else {"columns": None, "counts": None}
+    constants |= {} if constants["ORDER"] else {"order": None}
+    constants |= {} if constants["MASK"] else {"mask": None}
+    types["mask"] = "*fp32" if constants["MASK"].endswith("added") else "*u8"
+    given = [types.get(name, "i32") for name in attention._attend.arg_names if name not in constants]
+    made = compiled(attention._attend, capability, " ".join(given), constants, False, num_warps=how.warps, num_stages=how.stages)
+    assert made.metadata.shared <= SMALLEST
+    return made.asm["ptx"]
+
+
+@pytest.mark.parametrize("capability", TENSOR_CORES)
+@pytest.mark.parametrize("how", [tiles.Pass(4, 2), tiles.Pass(8, 2, True)], ids=str)
+def test_attention_in_16_bits(capability, how):
+    """Products on tensor cores, keys and values loaded ahead though a list says where they are, nothing through local memory."""
+    text = attends(capability, 128, (64, 64), how)
+    assert TENSOR_CORES[capability] in text
+    assert "cp.async" in text
+    assert ".local" not in text
+
+
+@pytest.mark.parametrize("capability", TENSOR_CORES)
+@pytest.mark.parametrize("bits", [(127, 255), (127, 0), (0, 255), (7, 15)], ids=str)
+def test_attention_in_integers(capability, bits):
+    how = tiles.default_pass(64, 64 * 128 * sum(1 if most else 2 for most in bits), SMALLEST)
+    text = attends(capability, 128, (64, 64), how, *bits, smooth=bits[0] == 7)
+    assert "s32.s8.s8" in text
+    assert TENSOR_CORES[capability] in text
+    assert "cp.async" in text
+
+
+def test_attention_in_float32_and_with_masks():
+    attends(80, 32, (64, 64), tiles.Pass(4, 2), dtype="fp32", MASK="keys", WIDE=32, WIDE_OUT=32)
+    attends(80, 128, (64, 64), tiles.Pass(4, 2), MASK="all added")
+    attends(90, 72, (128, 64), tiles.default_pass(128, 64 * 128 * 4, SMALLEST), ORDER=False, LISTED=False, RAGGED=False)
+
+
+@pytest.mark.parametrize("kind", ["plain", "keys", "values"])
+def test_rows_of_attention(kind):
+    """Rounded exactly as the reference."""
+    constants = {"KIND": kind, "MOST": 127, "ORDER": True, "SMOOTH": kind == "keys", "BLOCK": 64, "CHANNELS": 72, "WIDE": 128}
+    absent = {"plain": ("mean", "scales", "sums"), "keys": ("sums",), "values": ("mean",)}[kind]
+    types = {"x": "*bf16", "order": "*i32", "mean": "*fp32", "rows": "*bf16" if kind == "plain" else "*i8", "scales": "*fp32"}
+    types["sums"] = "*i32"
+    given = [types.get(name, "i32") for name in attention_rows._move_rows.arg_names if name not in (*constants, *absent)]
+    made = compiled(attention_rows._move_rows, 90, " ".join(given), constants | dict.fromkeys(absent), num_warps=4)
+    assert is_exact(made)
+    compiled(attention_rows._list_live, 90, "*u8 *i32 *i32 i32 i32", {"BLOCK": 128}, num_warps=1)

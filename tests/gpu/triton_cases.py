@@ -12,11 +12,14 @@ pytest nor diffusers: only the kernel rooms are needed.
 import json
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
+from dqtk.kernels.block_attention import block_attention_on_cuda, block_attention_reference
 from dqtk.kernels.decoded import decode_reference, linear_decoded_on_cuda
 from dqtk.kernels.linear import linear_int8_on_cuda, linear_int8_reference, linears_int8_on_cuda
 from dqtk.numerics.packing import pack
@@ -349,6 +352,191 @@ def decoded_says_what_it_takes(device: str) -> None:
     for kind, groups, taken in (*three_groups, ("int4", 2, False), ("uint4", 1, True), ("int3", 1, False)):
         assert takes(x, Stored(*weight_only(7, 96, kind, groups))) == taken, (kind, groups)
     assert not takes(x.float(), Stored(*weight_only(7, 96, "int4")))
+
+
+# --- attention -----------------------------------------------------------------------------------------------------------
+
+# batch, heads, tokens, channels, channels of values, query block, key block
+ATTENTION = (
+    (2, 2, 150, 72, 40, 64, 64),
+    (1, 2, 130, 64, 64, 128, 64),
+    (1, 1, 129, 128, 128, 64, 128),
+    (1, 2, 70, 24, 16, 16, 32),
+    (1, 1, 50, 16, 24, 32, 16),
+    (1, 2, 1, 8, 8, 64, 64),
+)
+CLOSE = {torch.float32: 5e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
+
+
+def attention_inputs(shape: tuple, dtype: torch.dtype) -> list[torch.Tensor]:
+    """q, k, v as projections give them; keys have a mean."""
+    b, h, n, d, e, *_ = shape
+    q, k, v = (seeded(b, n, h, size, seed=i).transpose(1, 2) for i, size in enumerate((d, d, e)))
+    return [t.to(dtype) for t in (q, k + 2 * seeded(d, seed=8), v)]
+
+
+def drawn_orders(shape: tuple) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(4)
+    return torch.stack([torch.randperm(shape[2], generator=draw) for _ in range(shape[1])]).to(torch.int32)
+
+
+def drawn_blocks(shape: tuple, density: float) -> torch.Tensor:
+    """uint8 [H, R, bytes]; some rows of blocks see nothing."""
+    _, h, n, *_, block_q, block_k = shape
+    live = torch.rand(h, -(-n // block_q), -(-n // block_k), generator=torch.Generator().manual_seed(9)) < density
+    padded = F.pad(live.to(torch.uint8), (0, -live.shape[2] % 8)).unflatten(2, (-1, 8))
+    return (padded << torch.arange(8, dtype=torch.uint8)).sum(3).to(torch.uint8)
+
+
+def attends(given: list[torch.Tensor], arguments: tuple, device: str, how: str, run: Callable = block_attention_on_cuda) -> None:
+    """Like the reference: within the dtype's rounding; where probabilities are codes, some of them fall on the other side."""
+    y, expected = run(*moved((*given, *arguments), device)).cpu(), block_attention_reference(*given, *arguments)
+    assert (y.dtype, y.shape, y.transpose(1, 2).is_contiguous()) == (expected.dtype, expected.shape, True), how
+    dtype, pv_bits = given[0].dtype, arguments[7]
+    difference = (y.float() - expected.float()).abs()
+    off = (difference > CLOSE[dtype] * (1 + expected.float().abs())).any(-1).float().mean()
+    assert off == 0 if pv_bits == 16 else off < 0.03, f"{how}: {off:.3f} of the rows, by {difference.max():.4f} at most"
+    if pv_bits < 16:
+        assert difference.max() <= 2 / (2**pv_bits - 1) * given[2].float().abs().max(), how
+
+
+@case
+def attention_of_live_blocks(device: str) -> None:
+    for i, shape in enumerate(ATTENTION):
+        for j, (order, live) in enumerate(((None, 0.4), (1, 0.4), (1, 1.0), (1, 0.0))):
+            dtype = DTYPES[(i + j) % 3]
+            arguments = order and drawn_orders(shape), drawn_blocks(shape, live), None, *shape[5:], 0.2, 16, 16, "row", "none"
+            attends(attention_inputs(shape, dtype), arguments, device, f"{shape} {order} {live} {dtype}")
+
+
+@case
+def attention_in_integers(device: str) -> None:
+    widths = ((8, 8), (8, 16), (16, 8), (4, 4), (8, 4))
+    for i, shape in enumerate(ATTENTION):
+        for j, smooth in enumerate(("none", "k", "qk")):
+            dtype, bits = DTYPES[(i + j) % 3], widths[(i * 3 + j) % len(widths)]
+            live = drawn_blocks(shape, 0.5) if j else None
+            arguments = drawn_orders(shape), live, None, *shape[5:], 0.15, *bits, "row", smooth
+            attends(attention_inputs(shape, dtype), arguments, device, f"{shape} {bits} {smooth} {dtype}")
+
+
+@case
+def attention_codes_are_exact(device: str) -> None:
+    """Keys and values rounded as the reference rounds them, in its order."""
+    from dqtk.gpu.attention_rows import move_rows
+    from dqtk.kernels.block_attention import _codes
+
+    for dtype, block, channels in ((torch.bfloat16, 64, 72), (torch.float16, 16, 32), (torch.float32, 32, 40)):
+        shape = (2, 2, 150, channels)
+        x, order = 3 * seeded(*shape).to(dtype), drawn_orders(shape)
+        mean, wide = x.float().mean(2), 128 if channels == 72 else 64
+        for most in (127, 7):
+            keys = move_rows(*moved((x, order, mean), device), block, wide, "keys", most)
+            values = move_rows(*moved((x, order), device), None, block, wide, "values", most)
+            plain = move_rows(*moved((x, order), device), None, block, wide, "plain")
+            for pair in range(4):
+                b, h = divmod(pair, 2)
+                rows = x[b, h, order[h].long()]
+                less = (rows.float() - mean[b, h])[None]
+                for made, per_channel, given in ((keys, False, less), (values, True, rows.float()[None])):
+                    codes, scale = _codes(given, block, most, per_channel)
+                    found = made.rows[pair].cpu()
+                    found = found.transpose(1, 2).flatten(0, 1) if per_channel else found
+                    assert torch.equal(found[:150, :channels].float(), codes[0]), (dtype, most, per_channel)
+                    assert not found[150:].any()
+                    assert not found[:, channels:].any()
+                    steps = made.scales[pair].cpu()
+                    expected = scale[0, ::block]
+                    assert torch.equal(steps[:, :channels] if per_channel else steps[:, None], expected)
+                sums = values.rows[pair].cpu().int().sum(2)
+                assert torch.equal(values.sums[pair].cpu(), sums.to(torch.int32))
+                assert torch.equal(plain.rows[pair].cpu()[:150, :channels], rows)
+
+
+@case
+def attention_lists_live_blocks(device: str) -> None:
+    from dqtk.gpu.attention_rows import list_live
+    from dqtk.numerics.block_masks import unpack
+
+    for columns in (1, 7, 8, 30, 300, 600):
+        shape = (1, 2, columns * 16, 8, 8, 16 * (-(-columns // 3)), 16)
+        for density in (0.0, 0.3, 1.0):
+            live = drawn_blocks(shape, density)
+            listed, counts = (t.cpu() for t in list_live(live.to(device), columns))
+            for h, row in ((h, row) for h in range(2) for row in range(live.shape[1])):
+                expected = unpack(live, columns)[h, row].nonzero()[:, 0].int()
+                assert torch.equal(listed[h, row, : counts[h, row]], expected), (columns, density)
+
+
+@case
+def attention_honours_masks(device: str) -> None:
+    """In the original order; keys that nobody sees, queries that see nothing."""
+    shape = (2, 2, 100, 24, 40, 32, 32)
+    n = shape[2]
+    kept, every = seeded(2, 1, 1, n, seed=5) > -0.5, seeded(2, 2, n, n, seed=6) > 0
+    every[0, 1, 7], every[1, :, :, 64:] = False, False
+    masks = (
+        kept,
+        every,
+        torch.zeros(n).masked_fill(~kept[0, 0, 0], -10000.0),
+        torch.zeros(n, n).masked_fill(~every[0, 1], -torch.inf).bfloat16(),
+        seeded(1, 2, n, 1),
+        seeded(2, 1, n, n).mT.contiguous().mT,
+    )
+    for i, mask in enumerate(masks):
+        for bits in (16, 8):
+            order, live = drawn_orders(shape) if i % 2 else None, drawn_blocks(shape, 0.6)
+            live[0, 1] = 0
+            arguments = order, live, mask, 32, 32, 0.3, bits, bits, "row", "none" if bits == 16 else "qk"
+            attends(attention_inputs(shape, DTYPES[i % 2]), arguments, device, f"mask {i}, {bits} bits")
+
+
+@case
+def attention_with_text(device: str) -> None:
+    """Text that never moves before or behind a grid that does, and part of it padding."""
+    shape = (1, 2, 135, 64, 64, 64, 64)
+    for text in (slice(0, 39), slice(96, 135)):
+        order = torch.arange(135, dtype=torch.int32).repeat(2, 1)
+        grid = [i for i in range(135) if not text.start <= i < text.stop]
+        order[:, grid] = torch.tensor(grid, dtype=torch.int32)[drawn_orders((1, 2, 96)).long()]
+        mask = torch.ones(1, 1, 1, 135, dtype=torch.bool)
+        mask[..., text.stop - 9 : text.stop] = False
+        live = drawn_blocks(shape, 0.3) | (1 << text.start // 64)
+        for bits in (16, 8):
+            arguments = order, live, mask, 64, 64, 0.125, bits, bits, "row", "none" if bits == 16 else "k"
+            attends(attention_inputs(shape, torch.bfloat16), arguments, device, f"text {text} {bits}")
+
+
+@case
+def attention_in_every_way(device: str) -> None:
+    """Every way to walk over the blocks, rows put in order before or picked up; blocks of queries larger than a tile."""
+    from dqtk.gpu.attention import block_attention
+    from dqtk.gpu.tiles import PASSES, Pass
+
+    for how in (*PASSES["attention16-64"], Pass(4, 1)):
+        for shape in ((1, 2, 150, 64, 64, 64, 64), (1, 1, 300, 40, 72, 256, 64)):
+            arguments = drawn_orders(shape), drawn_blocks(shape, 0.5), None, *shape[5:], 0.2, 16, 16, "row", "none"
+
+            def run(*given, how=how):
+                return block_attention(*given[:11], given[12], how=how)
+
+            attends(attention_inputs(shape, torch.bfloat16), arguments, device, f"{how} {shape}", run)
+
+
+@case
+def attention_does_not_hide_nan(device: str) -> None:
+    np.seterr(invalid="ignore", over="ignore")
+    warnings.filterwarnings("ignore", message="All-NaN")  # the interpreter's numpy again
+    shape = (1, 1, 96, 32, 32, 32, 32)
+    live = torch.tensor([[[1], [2], [4]]], dtype=torch.uint8)  # the diagonal
+    for bits in (16, 8):
+        for place in range(3):
+            given = attention_inputs(shape, torch.float32)
+            given[place][0, 0, 40, 3] = float("nan")
+            arguments = None, live, None, 32, 32, 0.2, bits, bits, "row", "none"
+            y = block_attention_on_cuda(*moved((*given, *arguments), device)).cpu()[0, 0]
+            assert torch.isfinite(y[[*range(32), *range(64, 96)]]).all(), (bits, place)
+            assert not torch.isfinite(y[40]).all(), (bits, place)
 
 
 def failures(device: str, beginning: str = "") -> dict[str, str]:
