@@ -64,7 +64,7 @@ from .layer import (
     Transform,
     without,
 )
-from .refine import Distill, Reconstruct, Refiner
+from .refine import Distill, MostSensitive, OfRoles, RankDecay, Reconstruct, Refiner, Selection
 from .text import canonical, did_you_mean, from_json, to_json
 
 __all__ = [
@@ -93,6 +93,8 @@ __all__ = [
     "Int",
     "LayerSpec",
     "LowRank",
+    "MostSensitive",
+    "OfRoles",
     "Order",
     "PerChannel",
     "PerGroup",
@@ -103,10 +105,12 @@ __all__ = [
     "PooledBlocks",
     "Radial",
     "Range",
+    "RankDecay",
     "Recall",
     "Reconstruct",
     "Refiner",
     "RowInTile",
+    "Selection",
     "ShortcutSplit",
     "SiteSpec",
     "SlidingTile",
