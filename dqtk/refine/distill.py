@@ -28,7 +28,7 @@ from dqtk.nn.correction import output_of
 from dqtk.spec import Distill, canonical
 
 from .descent import call_at, drawn_at
-from .learning import Lesson, Refined, learn, seen_and_unseen, start_digest
+from .learning import Lesson, Refined, is_matrix, is_table, learn, seen_and_unseen, start_digest
 from .selection import selected
 from .team import ALONE, Team
 
@@ -83,7 +83,7 @@ def distill(
     lesson = Lesson(
         layers=selected(name, module, layers, choice.layers, loss, team),
         module=module,
-        others=lambda path, parameter: not _is_matrix(module, path),
+        others=lambda path, parameter: not is_table(module, path) and (choice.matrix_rate > 0 or not is_matrix(module, path)),
         loss=loss,
         judge=judge,
         facts={"model": name, "choice": canonical(choice), "calls": len(calls), "start": start_digest(module, exact)},
@@ -129,9 +129,3 @@ def error_of(output: Tensor, exact: Tensor, guidance: float | None = None) -> Te
         uncond, cond = error.chunk(2)
         error = uncond + guidance * (cond - uncond)
     return error.square().mean()
-
-
-def _is_matrix(module: nn.Module, path: str) -> bool:
-    """Whether a parameter is the weight of a linear, convolution or embedding: too large to learn, not to be rounded."""
-    parent, _, name = path.rpartition(".")
-    return name == "weight" and isinstance(module.get_submodule(parent), nn.Linear | nn.modules.conv._ConvNd | nn.Embedding)

@@ -72,7 +72,7 @@ def learn(lesson: Lesson, choice: Refiner, file: Path | None, words: str, progre
         def begin(iteration: int) -> list[nn.Parameter]:
             return [number for mine in trained.values() if mine.branch is not None for number in mine.branch.begin(iteration)]
 
-        descent = Descent(_groups(trained, kept, choice), list(kept.values()), choice.iterations, batch, team)
+        descent = Descent(_groups(lesson, trained, kept, choice), list(kept.values()), choice.iterations, batch, team)
         with torch.enable_grad():
             descent.run(lesson.loss, file, identity_of(**lesson.facts), words, progress, begin)
         begin(choice.iterations)
@@ -107,15 +107,30 @@ def start_digest(module: nn.Module, answers: Sequence[Tensor]) -> str:
     return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
 
 
+def is_matrix(module: nn.Module, path: str) -> bool:
+    """Whether a parameter is the weight of a linear or convolution: large, and in another unit than biases and norms."""
+    parent, _, name = path.rpartition(".")
+    return name == "weight" and isinstance(module.get_submodule(parent), nn.Linear | nn.modules.conv._ConvNd)
+
+
+def is_table(module: nn.Module, path: str) -> bool:
+    """Whether a parameter is an embedding, which a call sees a few rows of."""
+    return isinstance(module.get_submodule(path.rpartition(".")[0]), nn.Embedding)
+
+
 def _groups(
-    trained: Mapping[str, Trained], kept: Mapping[str, Kept], choice: Refiner
+    lesson: Lesson, trained: Mapping[str, Trained], kept: Mapping[str, Kept], choice: Refiner
 ) -> list[tuple[float, dict[str, nn.Parameter]]]:
     """Learning rate -> numbers by name; those whose rate is 0 take no gradient."""
     rates = {CODES: choice.weight_rate, SCALES: choice.scale_rate}
     if isinstance(choice, Distill):
         rates |= {ZEROS: choice.zero_rate, FACTORS: choice.branch_rate, DECAYING: choice.decay.rate if choice.decay else 0.0}
     numbers = {f"{path}.{name}": p for path, mine in trained.items() for name, p in mine.parameters.items()}
-    groups = [(choice.bias_rate, {name: mine.learned for name, mine in kept.items()})]
+    matrices = {name: mine.learned for name, mine in kept.items() if is_matrix(lesson.module, name)}
+    groups = [(choice.bias_rate, {name: mine.learned for name, mine in kept.items() if name not in matrices})]
+    if isinstance(choice, Distill):
+        sizes = {name: float(matrix.detach().square().mean().sqrt()) for name, matrix in matrices.items()}
+        groups += [(choice.matrix_rate * sizes[name], {name: matrix}) for name, matrix in matrices.items()]
     for kind in (CODES, SCALES, ZEROS, FACTORS, DECAYING):
         mine, rate = {name: p for name, p in numbers.items() if name.rpartition(".")[2] in kind}, rates.get(kind, 0.0)
         groups.append((rate, mine))

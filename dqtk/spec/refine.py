@@ -63,7 +63,8 @@ class Distill:
     EfficientDM); None moves every code by itself. weight_rate: learning rate of codes, in steps of the grid; zero_rate: of zero
     points, in the same unit, where there are some (with ``rank`` a product of two matrices too: QA-LoRA, Xu et al. 2023, arXiv
     2309.14717); scale_rate: of scales, relative; branch_rate: of the factors of stored low-rank branches, relative to their mean
-    size; bias_rate: of biases, norms and tables that stay at 16 bits. seed: of the order of calls and the start of the matrices.
+    size; bias_rate: of biases, norms and tables that stay at 16 bits; matrix_rate: of the 16-bit weights of layers that are not
+    quantized, relative to their mean size. seed: of the order of calls and the start of the matrices.
 
     guidance: the pipeline's guidance scale, where its calls hold both halves, unconditional first. The error is then that of
     uncond + guidance (cond - uncond), which is what the scheduler sees; errors of the halves that are alike cancel. influence: how
@@ -82,6 +83,7 @@ class Distill:
     batch: int = 1
     zero_rate: float = 0.0
     branch_rate: float = 0.0
+    matrix_rate: float = 0.0
     guidance: float | None = None
     influence: tuple[float, ...] = ()
     layers: Selection | None = None
@@ -91,7 +93,7 @@ class Distill:
     def __post_init__(self) -> None:
         _check(self)
         _check_counts(self, "batch")
-        _check_rates(self, "zero_rate", "branch_rate")
+        _check_rates(self, "zero_rate", "branch_rate", "matrix_rate")
         if self.guidance is not None and not math.isfinite(self.guidance):
             raise ValueError(f"Distill: guidance must be a number or None, got {self.guidance!r}. It is the pipeline's own scale.")
         if self.influence and not (all(0 <= value < math.inf for value in self.influence) and any(self.influence)):
