@@ -2,10 +2,11 @@
 care for what sees the level only, distillation, another precision in some steps.
 
     python benchmarks/noise_levels.py [MODEL ...] [--only ranges correction placement temporal distillation policy]
-        [--num-prompts 16] [--steps 8 20 50] [--schedulers own ddim]
+        [--variants WORD ...] [--num-prompts 16] [--steps 8 20 50] [--schedulers own ddim]
 
 MODEL is a pipeline, or an embedded one with ``-stressed`` behind its name. Everything is calibrated once, at 20 steps of the
-pipeline's own scheduler, on 16 other captions, and then judged at other numbers of steps and with another scheduler. Error: mean
+pipeline's own scheduler, on 16 other captions (distillation, and what it is judged against: 32, most calls kept where errors count
+most), and then judged at other numbers of steps and with another scheduler. Error: mean
 square between final latents of the same prompt and noise, as the original's share; ``gain``: mean over prompts of the logarithm
 (base 10) of the first variant's error over this one's, with its interval (0.3: half the error). Policies protect a tenth of the
 steps: the first or last ones, or those that ``sensitive_steps`` finds on two calibration captions. Their cost, as the first
@@ -13,6 +14,7 @@ variant's share: the mean product of weight and input bits over a run, and the s
 """
 
 import argparse
+import inspect
 import sys
 from dataclasses import replace
 
@@ -24,7 +26,7 @@ from rows import append
 
 import dqtk
 from dqtk.calibrate.intervals import by_drift
-from dqtk.calibrate.placement import Around, Evenly, Every
+from dqtk.calibrate.placement import Around, ByDrift, Evenly, Every
 from dqtk.calls import denoisers
 from dqtk.checkpoint import quantized_layers
 from dqtk.correct.sensitive_steps import sensitive_steps
@@ -32,6 +34,7 @@ from dqtk.numerics.storage import layer_bytes
 from dqtk.policy import protecting
 from dqtk.prompt_sets import read_prompts
 from dqtk.recipes import recipe_named
+from dqtk.refine.influence import influence_of
 from dqtk.report.generate import image_seed
 from dqtk.resolve import call_kwargs_for
 from dqtk.spec import GPTQ, ByLevel, Distill, Int, LayerSpec, PerLevel
@@ -39,6 +42,8 @@ from dqtk.spec import GPTQ, ByLevel, Distill, Int, LayerSpec, PerLevel
 STEPS = 20  # of calibration
 ONE = "w8a8-static"
 CORRECTED, DISTILLED = ", corrected", ", distilled"
+MORE = slice(134, 166)  # captions of distillation
+LESSON: dict = {}
 PAIRED = ("correction", "distillation")  # every second variant is judged against the one before
 
 
@@ -67,6 +72,14 @@ def distillation() -> dict[str, LayerSpec]:
     three = replace(smoothed, weight=replace(smoothed.weight, format=Int(bits=3)))
     specs = {"w4a8 smooth": smoothed, "w4a4 rotate 64": SETTINGS["W4A4 INT"]["rotate 64 + gptq"], "w3a8 smooth": three}
     return {name + more: spec for name, spec in specs.items() for more in ("", DISTILLED)}
+
+
+def taught(model: str, captions: list[str], iterations: int) -> tuple[Distill, ByDrift]:
+    """How to distill, and which calls to learn from: as errors count in the final latents, of the guided output."""
+    pipe = load(model)
+    counts = influence_of(pipe, captions[:1], call_kwargs={"num_inference_steps": STEPS})
+    guidance = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
+    return Distill(iterations=iterations, guidance=guidance, influence=counts, **LESSON), ByDrift(moved=counts, floor=0.1)
 
 
 def scheduled(pipe, own, name: str):
@@ -168,6 +181,7 @@ def cost(pipe) -> dict[str, float]:
 def quantized(model: str, recipes: dict[str, dqtk.Recipe | LayerSpec], captions: list[str], iterations: int) -> dict:
     """Pipelines by name, from calibration at ``STEPS`` steps with its own scheduler."""
     made, stats = {}, {}
+    lesson, placement = taught(model, captions, iterations) if any(name.endswith(DISTILLED) for name in recipes) else (None, None)
     for name, recipe in recipes.items():
         pipe = load(model)
         plan = plan_for(pipe, recipe) if isinstance(recipe, LayerSpec) else dqtk.plan(pipe, recipe)
@@ -176,9 +190,10 @@ def quantized(model: str, recipes: dict[str, dqtk.Recipe | LayerSpec], captions:
             kwargs = {"num_inference_steps": STEPS}
             batch = 2 if isinstance(recipe, LayerSpec) else 4  # of training too: an iteration is a call
             how = {"batch_size": batch, "call_kwargs": kwargs, "keep_calls": corrects, "progress": False}
-            stats[kind] = dqtk.calibrate(pipe, captions, plan, **how, **(placed(name, pipe, captions) if kind[2] else {}))
+            where = {"placement": placement} if placement else placed(name, pipe, captions) if kind[2] else {}
+            stats[kind] = dqtk.calibrate(pipe, captions, plan, **how, **where)
         used = stats[kind] if plan.needs_stats or corrects else None
-        refine = Distill(iterations=iterations) if name.endswith(DISTILLED) else None
+        refine = lesson if name.endswith(DISTILLED) else None
         made[name] = dqtk.quantize(pipe, plan, used, correct=corrects, refine=refine, progress=False)
     return made
 
@@ -188,11 +203,12 @@ def run(model: str, comparison: str, options) -> None:
     prompts = everything[: options.num_prompts]
     reference = load(model)
     own = reference.scheduler
-    captions = everything[CALIBRATION]
+    captions = everything[MORE if comparison == "distillation" else CALIBRATION]
     if comparison == "policy":
         made = policies(model, captions)
     else:
-        made = quantized(model, COMPARISONS[comparison](), captions, options.iterations)
+        recipes = {name: r for name, r in COMPARISONS[comparison]().items() if any(word in name for word in options.variants)}
+        made = quantized(model, recipes, captions, options.iterations)
     base = cost(next(iter(made.values()))) if comparison == "policy" else {}
     for steps in options.steps:
         for scheduler in options.schedulers:
@@ -217,6 +233,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[8, 20, 50])
     parser.add_argument("--schedulers", nargs="+", choices=("own", "ddim"), default=["own", "ddim"])
     parser.add_argument("--only", nargs="+", choices=(*COMPARISONS, "policy"), default=[*COMPARISONS, "policy"])
+    parser.add_argument("--variants", nargs="+", default=[""], metavar="WORD", help="only variants with one of these in their name")
     parser.add_argument("--iterations", type=int, default=Distill().iterations, help="of distillation")
     options = parser.parse_args()
     for model in options.models:

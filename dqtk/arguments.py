@@ -40,6 +40,9 @@ def parser() -> argparse.ArgumentParser:
     )
     quant.add_argument("--iterations", type=_positive, metavar="N", help="of --refine (default: its own number)")
     quant.add_argument(
+        "--refine-batch", type=_positive, metavar="N", help="calls per iteration of --refine distill; processes share them"
+    )
+    quant.add_argument(
         "--checkpoint", type=Path, metavar="FOLDER", help="for what takes long: an interrupted run goes on, and processes share it"
     )
     quant.add_argument("--max-memory", type=float, default=2, metavar="GIB", help="of input statistics (%(default)s)")

@@ -36,7 +36,7 @@ from .report.rounding import check_rounding
 from .resolve import oracle_for
 from .solved import calibrate_together
 from .sources import find_device, load_pipeline, local_folder, meta_pipeline, meta_target, read_json, readable
-from .spec import Distill, Reconstruct
+from .spec import Distill, Reconstruct, Refiner
 from .streaming import quantize_folder
 
 LARGE = 10**8  # weights
@@ -200,6 +200,8 @@ def _quantize(options: argparse.Namespace, command: str) -> None:
         raise ValueError(f"--stream must stand without {flags} and --refine, got one. It learns nothing.")
     if options.refine is None and options.iterations:
         raise ValueError("--iterations must come with --refine, got it without. Nothing else trains.")
+    if options.refine != "distill" and options.refine_batch:
+        raise ValueError("--refine-batch must come with --refine distill, got it without. Blocks take one call at a time.")
     if options.stream and options.checkpoint:
         raise ValueError("--checkpoint must be left out with --stream, which keeps what is done beside its output, got both.")
     if options.plan is None:
@@ -248,8 +250,8 @@ def _quantize_in_memory(options: argparse.Namespace, plan: Plan) -> None:
             stats = calibrate_together(pipe, prompts, plan, options.checkpoint / STATS, me, **how)
     memory = int(options.max_memory * 2**30)
     more = {} if options.iterations is None else {"iterations": options.iterations}
-    kinds = {None: None, "distill": Distill(**more), "blocks": Reconstruct(**more)}
-    refine = kinds[options.refine]
+    refine: Refiner | None = Distill(batch=options.refine_batch or 1, **more) if options.refine == "distill" else None
+    refine = Reconstruct(**more) if options.refine == "blocks" else refine
     trained: dict[str, Any] = {"correct": options.correct, "refine": refine, "checkpoint": options.checkpoint}
     quantize(pipe, plan, stats, sequential=options.sequential, max_memory=memory, **trained)
     if me.first:

@@ -35,7 +35,7 @@ from .plan import Choice, Plan, Recipe, Rule, check_fit, resolve
 from .policy import StepPolicy, combined, fixed_choices
 from .processes import ALONE, Processes, processes
 from .recipes import ATTENTION, attention_named, recipe_named
-from .refine.refine import refined
+from .refine.refine import needs_originals, refined
 from .resolve import adapters, embedded_folder, embedded_names
 from .sites import DENOISERS, Site, components_of, find_attention, find_sites
 from .solved import SolvedFolder, calibrate_together
@@ -184,7 +184,7 @@ def quantize(
             block, before ``correct``; kept only where calls that were not learned from confirm it.
         checkpoint: folder for what takes long: the calibration, layers that learned from inputs, the state of ``refine``. An
             interrupted run goes on from it, with the same result. Processes of ``torchrun`` or ``accelerate launch`` that are
-            given the same folder share the layers, and each ends with the whole.
+            given the same folder share the layers and the calls of distillation, and each ends with the whole.
         progress: show a bar.
     Returns:
         ``target``.
@@ -230,7 +230,7 @@ def quantize(
             how: dict[str, Any] = {"sequential": sequential, "max_memory": max_memory, "solved": bar.update, "kept": kept}
             for solved in solutions(parts, work, stats, **how):
                 for choice, solution in solved:
-                    if isinstance(refine, Reconstruct):
+                    if needs_originals(refine):
                         originals[choice.site.component][choice.site.path] = _layer_of(parts, choice)
                     _install(parts[choice.site.component], choice.site, solution)
         for chosen in attention:
@@ -238,7 +238,7 @@ def quantize(
         if refine is not None and stats is not None:
             for name, part in students.items():
                 calls = calls_of(stats.calls, name)
-                refined(part, refine, calls, exact[name], originals[name], name=name, folder=folder, progress=progress)
+                refined(part, refine, calls, exact[name], originals[name], name=name, folder=folder, progress=progress, team=me)
         if correct and stats is not None:
             for name, part in students.items():
                 correct_output(part, stats, name, exact[name])
@@ -282,10 +282,10 @@ def _check_options(
     if folder is not None and refine is None and (sequential or not plan.needs_stats):
         what = "sequential, which is not kept" if sequential else f"recipe {plan.recipe}, which learns nothing from inputs"
         raise ValueError(f"quantize: checkpoint must be left out with {what}, got {str(folder)!r}. There is nothing to go on from.")
-    if world > 1 and (refine is not None or sequential):
+    if world > 1 and (isinstance(refine, Reconstruct) or sequential):
         raise ValueError(
-            "quantize: refine and sequential must be left to one process, got several. Share the layers first, with stats of "
-            "calibrate(keep_calls=True); the same call in one process, with refine, goes on from the checkpoint."
+            "quantize: block reconstruction and sequential must be left to one process, got several. Share the layers first, with "
+            "stats of calibrate(keep_calls=True); the same call in one process goes on from the checkpoint."
         )
     if refine is not None and any(isinstance(choice.spec, ByLevel) for choice in plan.choices):
         raise ValueError(

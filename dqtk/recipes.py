@@ -2,9 +2,10 @@
 
 Kept at 16 bits: what is small, runs once, or is known to break first: entrance and exit layers, the noise-level embedding, the text
 projection. Modulation layers are a quarter of a Flux, so they are not kept: they get 8-bit weights with 16-bit inputs, which costs
-half their bytes; their input is one row per image.
+half their bytes; their input is one row per image. Recipes of our own that learn from prompts give them 4-bit weights by GPTQ:
+their inputs are nearly a finite set, one row per noise level, on which GPTQ makes the outputs right (notebooks/LOG.md).
 
-Recipes of our own that learn from prompts keep a text token exact that is the same for every prompt: it is huge in SDXL,
+Recipes of our own that learn from prompts also keep a text token exact that is the same for every prompt: it is huge in SDXL,
 and changes of basis and rounding of weights do harm there (notebooks/LOG.md).
 """
 
@@ -72,11 +73,16 @@ _A4_GROUP = TensorSpec(format=Int(bits=4), granularity=PerGroup(size=64), range=
 
 
 _TEXT_ROLES = ("cross_attn.k", "cross_attn.v")
+_MODULATION = Rule(roles=("modulation",), spec=LayerSpec(weight=_W8), why="modulation: 8-bit weight, 16-bit input")
+_LEARNED_MODULATION = Rule(
+    roles=("modulation",),
+    spec=LayerSpec(weight=_W4, solver=GPTQ()),
+    why="modulation: 4-bit weight that learned its few inputs, 16-bit input",
+)
 
 
-def _uniform(name: str, spec: SiteSpec) -> Recipe:
+def _uniform(name: str, spec: SiteSpec, modulation: Rule = _MODULATION) -> Recipe:
     keep = tuple(Rule(roles=(role,), spec=None, why=why) for role, why in KEPT_ROLES.items())
-    modulation = Rule(roles=("modulation",), spec=LayerSpec(weight=_W8), why="modulation: 8-bit weight, 16-bit input")
     return Recipe(name=name, rules=(*keep, modulation, Rule(spec=spec, why=f"{name}: default")))
 
 
@@ -94,7 +100,7 @@ def _text_token_apart(recipe: Recipe) -> Recipe:
 
 
 def _learned(name: str, spec: LayerSpec) -> Recipe:
-    return _text_token_apart(_uniform(name, spec))
+    return _text_token_apart(_uniform(name, spec, _LEARNED_MODULATION))
 
 
 def w8a16() -> Recipe:

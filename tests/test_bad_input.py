@@ -215,6 +215,10 @@ def set_weight(folder, value):
         (["--recipe", "paro", "--density", "0"], "StaticBlocks: density must be in (0, 1], got 0.0. Half of the blocks is 0.5."),
         (["--recipe", "w8a8", "--refine", "distill"], "--prompts or --stats must be given for --refine, got neither."),
         (["--recipe", "w8a8", "--iterations", "5"], "--iterations must come with --refine, got it without."),
+        (
+            ["--recipe", "w8a8", "--refine", "blocks", "--refine-batch", "2"],
+            "--refine-batch must come with --refine distill, got it",
+        ),
     ],
 )
 def test_words(shell, folder, tmp_path, words, says):

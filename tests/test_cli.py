@@ -24,7 +24,7 @@ from dqtk.cli import main, parser
 from dqtk.costs import CostTable
 from dqtk.plan import Plan
 
-LEARNING = ["--correct", "--refine", "--iterations", "--checkpoint"]
+LEARNING = ["--correct", "--refine", "--iterations", "--refine-batch", "--checkpoint"]
 PLANNING = ["--attention", "--density", "--keep", "--recipe", "--set", "--text-encoders"]
 SAMPLING = ["--batch-size", "--device", "--dtype", "--guidance", "--num-prompts", "--prompts", "--seed", "--steps"]
 BENCH = ["--batch", "--height", "--num-frames", "--repeats", "--size", "--threads", "--width"]

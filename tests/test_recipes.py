@@ -40,6 +40,7 @@ LEARNING = {
     "mixdq-w8a8",
     "mixdq-w4a8",
 }  # from inputs seen on prompts
+OWN_LEARNING = ("w4a8", "fp4", "w4a4-svd", "w4a4-rot")  # not those of papers
 RANGES = {"w8a8-static", "w8a8-levels", "fp8-static", "llm-fp4", "mixdq-w8a8", "mixdq-w4a8"}
 
 
@@ -65,7 +66,8 @@ def test_same_roles_are_kept_and_modulation_keeps_its_input(name, load_tiny):
         if choice.site.role in KEPT_ROLES:
             assert (choice.spec, choice.why) == (None, KEPT_ROLES[choice.site.role])
         elif choice.site.role == "modulation":
-            assert describe(choice.spec) == ("16 bit" if name.startswith("viditq") else "W8 per channel, A16")
+            own = "W4 group 64 asym, A16, GPTQ" if name in OWN_LEARNING else "W8 per channel, A16"
+            assert describe(choice.spec) == ("16 bit" if name.startswith("viditq") else own)
         elif name == "viditq-w8a8" and choice.site.role in ("cross_attn.k", "cross_attn.v"):
             assert choice.spec is None
         else:
@@ -85,7 +87,7 @@ def test_mixdq_rounds_everything_but_the_inputs_of_both_ends(name, load_tiny):
         assert describe(choice.spec) == f"W{bits} per channel, A8 per tensor asym, {token}split"
 
 
-@pytest.mark.parametrize("name", ["w4a8", "fp4", "w4a4-svd", "w4a4-rot"])
+@pytest.mark.parametrize("name", OWN_LEARNING)
 def test_text_keys_and_values_look_for_a_constant_token(name, load_tiny):
     for choice in dqtk.plan(load_tiny("sdxl"), name).choices:
         text = choice.site.role in ("cross_attn.k", "cross_attn.v")

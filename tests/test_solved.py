@@ -133,7 +133,8 @@ def test_processes_share_the_groups(stats, tmp_path, monkeypatch):
 def test_what_one_process_does_alone(stats, tmp_path, monkeypatch, option):
     monkeypatch.setattr(quantizing, "processes", lambda: Processes(0, 2, torch.device("cpu"), lambda: None))
     with pytest.raises(
-        ValueError, match=r"quantize: (checkpoint must be left out with sequential|refine and sequential must be left)"
+        ValueError,
+        match=r"quantize: (checkpoint must be left out with sequential|block reconstruction and sequential must be left to one)",
     ):
         quantized(stats, checkpoint=tmp_path, **option)
 

@@ -1,8 +1,8 @@
 """The input basis of a runtime layer: smoothing and rotation, in the order that its spec gives them.
 
 ``apply`` takes an input into the basis in which the stored weight was rounded; ``undo`` takes a weight of that basis back to the
-layer's own, so that ``weight`` of a quantized layer means what it meant before. With z = T(x) linear and W' = W T^-1 (as x W^T is
-kept): smoothing is z = x * smooth and W' = W / smooth; rotation is orthogonal, z = R(x) and W' = R(W).
+layer's own, so that ``weight`` of a quantized layer means what it meant before, and ``redo`` undoes that. With z = T(x) linear and
+W' = W T^-1 (as x W^T is kept): smoothing is z = x * smooth and W' = W / smooth; rotation is orthogonal, z = R(x) and W' = R(W).
 """
 
 from dataclasses import dataclass
@@ -45,6 +45,18 @@ class Basis:
             if isinstance(transform, Hadamard):
                 assert signs is not None
                 w = unrotate(w, unpack_signs(signs, self.channels), block_of(transform, self.channels), transform.regular)
+        return w.flatten(1)
+
+    def redo(self, weight: Tensor, smooth: Tensor | None, signs: Tensor | None) -> Tensor:
+        """Inverse of ``undo``: float32 weight [N, taps * channels] in the basis of the stored one."""
+        w = weight.unflatten(1, (-1, self.channels))
+        for transform in self.transforms:
+            if isinstance(transform, Smooth):
+                assert smooth is not None
+                w = w / smooth.float()
+            if isinstance(transform, Hadamard):
+                assert signs is not None
+                w = rotate(w, unpack_signs(signs, self.channels), block_of(transform, self.channels), transform.regular)
         return w.flatten(1)
 
 

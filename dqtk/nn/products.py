@@ -30,6 +30,8 @@ class Stored:
     """"linear" or "conv"."""
     learned: Callable[[], Tensor] | None = None
     """The stored weight while it learns (``refine/trained.py``), float32 [N, K]; no kernel computes with it."""
+    learned_branch: Callable[[], tuple[Tensor, Tensor]] | None = None
+    """The stored branch while it learns, down [R, K] and up [N, R]."""
 
     def input_tables(self) -> tuple[Tensor | None, Tensor | None]:
         """``input_scale`` and ``input_zero`` [1] for the call in progress.
@@ -60,12 +62,18 @@ class Stored:
             return self.learned().to(dtype)
         return decode_weight(module.qweight, *self.decoding().arguments(), module.k, dtype)
 
+    def branch(self) -> tuple[Tensor, Tensor]:
+        """down [R, K] and up [N, R] of a layer that has them."""
+        module: Any = self
+        return (module.down, module.up) if self.learned_branch is None else self.learned_branch()
+
     def dequantize_matrix(self) -> Tensor:
         """The weight that this stands for, float32 [N, K]: stored codes and branch, in the basis of the input as it comes."""
         module: Any = self
         weight = self.stored_matrix()
         if module.down is not None:
-            weight = weight + module.up.float() @ module.down.float()
+            down, up = self.branch()
+            weight = weight + up.float() @ down.float()
         return module.basis.undo(weight, module.smooth, module.signs)
 
     @property
@@ -91,7 +99,8 @@ class LinearProduct(Stored):
         y = self.product(z, alone=alone).to(x.dtype)
         if module.down is None:
             return y
-        return y + F.linear(F.linear(z, module.down.to(z.dtype)), module.up.to(z.dtype))
+        down, up = self.branch()
+        return y + F.linear(F.linear(z, down.to(z.dtype)), up.to(z.dtype))
 
     def product(
         self, z: Tensor, smooth: Tensor | None = None, activation: str = "none", active_from: int = 0, alone: bool = False

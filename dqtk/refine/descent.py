@@ -1,7 +1,10 @@
 """The loop that refiners share: Adam with a rate that rises briefly and then falls to zero, resumable to the same bits.
 
-Everything that an iteration does is a function of its number: which call it takes, and its rates. So a file of the learned numbers,
-Adam's moments and the number of iterations is all that resuming needs.
+Everything that an iteration does is a function of its number: which calls it takes, and its rates. So a file of the learned
+numbers, Adam's moments and the number of iterations is all that resuming needs.
+
+Processes that learn together share the calls of every iteration, and each takes the same step with the mean of their gradients. One
+process or several: only the order of sums differs.
 """
 
 import json
@@ -16,6 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .team import ALONE, Team
+
 WARMUP = 0.05  # of the iterations
 SAVES = 20  # of the file while it runs, at most
 
@@ -27,10 +32,16 @@ def rate_at(iteration: int, iterations: int) -> float:
 
 
 def call_at(iteration: int, num: int, seed: int) -> int:
-    """Which of ``num`` calls an iteration takes: all in a drawn order, then all in another."""
+    """Which of ``num`` calls is taken when: all in a drawn order, then all in another."""
     turn, place = divmod(iteration, num)
     draw = torch.Generator().manual_seed(seed * 1_000_003 + turn)
     return int(torch.randperm(num, generator=draw)[place])
+
+
+def drawn_at(iteration: int, weights: Sequence[float], seed: int) -> int:
+    """Which call is taken when, drawn as often as it weighs; some may come before all have been."""
+    draw = torch.Generator().manual_seed(seed * 1_000_003 + iteration)
+    return int(torch.multinomial(torch.tensor(weights, dtype=torch.float64), 1, generator=draw))
 
 
 class Kept:
@@ -60,48 +71,86 @@ class Kept:
 class Descent:
     """Adam over groups of named numbers.
 
-    groups: rate -> name -> parameter, float32. kept: those of them that stand for parameters of the host.
+    groups: rate -> name -> parameter, float32. kept: those of them that stand for parameters of the host. batch: calls per
+    iteration. team: who shares them.
     """
 
-    def __init__(self, groups: Sequence[tuple[float, Mapping[str, nn.Parameter]]], kept: list[Kept], iterations: int):
-        self.kept, self.iterations, self.done = kept, iterations, 0
+    def __init__(
+        self,
+        groups: Sequence[tuple[float, Mapping[str, nn.Parameter]]],
+        kept: list[Kept],
+        iterations: int,
+        batch: int = 1,
+        team: Team = ALONE,
+    ):
+        self.kept, self.iterations, self.batch, self.team, self.done = kept, iterations, batch, team, 0
         self.named = {name: parameter for _, mine in groups for name, parameter in mine.items()}
         self.rates = [rate for rate, _ in groups]
         self.adam = torch.optim.Adam([{"params": list(mine.values()), "lr": rate} for rate, mine in groups])
 
-    def run(self, loss_of: Callable[[int], Tensor], file: Path | None, identity: str, words: str, progress: bool) -> None:
-        """All iterations that are left. ``loss_of``: iteration -> scalar.
+    def run(
+        self,
+        loss_of: Callable[[int], Tensor],
+        file: Path | None,
+        identity: str,
+        words: str,
+        progress: bool,
+        begin: Callable[[int], Sequence[nn.Parameter]] = lambda iteration: (),
+    ) -> None:
+        """All iterations that are left.
 
+        Args:
+            loss_of: number of a call, from 0 to iterations * batch -> scalar.
+            file: where the state is kept; one process writes it.
+            identity: what the file must belong to.
+            words: for the bar.
+            progress: show a bar with the time left.
+            begin: called with every iteration before it; the numbers that it has put anew, whose moments are forgotten.
         Raises:
             ValueError: a loss that is no number, or a file of another run.
         """
         if file is not None and file.exists():
             self._load(file, identity)
-        every = max(1, self.iterations // SAVES)
-        with tqdm(total=self.iterations, initial=self.done, desc=words, unit="step", disable=not progress) as bar:
+        every, writes = max(1, self.iterations // SAVES), file is not None and self.team.rank == 0
+        shown = progress and self.team.rank == 0
+        with tqdm(total=self.iterations, initial=self.done, desc=words, unit="step", disable=not shown) as bar:
             while self.done < self.iterations:
+                for parameter in begin(self.done):
+                    self.adam.state.pop(parameter, None)
                 loss = self._step(loss_of)
                 self.done += 1
                 bar.update()
-                if file is not None and (self.done % every == 0 or self.done == self.iterations):
-                    self._save(file, identity)
+                if self.done % every == 0 or self.done == self.iterations:
                     bar.set_postfix_str(f"loss {loss:.3g}", refresh=False)
+                    if writes and file is not None:
+                        self._save(file, identity)
 
     def _step(self, loss_of: Callable[[int], Tensor]) -> float:
         for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
             group["lr"] = rate * rate_at(self.done, self.iterations)
         self.adam.zero_grad()
-        loss = loss_of(self.done)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise ValueError(f"refine: loss must be a number, got {value} at iteration {self.done}. Lower the rates.")
-        loss.backward()
+        value = torch.zeros(1)
+        for place in range(self.team.rank, self.batch, self.team.world):
+            loss = loss_of(self.done * self.batch + place) / self.batch
+            value += loss.detach().cpu()
+            loss.backward()
         for mine in self.kept:
             mine.pull()
+        self._average(value)
+        if not math.isfinite(value):
+            raise ValueError(f"refine: loss must be a number, got {float(value)} at iteration {self.done}. Lower the rates.")
         self.adam.step()
         for mine in self.kept:
             mine.push()
-        return value
+        return float(value)
+
+    def _average(self, value: Tensor) -> None:
+        """Loss and gradients of all processes in place of this one's."""
+        self.team.add(value)
+        for parameter in self.named.values():
+            if parameter.grad is None:  # none of this process's calls reached it
+                parameter.grad = torch.zeros_like(parameter)
+            self.team.add(parameter.grad)
 
     # --- files -------------------------------------------------------------------------------------------------------
 

@@ -5,24 +5,32 @@ and both halves of guidance, and weights that move on their own grid and are rou
 (``trained.py``). Every small number beside them learns too: biases, norms, modulation tables. The original's answers are found
 before it is quantized: while the student learns, no second model is held. It does not follow the student's own trajectories.
 
-Objective: mean squared error of the denoiser's output over the kept calls. Some calibration runs are held out; what does not
-lower the error on them is not kept.
+Objective: mean squared error of what the scheduler sees over the kept calls: the output, or with ``guidance`` the two halves put
+together as the pipeline does. With ``influence`` calls count as their errors do in the final latents; they are drawn that often.
+Some calibration runs are held out; what does not lower the error on them is not kept.
+
+Processes share the calls of an iteration (``descent.py``), and those of the judge.
 """
 
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dqtk.calibrate.levels import bucket_of
 from dqtk.calibrate.replay import Call, arguments_for, made
 from dqtk.checkpoint import quantized_layers
 from dqtk.nn.correction import output_of
 from dqtk.spec import Distill, canonical
 
-from .descent import call_at
-from .learning import Lesson, Refined, learn, seen_and_unseen, start_digest
+from .descent import call_at, drawn_at
+from .learning import Lesson, Refined, is_matrix, is_table, learn, seen_and_unseen, start_digest
+from .selection import selected
+from .team import ALONE, Team
 
 
 def distill(
@@ -31,8 +39,10 @@ def distill(
     exact: Sequence[Tensor],
     choice: Distill,
     *,
+    originals: Mapping[str, nn.Module] | None = None,
     name: str = "model",
     file: Path | None = None,
+    team: Team = ALONE,
     progress: bool = True,
 ) -> Refined:
     """Train a quantized denoiser in place.
@@ -42,29 +52,45 @@ def distill(
         calls: of at least two runs.
         exact: what the unquantized denoiser returned for them, [B, ...] each.
         choice: how.
+        originals: the layers that were replaced, by path; asked for by ``decay`` and ``exact_start`` only.
         name: of the denoiser, in words and in the file.
         file: written while it runs and continued from if it exists; the result is then the same to the bit.
+        team: processes that each have the same module, calls and answers; all end with the same numbers.
         progress: show a bar with the time left, and the error before and after.
     Raises:
-        ValueError: nothing is quantized, calls of one run, a loss that is no number, or a file of another run.
+        ValueError: nothing is quantized, calls of one run, guidance over a call of an odd batch, influence that counts no call,
+            roles that no layer has, a loss that is no number, or a file of another run.
     """
     layers = quantized_layers(module)
     seen, unseen = seen_and_unseen(name, layers, [call.run for call in calls])
+    counts = _counts(name, calls, choice, (seen, unseen))
+    _check_halves(name, exact, choice)
 
-    def loss(iteration: int) -> Tensor:
-        index = seen[call_at(iteration, len(seen), choice.seed)]
-        return _squared_error(output_of(module(**arguments_for(module, calls[index]))), exact[index])
+    def loss(turn: int) -> Tensor:
+        place = (
+            drawn_at(turn, [counts[i] for i in seen], choice.seed) if choice.influence else call_at(turn, len(seen), choice.seed)
+        )
+        return error_of(output_of(module(**arguments_for(module, calls[seen[place]]))), exact[seen[place]], choice.guidance)
+
+    def judge() -> float:
+        mine = [i for i in unseen if counts[i]][team.rank :: team.world]
+        outputs = zip(mine, made(module, [calls[i] for i in mine]), strict=True)
+        errors = [counts[i] * float(error_of(output_of(y), exact[i], choice.guidance)) for i, y in outputs]
+        total = torch.tensor([math.fsum(errors)])
+        team.add(total)
+        return float(total) / math.fsum(counts[i] for i in unseen)
 
     lesson = Lesson(
-        layers=layers,
+        layers=selected(name, module, layers, choice.layers, loss, team),
         module=module,
-        others=lambda path, parameter: not _is_matrix(module, path),
+        others=lambda path, parameter: not is_table(module, path) and (choice.matrix_rate > 0 or not is_matrix(module, path)),
         loss=loss,
-        judge=lambda: error_on(module, calls, exact, unseen),
+        judge=judge,
         facts={"model": name, "choice": canonical(choice), "calls": len(calls), "start": start_digest(module, exact)},
+        exact=originals or {},
     )
-    found = learn(lesson, choice, file, f"distill {name}", progress)
-    if progress:
+    found = learn(lesson, choice, file, f"distill {name}", progress, team)
+    if progress and team.rank == 0:
         tqdm.write(f"distill {name}: error on calls it has not seen {found.before:.3e} -> {found.after:.3e}")
     if not found.kept:
         warnings.warn(
@@ -75,17 +101,31 @@ def distill(
     return found
 
 
-def _is_matrix(module: nn.Module, path: str) -> bool:
-    """Whether a parameter is the weight of a linear, convolution or embedding: too large to learn, not to be rounded."""
-    parent, _, name = path.rpartition(".")
-    return name == "weight" and isinstance(module.get_submodule(parent), nn.Linear | nn.modules.conv._ConvNd | nn.Embedding)
+def _counts(name: str, calls: Sequence[Call], choice: Distill, groups: Sequence[Sequence[int]]) -> list[float]:
+    """How much each call's error counts. Raises ``ValueError`` where none of a group does."""
+    num = len(choice.influence)
+    counts = [choice.influence[bucket_of(call.level or 0.0, num)] if num else 1.0 for call in calls]
+    if not all(any(counts[index] for index in group) for group in groups):
+        raise ValueError(
+            f"refine: influence must count some calls of {name}, of those learned from and of those held out, got none. Measure "
+            "it on the schedule of calibration."
+        )
+    return counts
 
 
-def error_on(module: nn.Module, calls: Sequence[Call], exact: Sequence[Tensor], which: Sequence[int]) -> float:
-    """Mean squared error of the outputs over some calls."""
-    outputs = made(module, [calls[index] for index in which])
-    return sum(float(_squared_error(output_of(y), exact[i])) for y, i in zip(outputs, which, strict=True)) / len(which)
+def _check_halves(name: str, exact: Sequence[Tensor], choice: Distill) -> None:
+    odd = next((len(y) for y in exact if len(y) % 2), None)
+    if choice.guidance is not None and odd is not None:
+        raise ValueError(
+            f"refine: guidance must be None for calls of {name} that do not hold both halves of guidance, got a batch of {odd}. "
+            "Leave it out."
+        )
 
 
-def _squared_error(output: Tensor, exact: Tensor) -> Tensor:
-    return (output.float() - exact.to(output.device).float()).square().mean()
+def error_of(output: Tensor, exact: Tensor, guidance: float | None = None) -> Tensor:
+    """Mean squared error [] of an output [B, ...], or of both halves put together, unconditional first."""
+    error = output.float() - exact.to(output.device).float()
+    if guidance is not None:
+        uncond, cond = error.chunk(2)
+        error = uncond + guidance * (cond - uncond)
+    return error.square().mean()

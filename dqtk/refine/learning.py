@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from dqtk.checkpoint import digest
 from dqtk.nn import Quantized
-from dqtk.spec import Refiner
+from dqtk.spec import Distill, Refiner
 
 from .descent import Descent, Kept, identity_of
-from .trained import Trained, training
+from .rank_decay import Branch
+from .team import ALONE, Team
+from .trained import CODES, DECAYING, FACTORS, SCALES, ZEROS, Trained, training
 
 HELD_OUT = 8  # every eighth run, and at least one, is not learned from
 
@@ -37,7 +39,8 @@ class Lesson:
     """What is learned.
 
     layers: quantized ones whose codes and scales learn, by path. module: what they stand in. others: whether a parameter of it, by
-    name, learns too. loss: iteration -> scalar. judge: error on what is held out. facts: what a file of the run must belong to.
+    name, learns too. loss: number of a call -> scalar. judge: error on what is held out, the same in every process. facts: what a
+    file of the run must belong to. exact: path -> the layer before it was quantized, where something learns from it.
     """
 
     layers: Mapping[str, Quantized]
@@ -46,9 +49,10 @@ class Lesson:
     loss: Callable[[int], Tensor]
     judge: Callable[[], float]
     facts: Mapping[str, object]
+    exact: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
-def learn(lesson: Lesson, choice: Refiner, file: Path | None, words: str, progress: bool) -> Refined:
+def learn(lesson: Lesson, choice: Refiner, file: Path | None, words: str, progress: bool, team: Team = ALONE) -> Refined:
     """Learn, and keep it if the judge finds less error than before. Whatever interrupts it, the module is then as it was.
 
     Raises:
@@ -58,9 +62,20 @@ def learn(lesson: Lesson, choice: Refiner, file: Path | None, words: str, progre
     with training(lesson.layers, choice.rank, draw) as trained, _learning(lesson.module, lesson.others) as kept:
         with torch.no_grad():
             before = lesson.judge()
-        descent = Descent(_groups(trained, kept, choice), list(kept.values()), choice.iterations)
+        decay, batch = (choice.decay, choice.batch) if isinstance(choice, Distill) else (None, 1)
+        for mine in trained.values():
+            if isinstance(choice, Distill) and choice.exact_start:
+                mine.begin_at(lesson.exact[mine.path])
+            if decay is not None:
+                mine.branch = Branch.of(mine, lesson.exact, decay, choice.iterations)
+
+        def begin(iteration: int) -> list[nn.Parameter]:
+            return [number for mine in trained.values() if mine.branch is not None for number in mine.branch.begin(iteration)]
+
+        descent = Descent(_groups(lesson, trained, kept, choice), list(kept.values()), choice.iterations, batch, team)
         with torch.enable_grad():
-            descent.run(lesson.loss, file, identity_of(**lesson.facts), words, progress)
+            descent.run(lesson.loss, file, identity_of(**lesson.facts), words, progress, begin)
+        begin(choice.iterations)
         with torch.no_grad():
             found = Refined(before=before, after=lesson.judge())
         for numbers in trained.values() if found.kept else ():
@@ -92,15 +107,35 @@ def start_digest(module: nn.Module, answers: Sequence[Tensor]) -> str:
     return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
 
 
+def is_matrix(module: nn.Module, path: str) -> bool:
+    """Whether a parameter is the weight of a linear or convolution: large, and in another unit than biases and norms."""
+    parent, _, name = path.rpartition(".")
+    return name == "weight" and isinstance(module.get_submodule(parent), nn.Linear | nn.modules.conv._ConvNd)
+
+
+def is_table(module: nn.Module, path: str) -> bool:
+    """Whether a parameter is an embedding, which a call sees a few rows of."""
+    return isinstance(module.get_submodule(path.rpartition(".")[0]), nn.Embedding)
+
+
 def _groups(
-    trained: Mapping[str, Trained], kept: Mapping[str, Kept], choice: Refiner
+    lesson: Lesson, trained: Mapping[str, Trained], kept: Mapping[str, Kept], choice: Refiner
 ) -> list[tuple[float, dict[str, nn.Parameter]]]:
-    """Learning rate -> numbers by name; none where the rate is 0."""
+    """Learning rate -> numbers by name; those whose rate is 0 take no gradient."""
+    rates = {CODES: choice.weight_rate, SCALES: choice.scale_rate}
+    if isinstance(choice, Distill):
+        rates |= {ZEROS: choice.zero_rate, FACTORS: choice.branch_rate, DECAYING: choice.decay.rate if choice.decay else 0.0}
     numbers = {f"{path}.{name}": p for path, mine in trained.items() for name, p in mine.parameters.items()}
-    scales = {name: p for name, p in numbers.items() if name.endswith(".scale")}
-    codes = {name: p for name, p in numbers.items() if name not in scales}
-    rest = {name: mine.learned for name, mine in kept.items()}
-    groups = ((choice.weight_rate, codes), (choice.scale_rate, scales), (choice.bias_rate, rest))
+    matrices = {name: mine.learned for name, mine in kept.items() if is_matrix(lesson.module, name)}
+    groups = [(choice.bias_rate, {name: mine.learned for name, mine in kept.items() if name not in matrices})]
+    if isinstance(choice, Distill):
+        sizes = {name: float(matrix.detach().square().mean().sqrt()) for name, matrix in matrices.items()}
+        groups += [(choice.matrix_rate * sizes[name], {name: matrix}) for name, matrix in matrices.items()]
+    for kind in (CODES, SCALES, ZEROS, FACTORS, DECAYING):
+        mine, rate = {name: p for name, p in numbers.items() if name.rpartition(".")[2] in kind}, rates.get(kind, 0.0)
+        groups.append((rate, mine))
+        for parameter in mine.values():
+            parameter.requires_grad_(rate > 0)
     return [(rate, mine) for rate, mine in groups if rate and mine]
 
 

@@ -10,6 +10,12 @@ from dqtk.spec import Distill, Reconstruct, Refiner
 
 from .blocks import reconstruct
 from .distill import distill
+from .team import ALONE, Team
+
+
+def needs_originals(choice: Refiner | None) -> bool:
+    """Whether the layers that were replaced must be kept until it has run."""
+    return isinstance(choice, Reconstruct) or (isinstance(choice, Distill) and (choice.decay is not None or choice.exact_start))
 
 
 def refined(
@@ -22,6 +28,7 @@ def refined(
     name: str,
     folder: Path | None,
     progress: bool,
+    team: Team = ALONE,
 ) -> None:
     """Train a quantized denoiser in place.
 
@@ -30,14 +37,15 @@ def refined(
         choice: which refiner, and how.
         calls: that calibration kept.
         exact: what the original answered to them.
-        originals: the layers that were replaced, by path; asked for by ``Reconstruct`` only.
+        originals: the layers that were replaced, by path; where ``needs_originals``.
         name: of the denoiser.
         folder: for files from which an interrupted run goes on.
         progress: show bars.
+        team: processes that learn together; block reconstruction is left to one.
     """
     if isinstance(choice, Distill):
         file = None if folder is None else folder / f"{name}.safetensors"
-        distill(module, calls, exact, choice, name=name, file=file, progress=progress)
+        distill(module, calls, exact, choice, originals=originals, name=name, file=file, team=team, progress=progress)
     else:
         assert isinstance(choice, Reconstruct)
         reconstruct(module, originals, calls, choice, name=name, folder=folder, progress=progress)

@@ -1,15 +1,15 @@
 """A quantized layer while it learns: the weight that its codes and scales stand for, with gradients.
 
 A stored weight is ``(level - zero) * step`` with a level of the format's table. While a layer learns, level = nearest(v) with
-v [N, K] = start + unit * moved, and the derivative of rounding is passed over (straight through). ``unit`` is the distance to the
-next level, so one learning rate serves all layers and formats. ``moved`` is a matrix of its own, or a product up @ down of two thin
-ones: QALoRA of EfficientDM (He et al. 2023, arXiv 2310.03270, section 3.2), there in the unit of the weight and beside the original
-weight, here in levels and beside the solver's. Either way the forward only ever sees rounded weights, so that storing them changes
-no number. Scales learn by a factor exp(s) and are rounded to their stored dtype in the same way.
+v [N, K] = start + unit * moved, and the derivative of rounding is passed over (straight through). start is the code, or where the
+exact weight lies in the code's cell. ``unit`` is the distance to the next level, so one learning rate serves all layers and
+formats. ``moved`` is free, or a product of two thin matrices (``shifts.py``); zero points are moved and rounded alike. The forward
+only ever sees rounded numbers, so storing them changes none. Scales learn by a factor exp(s) and are rounded to their stored dtype
+in the same way, and so do the factors of a stored branch (``stored_branch.py``). A branch that is there for a while is added to the
+levels (``rank_decay.py``).
 """
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -21,81 +21,126 @@ from dqtk.numerics.affine import encode, levels, nearest_level
 from dqtk.numerics.floats import e8m0_decode, step_of
 from dqtk.numerics.packing import Packed, count_groups, pack_codes, selector_bits, unpack, weight_levels
 from dqtk.numerics.storage import stored_name
-from dqtk.spec import Codebook, E8M0Group, Float, Format, TensorSpec, TwoLevel
+from dqtk.spec import Codebook, E8M0Group, Float, Format, Int, TensorSpec, TwoLevel
+
+from .left_over import left_over
+from .rank_decay import DECAYING, Branch
+from .shifts import CODES, ZEROS, Shifts
+from .stored_branch import FACTORS, StoredBranch
+
+SCALES = ("scale",)
+MARGIN = 0.45  # of a step: how far from its code a number may start whose exact place is beyond the cell
+__all__ = ["CODES", "DECAYING", "FACTORS", "SCALES", "ZEROS", "Trained", "training"]
 
 
 class Trained:
     """The learned numbers of one layer, or of one part of a layer whose input is split.
 
-    parameters: float32 by name: ``moved`` [N, K], or ``down`` [R, K] and ``up`` [N, R]; ``scale``, the logarithm of a factor on
-    every stored scale, where there are float ones.
+    parameters: float32 by name: those of codes and, where there are some, of zero points (``CODES``, ``ZEROS``), of the stored
+    branch and of one that decays (``FACTORS``, ``DECAYING``); ``scale``, the logarithm of a factor on every stored scale, where
+    there are float ones. path: of the layer.
     """
 
-    def __init__(self, layer: Quantized, stored: Stored, index: int, rank: int | None, draw: torch.Generator):
-        self.layer, self.stored, self.index = layer, stored, index
+    def __init__(self, layer: Quantized, stored: Stored, index: int, rank: int | None, draw: torch.Generator, path: str = ""):
+        self.layer, self.stored, self.index, self.path = _any(layer), _any(stored), index, path
         self.spec, self.k = stored.spec.weight, _any(stored).k
         packed = Packed(**{name: getattr(stored, name) for name in WEIGHT})
         self.packed, self.groups = packed, count_groups(self.spec, self.k)
-        self.start = weight_levels(packed, self.spec, self.k)
+        self.start = self.code = weight_levels(packed, self.spec, self.k)
         self.which = _which(packed, self.spec, self.k)
         self.unit = _unit(self.start, self.spec.format)
-        n, device = self.start.shape[0], self.start.device
-        self.parameters: dict[str, nn.Parameter] = {}
-        if rank is None or rank >= min(n, self.k):
-            self.parameters["moved"] = nn.Parameter(torch.zeros_like(self.start))
-        else:
-            down = torch.randn(rank, self.k, generator=draw) / math.sqrt(rank)  # drawn on the CPU: the same on every device
-            self.parameters["down"] = nn.Parameter(down.to(device))
-            self.parameters["up"] = nn.Parameter(torch.zeros(n, rank, device=device))
-        if packed.scale is not None:
-            self.parameters["scale"] = nn.Parameter(torch.zeros_like(packed.scale, dtype=torch.float32))
+        self.moved = Shifts(CODES, self.start, rank, draw)
+        self.zeros = None if packed.zero is None else Shifts(ZEROS, packed.zero, rank, draw)
+        self.kept = None if self.stored.down is None else StoredBranch(self.stored.down, self.stored.up)
+        self.branch: Branch | None = None
+        self.scales = {} if packed.scale is None else {"scale": nn.Parameter(torch.zeros_like(packed.scale, dtype=torch.float32))}
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All that learns, by name."""
+        more = [part.parameters for part in (self.zeros, self.kept, self.branch) if part is not None]
+        found = self.moved.parameters | self.scales
+        for named in more:
+            found = found | named
+        return found
+
+    @torch.no_grad()
+    def begin_at(self, original: nn.Module) -> None:
+        """Let v start where the original's weight lies, or at the edge of its code's cell on that side: no code changes, and those
+        that were nearly another one change first."""
+        form, step = self.spec.format, left_over(self, original)
+        edge = self.unit * MARGIN * step.sign()
+        for near in (self.code + step, self.code + edge, self.code + edge / 2):  # the cell below a power of two is half as wide
+            inside = _Nearest.apply(near, form, self.which) == self.code
+            self.start = torch.where(inside & (self.start == self.code), near, self.start)
 
     def values(self) -> Tensor:
         """v, float32 [N, K], in levels."""
-        mine = self.parameters
-        moved = mine["moved"] if "moved" in mine else mine["up"] @ mine["down"]
-        return self.start + self.unit * moved
+        return self.start + self.unit * self.moved()
+
+    def zero(self) -> Tensor | None:
+        """The zero points as they would be stored, in their shape; float32 numbers."""
+        if self.packed.zero is None or self.zeros is None:
+            return None
+        assert isinstance(self.spec.format, Int)
+        zero = self.packed.zero.float() + self.zeros()
+        return zero + (zero.round().clamp(0, 2**self.spec.format.bits - 1) - zero).detach()
 
     def scale(self) -> Tensor | None:
         """The scales as they would be stored, in their shape; float32 numbers."""
         if self.packed.scale is None:
             return None
-        scale = self.packed.scale.float() * self.parameters["scale"].exp()
+        scale = self.packed.scale.float() * self.scales["scale"].exp()
         return scale + (scale.to(self.packed.scale.dtype).float() - scale).detach()
 
+    def _factors(self) -> tuple[Tensor | None, Tensor]:
+        """What levels are multiplied with, in this order, each a number per group: integers of two-level groups, steps."""
+        group_scale, scale = self.packed.group_scale, self.scale()
+        if isinstance(self.spec.granularity, E8M0Group):
+            assert group_scale is not None
+            return None, e8m0_decode(group_scale)
+        assert scale is not None
+        if isinstance(self.spec.granularity, TwoLevel):  # codes times group scales first: as the integer kernels have it
+            assert group_scale is not None
+            return group_scale.float(), scale
+        return None, scale if group_scale is None else group_scale.float() * scale
+
+    def steps(self) -> Tensor:
+        """float32 [N, K]: what one step of the grid is worth."""
+        first, step = self._factors()
+        step = step if first is None else first * step
+        return step.expand(len(self.start), -1).repeat_interleave(self.k // step.shape[1], dim=1)
+
     def weight(self) -> Tensor:
-        """float32 [N, K]: the numbers that ``packing.dequantize`` finds after ``store``, bit for bit."""
-        spec, packed = self.spec, self.packed
-        level = _Nearest.apply(self.values(), spec.format, self.which)
+        """float32 [N, K]: the numbers that ``packing.dequantize`` finds after ``store``, bit for bit; a branch that decays is
+        added."""
+        level = _Nearest.apply(self.values(), self.spec.format, self.which)
         level = level.unflatten(1, (self.groups, -1)) if self.groups > 1 else level[:, None]
-        if packed.zero is not None:
-            level = level - packed.zero.float().view(-1, self.groups, 1)
-        scale = self.scale()
-        if isinstance(spec.granularity, E8M0Group):
-            assert packed.group_scale is not None
-            step = e8m0_decode(packed.group_scale)
-        elif isinstance(spec.granularity, TwoLevel):  # codes times group scales first: as the integer kernels have it
-            assert packed.group_scale is not None
-            assert scale is not None
-            level, step = level * packed.group_scale.float()[..., None], scale
-        else:
-            assert scale is not None
-            step = scale if packed.group_scale is None else packed.group_scale.float() * scale
+        if (zero := self.zero()) is not None:
+            level = level - zero.view(-1, self.groups, 1)
+        if self.branch is not None and (more := self.branch.levels()) is not None:
+            level = level + more.view(level.shape)
+        first, step = self._factors()
+        if first is not None:
+            level = level * first[..., None]
         return (level * step[..., None]).flatten(1)
 
     @torch.no_grad()
     def store(self) -> None:
-        """Put codes and scales into the layer."""
+        """Put codes, zero points, scales and branch into the layer."""
         spec, v = self.spec, self.values()
         one = torch.ones((), device=v.device)
         codes = encode(v, one, None, spec.format)
         for index in range(1, _tables(spec.format)):
             assert self.which is not None
             codes = torch.where(self.which == index, encode(v, one, None, spec.format, index), codes)
-        setattr(self.layer, stored_name("qweight", self.index), pack_codes(codes, spec))
-        scale = self.scale()
-        if scale is not None and self.packed.scale is not None:
-            setattr(self.layer, stored_name("scale", self.index), scale.to(self.packed.scale.dtype))
+        found: dict[str, Tensor | None] = {"qweight": pack_codes(codes, spec), "zero": self.zero(), "scale": self.scale()}
+        if self.kept is not None:
+            found["down"], found["up"] = self.kept()
+        for name, tensor in found.items():
+            if tensor is not None:
+                there = stored_name(name, self.index)
+                setattr(self.layer, there, tensor.to(getattr(self.layer, there).dtype))
 
 
 @contextmanager
@@ -107,14 +152,18 @@ def training(layers: Mapping[str, Quantized], rank: int | None, draw: torch.Gene
     learning = {}
     for path, layer in layers.items():
         for index, stored in enumerate(_any(layer).parts or (layer,)):
-            learning[stored_name(path, index)] = Trained(layer, stored, index, rank, draw)
+            learning[stored_name(path, index)] = Trained(layer, stored, index, rank, draw, path)
     try:
         for mine in learning.values():
-            vars(mine.stored)["learned"] = mine.weight
+            served: dict[str, Callable] = {"learned": mine.weight}
+            if mine.kept is not None:
+                served["learned_branch"] = mine.kept
+            vars(mine.stored).update(served)
         yield learning
     finally:
         for mine in learning.values():
-            vars(mine.stored).pop("learned", None)
+            for name in ("learned", "learned_branch"):
+                vars(mine.stored).pop(name, None)
 
 
 class _Nearest(torch.autograd.Function):

@@ -65,7 +65,7 @@ from .layer import (
     Transform,
     without,
 )
-from .refine import Distill, Reconstruct, Refiner
+from .refine import Distill, MostSensitive, OfRoles, RankDecay, Reconstruct, Refiner, Selection
 from .text import canonical, did_you_mean, from_json, to_json
 
 __all__ = [
@@ -94,6 +94,8 @@ __all__ = [
     "Int",
     "LayerSpec",
     "LowRank",
+    "MostSensitive",
+    "OfRoles",
     "Order",
     "PerChannel",
     "PerGroup",
@@ -104,11 +106,13 @@ __all__ = [
     "PooledBlocks",
     "Radial",
     "Range",
+    "RankDecay",
     "Recall",
     "Reconstruct",
     "Refiner",
     "RowInTile",
     "Sage",
+    "Selection",
     "ShortcutSplit",
     "SiteSpec",
     "SlidingTile",

@@ -17,7 +17,7 @@ from dqtk.refine.descent import call_at, rate_at
 from dqtk.refine.distill import distill
 from dqtk.refine.learning import Refined
 from dqtk.resolve import call_kwargs_for
-from dqtk.spec import Distill, Dynamic, Int, LayerSpec, PerGroup, Reconstruct, TensorSpec
+from dqtk.spec import Distill, Dynamic, Int, LayerSpec, PerGroup, RankDecay, Reconstruct, TensorSpec
 
 W3A4 = LayerSpec(
     weight=TensorSpec(format=Int(bits=3), granularity=PerGroup(size=32)),
@@ -97,6 +97,18 @@ def test_codes_scales_and_small_numbers_learn_and_matrices_stay():
     assert {name: (t.shape, t.dtype) for name, t in before.items()} == {name: (t.shape, t.dtype) for name, t in after.items()}
     assert {name: parameter.requires_grad for name, parameter in module.named_parameters()} == flags
     assert all(parameter.grad is None for parameter in module.parameters())
+
+
+def test_matrices_that_are_not_quantized_learn_where_asked():
+    module, given, exact, _ = case()
+    module.extra, module.layers[2] = nn.Embedding(3, 4), nn.Linear(64, 32, bias=False)
+    torch.nn.init.normal_(module.layers[2].weight, std=0.05)
+    before = copy.deepcopy(module.state_dict())
+    choice = replace(BRIEF, weight_rate=0, scale_rate=0, bias_rate=0, matrix_rate=0.01)
+    found = distill(module, given, exact, choice, progress=False)
+    changed = {name for name, tensor in module.state_dict().items() if not torch.equal(before[name], tensor)}
+    assert changed == {"layers.2.weight"}
+    assert found.after < found.before
 
 
 def test_rates_of_zero_leave_numbers_alone():
@@ -194,6 +206,11 @@ PROMPTS = ["a large red circle on a plain blue background", "two small green squ
     ("name", "dtype", "choice"),
     [
         ("pixart", torch.bfloat16, Distill(iterations=6, weight_rate=0.5)),
+        (
+            "pixart",
+            torch.float32,
+            Distill(iterations=6, weight_rate=0.5, decay=RankDecay(rank=4), exact_start=True, guidance=4.5),
+        ),
         ("sdxl", torch.float32, Reconstruct(iterations=6, weight_rate=0.5)),
     ],
 )
