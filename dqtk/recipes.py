@@ -259,14 +259,14 @@ CONTENT_ROLES = (*(f"cross_attn.{part}" for part in ("q", "k", "v", "out")), "ff
 class Search:
     """A recipe with a budget: what every layer may become, and how many bits per weight all may take (``dqtk allocate --search``).
 
-    bits: stored, on average over all planned layers, kept ones at 16. content_score: of pictures, for the content group. sweep: of
-    the ratio between the groups' budgets. switch: exchanges of levels to try.
+    bits: stored, on average over all planned layers, kept ones at 16. scores: (group, name of its score). sweep: of the ratio
+    between the groups' budgets. switch: exchanges of levels to try.
     """
 
     name: str
     candidates: tuple[Recipe, ...]
     bits: float
-    content_score: str | None = None
+    scores: tuple[tuple[str, str], ...] = ()
     sweep: bool = False
     switch: int | None = None
 
@@ -288,7 +288,7 @@ def mixdq_w3_66a16() -> Search:
         wide, narrow = (LayerSpec(weight=TensorSpec(format=Int(bits=b), granularity=PerChannel())) for b in (max(bits, 4), bits))
         rules = (Rule(roles=CONTENT_ROLES, spec=narrow, why="mixdq: content"), Rule(spec=wide, why="mixdq: quality"))
         found.append(Recipe(name=f"mixdq-w{bits}a16", rules=rules))
-    return Search(name="mixdq-w3.66a16", candidates=tuple(found), bits=3.66, content_score="ssim", sweep=True)
+    return Search(name="mixdq-w3.66a16", candidates=tuple(found), bits=3.66, scores=(("content", "ssim"),), sweep=True)
 
 
 def viditq_mp_w4a8() -> Search:
