@@ -236,16 +236,17 @@ def llm_fp4() -> Recipe:
 
 
 def of_width(bits: int, inputs: int = 8) -> Recipe:
-    """``bits``-bit weights that multiply INT8 inputs as integers: in groups of 64 up to 4 bits, per channel above; no prompts.
+    """``bits``-bit weights that multiply INT8 inputs as integers: in groups of 64 up to 7 bits, per channel at 8; no prompts.
 
-    What allocation chooses among. 4 and 8 are ``w4a8-rtn`` and ``w8a8``. ``inputs``: their bits, 2 to 8 per token, or 16: as they
-    are. Raises ``ValueError`` for a width outside 2 to 8.
+    What allocation chooses among. 4 and 8 are ``w4a8-rtn`` and ``w8a8``. Groups cost an eighth of a bit, and make every bit
+    count: 5 bits per channel are no better than 4 in groups where some taps of a convolution are much larger than others.
+    ``inputs``: their bits, 2 to 8 per token, or 16: as they are. Raises ``ValueError`` for a width outside 2 to 8.
     """
     if not 2 <= bits <= 8:
         raise ValueError(f"recipe: weight bits must be from 2 to 8, got {bits}. Integer kernels take nothing else.")
     if inputs != 16 and not 2 <= inputs <= 8:
         raise ValueError(f"recipe: input bits must be from 2 to 8, or 16, got {inputs}. Integer kernels take nothing else.")
-    granularity = TwoLevel(size=64) if bits <= 4 else PerChannel()
+    granularity = TwoLevel(size=64) if bits <= 7 else PerChannel()
     weight = TensorSpec(format=Int(bits=bits), granularity=granularity, range=AbsMax())
     given = None if inputs == 16 else TensorSpec(format=Int(bits=inputs), granularity=PerToken(), range=Dynamic())
     return _uniform(f"w{bits}a{inputs}", LayerSpec(weight=weight, input=given))
