@@ -8,7 +8,7 @@ Recipes of our own that learn from prompts keep a text token exact that is the s
 and changes of basis and rounding of weights do harm there (notebooks/LOG.md).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -176,16 +176,31 @@ def w4a4_rot() -> Recipe:
     return _learned("w4a4-rot", LayerSpec(weight=_W4_GROUP, input=_A4_GROUP, solver=GPTQ(), transforms=(Hadamard(),)))
 
 
-def viditq_w4a8() -> Recipe:
-    """ViDiT-Q's channel balancing (arXiv 2406.02540): scale with alpha 0.01, then rotate; W4 per channel, A8 per token.
+def _viditq(name: str, spec: LayerSpec, also_kept: Mapping[str, str]) -> Recipe:
+    """ViDiT-Q's (arXiv 2406.02540): modulation and more roles stay at 16 bits."""
+    kept = {**KEPT_ROLES, "modulation": "kept: as in the paper", **also_kept}
+    rules = tuple(Rule(roles=(role,), spec=None, why=why) for role, why in kept.items())
+    return Recipe(name=name, rules=(*rules, Rule(spec=spec, why=f"{name}: default")))
 
-    The paper's settings for PixArt-Sigma; its exponent 0.99 is on the weight, ours on the input. Modulation stays at 16 bits.
-    """
+
+def _balanced(alpha: float) -> LayerSpec:
+    """W4 per channel, A8 per token, scaled, then rotated. alpha: on the input; the paper's is on the weight, 1 less ours."""
     weight = TensorSpec(format=Int(bits=4, symmetric=False), granularity=PerChannel())
-    spec = LayerSpec(weight=weight, input=_A8, transforms=(Smooth(alpha=0.01), Hadamard()))
-    keep = {**KEPT_ROLES, "modulation": "kept: as in the paper"}
-    rules = tuple(Rule(roles=(role,), spec=None, why=why) for role, why in keep.items())
-    return Recipe(name="viditq-w4a8", rules=(*rules, Rule(spec=spec, why="viditq-w4a8: default")))
+    return LayerSpec(weight=weight, input=_A8, transforms=(Smooth(alpha=alpha), Hadamard()))
+
+
+def viditq_w4a8() -> Recipe:
+    """ViDiT-Q's channel balancing (arXiv 2406.02540), the paper's settings for PixArt-Sigma: scale with alpha 0.01, then rotate."""
+    return _viditq("viditq-w4a8", _balanced(0.01), {})
+
+
+def viditq_w4a8_video() -> Recipe:
+    """The same with the paper's settings for Open-Sora 1.2: scale with alpha 0.4335; cross-attention stays at 16 bits.
+
+    The authors' plan has these 4 bits in 4 of 28 blocks and 8 in all others; here all have 4, and ``dqtk allocate`` mixes.
+    """
+    kept = {f"cross_attn.{part}": "kept: cross-attention, as in the paper" for part in ("q", "k", "v", "out")}
+    return _viditq("viditq-w4a8-video", _balanced(0.4335), kept)
 
 
 def viditq_w8a8() -> Recipe:
@@ -193,14 +208,8 @@ def viditq_w8a8() -> Recipe:
 
     The authors' settings for PixArt-Sigma, but weights without a zero point, as integer kernels take them.
     """
-    keep = {
-        **KEPT_ROLES,
-        "modulation": "kept: as in the paper",
-        "cross_attn.k": "kept: keys of the text, as in the paper",
-        "cross_attn.v": "kept: values of the text, as in the paper",
-    }
-    rules = tuple(Rule(roles=(role,), spec=None, why=why) for role, why in keep.items())
-    return Recipe(name="viditq-w8a8", rules=(*rules, Rule(spec=LayerSpec(weight=_W8, input=_A8), why="viditq-w8a8: default")))
+    kept = {role: f"kept: {what} of the text, as in the paper" for role, what in zip(_TEXT_ROLES, ("keys", "values"), strict=True)}
+    return _viditq("viditq-w8a8", LayerSpec(weight=_W8, input=_A8), kept)
 
 
 def _mixdq(name: str, weight: TensorSpec) -> Recipe:
@@ -318,6 +327,7 @@ RECIPES = {
     "w4a4-svd": w4a4_svd,
     "w4a4-rot": w4a4_rot,
     "viditq-w4a8": viditq_w4a8,
+    "viditq-w4a8-video": viditq_w4a8_video,
     "viditq-w8a8": viditq_w8a8,
     "mixdq-w8a8": mixdq_w8a8,
     "mixdq-w4a8": mixdq_w4a8,

@@ -30,6 +30,7 @@ GOLDEN = {
     "w4a4-svd": "W4 group 64, A4 group 64, smooth, rank 32, GPTQ",
     "w4a4-rot": "W4 group 64, A4 group 64, rotated, GPTQ",
     "viditq-w4a8": "W4 per channel asym, A8 per token, smooth 0.01, rotated",
+    "viditq-w4a8-video": "W4 per channel asym, A8 per token, smooth 0.4335, rotated",
     "viditq-w8a8": "W8 per channel, A8 per token",
     "mixdq-w8a8": "W8 per channel, A8 per tensor asym, split",
     "mixdq-w4a8": "W4 per channel, A8 per tensor asym, split",
@@ -41,10 +42,15 @@ LEARNING = {
     "w4a4-svd",
     "w4a4-rot",
     "viditq-w4a8",
+    "viditq-w4a8-video",
     "llm-fp4",
     "mixdq-w8a8",
     "mixdq-w4a8",
 }  # from inputs seen on prompts
+EXACT_TEXT = {
+    "viditq-w8a8": ("cross_attn.k", "cross_attn.v"),
+    "viditq-w4a8-video": ("cross_attn.q", "cross_attn.k", "cross_attn.v", "cross_attn.out"),
+}
 RANGES = {"w8a8-static", "w8a8-levels", "fp8-static", "llm-fp4", "mixdq-w8a8", "mixdq-w4a8"}
 
 
@@ -71,8 +77,8 @@ def test_same_roles_are_kept_and_modulation_keeps_its_input(name, load_tiny):
             assert (choice.spec, choice.why) == (None, KEPT_ROLES[choice.site.role])
         elif choice.site.role == "modulation":
             assert describe(choice.spec) == ("16 bit" if name.startswith("viditq") else "W8 per channel, A16")
-        elif name == "viditq-w8a8" and choice.site.role in ("cross_attn.k", "cross_attn.v"):
-            assert choice.spec is None
+        elif choice.site.role in EXACT_TEXT.get(name, ()):
+            assert (choice.spec, choice.why.endswith("as in the paper")) == (None, True)
         else:
             assert choice.spec is not None, choice.site.id
     assert set(KEPT_ROLES) <= set(ROLES)

@@ -1,5 +1,6 @@
 """Clips: what of the output and of the frames is scored, and an allocation of the embedded video pipeline from end to end."""
 
+import copy
 import json
 from types import SimpleNamespace
 
@@ -152,6 +153,24 @@ def test_groups_of_clips_are_measured_each_in_its_own_way(wan, tmp_path):
     }
     with pytest.raises(ValueError, match="a group of clips must be one of text, temporal, spatial, got 'content'"):
         dqtk.allocate(wan, captions, ["w8a8"], "9bits", scores={"content": "ssim"}, ratio=1.0, **how)
+
+
+@torch.no_grad()
+def test_recipes_of_the_paper_on_a_video_transformer(wan):
+    """Each quantizes and paints; 8 bits are nearer than 4; cross-attention stays where the recipe for clips says so."""
+    prompt = "a small red circle moving left slowly on a striped background"
+    stats = dqtk.calibrate(wan, [prompt], dqtk.plan(wan, "viditq-w4a8"), call_kwargs=FEW, keep_calls=True, progress=False)
+    probe, original, scores = OutputSQNR({"transformer": wan.transformer}, stats.calls), wan.transformer, {}
+    for name in ("viditq-w8a8", "viditq-w4a8", "viditq-w4a8-video"):
+        wan.transformer = copy.deepcopy(original)
+        dqtk.quantize(wan, name, prompts=[prompt], call_kwargs=FEW, progress=False)
+        scores[name] = probe("transformer", wan.transformer)
+        attending = {"attn2" in path for path in quantized_layers(wan.transformer)}
+        assert attending == ({False} if name.endswith("video") else {False, True})
+        frames = wan(prompt, output_type="pt", generator=torch.Generator().manual_seed(0), max_sequence_length=16, **FEW).frames
+        assert bool(torch.isfinite(frames).all())
+    assert scores["viditq-w8a8"] > scores["viditq-w4a8-video"] + 6
+    assert scores["viditq-w4a8-video"] > 10 < scores["viditq-w4a8"]
 
 
 def test_from_the_shell_to_a_clip(tmp_path, capsys):
