@@ -41,7 +41,7 @@ from rows import append, stored
 import dqtk
 from dqtk.allocate.budget import Budget
 from dqtk.allocate.from_plans import Offers
-from dqtk.allocate.groups import CONTENT, QUALITY, group_of
+from dqtk.allocate.groups import CONTENT, QUALITY, groups_of
 from dqtk.allocate.parts import MOST, RunParts
 from dqtk.allocate.probes import OutputSQNR, PictureScore
 from dqtk.allocate.reliability import describe_reliability, monotone
@@ -78,7 +78,7 @@ class World:
         names = {component.name for component in learning.components}
         self.parts = {name: part for name, part in components_of(self.pipe).items() if name in names}
         self.run = RunParts.of_run(MOST, self.pipe, captions[:1], self.kwargs) if options.weigh else None
-        self.groups = {choice.site.id: group_of(choice.site) for choice in self.plans[4].choices}
+        self.groups = groups_of([choice.site for choice in self.plans[4].choices])
         self.layers = Layers(self.parts)
         self.found, self.losses = self.scored("sqnr", None), dict.fromkeys((CONTENT, QUALITY), "noise")
         self.monotone, counts = monotone(list(self.plans.values()), self.found), None
@@ -92,7 +92,7 @@ class World:
         if options.content_score:
             score = self.pictures(captions[:4], options.content_score)
             self.found_of_groups = self.scored("groups", score)
-            self.losses_of_groups = {CONTENT: "score", QUALITY: "score"}
+            self.losses_of_groups = {CONTENT: score.loss, QUALITY: "noise"}
         self.layers.complete(list(self.plans.values()), self.stats)
         calls = [[call for call in judges.calls if call.run == run] for run in (0, 1)]
         task = {"model": model, "options": f"{options.steps} steps", "weights": [] if counts is None else list(counts.weights)}
@@ -143,7 +143,8 @@ class World:
     def offers(self, bits: float, losses: dict[str, str] | None = None, of_groups: bool = False) -> Offers:
         found = self.found_of_groups if of_groups else self.found
         kinds = losses or (self.losses_of_groups if of_groups else self.losses)
-        return Offers.of(list(self.plans.values()), found, self.budget(bits), kinds, self.groups)
+        alike = not (of_groups and self.options.content_score)
+        return Offers.of(list(self.plans.values()), found, self.budget(bits), kinds, self.groups, alike=alike)
 
 
 def around(bits: float) -> tuple[int, int]:

@@ -114,13 +114,27 @@ def _allocation(verb: argparse.ArgumentParser) -> None:
         "--around", metavar="NAME|PLAN", help="recipe or plan of the rest while a layer is measured (default: unquantized)"
     )
     verb.add_argument("--keep", metavar="PATTERN", action="append", default=[], help="keep matching sites at 16 bits; repeatable")
-    verb.add_argument("--content", metavar="PATTERN", action="append", default=[], help="layers of the content group; repeatable")
-    verb.add_argument("--quality", metavar="PATTERN", action="append", default=[], help="those of the other group; repeatable")
     verb.add_argument(
-        "--content-score", metavar="NAME", help="of pictures, for the content group, such as ssim (default: as quality)"
+        "--group",
+        metavar="GROUP=PATTERN",
+        action="append",
+        default=[],
+        help="layers of a group (content, quality; of clips text, temporal, spatial), over their roles; repeatable",
     )
-    verb.add_argument("--ratio", type=float, help="content's share of 16 bits over quality's (default: one program for all)")
-    verb.add_argument("--sweep", action="store_true", help="try ten ratios, and take the best by pictures of 8 of the prompts")
+    verb.add_argument(
+        "--score",
+        metavar="GROUP=NAME",
+        action="append",
+        default=[],
+        help="by which a group is measured: of pictures, such as ssim, of clips such as difference_psnr (default: sqnr)",
+    )
+    verb.add_argument(
+        "--ratio",
+        nargs="+",
+        metavar="NUMBER",
+        help="share of 16 bits over the last group's, of the others or as GROUP=NUMBER (default: one program for all)",
+    )
+    verb.add_argument("--sweep", action="store_true", help="try ratios, and take the best by pictures of 8 of the prompts")
     verb.add_argument(
         "--switch", type=_positive, metavar="N", help="then try N exchanges of levels between layers, judged on calls of their own"
     )

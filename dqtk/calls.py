@@ -22,6 +22,7 @@ RESERVED = (
     "batch_size",
 )  # set for each picture
 TIME_NAMES = ("timestep", "timesteps", "t")
+FRAME_NAMES = ("num_frames", "video_length")
 
 
 def call_arguments(pipe: Any, given: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -34,14 +35,19 @@ def check_call_names(pipe: Any, call_kwargs: Mapping[str, Any], where: str) -> N
     misspelt number of steps with them. A pipeline that passes them on to another's ``__call__`` takes what that names, and one that
     names nothing at all takes anything."""
     kind = pipe if isinstance(pipe, type) else type(pipe)
-    calls = [vars(base)["__call__"] for base in kind.__mro__ if "__call__" in vars(base)]
-    parameters = [p for call in calls for p in inspect.signature(call).parameters.values()]
-    known = dict.fromkeys(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self")
+    known = _named(kind)
     allowed = [name for name in known if name not in RESERVED]
     for name in call_kwargs if known else ():
         if name not in known:
             hint = did_you_mean(name, allowed) or " Remove it."
             raise ValueError(f"{where} must be arguments of {kind.__name__} ({', '.join(allowed)}), got {name!r}.{hint}")
+
+
+def _named(kind: type) -> dict[str, None]:
+    """What ``__call__`` of a class and of those that it is made of name."""
+    calls = [vars(base)["__call__"] for base in kind.__mro__ if "__call__" in vars(base)]
+    parameters = [p for call in calls for p in inspect.signature(call).parameters.values()]
+    return dict.fromkeys(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self")
 
 
 def prompt_argument(pipe: Any, prompts: Sequence[str], where: str) -> dict[str, Any]:
@@ -59,6 +65,12 @@ def prompt_argument(pipe: Any, prompts: Sequence[str], where: str) -> dict[str, 
         f"{where}: the pipeline must take 'prompt' or 'class_labels', got {type(pipe).__name__} with {sorted(parameters)}. "
         "Unconditional pipelines are not supported yet."
     )
+
+
+def makes_clips(pipe: Any) -> bool:
+    """Whether it is a video pipeline, or the class of one: it can be asked for a number of frames."""
+    named = _named(pipe if isinstance(pipe, type) else type(pipe))
+    return any(name in named for name in FRAME_NAMES)
 
 
 def _class_label(pipe: Any, prompt: str, where: str) -> int:
@@ -105,6 +117,23 @@ def layouts_of(module: nn.Module, arguments: Mapping[str, Any], rule: LayoutRule
     """
     found = [Layout(*numbers) for numbers in (rule or layout_rule(module))(module, arguments)]
     return {layout.tokens: layout for layout in found}
+
+
+def by_frames(module: nn.Module, arguments: Mapping[str, Any], latents: Tensor) -> Tensor:
+    """Latents of a denoiser's call as [B, F, ...]: [B, C, F, H, W] as its family has it, or packed, [B, F * rows * columns, C].
+
+    Raises ``ValueError`` where there are no frames.
+    """
+    adapter = adapters().get(type(module).__name__)
+    if latents.ndim == 5:
+        return latents.movedim(2 if adapter is None else adapter.frame_dim, 1)
+    frames = max(layout.frames for layout in layouts_of(module, arguments).values())
+    if latents.ndim != 3 or frames < 2 or latents.shape[1] % frames:
+        raise ValueError(
+            f"frames: latents of {type(module).__name__} must be [B, C, F, H, W] or packed in frames, got {list(latents.shape)}. "
+            "Pictures have none."
+        )
+    return latents.unflatten(1, (frames, -1))
 
 
 def _of_latents(module: nn.Module, arguments: Mapping[str, Any]) -> list[tuple[int, ...]]:

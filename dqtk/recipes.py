@@ -9,7 +9,7 @@ Recipes of our own that learn from prompts also keep a text token exact that is 
 and changes of basis and rounding of weights do harm there (notebooks/LOG.md).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -183,16 +183,31 @@ def w4a4_rot() -> Recipe:
     return _learned("w4a4-rot", LayerSpec(weight=_W4_GROUP, input=_A4_GROUP, solver=GPTQ(), transforms=(Hadamard(),)))
 
 
-def viditq_w4a8() -> Recipe:
-    """ViDiT-Q's channel balancing (arXiv 2406.02540): scale with alpha 0.01, then rotate; W4 per channel, A8 per token.
+def _viditq(name: str, spec: LayerSpec, also_kept: Mapping[str, str]) -> Recipe:
+    """ViDiT-Q's (arXiv 2406.02540): modulation and more roles stay at 16 bits."""
+    kept = {**KEPT_ROLES, "modulation": "kept: as in the paper", **also_kept}
+    rules = tuple(Rule(roles=(role,), spec=None, why=why) for role, why in kept.items())
+    return Recipe(name=name, rules=(*rules, Rule(spec=spec, why=f"{name}: default")))
 
-    The paper's settings for PixArt-Sigma; its exponent 0.99 is on the weight, ours on the input. Modulation stays at 16 bits.
-    """
+
+def _balanced(alpha: float) -> LayerSpec:
+    """W4 per channel, A8 per token, scaled, then rotated. alpha: on the input; the paper's is on the weight, 1 less ours."""
     weight = TensorSpec(format=Int(bits=4, symmetric=False), granularity=PerChannel())
-    spec = LayerSpec(weight=weight, input=_A8, transforms=(Smooth(alpha=0.01), Hadamard()))
-    keep = {**KEPT_ROLES, "modulation": "kept: as in the paper"}
-    rules = tuple(Rule(roles=(role,), spec=None, why=why) for role, why in keep.items())
-    return Recipe(name="viditq-w4a8", rules=(*rules, Rule(spec=spec, why="viditq-w4a8: default")))
+    return LayerSpec(weight=weight, input=_A8, transforms=(Smooth(alpha=alpha), Hadamard()))
+
+
+def viditq_w4a8() -> Recipe:
+    """ViDiT-Q's channel balancing (arXiv 2406.02540), the paper's settings for PixArt-Sigma: scale with alpha 0.01, then rotate."""
+    return _viditq("viditq-w4a8", _balanced(0.01), {})
+
+
+def viditq_w4a8_video() -> Recipe:
+    """The same with the paper's settings for Open-Sora 1.2: scale with alpha 0.4335; cross-attention stays at 16 bits.
+
+    The authors' plan has these 4 bits in 4 of 28 blocks and 8 in all others; here all have 4, and ``dqtk allocate`` mixes.
+    """
+    kept = {f"cross_attn.{part}": "kept: cross-attention, as in the paper" for part in ("q", "k", "v", "out")}
+    return _viditq("viditq-w4a8-video", _balanced(0.4335), kept)
 
 
 def viditq_w8a8() -> Recipe:
@@ -200,14 +215,8 @@ def viditq_w8a8() -> Recipe:
 
     The authors' settings for PixArt-Sigma, but weights without a zero point, as integer kernels take them.
     """
-    keep = {
-        **KEPT_ROLES,
-        "modulation": "kept: as in the paper",
-        "cross_attn.k": "kept: keys of the text, as in the paper",
-        "cross_attn.v": "kept: values of the text, as in the paper",
-    }
-    rules = tuple(Rule(roles=(role,), spec=None, why=why) for role, why in keep.items())
-    return Recipe(name="viditq-w8a8", rules=(*rules, Rule(spec=LayerSpec(weight=_W8, input=_A8), why="viditq-w8a8: default")))
+    kept = {role: f"kept: {what} of the text, as in the paper" for role, what in zip(_TEXT_ROLES, ("keys", "values"), strict=True)}
+    return _viditq("viditq-w8a8", LayerSpec(weight=_W8, input=_A8), kept)
 
 
 def _mixdq(name: str, weight: TensorSpec) -> Recipe:
@@ -243,16 +252,17 @@ def llm_fp4() -> Recipe:
 
 
 def of_width(bits: int, inputs: int = 8) -> Recipe:
-    """``bits``-bit weights that multiply INT8 inputs as integers: in groups of 64 up to 4 bits, per channel above; no prompts.
+    """``bits``-bit weights that multiply INT8 inputs as integers: in groups of 64 up to 7 bits, per channel at 8; no prompts.
 
-    What allocation chooses among. 4 and 8 are ``w4a8-rtn`` and ``w8a8``. ``inputs``: their bits, 2 to 8 per token, or 16: as they
-    are. Raises ``ValueError`` for a width outside 2 to 8.
+    What allocation chooses among. 4 and 8 are ``w4a8-rtn`` and ``w8a8``. Groups cost an eighth of a bit, and make every bit
+    count: 5 bits per channel are no better than 4 in groups where some taps of a convolution are much larger than others.
+    ``inputs``: their bits, 2 to 8 per token, or 16: as they are. Raises ``ValueError`` for a width outside 2 to 8.
     """
     if not 2 <= bits <= 8:
         raise ValueError(f"recipe: weight bits must be from 2 to 8, got {bits}. Integer kernels take nothing else.")
     if inputs != 16 and not 2 <= inputs <= 8:
         raise ValueError(f"recipe: input bits must be from 2 to 8, or 16, got {inputs}. Integer kernels take nothing else.")
-    granularity = TwoLevel(size=64) if bits <= 4 else PerChannel()
+    granularity = TwoLevel(size=64) if bits <= 7 else PerChannel()
     weight = TensorSpec(format=Int(bits=bits), granularity=granularity, range=AbsMax())
     given = None if inputs == 16 else TensorSpec(format=Int(bits=inputs), granularity=PerToken(), range=Dynamic())
     return _uniform(f"w{bits}a{inputs}", LayerSpec(weight=weight, input=given))
@@ -266,14 +276,14 @@ CONTENT_ROLES = (*(f"cross_attn.{part}" for part in ("q", "k", "v", "out")), "ff
 class Search:
     """A recipe with a budget: what every layer may become, and how many bits per weight all may take (``dqtk allocate --search``).
 
-    bits: stored, on average over all planned layers, kept ones at 16. content_score: of pictures, for the content group. sweep: of
-    the ratio between the groups' budgets. switch: exchanges of levels to try.
+    bits: stored, on average over all planned layers, kept ones at 16. scores: (group, name of its score). sweep: of the ratio
+    between the groups' budgets. switch: exchanges of levels to try.
     """
 
     name: str
     candidates: tuple[Recipe, ...]
     bits: float
-    content_score: str | None = None
+    scores: tuple[tuple[str, str], ...] = ()
     sweep: bool = False
     switch: int | None = None
 
@@ -295,7 +305,7 @@ def mixdq_w3_66a16() -> Search:
         wide, narrow = (LayerSpec(weight=TensorSpec(format=Int(bits=b), granularity=PerChannel())) for b in (max(bits, 4), bits))
         rules = (Rule(roles=CONTENT_ROLES, spec=narrow, why="mixdq: content"), Rule(spec=wide, why="mixdq: quality"))
         found.append(Recipe(name=f"mixdq-w{bits}a16", rules=rules))
-    return Search(name="mixdq-w3.66a16", candidates=tuple(found), bits=3.66, content_score="ssim", sweep=True)
+    return Search(name="mixdq-w3.66a16", candidates=tuple(found), bits=3.66, scores=(("content", "ssim"),), sweep=True)
 
 
 def viditq_mp_w4a8() -> Search:
@@ -324,6 +334,7 @@ RECIPES = {
     "w4a4-svd": w4a4_svd,
     "w4a4-rot": w4a4_rot,
     "viditq-w4a8": viditq_w4a8,
+    "viditq-w4a8-video": viditq_w4a8_video,
     "viditq-w8a8": viditq_w8a8,
     "mixdq-w8a8": mixdq_w8a8,
     "mixdq-w4a8": mixdq_w4a8,

@@ -65,10 +65,20 @@ def embedded_prompts(name: str) -> Path:
 @cache
 def scores() -> dict[str, Any]:
     """Every score that a file of ``dqtk.metrics`` offers (``SCORES``), by name; see ``metrics/score.py`` for their kinds."""
+    return _offered("SCORES")
+
+
+@cache
+def clip_scores() -> dict[str, Any]:
+    """The same of paired scores of whole clips (``CLIP_SCORES``)."""
+    return _offered("CLIP_SCORES")
+
+
+def _offered(what: str) -> dict[str, Any]:
     package = importlib.import_module("dqtk.metrics")
     files = [info.name for info in pkgutil.iter_modules(package.__path__) if not info.ispkg]
     modules = [importlib.import_module(f"dqtk.metrics.{name}") for name in files]
-    return {score.name: score for module in modules for score in getattr(module, "SCORES", ())}
+    return {score.name: score for module in modules for score in getattr(module, what, ())}
 
 
 def extractor_for(name: str, device: Any = "cpu") -> Any:
@@ -81,18 +91,20 @@ def extractor_for(name: str, device: Any = "cpu") -> Any:
     return importlib.import_module("dqtk.metrics.extractors.find").extractor_named(where, device)
 
 
-def pair_score(name: str) -> Any:
-    """A paired score of pictures by its name: one of ``scores``, or ``features:EXTRACTOR``, the cosine of that network's features.
+def pair_score(name: str, also: Sequence[str] = ()) -> Any:
+    """A paired score of pictures or clips by its name: one of ``scores``, of ``clip_scores``, or ``features:EXTRACTOR``, the
+    cosine of that network's features. also: other names that the caller takes, for the error.
 
     Raises ``ValueError`` with a suggestion for an unknown name, and what ``extractor_for`` raises.
     """
     kind, colon, extractor = name.partition(":")
     if kind == "features" and colon:
         return importlib.import_module("dqtk.metrics.feature_similarity").feature_score(extractor_for(extractor))
-    known = {name: score for name, score in scores().items() if hasattr(score, "load")}
+    known = {name: score for name, score in scores().items() if hasattr(score, "load")} | clip_scores()
     if name not in known:
         raise ValueError(
-            f"score: name must be one of {', '.join(known)}, features:EXTRACTOR, got {name!r}.{did_you_mean(name, known)}"
+            f"score: name must be one of {', '.join([*known, *also])}, features:EXTRACTOR, got {name!r}."
+            f"{did_you_mean(name, [*known, *also])}"
         )
     return known[name]
 

@@ -102,7 +102,8 @@ class Adapter:
     classes: denoiser class names it is for. roles: (glob on the path, role), first match wins over what structure says.
     keep: (glob on the path, why), sites that recipes leave at 16 bits. reversed_time: the denoiser is given 1 - sigma as its time.
     layouts: (denoiser, arguments of a call by name) -> (frames, rows, columns, text tokens before, and after) of every sequence
-    that attends to itself, where they are not simply the latents cut into patches.
+    that attends to itself, where they are not simply the latents cut into patches. frame_dim: of the frames of latents
+    [B, C, F, H, W]; 1 where they are [B, F, C, H, W].
     """
 
     classes: tuple[str, ...]
@@ -110,6 +111,7 @@ class Adapter:
     keep: tuple[tuple[str, str], ...] = ()
     reversed_time: bool = False
     layouts: Callable[[nn.Module, Mapping[str, Any]], list[tuple[int, ...]]] | None = None
+    frame_dim: int = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

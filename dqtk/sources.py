@@ -160,6 +160,12 @@ def meta_pipeline(model: str) -> MetaPipeline:
     return MetaPipeline(parts)
 
 
+def pipeline_class(model: str) -> type | None:
+    """The class of diffusers that a pipeline is saved as; None for one of somebody's own."""
+    index = read_json(local_folder(model, weights=False) / "model_index.json", f"model: {model}")
+    return getattr(importlib.import_module("diffusers"), str(index.get("_class_name")), None)
+
+
 def model_folder(model: str) -> Path:
     """The folder of a MODEL with its weights. MODEL may also be the folder of one component: ``config.json`` and weights."""
     folder = Path(model)

@@ -1,4 +1,5 @@
-"""What a report or a job must know of a score beside its number. A file of this folder offers its scores as ``SCORES``.
+"""What a report or a job must know of a score beside its number. A file of this folder offers its scores as ``SCORES``,
+those of whole clips as ``CLIP_SCORES``.
 
 Four kinds, by what they look at; the type is the key. Nothing here loads weights: ``PairScore.load`` does when it is called.
 """
@@ -20,6 +21,23 @@ class PairScore:
     ``load(**options)`` returns the function (candidate, reference) -> [B] of float batches [B, 3, H, W] in [0, 1]. ``cap``: what
     larger values count for in a mean (``None``: the score is bounded). ``version``: of the code; another one may give other
     numbers, so cached values are filed under it. A function that depends on files says on which in its ``identity``.
+    """
+
+    name: str
+    label: str
+    higher_is_better: bool
+    load: Callable[..., Callable[[Tensor, Tensor], Tensor]]
+    unit: str = ""
+    digits: int = 4
+    cap: float | None = None
+    version: str = "1"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipScore:
+    """Closeness of a clip to the original's clip of the same prompt and seed; fields as ``PairScore`` has them.
+
+    ``load(**options)`` returns the function (candidate, reference) -> [B] of float batches [B, F, 3, H, W] in [0, 1].
     """
 
     name: str

@@ -13,4 +13,4 @@ def layouts(transformer: Any, arguments: Mapping[str, Any]) -> list[tuple[int, .
     return [(-(-frames // along), height // patch, width // patch, arguments["encoder_hidden_states"].shape[1], 0)]
 
 
-ADAPTER = Adapter(classes=("CogVideoXTransformer3DModel",), layouts=layouts)
+ADAPTER = Adapter(classes=("CogVideoXTransformer3DModel",), layouts=layouts, frame_dim=1)

@@ -36,9 +36,8 @@ ALLOCATION = [
     "--input-widths",
     "--recipes",
     "--keep",
-    "--content",
-    "--quality",
-    "--content-score",
+    "--group",
+    "--score",
     "--ratio",
     "--sweep",
     "--switch",
@@ -444,9 +443,11 @@ def test_every_wish_of_the_command_line_arrives(folder, tmp_path, monkeypatch):
     flags = set(vars(options)) & set(inspect.signature(dqtk.allocate).parameters)
     seen = {}
     monkeypatch.setattr(command, "allocate", lambda pipe, prompts, candidates, **given: seen.update(given))
-    assert main([*words, "--weigh"]) == 0
+    more = ["--weigh", "--group", "content=*.ff.*", "--group", "content=*attn2*", "--score", "content=ssim", "--ratio", "0.5"]
+    assert main([*words, *more]) == 0
     assert flags - {"prompts"} <= set(seen)
     assert seen["weigh"] is True
+    assert (seen["groups"], seen["scores"], seen["ratio"]) == ({"content": ["*.ff.*", "*attn2*"]}, {"content": "ssim"}, 0.5)
 
 
 def test_allocate_swept_and_switched(folder, say, tmp_path):
@@ -511,8 +512,8 @@ def test_allocate_with_pictures_for_content(folder, say, tmp_path):
         "allocate",
         folder,
         *words,
-        "--content-score",
-        "ssim",
+        "--score",
+        "content=ssim",
         "--ratio",
         1,
         "--budget",
@@ -541,18 +542,29 @@ def test_allocate_with_pictures_for_content(folder, say, tmp_path):
         (["nowhere", "--loss", "noise"], "--loss must stand without a MODEL, got nowhere"),
         (["nowhere", "--recipes", "w8a8", "--widths", "4"], "--recipes must stand without --widths"),
         (["nowhere", "--stats", "s", "--prompts", "p"], "--stats must stand without --prompts"),
-        (["nowhere", "--content-score", "ssim"], "content-score must come with ratio or sweep, got none"),
+        (["nowhere", "--score", "content=ssim"], "score must come with ratio or sweep, got none"),
         (["nowhere", "--sweep", "--ratio", "1", "--prompts", "p"], "sweep must stand without ratio"),
         (["nowhere", "--switch", "5", "--stats", "s"], "--sweep and --switch must come with --prompts in place of --stats"),
         (["nowhere", "--switch", "5", "--prompts", "p"], "prompts must be at least 8 for sweep and switch, got 1"),
         (["--sensitivity", "a", "--sizes", "a", "--sweep"], "--sweep must come with a MODEL"),
         (["nowhere", "--parts", "2", "--around", "w8a8"], "parts and weigh must come with prompts and without around"),
-        (["nowhere", "--content-score", "ssim", "--ratio", "1", "--around", "w8a8"], "content-score must come without around"),
+        (["nowhere", "--score", "content=ssim", "--ratio", "1", "--around", "w8a8"], "score of pictures must come without around"),
         (["FOLDER", "--around", "none.json", "--prompts", "p"], "--around: file must exist, got none.json"),
-        (["nowhere", "--content-score", "ssim", "--ratio", "1", "--stats", "s"], "content-score must come with prompts"),
+        (["nowhere", "--score", "content=ssim", "--ratio", "1", "--stats", "s"], "score of pictures must come with prompts"),
         (["nowhere", "--costs", "c"], "costs must come with a budget in ms and only then, got 4 bits"),
         (["FOLDER"], "--prompts or --stats must be given for"),
-        (["FOLDER", "--content", "*.mlp.*", "--prompts", "p"], "a group's pattern must match one of"),
+        (["FOLDER", "--group", "content=*.mlp.*", "--prompts", "p"], "a group's pattern must match one of"),
+        (
+            ["FOLDER", "--group", "temporal=*", "--prompts", "p"],
+            "a group of pictures must be one of content, quality, got 'temporal'",
+        ),
+        (["nowhere", "--group", "*.ff.*"], "--group must be GROUP=PATTERN, got '*.ff.*'. For example content=*.ff.*."),
+        (
+            ["nowhere", "--score", "content=ssim", "--score", "content=psnr"],
+            "--score must be given once for a group, got ssim, psnr",
+        ),
+        (["nowhere", "--ratio", "half"], "--ratio must be a number, or GROUP=NUMBER, got 'half'"),
+        (["nowhere", "--ratio", "text=half"], "--ratio must be a number, or GROUP=NUMBER, got 'text=half'"),
         (["FOLDER", "--widths", "1"], "weight bits must be from 2 to 8, got 1"),
         (["nowhere", "--search", "auto", "--widths", "4"], "--search must stand without --widths, got both"),
         (

@@ -405,7 +405,7 @@ def test_mse_refuses(arguments):
         (
             TensorSpec(format=Int(bits=8), granularity=TwoLevel()),
             None,
-            r"TwoLevel .* at most 4 bits, got Int\(bits=8.*Use PerGroup",
+            r"TwoLevel .* at most 7 bits, got Int\(bits=8.*Use PerGroup",
         ),
         (TensorSpec(format=Int(bits=4, symmetric=False), granularity=TwoLevel()), None, "TwoLevel granularity must be symmetric"),
         (TensorSpec(format=Float(), granularity=TwoLevel()), None, "TwoLevel granularity must be symmetric Int"),

@@ -10,15 +10,15 @@ from dqtk import checkpoint, plan
 from dqtk.sites import ROLES
 
 GOLDEN = {
-    "Adapter": "(*, classes, roles, keep, reversed_time, layouts)",
+    "Adapter": "(*, classes, roles, keep, reversed_time, layouts, frame_dim)",
     "LayerSpec": "(*, weight, input, solver, transforms, low_rank, correct_bias)",
     "Plan": "(*, recipe, components, choices, attention)",
     "Recipe": "(*, name, rules)",
     "Rule": "(*, spec, why, pattern, roles)",
     "Site": "(*, id, kind, role, shape, bias, shared_input, unsupported)",
     "Stats": "(num_buckets, num_prompts, inputs, run, calls, times)",
-    "allocate": "(pipe, prompts, candidates, budget, *, keep, content, quality, content_score, ratio, sweep, switch, protect, "
-    "around, parts, weigh, costs, stats, judged_on, call_kwargs, seed, batch_size, folder, me, progress)",
+    "allocate": "(pipe, prompts, candidates, budget, *, keep, groups, scores, ratio, sweep, switch, protect, around, "
+    "parts, weigh, costs, stats, judged_on, call_kwargs, seed, batch_size, folder, me, progress)",
     "calibrate": "(pipe, prompts, plan, *, seed, batch_size, call_kwargs, steps_per_run, placement, keep_calls, output, progress)",
     "compare": "(reference, candidate, prompts, *, seed, seeds_per_prompt, batch_size, call_kwargs, scores, lpips_net, "
     "lpips_weights, num_trajectory, oracle, floor, reference_name, candidate_name, floor_name, reference_folder, candidate_folder, "

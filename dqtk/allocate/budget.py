@@ -57,17 +57,18 @@ def parse_budget(text: str) -> Budget:
     return Budget(amount=amount * unit[1], unit=unit[0])
 
 
-def divided(total: float, at_16_bits: Mapping[str, float], ratio: float) -> dict[str, float]:
-    """A total over the groups "content" and "quality": content's share of its cost at 16 bits is ``ratio`` times quality's.
+def divided(total: float, at_16_bits: Mapping[str, float], ratios: Mapping[str, float]) -> dict[str, float]:
+    """A total over groups: a group's share of its cost at 16 bits is its ratio times that of a group without one.
 
-    MixDQ's k: with costs in bits, B_content = k * B_quality. Where one group has no sites, the other gets everything.
+    MixDQ's k: with costs in bits, B_content = k * B_quality. Where only one group has sites, it gets everything.
 
     Args:
-        total: of both groups.
+        total: of all groups.
         at_16_bits: group -> its cost at 16 bits.
-        ratio: above 0; below 1 gives quality more.
+        ratios: group -> above 0; below 1 gives the rest more.
     """
-    if not 0 < ratio < math.inf:
-        raise ValueError(f"allocate: ratio must be a number above 0, got {ratio}. MixDQ tried 0.46 to 1.36 for weights.")
-    weight = {group: cost * (ratio if group == "content" else 1.0) for group, cost in at_16_bits.items()}
+    for ratio in ratios.values():
+        if not 0 < ratio < math.inf:
+            raise ValueError(f"allocate: ratio must be a number above 0, got {ratio}. MixDQ tried 0.46 to 1.36 for weights.")
+    weight = {group: cost * ratios.get(group, 1.0) for group, cost in at_16_bits.items()}
     return {group: total * mine / math.fsum(weight.values()) for group, mine in weight.items()}

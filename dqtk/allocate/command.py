@@ -1,10 +1,11 @@
 """The verb ``dqtk allocate``: its two ways, from a log and from a model, as the options of the command line say."""
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dqtk.calibrate import Stats
+from dqtk.calls import makes_clips
 from dqtk.costs import CostTable
 from dqtk.plan import Plan, Recipe
 from dqtk.processes import processes
@@ -12,22 +13,22 @@ from dqtk.prompt_sets import read_prompts
 from dqtk.quantize import plan as make_plan
 from dqtk.recipes import of_width, recipe_named, search_named
 from dqtk.resolve import embedded_names, embedded_prompts
-from dqtk.sources import find_device, load_pipeline, meta_pipeline, read_json, readable
+from dqtk.sources import find_device, load_pipeline, meta_pipeline, pipeline_class, read_json, readable
 
 from .from_logs import Chosen, allocate_from_logs
-from .from_model import SEARCHED, allocate, check_wishes, judges_among, wanted, wishes_of
+from .from_model import allocate
 from .from_plans import Made
-from .groups import check_globs
+from .groups import Ratios, groups_of
 from .logs import WIDTHS, read_sensitivity, read_sizes
+from .wishes import SEARCHED, check_wishes, judges_among, wanted, wishes_of
 
 CHOICES = (2, 3, 4, 5, 6, 8)  # weight bits of a model's candidates; without 5 and 6, budgets there lost 2.6 and 4.0 dB
 EMBEDDED = 4  # prompts where none are given
 ASKED = (
     "budget",
     "keep",
-    "content",
-    "quality",
-    "content_score",
+    "groups",
+    "scores",
     "ratio",
     "sweep",
     "switch",
@@ -38,7 +39,7 @@ ASKED = (
     "batch_size",
 )
 ONLY_WITH_A_MODEL = (
-    *("search", "recipes", "input_widths", "around", "keep", "quality", "content_score"),
+    *("search", "recipes", "input_widths", "around", "keep", "score"),
     *("sweep", "switch", "parts", "weigh", "costs", "stats", "prompts"),
 )
 
@@ -61,8 +62,8 @@ def choices_from_logs(options: argparse.Namespace) -> Chosen:
         read_sizes(options.sizes, scores),
         options.budget,
         loss=options.loss or "score",
-        content=options.content,
-        ratio=options.ratio,
+        groups=_named(options.group, "--group", "PATTERN"),
+        ratio=_ratio(options.ratio),
         protect=options.protect,
     )
 
@@ -75,6 +76,8 @@ def plan_from_model(
     Of several processes all measure, and the first one allocates; the others return None.
     """
     me = processes()
+    options.groups, options.scores = _named(options.group, "--group", "PATTERN"), _scores(options.score)
+    options.ratio = _ratio(options.ratio)
     candidates = _candidates(options)
     prompts = _check_options(options)
     keep: dict[str, Any] = dict.fromkeys(options.keep)
@@ -82,7 +85,9 @@ def plan_from_model(
     for recipe in candidates:
         make_plan(meta, recipe, overrides=keep)  # mistakes before weights are read
     sites = make_plan(meta, candidates[0], overrides=keep).choices
-    check_globs([*options.content, *options.quality], [choice.site.id for choice in sites])
+    kind = pipeline_class(options.model)
+    if kind is not None:
+        groups_of([choice.site for choice in sites], options.groups, clips=makes_clips(kind))
     around: Any = options.around
     if around is not None:
         stored = around.endswith(".json")
@@ -143,9 +148,7 @@ def _check_options(options: argparse.Namespace) -> list[str] | None:
         raise ValueError(f"allocate: --input-widths must come with a budget in BOPs or ms, got {got}. Inputs are not stored.")
     if options.stats and options.prompts:
         raise ValueError("allocate: --stats must stand without --prompts, got both. Statistics have seen theirs.")
-    given: dict[str, Any] = {
-        name: getattr(options, name) for name in ("content_score", "ratio", "sweep", "switch", "parts", "weigh")
-    }
+    given: dict[str, Any] = {name: getattr(options, name) for name in ("scores", "ratio", "sweep", "switch", "parts", "weigh")}
     given |= {"around": options.around is not None, "costs": options.costs is not None, "prompts": not options.stats}
     check_wishes(options.budget, **given)
     if options.stats and (options.sweep or options.switch):
@@ -163,3 +166,42 @@ def _prompts(options: argparse.Namespace) -> list[str]:
     if options.model in embedded_names():
         return read_prompts([str(embedded_prompts(options.model))], options.num_prompts or EMBEDDED)
     raise ValueError(f"allocate: --prompts or --stats must be given for {options.model}, got neither. Scores need calls.")
+
+
+def _named(given: Sequence[str], flag: str, what: str) -> dict[str, list[str]]:
+    """``NAME=VALUE`` texts as name -> its values."""
+    found: dict[str, list[str]] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise ValueError(f"allocate: {flag} must be GROUP={what}, got {text!r}. For example {_EXAMPLES[flag]}.")
+        found.setdefault(name, []).append(value)
+    return found
+
+
+_EXAMPLES = {"--group": "content=*.ff.*", "--score": "content=ssim", "--ratio": "text=0.8"}
+
+
+def _scores(given: Sequence[str]) -> dict[str, str]:
+    """One per group."""
+    named = _named(given, "--score", "NAME")
+    for group, names in named.items():
+        if len(names) > 1:
+            raise ValueError(f"allocate: --score must be given once for a group, got {', '.join(names)} for {group}. Choose one.")
+    return {group: names[0] for group, names in named.items()}
+
+
+def _ratio(given: Sequence[str] | None) -> float | Ratios | None:
+    """One number for every group but the last, or ``GROUP=NUMBER`` for each of them."""
+    if given is None:
+        return None
+    try:
+        if len(given) == 1 and "=" not in given[0]:
+            return float(given[0])
+        return {group: float(values[-1]) for group, values in _named(given, "--ratio", "NUMBER").items()}
+    except ValueError as error:
+        if str(error).startswith("allocate"):
+            raise
+        raise ValueError(
+            f"allocate: --ratio must be a number, or GROUP=NUMBER, got {' '.join(given)!r}. For example 0.6."
+        ) from error

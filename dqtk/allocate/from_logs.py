@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .budget import Budget
-from .groups import Grouped, allocate_groups, check_globs, group_of_name
+from .groups import Grouped, Ratios, allocate_groups, groups_of_names, ratios_of
 from .program import Candidate, protected
 
 FORMAT_VERSION = 1
@@ -72,8 +72,8 @@ def allocate_from_logs(
     budget: Budget,
     *,
     loss: str = "score",
-    content: Sequence[str] = (),
-    ratio: float | None = None,
+    groups: Mapping[str, Sequence[str]] | None = None,
+    ratio: float | Ratios | None = None,
     protect: float | None = None,
 ) -> Chosen:
     """Bits for every layer of a log.
@@ -83,13 +83,13 @@ def allocate_from_logs(
         sizes: layer -> number of weights, or of input elements.
         budget: average bits, or bytes, of all these layers.
         loss: a name of ``LOSSES``.
-        content: globs of the names that are content, the rest being quality; used with a ratio only.
-        ratio: average bits of content over those of quality; None: one program over all layers.
+        groups: group -> globs of the names; what none matches is the rest. Used with a ratio only.
+        ratio: average bits of a group over those of the rest; None: one program over all layers.
         protect: layers whose best score is below this are kept at 16 bits.
     Raises:
-        ValueError: a budget in BOPs or ms, or one that is too small; a ratio without globs or the other way round.
+        ValueError: a budget in BOPs or ms, or one that is too small; a ratio without groups or the other way round.
     """
-    _check(scores, budget, content, ratio)
+    mine = _grouped(list(scores), budget, groups or {}, ratio)
     losses = LOSSES[loss]
     candidates = {
         layer: [Candidate(cost=bits * sizes[layer], loss=losses(score)) for bits, score in row.items()]
@@ -104,8 +104,8 @@ def allocate_from_logs(
     found = allocate_groups(
         candidates,
         total,
-        {layer: group_of_name(layer, content) for layer in scores},
-        ratio,
+        mine,
+        ratios_of(ratio, mine),
         full,
         lambda cost: budget.words(cost / unit, num_weights),
     )
@@ -114,12 +114,15 @@ def allocate_from_logs(
     return Chosen(budget=budget, loss=loss, bits=bits, groups=found, sizes=dict(sizes))
 
 
-def _check(scores: Mapping[str, Any], budget: Budget, content: Sequence[str], ratio: float | None) -> None:
+def _grouped(
+    layers: Sequence[str], budget: Budget, groups: Mapping[str, Sequence[str]], ratio: float | Ratios | None
+) -> dict[str, str]:
+    """Layer -> group. Raises ``ValueError`` for what a log cannot say."""
     if budget.unit not in ("bits", "bytes"):
         raise ValueError(f"allocate: budget for a log must be in bits or bytes, got {budget}. A log does not know what layers do.")
-    if (ratio is None) != (not content):
+    if (ratio is None) != (not groups):
         raise ValueError(
-            f"allocate: a ratio and the patterns of content must be given together, got ratio {ratio} and {list(content)}. "
+            f"allocate: a ratio and the patterns of groups must be given together, got ratio {ratio} and {dict(groups)}. "
             "Without them one program decides over all layers."
         )
-    check_globs(content, list(scores))
+    return groups_of_names(layers, groups)

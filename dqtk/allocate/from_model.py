@@ -18,36 +18,35 @@ from dqtk.calibrate.intervals import settled
 from dqtk.calibrate.look import looked
 from dqtk.calibrate.run import check_model
 from dqtk.calibrate.schedule import run_times
-from dqtk.calls import call_arguments
+from dqtk.calls import call_arguments, makes_clips
 from dqtk.costs import CostTable
 from dqtk.plan import Choice, Plan, Recipe
 from dqtk.processes import ALONE, Processes
 from dqtk.quantize import plan as make_plan
-from dqtk.recipes import SEARCHES, Search, recipe_named, search_named
+from dqtk.recipes import SEARCHES, recipe_named, search_named
 from dqtk.resolve import pair_score
 from dqtk.sites import components_of
 from dqtk.spec import LayerSpec, canonical, kinds_of
 
-from .budget import Budget, parse_budget
+from .budget import Budget
 from .from_plans import Made, Offers
-from .groups import CONTENT, QUALITY, check_globs, group_of
+from .groups import CLIPS, PICTURES, Ratios, check_groups, groups_of
 from .logs import write_sensitivity, write_sizes
 from .parts import MOST, RunParts
 from .prices import shapes_of_a_step
-from .probes import OutputSQNR, PictureScore, Probe
+from .probes import PictureScore, Probe
 from .reliability import describe_reliability
 from .search import exchanged, ranked, swept, table
 from .sensitivity import Sensitivity, dtypes, measure
 from .weights import Counts, weighed, weights_of_parts
 from .whole import Judge, Judged, Layers, OutputNoise, Pictures
+from .wishes import JUDGED, SEARCHED, check_wishes, judges_among, probes_of, scores_of, wanted, wishes_of
 
 STEPS = 5  # of every pipeline run whose calls are kept
 LEARNING = "w4a8"  # a recipe that makes calibrate keep calls
-JUDGED = 8  # prompts that whole plans are judged on
 OTHER_NOISE = 1_000_003  # added to the seed: noises that no layer was scored on
 WEIGHED = 2  # prompts by whose latents parts of a run are weighed
 SCORE = "psnr"  # of their pictures
-SEARCHED = ("budget", "content_score", "ratio", "sweep", "switch")  # what a search may bring
 
 
 def allocate(
@@ -57,10 +56,9 @@ def allocate(
     budget: str | Budget | None = None,
     *,
     keep: Sequence[str] = (),
-    content: Sequence[str] = (),
-    quality: Sequence[str] = (),
-    content_score: str | None = None,
-    ratio: float | None = None,
+    groups: Mapping[str, Sequence[str]] | None = None,
+    scores: Mapping[str, Any] | None = None,
+    ratio: float | Ratios | None = None,
     sweep: bool = False,
     switch: int | None = None,
     protect: float | None = None,
@@ -86,10 +84,12 @@ def allocate(
             budget, score, sweep and exchanges where none are given here (``switch=0``: none at all).
         budget: such as "4.5bits" (stored, on average over all weights), "300MB", "2TBOPs" or, with ``costs``, "12ms".
         keep: patterns of layers that stay at 16 bits.
-        content, quality: patterns of layers of these groups, over their roles.
-        content_score: a paired score of pictures for the content group; None: both groups by the denoiser's output.
-        ratio: content's share of its cost at 16 bits over quality's; None: one program for both.
-        sweep: try ten ratios, and take the best by pictures.
+        groups: group -> patterns of its layers, over their roles: of "content" and "quality", for clips of "text", "temporal" and
+            "spatial".
+        scores: group -> how it is measured, against the unquantized pipeline: the name of a paired score of pictures or clips (or
+            the score itself), "sqnr", or of clips "difference_sqnr"; a group without is measured by "sqnr".
+        ratio: of each group but the last, its share of its cost at 16 bits over the last one's; None: one program for all.
+        sweep: try ratios (ten, or sixteen of clips), and take the best by pictures.
         switch: exchanges of levels between layers to try then.
         protect: layers whose best score is below stay at 16 bits.
         around: what the rest of the model is while a layer is measured; None: unquantized.
@@ -112,10 +112,8 @@ def allocate(
             measurement.
     """
     if isinstance(candidates, str) and candidates in SEARCHES:
-        wishes = wishes_of(
-            search_named(candidates), budget=budget, content_score=content_score, ratio=ratio, sweep=sweep, switch=switch
-        )
-        budget, content_score, ratio, sweep, switch = (wishes[name] for name in SEARCHED)
+        wishes = wishes_of(search_named(candidates), budget=budget, scores=scores, ratio=ratio, sweep=sweep, switch=switch)
+        budget, scores, ratio, sweep, switch = (wishes[name] for name in SEARCHED)
     recipes = _recipes(candidates)
     if not recipes:
         raise ValueError("allocate: candidates must be at least one recipe, got none. For example ['w4a8', 'w8a8'].")
@@ -125,15 +123,17 @@ def allocate(
     judges = judges_among(judged_on or prompts) if sweep or switch else None
     given: dict[str, Any] = {"around": around is not None, "costs": costs is not None, "prompts": prompts is not None}
     given |= {"sweep": sweep, "switch": switch, "parts": parts, "weigh": weigh}
-    check_wishes(asked, content_score=content_score, ratio=ratio, **given)
+    check_wishes(asked, scores=scores or {}, ratio=ratio, **given)
+    clips = makes_clips(pipe)
+    names = CLIPS if clips else PICTURES
+    check_groups(scores or {}, names, "clips" if clips else "pictures")
+    loaded = scores_of(scores or {})
     overrides: dict[str, Any] = dict.fromkeys(keep)
     plans = [make_plan(pipe, recipe, overrides=overrides) for recipe in recipes]
     rest = around if isinstance(around, Plan | None) else make_plan(pipe, around, overrides=overrides)
     sites = [choice.site for choice in plans[0].choices]
-    check_globs([*content, *quality], [site.id for site in sites])
-    groups = {site.id: group_of(site, content, quality) for site in sites}
+    mine = groups_of(sites, groups, clips=clips)
     how: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "call_kwargs": call_arguments(pipe, call_kwargs)}
-    score = None if content_score is None else pair_score(content_score)
     run = _run_parts(parts, pipe, prompts, call_kwargs, weigh=weigh)
     with ExitStack() as stack:
         where = Path(stack.enter_context(tempfile.TemporaryDirectory()), "measured") if folder is None else Path(folder)
@@ -149,11 +149,9 @@ def allocate(
         rest = None if rest is None else _answered(rest, modules, seen)
         if parts is not None:
             _check_parts(run, seen)
-        probe = OutputSQNR(modules, seen.calls, run)
-        pictures = None if score is None or prompts is None else PictureScore(pipe, prompts, score, **how)
-        probes: dict[str, Probe] = {CONTENT: pictures or probe, QUALITY: probe}
+        probes = probes_of(names, loaded, modules, seen, run, pipe, prompts, how)
         layers = Layers(modules) if me.first and (sweep or switch) else None
-        found = _measured(pipe, plans, seen, probes, groups, where, rest, layers, me, progress=progress)
+        found = _measured(pipe, plans, seen, probes, mine, where, rest, layers, me, progress=progress)
         if not me.first:
             return None
         weights: tuple[float, ...] = ()
@@ -165,7 +163,9 @@ def allocate(
         _write_logs(where, plans, found)
         calls = shapes_of_a_step(modules, seen.calls, sites) if asked.unit == "bops" else None
         losses = {group: probe.loss for group, probe in probes.items()}
-        offers = Offers.of(plans, found, asked, losses, groups, protect=protect, calls=calls, table=costs, parts=parts)
+        alike = len({probes[group].name for group in mine.values()}) == 1
+        priced: dict[str, Any] = {"calls": calls, "table": costs, "parts": parts, "alike": alike}
+        offers = Offers.of(plans, found, asked, losses, mine, protect=protect, **priced)
         if judges is None or layers is None:
             return replace(offers.allocated(ratio), stats=seen)
         layers.complete(plans, seen)
@@ -173,72 +173,6 @@ def allocate(
         counts = Counts(run, weights) if run is not None and weights else None
         made = _searched(pipe, judges, offers, start, switch, layers, where, seen, overrides, counts, progress=progress, **how)
         return replace(made, stats=seen)
-
-
-def wishes_of(search: Search, **given: Any) -> dict[str, Any]:
-    """What a search brings where nothing is ``given``, by the names of ``SEARCHED``."""
-    return {
-        "budget": given["budget"] or Budget(amount=search.bits, unit="bits"),
-        "content_score": given["content_score"] or search.content_score,
-        "ratio": given["ratio"],
-        "sweep": given["sweep"] or (search.sweep and given["ratio"] is None),
-        "switch": search.switch if given["switch"] is None else given["switch"],
-    }
-
-
-def wanted(budget: str | Budget | None) -> Budget:
-    """A budget from what was given. Raises ``ValueError`` for none."""
-    if budget is None:
-        raise ValueError("allocate: budget must be given where there is no search, got none. For example 4.5bits.")
-    return budget if isinstance(budget, Budget) else parse_budget(budget)
-
-
-def check_wishes(
-    budget: Budget,
-    *,
-    content_score: str | None,
-    ratio: float | None,
-    sweep: bool,
-    switch: int | None,
-    parts: int | None,
-    weigh: bool,
-    around: bool,
-    costs: bool,
-    prompts: bool,
-) -> None:
-    """Raises ``ValueError`` for what cannot be wished together; whether there are prompts, costs and another rest is enough."""
-    if sweep and ratio is not None:
-        raise ValueError("allocate: sweep must stand without ratio, got both. It tries ten ratios.")
-    if parts is not None and not 2 <= parts <= MOST:
-        raise ValueError(f"allocate: parts must be from 2 to {MOST}, or left out, got {parts}. Each multiplies the candidates.")
-    if (parts is not None or weigh) and (not prompts or around):
-        raise ValueError(
-            "allocate: parts and weigh must come with prompts and without around, got other. Noise is weighed by what is painted, "
-            "with the rest unquantized."
-        )
-    if parts is not None and (content_score or sweep or switch):
-        raise ValueError(
-            "allocate: parts must stand without content-score, sweep and switch, got one. Only the denoiser's output is known for "
-            "parts of a run."
-        )
-    if content_score and ratio is None and not sweep:
-        raise ValueError("allocate: content-score must come with ratio or sweep, got none. Two kinds of scores do not add up.")
-    if content_score and around:
-        raise ValueError("allocate: content-score must come without around, got both. Pictures are those of the whole pipeline.")
-    if content_score and not prompts:
-        raise ValueError("allocate: content-score must come with prompts in place of stats, got none. Pictures need prompts.")
-    if (budget.unit == "ms") != costs:
-        raise ValueError(f"allocate: costs must come with a budget in ms and only then, got {budget}. See dqtk bench.")
-
-
-def judges_among(prompts: Sequence[str] | None) -> list[str]:
-    """The last of the prompts. Raises ``ValueError`` for too few."""
-    if prompts is None or len(prompts) < JUDGED:
-        raise ValueError(
-            f"allocate: prompts must be at least {JUDGED} for sweep and switch, got {len(prompts or ())}. "
-            "Fewer cannot rank plans, and statistics hold no others."
-        )
-    return list(prompts[-JUDGED:])
 
 
 def beside(folder: Path, more: str) -> Path:

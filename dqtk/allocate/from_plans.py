@@ -14,7 +14,7 @@ from dqtk.spec import LayerSpec, SiteSpec, canonical, describe
 
 from .budget import Budget
 from .from_logs import LOSSES
-from .groups import ALL, Grouped, allocate_groups
+from .groups import ALL, Grouped, Ratios, allocate_groups, ratios_of
 from .parts import mixtures
 from .prices import Calls, price
 from .probes import limited
@@ -83,7 +83,7 @@ def allocate_plans(
     losses: Mapping[str, str],
     groups: Mapping[str, str],
     *,
-    ratio: float | None = None,
+    ratio: float | Ratios | None = None,
     protect: float | None = None,
     calls: Calls | None = None,
     table: CostTable | None = None,
@@ -96,7 +96,7 @@ def allocate_plans(
         budget: of all sites of the plans; bits are an average over all their weights, kept ones at 16, all that is stored counted.
         losses: group -> name of a loss. Where losses are noise powers, 16 bits are a candidate of every site.
         groups: site id -> group.
-        ratio: as of ``allocate_groups``.
+        ratio: as of ``ratios_of``.
         protect: sites whose best score is below are kept at 16 bits.
         calls, table: as of ``price``.
     Raises:
@@ -110,7 +110,8 @@ def allocate_plans(
 class Offers:
     """What each site may become, for how much, and what it would lose: the program, filled.
 
-    specs and candidates: site id -> in one order. full: site id -> cost at 16 bits. kinds: of the losses.
+    specs and candidates: site id -> in one order. full: site id -> cost at 16 bits. kinds: group -> name of its loss. alike:
+    whether losses of all groups are of one measure, so that they add up.
     """
 
     rows: list[tuple[Choice, ...]]
@@ -119,6 +120,7 @@ class Offers:
     budget: Budget
     groups: Mapping[str, str]
     kinds: Mapping[str, str]
+    alike: bool
     specs: dict[str, list[Spec]]
     candidates: dict[str, list[Candidate]]
     full: dict[str, float]
@@ -135,9 +137,10 @@ class Offers:
         calls: Calls | None = None,
         table: CostTable | None = None,
         parts: int | None = None,
+        alike: bool = True,
     ) -> "Offers":
         """Arguments and errors as of ``allocate_plans``. parts: of a run, which may have specs of one weight each: ``found`` has
-        what each of them loses."""
+        what each of them loses. alike: whether all groups are measured by one probe; unlike kinds of losses never are."""
         rows = _rows(plans)
         priced: dict[str, Any] = {"unit": budget.unit, "calls": calls, "table": table}
         specs: dict[str, list[Spec]] = {}
@@ -151,6 +154,7 @@ class Offers:
         full = {choices[0].site.id: _cost(choices, None, priced) for choices in rows}
         kinds = {group: losses[group] for group in dict.fromkeys(groups[choices[0].site.id] for choices in rows)}
         how: dict[str, Any] = {"specs": specs, "candidates": candidates, "full": full, "kinds": kinds}
+        how["alike"] = len(kinds) == 1 or (alike and len(set(kinds.values())) == 1)
         return Offers(rows=rows, plans=plans, found=found, budget=budget, groups=groups, **how)
 
     @property
@@ -163,13 +167,18 @@ class Offers:
         """The budget of all sites together."""
         return self.budget.total(self.num_weights)
 
-    def allocated(self, ratio: float | None = None) -> Made:
-        """The optimum; ``ratio`` as of ``allocate_groups``. Raises ``ValueError`` for unlike losses without a ratio, and a budget
+    @property
+    def noises(self) -> bool:
+        """Whether losses are noise powers that add up."""
+        return self.alike and set(self.kinds.values()) == {"noise"}
+
+    def allocated(self, ratio: float | Ratios | None = None) -> Made:
+        """The optimum; ``ratio`` as of ``ratios_of``. Raises ``ValueError`` for unlike losses without a ratio, and a budget
         that is too small."""
-        if ratio is None and len(set(self.kinds.values())) > 1:
+        if ratio is None and not self.alike:
             raise ValueError("allocate: groups with different metrics must have a ratio, got none. Their losses do not add up.")
         said = partial(self.budget.words, num_weights=self.num_weights)
-        return self._made(allocate_groups(self.candidates, self.total, self.groups, ratio, self.full, said))
+        return self._made(allocate_groups(self.candidates, self.total, self.groups, ratios_of(ratio, self.groups), self.full, said))
 
     def at(self, total: float) -> Made:
         """The optimum of one program within another total, in the same unit."""
@@ -195,7 +204,7 @@ class Offers:
             groups=groups,
             budget=self.budget,
             num_weights=self.num_weights,
-            expected=_expected(self.rows, picked, self.found) if set(self.kinds.values()) == {"noise"} else None,
+            expected=_expected(self.rows, picked, self.found) if self.noises else None,
             offers=self,
         )
 

@@ -23,7 +23,7 @@ class Point:
 
 def frontier(offers: Offers) -> list[Point]:
     """From the least possible budget to that of the dearest plan; nothing where losses are no noise powers."""
-    if set(offers.kinds.values()) != {"noise"}:
+    if not offers.noises:
         return []
     plans = [offers.chosen(offers.indices({choice.site.id: choice.spec for choice in plan.choices})) for plan in _whole(offers)]
     least = math.fsum(min(option.cost for option in options) for options in offers.candidates.values())

@@ -6,14 +6,15 @@ sensitivity, arXiv 2405.17873, section 4.2). All are paired: unpaired scores can
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dqtk.calibrate.replay import Call, made
-from dqtk.calls import prompt_argument
+from dqtk.calls import by_frames, prompt_argument
 from dqtk.nn.correction import output_of
 
 from .parts import RunParts
@@ -35,6 +36,24 @@ class Probe(Protocol):
         """Score of the unquantized component in another float dtype; None where nobody can say."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class View:
+    """What of a denoiser's output is scored. see: (module, call, output) -> tensor, linear in the output."""
+
+    name: str
+    see: Callable[[nn.Module, Call, Tensor], Tensor]
+
+
+def _changes(module: nn.Module, call: Call, output: Tensor) -> Tensor:
+    return by_frames(module, call.kwargs, output).diff(dim=1)
+
+
+WHOLE = View(name="sqnr", see=lambda module, call, output: output)
+CHANGES = View(name="difference_sqnr", see=_changes)
+"""What a clip's latents change by from frame to frame: errors that all frames share are not counted."""
+VIEWS = {view.name: view for view in (WHOLE, CHANGES)}
+
+
 class OutputSQNR:
     """SQNR of the denoiser's output in dB, on kept calls, against the outputs of the same calls when this was made.
 
@@ -42,15 +61,16 @@ class OutputSQNR:
     sum over all calls would count by power). At most 144.5 dB.
     """
 
-    name, unit, loss = "sqnr", "dB", "noise"
+    unit, loss = "dB", "noise"
 
-    def __init__(self, parts: Mapping[str, nn.Module], calls: Sequence[Call], run: RunParts | None = None):
+    def __init__(self, parts: Mapping[str, nn.Module], calls: Sequence[Call], run: RunParts | None = None, view: View = WHOLE):
         """parts: components by name. calls: as ``dqtk.calibrate`` keeps them. run: its parts, where ``in_parts`` is to be asked.
+        view: what of the output.
 
         Raises ``ValueError`` for a component without calls, and for outputs that are not finite.
         """
-        self.parts, self.calls, self.run = parts, calls, run
-        self.references = {name: outputs(part, self._of(name)) for name, part in parts.items()}
+        self.parts, self.calls, self.run, self.view, self.name = parts, calls, run, view, view.name
+        self.references = {name: self._outputs(name, part) for name, part in parts.items()}
         for name, references in self.references.items():
             if not all(bool(torch.isfinite(y).all()) and bool(y.any()) for y in references):
                 raise ValueError(f"allocate: outputs of {name} must be finite and not zero, got others. Load it in float32.")
@@ -67,11 +87,15 @@ class OutputSQNR:
         return self._score(ratios), tuple(noises)
 
     def floor(self, component: str) -> float | None:
-        """Of the component in bfloat16, or in float32 if it is in 16 bits. Takes memory for a copy."""
+        """Of the component in bfloat16, but for what its class keeps in float32, or in float32 if it is in 16 bits. Takes memory
+        for a copy."""
         module = self.parts[component]
         dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
-        other = torch.bfloat16 if dtype == torch.float32 else torch.float32
-        twin = copy.deepcopy(module).to(other)
+        other, kept = (torch.bfloat16, _kept_wide(module)) if dtype == torch.float32 else (torch.float32, set())
+        twin = copy.deepcopy(module)
+        for name, tensor in (*twin.named_parameters(), *twin.named_buffers()):
+            if tensor.is_floating_point() and not kept.intersection(name.split(".")):
+                tensor.data = tensor.data.to(other)
         return self._score(self._ratios(component, twin))
 
     def _of(self, component: str) -> list[Call]:
@@ -82,12 +106,21 @@ class OutputSQNR:
 
     def _ratios(self, component: str, module: nn.Module | None) -> list[float]:
         """Noise power of every call, as its output's share."""
-        found = outputs(self.parts[component] if module is None else module, self._of(component))
+        found = self._outputs(component, self.parts[component] if module is None else module)
         ratios = [noise(y_hat, y) for y_hat, y in zip(found, self.references[component], strict=True)]
         return [ratio if math.isfinite(ratio) else math.inf for ratio in ratios]
 
+    def _outputs(self, component: str, module: nn.Module) -> list[Tensor]:
+        calls = self._of(component)
+        return [self.view.see(module, call, y) for call, y in zip(calls, outputs(module, calls), strict=True)]
+
     def _score(self, ratios: Sequence[float]) -> float:
         return limited(math.fsum(ratios) / len(ratios))
+
+
+def _kept_wide(module: nn.Module) -> set[str]:
+    """Names of parts that diffusers leaves in float32 whatever dtype a model is loaded in."""
+    return set(getattr(module, "_keep_in_fp32_modules", None) or ())
 
 
 def limited(noise_power: float) -> float:
@@ -98,28 +131,49 @@ def limited(noise_power: float) -> float:
 
 
 class PictureScore:
-    """Mean score of pictures, each against the picture of the same prompt and seed when this was made. Whole pipeline runs: slow.
+    """Mean score of pictures or clips, each against that of the same prompt and seed when this was made. Whole pipeline runs:
+    slow.
 
-    MixDQ's metric of content is such a one: SSIM on 32 prompts. A sum of scores is made as large as possible.
+    MixDQ's metric of content is such a one: SSIM on 32 prompts. A sum of scores is made as large as possible; of scores in dB, a
+    sum of noise powers as small. A score of pictures is of every frame of a clip.
     """
 
-    loss = "score"
-
     def __init__(
-        self, pipe: Any, prompts: Sequence[str], score: Any, *, seed: int, batch_size: int, call_kwargs: Mapping[str, Any] | None
+        self,
+        pipe: Any,
+        prompts: Sequence[str],
+        score: Any,
+        *,
+        seed: int,
+        batch_size: int,
+        call_kwargs: Mapping[str, Any] | None,
+        beside: "PictureScore | None" = None,
     ):
-        """score: name, unit, higher_is_better, cap and ``load() -> function``, as ``dqtk.metrics.score.PairScore`` has them."""
+        """score: name, unit, higher_is_better, cap and ``load() -> function``, as ``dqtk.metrics.score.PairScore`` and
+        ``ClipScore`` have them. beside: another score of the same run of this pipeline, whose pictures of the original serve this
+        one too.
+
+        Raises ``ValueError`` for a score of clips and a pipeline of pictures.
+        """
         self.pipe, self.prompts, self.seed, self.batch_size = pipe, list(prompts), seed, batch_size
         self.call_kwargs = dict(call_kwargs or {})
         self.score, self.function, self.unit = score, score.load(), score.unit
-        self.name = f"{score.name} of {len(self.prompts)} pictures"
-        self.references = self._pictures()
+        self.loss = "noise" if score.unit == "dB" and score.higher_is_better else "score"
+        self.references: list[Tensor] = self._pictures() if beside is None else beside.references
+        clips = self.references[0].ndim == 5
+        self.whole = type(score).__name__ == "ClipScore"
+        if self.whole and not clips:
+            raise ValueError(
+                f"allocate: {score.name} must be asked of a video pipeline, got one of pictures. "
+                "Take a score of pictures, such as ssim."
+            )
+        self.name = f"{score.name} of {len(self.prompts)} {'clips' if clips else 'pictures'}"
 
     def __call__(self, component: str = "", module: nn.Module | None = None) -> float:
         if module is not None and module is not self.pipe.components[component]:
             raise ValueError("allocate: pictures must be those of the pipeline's own modules, got another. Score them around none.")
         pairs = zip(self._pictures(), self.references, strict=True)
-        values = torch.cat([self.function(found, reference) for found, reference in pairs]).double()
+        values = torch.cat([self._scores(found, reference) for found, reference in pairs]).double()
         values = values if self.score.cap is None else values.clamp(max=self.score.cap)
         if not bool(torch.isfinite(values).all()):
             raise ValueError(f"allocate: {self.name} must be finite, got {values.tolist()}. Take another score.")
@@ -129,16 +183,22 @@ class PictureScore:
         """None: another dtype moves whole pictures along their trajectory; ``dqtk compare --floor`` shows how far."""
         return None
 
+    def _scores(self, found: Tensor, reference: Tensor) -> Tensor:
+        frames = reference.ndim == 5 and not self.whole
+        return self.function(found.flatten(0, 1), reference.flatten(0, 1)) if frames else self.function(found, reference)
+
     @torch.no_grad()
     def _pictures(self) -> list[Tensor]:
-        """Batches of float32 [B, 3, H, W] in [0, 1]."""
+        """Batches of float32 pictures [B, 3, H, W] or clips [B, F, 3, H, W] in [0, 1]."""
         found = []
         for start in range(0, len(self.prompts), self.batch_size):
             prompts = self.prompts[start : start + self.batch_size]
             generators = [torch.Generator().manual_seed(self.seed + start + i) for i in range(len(prompts))]
             how = self.call_kwargs | {"generator": generators, "output_type": "pt"}
-            images = self.pipe(**prompt_argument(self.pipe, prompts, "allocate"), **how).images
-            found.append(images.float().clamp(0, 1).cpu())
+            made = self.pipe(**prompt_argument(self.pipe, prompts, "allocate"), **how)
+            pixels = made.frames if hasattr(made, "frames") else made.images
+            pixels = torch.stack(list(pixels)) if isinstance(pixels, list | tuple) else pixels
+            found.append(pixels.float().clamp(0, 1).cpu())
         return found
 
 

@@ -5,6 +5,7 @@ denoiser's error on calls that no layer was scored on, and the best few by pictu
 are judged on some of these calls and taken only if the others confirm them.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +13,12 @@ from typing import Any
 import numpy as np
 
 from .from_plans import Made, Offers
+from .groups import Ratios, others_of, say_ratios
 from .switching import switched
 from .whole import Picked, decibels
 
 RATIOS = tuple(np.linspace(0.46, 1.36, 10).round(2).tolist())  # MixDQ's, for weights
+FEWER = RATIOS[::3]  # where two groups have one each
 FINALISTS = 4
 ONE = "one program"
 
@@ -38,7 +41,7 @@ def swept(offers: Offers) -> dict[str, Made]:
     Raises ``ValueError`` where none can.
     """
     answers: dict[str, Made] = {}
-    ratios: list[float | None] = [*([None] if len(set(offers.kinds.values())) == 1 else []), *RATIOS]
+    ratios: list[Ratios | None] = [*([None] if offers.alike else []), *_tried(others_of(offers.groups))]
     refused: ValueError | None = None
     for ratio in ratios:
         try:
@@ -47,11 +50,17 @@ def swept(offers: Offers) -> dict[str, Made]:
             refused = refused or error
             continue
         if all(made.picked != other.picked for other in answers.values()):
-            answers[ONE if ratio is None else f"ratio {ratio:g}"] = made
+            answers[ONE if ratio is None else say_ratios(ratio)] = made
     if not answers:
         assert refused is not None
         raise refused
     return answers
+
+
+def _tried(names: list[str]) -> list[Ratios]:
+    """Ratios of the groups beside the rest."""
+    values = RATIOS if len(names) < 2 else FEWER
+    return [dict(zip(names, each, strict=True)) for each in itertools.product(values, repeat=len(names))] if names else []
 
 
 def ranked(answers: Mapping[str, Made], noise: Judgement, pictures: Judgement) -> list[Entry]:
@@ -68,10 +77,11 @@ def ranked(answers: Mapping[str, Made], noise: Judgement, pictures: Judgement) -
 
 def table(entries: list[Entry], score: str) -> str:
     """One line per plan, the best first."""
-    lines = [f"ratio content / quality, SQNR of the output on other calls, {score}:"]
+    lines = [f"ratio of a group's budget to that of the rest, SQNR of the output on other calls, {score}:"]
+    width = max(len(entry.name) for entry in entries)
     for entry in entries:
         pictures = "" if entry.pictures is None else f"  {entry.pictures:.2f}"
-        lines.append(f"  {entry.name:12} {entry.sqnr:6.2f} dB{pictures}")
+        lines.append(f"  {entry.name:{width}} {entry.sqnr:6.2f} dB{pictures}")
     return "\n".join(lines)
 
 

@@ -39,9 +39,10 @@ _FLOOR, _BASE, _PART = "floor ", "base ", "part "
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sensitivity:
     """scores: (site id, canonical text of its spec) -> score when only this site has this spec, or when the rest is as one plan
-    says (of 16 bits too then). floors: component -> score of the unquantized component in another float dtype: above it,
-    differences are those of rounding. base: component -> score of that plan; empty where the rest is unquantized. parts: as scores,
-    what each part of a run adds to the noise power; empty where runs were not parted.
+    says (of 16 bits too then). floors: site id -> score of its unquantized component in another float dtype, by the site's
+    own probe where that can say: above it, differences are those of rounding. base: component -> score of that plan; empty
+    where the rest is unquantized. parts: as scores, what each part of a run adds to the noise power; empty where runs were
+    not parted.
     """
 
     scores: dict[tuple[str, str], float]
@@ -214,10 +215,14 @@ def _key(choice: Choice) -> str:
 def _gathered(
     plans: Sequence[Plan], rows: Mapping[str, Mapping], probes: Mapping[str, Probe], groups: Mapping[str, str]
 ) -> Sensitivity:
+    def name(site: Site) -> str:
+        return probes[groups[site.id]].name
+
+    sites = dict.fromkeys(choice.site for plan in plans for choice in plan.choices)
     chosen = [variant for plan in plans for c in plan.choices for variant in (c, replace(c, spec=None)) if _key(variant) in rows]
     return Sensitivity(
-        scores={(c.site.id, canonical(c.spec)): rows[_key(c)][probes[groups[c.site.id]].name] for c in chosen},
-        floors=_least(rows, _FLOOR),
+        scores={(c.site.id, canonical(c.spec)): rows[_key(c)][name(c.site)] for c in chosen},
+        floors={site.id: floor for site in sites if (floor := rows[_FLOOR + site.component][name(site)]) is not None},
         base=_least(rows, _BASE),
         parts={(c.site.id, canonical(c.spec)): noises for c in chosen if (noises := _noises(rows[_key(c)]))},
     )
@@ -242,9 +247,10 @@ def _task(
 ) -> dict[str, Any]:
     """What scores depend on, beside site and spec: the rest is measured anew when it changes."""
     names = {group: probe.name for group, probe in probes.items()}
-    moved = sorted(site for site, group in groups.items() if group == "content") if len(set(names.values())) > 1 else []
+    moved = {group: sorted(site for site, mine in groups.items() if mine == group) for group in names}
+    grouped = moved if len(set(names.values())) > 1 else {}
     rest = "unquantized" if around is None else around.hash
-    task = {"verb": "allocate", "run": stats.run, "dtypes": dtypes(parts), "probes": names, "content": moved, "around": rest}
+    task = {"verb": "allocate", "run": stats.run, "dtypes": dtypes(parts), "probes": names, "groups": grouped, "around": rest}
     runs = {probe.run for probe in probes.values() if isinstance(probe, OutputSQNR) and probe.run is not None}
     return task | ({"parts": [list(run.edges) for run in runs]} if runs else {})
 

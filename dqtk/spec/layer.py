@@ -204,9 +204,9 @@ class LayerSpec:
                 "LayerSpec: weight must be static with PerTensor, PerChannel or a group granularity, "
                 f"got {granularity} with {self.weight.range}. Weights have no tokens."
             )
-        if isinstance(granularity, TwoLevel) and not (isinstance(form, Int) and form.symmetric and form.bits <= 4):
+        if isinstance(granularity, TwoLevel) and not (isinstance(form, Int) and form.symmetric and form.bits <= 7):
             raise ValueError(
-                f"LayerSpec: weight with TwoLevel granularity must be symmetric Int of at most 4 bits, got {form}. Use PerGroup."
+                f"LayerSpec: weight with TwoLevel granularity must be symmetric Int of at most 7 bits, got {form}. Use PerGroup."
             )
         if isinstance(form, Float | BestFloat) and not form.signed:
             raise ValueError(f"LayerSpec: weight must be a signed format, got {form}. Unsigned floats are for inputs.")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import dqtk
-from dqtk.allocate.groups import group_of
+from dqtk.allocate.groups import groups_of
 from dqtk.calibrate import Stats
 from dqtk.calibrate.replay import Call
 from dqtk.recipes import of_width
@@ -39,5 +39,5 @@ def measured():
         pipe=pipe,
         plans=plans,
         stats=Stats(num_prompts=2, run={"seed": "0"}, calls=calls),
-        groups={choice.site.id: group_of(choice.site, content=["faint"]) for choice in plans[0].choices},
+        groups=groups_of([choice.site for choice in plans[0].choices], {"content": ["faint"]}),
     )

@@ -61,7 +61,7 @@ def test_protected_layers_count_at_16_bits():
 
 
 def test_groups_have_their_own_budgets():
-    chosen = allocate_from_logs(SCORES, SIZES, Budget(amount=4.0, unit="bits"), content=["*.ff"], ratio=0.5)
+    chosen = allocate_from_logs(SCORES, SIZES, Budget(amount=4.0, unit="bits"), groups={"content": ["*.ff"]}, ratio=0.5)
     data = chosen.to_json()
     content, quality = data["groups"]["content"], data["groups"]["quality"]
     assert content["budget_bits"] == pytest.approx(0.5 * quality["budget_bits"])
@@ -71,15 +71,22 @@ def test_groups_have_their_own_budgets():
     with pytest.raises(
         ValueError, match=r"^allocate: of group content with ratio 0\.1, budget must be at least 1.758 bits per weight"
     ):
-        allocate_from_logs(SCORES, SIZES, Budget(amount=4.0, unit="bits"), content=["*.ff"], ratio=0.1)
+        allocate_from_logs(SCORES, SIZES, Budget(amount=4.0, unit="bits"), groups={"content": ["*.ff"]}, ratio=0.1)
 
 
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ({"ratio": 0.5}, r"a ratio and the patterns of content must be given together, got ratio 0\.5 and \[\]"),
-        ({"content": ["*.ff"]}, r"given together, got ratio None and \['\*\.ff'\]"),
-        ({"content": ["*.mlp"], "ratio": 1.0}, r"pattern must match one of 4 layers, got '\*\.mlp'. They are named like 'a\.ff'"),
+        ({"ratio": 0.5}, r"a ratio and the patterns of groups must be given together, got ratio 0\.5 and \{\}"),
+        ({"groups": {"content": ["*.ff"]}}, r"given together, got ratio None and \{'content': \['\*\.ff'\]\}"),
+        (
+            {"groups": {"contents": ["*.ff"]}, "ratio": 1.0},
+            "must be one of content, quality, got 'contents'. Did you mean 'content'",
+        ),
+        (
+            {"groups": {"content": ["*.mlp"]}, "ratio": 1.0},
+            r"pattern must match one of 4 layers, got '\*\.mlp'. They are named like 'a\.ff'",
+        ),
     ],
 )
 def test_groups_that_are_none(how, said):

@@ -7,7 +7,7 @@ import torch
 
 import dqtk
 from dqtk.allocate.budget import Budget
-from dqtk.allocate.from_model import wishes_of
+from dqtk.allocate.wishes import wishes_of
 from dqtk.checkpoint import quantized_layers
 from dqtk.journal import done
 from dqtk.processes import Processes
@@ -55,11 +55,11 @@ def test_statistics_in_place_of_prompts(pipe):
 
 
 def test_what_a_search_brings_and_what_goes_before():
-    given = {"budget": None, "content_score": None, "ratio": None, "sweep": False, "switch": None}
+    given = {"budget": None, "scores": {}, "ratio": None, "sweep": False, "switch": None}
     assert wishes_of(search_named("auto"), **given) == given | {"budget": Budget(amount=4.5, unit="bits"), "switch": 100}
     mixdq = wishes_of(search_named("mixdq-w3.66a16"), **given)
-    assert (mixdq["content_score"], mixdq["sweep"], mixdq["switch"]) == ("ssim", True, None)
-    own = {"budget": "5bits", "content_score": "psnr", "ratio": 1.0, "sweep": False, "switch": 0}
+    assert (mixdq["scores"], mixdq["sweep"], mixdq["switch"]) == ({"content": "ssim"}, True, None)
+    own = {"budget": "5bits", "scores": {"content": "psnr"}, "ratio": 1.0, "sweep": False, "switch": 0}
     for name in ("auto", "mixdq-w3.66a16"):
         assert wishes_of(search_named(name), **own) == own
 
@@ -106,11 +106,11 @@ def test_around_a_calibrated_recipe(pipe):
         ({"candidates": "w9a9", "budget": "4bits"}, "recipe: name must be one of"),
         ({"prompts": None, "candidates": "w8a8", "budget": "9bits"}, "prompts or stats must be given, got neither"),
         ({"prompts": ["one"]}, "prompts must be at least 8 for sweep and switch, got 1"),
-        ({"candidates": "w8a8", "budget": "9bits", "content_score": "ssim"}, "content-score must come with ratio or sweep"),
-        ({"candidates": "w8a8", "budget": "9bits", "content_score": "simm", "ratio": 1.0}, "Did you mean 'ssim'"),
+        ({"candidates": "w8a8", "budget": "9bits", "scores": {"content": "ssim"}}, "score must come with ratio or sweep"),
+        ({"candidates": "w8a8", "budget": "9bits", "scores": {"content": "simm"}, "ratio": 1.0}, "Did you mean 'ssim'"),
         ({"candidates": "w8a8", "budget": "9ms"}, "costs must come with a budget in ms"),
         ({"candidates": "w8a8", "budget": "9 apples"}, "budget must be a number with bits"),
-        ({"candidates": "w8a8", "budget": "9bits", "content": ["*.mlp.*"]}, "a group's pattern must match one of"),
+        ({"candidates": "w8a8", "budget": "9bits", "groups": {"content": ["*.mlp.*"]}}, "a group's pattern must match one of"),
     ],
 )
 def test_refuses(pipe, words, said):

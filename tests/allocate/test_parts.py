@@ -191,7 +191,7 @@ def test_parts_without_calls_are_refused():
 
 def test_parts_stand_alone():
     pipe = dqtk.load("tiny-pixart")
-    with pytest.raises(ValueError, match="parts must stand without content-score, sweep and switch, got one"):
+    with pytest.raises(ValueError, match="parts must stand without score, sweep and switch, got one"):
         dqtk.allocate(pipe, [f"{i} circles" for i in range(8)], ["w8a8"], "9bits", parts=2, switch=3)
     with pytest.raises(ValueError, match="parts must be from 2 to 4, or left out, got 5"):
         dqtk.allocate(pipe, ["a circle"], ["w8a8"], "9bits", parts=5)

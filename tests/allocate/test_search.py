@@ -1,5 +1,7 @@
 """Ratios swept and ranked, exchanges confirmed or not."""
 
+import re
+
 import pytest
 
 from dqtk.allocate.budget import Budget
@@ -34,6 +36,25 @@ def test_the_sweep_has_every_answer_once_and_within_the_budget(offers):
     assert len(set(plans)) == len(plans)
     unlike = swept(offers(6, {"content": "score", "quality": "noise"}))
     assert ONE not in unlike
+
+
+def test_three_groups_have_two_ratios(measured, tmp_path):
+    groups = {"transformer:first": "text", "transformer:last": "temporal", "transformer:faint": "spatial"}
+    probe = OutputSQNR(measured.pipe.components, measured.stats.calls)
+    found = measure(
+        measured.pipe, measured.plans, measured.stats, dict.fromkeys(groups.values(), probe), groups, folder=tmp_path / "work"
+    )
+    budget, losses = Budget(amount=7, unit="bits"), dict.fromkeys(groups.values(), "noise")
+    answers = swept(Offers.of(measured.plans, found, budget, losses, groups))
+    assert ONE in answers
+    name, made = next((name, made) for name, made in answers.items() if name != ONE)
+    assert re.fullmatch(r"text [\d.]+, temporal [\d.]+", name)
+    assert list(made.groups) == ["text", "temporal", "spatial"]
+    others = swept(Offers.of(measured.plans, found, budget, losses, groups, alike=False))
+    assert ONE not in others
+    assert all(made.expected is None for made in others.values())
+    with pytest.raises(ValueError, match="groups with different metrics must have a ratio, got none"):
+        Offers.of(measured.plans, found, budget, losses, groups, alike=False).allocated()
 
 
 def test_ratios_that_cannot_be_met_are_left_out(offers):

@@ -143,7 +143,8 @@ def test_groups_may_have_probes_of_their_own(measured, run, probe):
     found = run(probes={"content": Constant(), "quality": probe})
     assert {score for (site, _), score in found.scores.items() if site == "transformer:faint"} == {7.0}
     assert probe.num == 6
-    assert 35 < found.floors["transformer"] < 60
+    assert "transformer:faint" not in found.floors
+    assert 35 < found.floors["transformer:first"] < 60
 
 
 def test_wider_is_better_and_faint_is_easier(measured, run):
@@ -161,10 +162,25 @@ def test_scores_out_of_order_are_seen(measured):
     scores = {(c.site.id, canonical(c.spec)): bits for bits, plan in ((2, two), (4, four), (8, eight)) for c in plan.choices}
     first = two.choices[0]
     for worse in (4, 5):  # equal is not better
-        found = Sensitivity(scores=scores | {(first.site.id, canonical(first.spec)): worse}, floors={"transformer": 8.0})
-        assert monotone(measured.plans, found) == (2, 3)
+        found = Sensitivity(
+            scores=scores | {(first.site.id, canonical(first.spec)): worse}, floors=dict.fromkeys(measured.groups, 8.0)
+        )
+        assert monotone(measured.plans, found) == monotone(measured.plans, found, to_the_floor=True) == (2, 3)
     text = describe_reliability(measured.plans, found)
+    assert "of 3 sites\n" in text
     assert text.endswith("transformer in another float dtype scores 8.0; 3 of 9 scores are no worse than that")
+
+
+def test_scores_above_the_floor_may_stand_in_any_order(measured):
+    two, four, eight = measured.plans
+    scores = {(c.site.id, canonical(c.spec)): bits for bits, plan in ((2, two), (4, four), (8, eight)) for c in plan.choices}
+    scores[two.choices[0].site.id, canonical(eight.choices[0].spec)] = 3.5  # below the 4 of 4 bits
+    above, below = (Sensitivity(scores=scores, floors=dict.fromkeys(measured.groups, floor)) for floor in (3.5, 3.6))
+    assert monotone(measured.plans, above) == (2, 3)
+    assert monotone(measured.plans, above, to_the_floor=True) == (3, 3)
+    assert monotone(measured.plans, below, to_the_floor=True) == (2, 3)
+    said = "at 2 of 3 sites, and at 1 more but for scores above rounding in another float dtype"
+    assert said in describe_reliability(measured.plans, above)
 
 
 def test_wider_inputs_are_better_too(measured, run, tmp_path):

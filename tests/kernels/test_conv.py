@@ -32,7 +32,7 @@ def seeded(*shape, seed=0):
 
 def stored(case, bits):
     shape, n, kernel = case[:3]
-    granularity = TwoLevel(size=8) if bits <= 4 and shape[1] % 8 == 0 else PerChannel()
+    granularity = TwoLevel(size=8) if bits <= 7 and shape[1] % 8 == 0 else PerChannel()
     spec = TensorSpec(format=Int(bits=bits), granularity=granularity)
     return spec, rtn(to_matrix(seeded(n, shape[1], *kernel, seed=1)), spec), seeded(n, seed=2)
 

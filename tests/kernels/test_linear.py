@@ -20,7 +20,7 @@ def seeded(*shape, seed=0):
 
 def stored(n, k, bits, granularity=None, bias=True, seed=1):
     """Spec, packed weight and bias."""
-    granularity = granularity or (TwoLevel(size=8) if bits <= 4 and k % 8 == 0 else PerChannel())
+    granularity = granularity or (TwoLevel(size=8) if bits <= 7 and k % 8 == 0 else PerChannel())
     spec = TensorSpec(format=Int(bits=bits), granularity=granularity)
     return spec, rtn(seeded(n, k, seed=seed), spec), seeded(n, seed=seed + 1) if bias else None
 
