@@ -17,9 +17,10 @@ ANY = (("*", "*"),)  # published with whatever comparable extractor
 class PairScore:
     """Closeness of a picture to the original's picture of the same prompt and seed.
 
-    ``load(**options)`` returns the function (candidate, reference) -> [B] of float batches [B, 3, H, W] in [0, 1]. ``cap``: what
-    larger values count for in a mean (``None``: the score is bounded). ``version``: of the code; another one may give other
-    numbers, so cached values are filed under it. A function that depends on files says on which in its ``identity``.
+    ``load(**options)`` returns the function (candidate, reference) -> [B] of float batches [B, 3, H, W] in [0, 1]; with ``clips``,
+    of [B, F, 3, H, W] (other scores take the frames of a clip one by one). ``cap``: what larger values count for in a mean
+    (``None``: the score is bounded). ``version``: of the code; another one may give other numbers, so cached values are filed under
+    it. A function that depends on files says on which in its ``identity``.
     """
 
     name: str
@@ -30,6 +31,7 @@ class PairScore:
     digits: int = 4
     cap: float | None = None
     version: str = "1"
+    clips: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -115,6 +115,9 @@ def measures(names: Sequence[str], extractors: Sequence[str], device: Any = "cpu
     missing: dict[str, str] = {}
     missing_extractors: dict[str, str] = {}
     for name in [name for name, score in wanted.items() if hasattr(score, "load")]:
+        if wanted[name].clips:
+            missing[name] = "it scores whole clips, and jobs look at pictures"
+            continue
         try:
             pairs[name] = wanted[name].load()
         except FileNotFoundError as error:

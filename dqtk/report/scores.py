@@ -16,14 +16,15 @@ from torch import Tensor
 from dqtk.resolve import scores as scores_in_files
 
 DEFAULT_SCORES = ("psnr", "ssim", "ms_ssim", "lpips")
+CLIP_SCORES = ("frame_changes",)  # beside them, of clips
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageScore:
     """A paired image score: ``function`` maps two float batches [B, 3, H, W] in [0, 1] (candidate, reference) to [B].
 
-    ``cap`` is what an infinite value counts for in a mean (``None``: the score is always finite); ``digits`` are shown after
-    the point.
+    Of clips it is taken frame by frame; with ``clips`` it takes whole ones, [B, F, 3, H, W]. ``cap`` is what an infinite value
+    counts for in a mean (``None``: the score is always finite); ``digits`` are shown after the point.
     """
 
     name: str
@@ -33,6 +34,7 @@ class ImageScore:
     function: Callable[[Tensor, Tensor], Tensor]
     digits: int = 3
     cap: float | None = None
+    clips: bool = False
 
 
 def scores_on_offer() -> dict[str, Any]:
@@ -96,7 +98,7 @@ def resolve_scores(
             except FileNotFoundError as error:  # MissingWeights: its text says which and where
                 missing[score] = str(error)
                 continue
-            shared = ("name", "label", "unit", "higher_is_better", "digits", "cap")
+            shared = ("name", "label", "unit", "higher_is_better", "digits", "cap", "clips")
             found.append(ImageScore(function=function, **{name: getattr(known[score], name) for name in shared}))
     return tuple(found), missing
 

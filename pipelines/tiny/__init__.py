@@ -36,7 +36,13 @@ def extractor_folder(name: str) -> Path | None:
 
 
 def oracle_for(pipe: Any, prompts: Sequence[str]) -> Callable[[Any, str], Any] | None:
-    """``oracle.judge`` for a pipeline that paints pictures of the captioned world's size for captions of its grammar; else None."""
+    """``oracle.judge`` for a pipeline that paints pictures of the captioned world's size for captions of its grammar, or
+    ``motion.judge_frames`` for one that makes clips of it; else None."""
+    if hasattr(pipe, "vae_scale_factor_temporal"):
+        from dqtk.calls import call_arguments
+
+        asked = call_arguments(pipe, None)
+        return oracle_of_clips((asked.get("width", 0), asked.get("height", 0)), prompts)
     denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
     side = getattr(getattr(denoiser, "config", None), "sample_size", None)
     if not isinstance(side, int):
@@ -57,3 +63,17 @@ def oracle_of_pictures(size: tuple[int, int], prompts: Sequence[str]) -> Callabl
     except ValueError:
         return None
     return oracle.judge
+
+
+def oracle_of_clips(size: tuple[int, int], prompts: Sequence[str]) -> Callable[[Any, str], Any] | None:
+    """``motion.judge_frames`` for clips of the world's size whose prompts are captions of its grammar; else None."""
+    from . import motion  # scipy, and a table of all captions
+
+    if size != (motion.SIZE, motion.SIZE):
+        return None
+    try:
+        for prompt in prompts:
+            motion.parse_caption(prompt)
+    except ValueError:
+        return None
+    return motion.judge_frames
