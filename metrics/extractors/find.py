@@ -4,6 +4,8 @@ inception2015               the FID Inception, clean-fid's resize; inception2015
 open_clip:WHERE             a folder, hf-hub:OWNER/NAME, or ARCHITECTURE=WEIGHTS
 clip:WHERE                  CLIPModel of transformers, folder or hub id
 dino:WHERE                  DINO or DINOv2 of transformers, folder or hub id
+lucas-kanade                optical flow without weights
+raft, raft:FILE             optical flow: torchvision's raft_large with the published weights, or those of a file
 """
 
 import difflib
@@ -11,7 +13,17 @@ from typing import Any
 
 import torch
 
-KINDS = ("inception2015", "inception2015-legacy", "inception2015-pytorch", "open_clip:WHERE", "clip:WHERE", "dino:WHERE")
+KINDS = (
+    "inception2015",
+    "inception2015-legacy",
+    "inception2015-pytorch",
+    "open_clip:WHERE",
+    "clip:WHERE",
+    "dino:WHERE",
+    "lucas-kanade",
+    "raft",
+    "raft:FILE",
+)
 _EMBEDDED = ("tiny-clip",)  # found by dqtk.resolve before this file is asked; here for its errors only
 
 
@@ -35,6 +47,14 @@ def extractor_named(text: str, device: str | torch.device = "cpu") -> Any:
         from .dino import Dino
 
         return Dino(where, device=device)
+    if kind == "lucas-kanade" and not where:
+        from .lucas_kanade import LucasKanade
+
+        return LucasKanade(device)
+    if kind == "raft":
+        from .raft import Raft
+
+        return Raft(where or None, device=device)
     names = [*KINDS, *_EMBEDDED]
     near = difflib.get_close_matches(kind, [name.partition(":")[0] for name in names], n=1)
     whole = next((name for name in names if name.partition(":")[0] == near[0]), "") if near else ""
