@@ -103,6 +103,14 @@ def as_images(where: str, images: Tensor) -> Tensor:
     return images
 
 
+def as_clip(where: str, frames: Tensor, least: int = 1) -> Tensor:
+    """The frames of one clip, if they are uint8 [F, 3, H, W] and at least ``least``; else ``ValueError``."""
+    frames = as_images(where, frames)
+    if len(frames) < least:
+        raise ValueError(f"{where}: a clip must have at least {least} frames, got {len(frames)}. Generate longer clips.")
+    return frames
+
+
 def as_texts(where: str, texts: list[str]) -> list[str]:
     """The texts as a list; ``ValueError`` for one bare string, which would be read as a list of letters, and for no text."""
     if isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts):

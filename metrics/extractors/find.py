@@ -5,6 +5,8 @@ open_clip:WHERE             a folder, hf-hub:OWNER/NAME, or ARCHITECTURE=WEIGHTS
 clip:WHERE                  CLIPModel of transformers, folder or hub id
 dino:WHERE                  DINO or DINOv2 of transformers, folder or hub id
 lucas-kanade                optical flow without weights
+i3d:VARIANT, =FILE          of FVD: i3d:torchscript, i3d:kinetics400, i3d:rgb_imagenet; i3d:rgb_imagenet=FILE names the file
+vjepa2:WHERE                clips: a V-JEPA 2 classifier of transformers, folder or hub id
 raft, raft:FILE             optical flow: torchvision's raft_large with the published weights, or those of a file
 """
 
@@ -20,6 +22,8 @@ KINDS = (
     "open_clip:WHERE",
     "clip:WHERE",
     "dino:WHERE",
+    "i3d:VARIANT",
+    "vjepa2:WHERE",
     "lucas-kanade",
     "raft",
     "raft:FILE",
@@ -47,6 +51,15 @@ def extractor_named(text: str, device: str | torch.device = "cpu") -> Any:
         from .dino import Dino
 
         return Dino(where, device=device)
+    if kind == "i3d" and where:
+        from .i3d import I3D
+
+        variant, _, file = where.partition("=")
+        return I3D(variant, file or None, device=device)
+    if kind == "vjepa2" and where:
+        from .vjepa import VJepa
+
+        return VJepa(where, device=device)
     if kind == "lucas-kanade" and not where:
         from .lucas_kanade import LucasKanade
 
