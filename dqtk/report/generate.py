@@ -104,21 +104,36 @@ def generate(pipe: Any, tasks: Sequence[Task], call_kwargs: Mapping[str, Any]) -
 
 
 def generate_frames(pipe: Any, tasks: Sequence[Task], call_kwargs: Mapping[str, Any]) -> list[Frame]:
-    """Make one batch of pictures or clips. A picture's name is its task's id, frames of a clip are ``ID-00``, ``ID-01``, and so on.
+    """Make one batch of pictures or clips. A picture's name is its task's id, a frame's that of ``frame_names``.
 
     Raises as ``generate`` does.
     """
-    output, _ = _call(pipe, tasks, call_kwargs)
+    clips, _ = generate_clips(pipe, tasks, call_kwargs)
+    made = []
+    for task, frames in zip(tasks, clips, strict=True):
+        names = frame_names(task.id, len(frames))
+        made += [Frame(name=name, task=task, image=frame) for name, frame in zip(names, frames, strict=True)]
+    return made
+
+
+def generate_clips(pipe: Any, tasks: Sequence[Task], call_kwargs: Mapping[str, Any]) -> tuple[list[tuple[Image.Image, ...]], float]:
+    """Make one batch of pictures or clips: the frames of each (8-bit RGB; a picture is one), and the seconds that it took.
+
+    Raises as ``generate`` does.
+    """
+    output, seconds = _call(pipe, tasks, call_kwargs)
     clips = getattr(output, "frames", None)
     if clips is None:
         clips = [[image] for image in getattr(output, "images", ())]
     if len(clips) != len(tasks):
         raise ValueError(f"generate: the pipeline must return one picture or clip per prompt ({len(tasks)}), got {len(clips)}.")
-    made = []
-    for task, frames in zip(tasks, clips, strict=True):
-        names = [task.id] if len(frames) == 1 else [f"{task.id}-{number:02d}" for number in range(len(frames))]
-        made += [Frame(name=name, task=task, image=frame.convert("RGB")) for name, frame in zip(names, frames, strict=True)]
-    return made
+    return [tuple(frame.convert("RGB") for frame in frames) for frames in clips], seconds
+
+
+def frame_names(name: str, num: int) -> list[str]:
+    """Names of a clip's frames, ``NAME-00``, ``NAME-01``, and so on, as wide as the last needs; of a picture its own."""
+    width = max(2, len(str(num - 1)))
+    return [name] if num == 1 else [f"{name}-{number:0{width}d}" for number in range(num)]
 
 
 def _call(pipe: Any, tasks: Sequence[Task], call_kwargs: Mapping[str, Any]) -> tuple[Any, float]:
