@@ -77,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
         "--extractors", nargs="+", metavar="NAME", default=[], help="tiny-clip, inception2015, open_clip:WHERE, ..."
     )
     evaluate.add_argument("--unpaired", action="store_true", help="compare the sets only; names need not match")
+    evaluate.add_argument("--fps", type=float, metavar="RATE", help="frames per second that clips are meant for")
     evaluate.add_argument("--output", type=Path, required=True, help="folder for results; an earlier one's features are used again")
     _gates(evaluate)
 

@@ -76,9 +76,9 @@ def extractor_for(name: str, device: Any = "cpu") -> Any:
 
     Raises ``ValueError`` for an unknown name and ``MissingWeights`` where the weights are not on this machine.
     """
-    folder = importlib.import_module("dqtk.pipelines.tiny").extractor_folder(name)
-    where = name if folder is None else f"open_clip:{folder}"
-    return importlib.import_module("dqtk.metrics.extractors.find").extractor_named(where, device)
+    where = importlib.import_module("dqtk.pipelines.tiny").extractor_words(name)
+    find = importlib.import_module("dqtk.metrics.extractors.find").extractor_named
+    return find(where, device, inner=lambda part: extractor_for(part, device))
 
 
 def pair_score(name: str) -> Any:
@@ -105,3 +105,8 @@ def oracle_for(pipe: Any, prompts: Sequence[str]) -> Callable[[Any, str], Any] |
 def oracle_of_pictures(size: tuple[int, int], prompts: Sequence[str]) -> Callable[[Any, str], Any] | None:
     """The same for pictures of a size [width, height] that exist already."""
     return importlib.import_module("dqtk.pipelines.tiny").oracle_of_pictures(size, prompts)
+
+
+def oracle_of_clips(size: tuple[int, int], prompts: Sequence[str]) -> Callable[[Any, str], Any] | None:
+    """The same for clips: it is asked about uint8 frames [F, H, W, 3] and their prompt."""
+    return importlib.import_module("dqtk.pipelines.tiny").oracle_of_clips(size, prompts)

@@ -1,6 +1,12 @@
 """What a report or a job must know of a score beside its number. A file of this folder offers its scores as ``SCORES``.
 
-Four kinds, by what they look at; the type is the key. Nothing here loads weights: ``PairScore.load`` does when it is called.
+Six kinds, by what they look at; the type is the key. Nothing here loads weights: ``PairScore.load`` does when it is called.
+
+Of clips (uint8 [F, 3, H, W] RGB, F frames of one prompt and seed) two kinds are made: ``FrameScore`` looks at what an extractor of
+pictures says of each frame, ``ClipScore`` at the frames themselves. The four others are of pictures and stay so: of a clip, a pair
+score and a text score are taken frame by frame and averaged over its frames (an infinite value counts as the score's cap, unless
+every frame's is infinite), a set score sees all frames of all clips. An extractor of clips (``encode_clips``) gives one row per
+clip instead, to text scores and set scores alike.
 """
 
 from collections.abc import Callable
@@ -38,7 +44,8 @@ class PairScore:
 class TextScore:
     """How well a picture fits its prompt: ``function`` maps embeddings of pictures and prompts, [N, D] each, to [N].
 
-    ``least``: different prompts that it cannot do without. ``published``: see ``comparable``.
+    ``least``: different prompts that it cannot do without. ``of_clips``: it is of extractors of clips only. ``published``: see
+    ``comparable``.
     """
 
     name: str
@@ -48,6 +55,7 @@ class TextScore:
     unit: str = ""
     digits: int = 2
     least: int = 1
+    of_clips: bool = False
     published: tuple[tuple[str, str], ...] = ANY
 
 
@@ -92,10 +100,74 @@ class ClassScore:
     published: tuple[tuple[str, str], ...] = ANY
 
 
-Score = PairScore | TextScore | SetScore | ClassScore
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FrameScore:
+    """Of one clip, from what an extractor of pictures gives for each frame: ``function(rows [F, D], text)`` -> a number.
+
+    ``gives``: what the rows have to be, which an extractor says of itself under the same name ("embedding" where it says nothing).
+    ``text``: which text's embedding [1, D] the function gets: the clip's "prompt", or its "style", which a suite of prompts names;
+    None: none, and ``text`` is None. ``least``: frames that it cannot do without. ``published``: see ``comparable``.
+    """
+
+    name: str
+    label: str
+    higher_is_better: bool
+    function: Callable[[Tensor, Tensor | None], float]
+    unit: str = ""
+    digits: int = 4
+    gives: str = "embedding"
+    text: str | None = None
+    least: int = 1
+    published: tuple[tuple[str, str], ...] = ANY
 
 
-def comparable(score: TextScore | SetScore | ClassScore, extractor: Any, *, to_original: bool) -> bool:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipScore:
+    """Of one clip, from its frames: ``function(frames uint8 [F, 3, H, W], fps, tool)`` -> a number, or None where the clip is not
+    among those that the score is of.
+
+    ``needs``: the method that a tool must have ("flow", "interpolate"), None: no tool, and ``tool`` is None. ``needs_fps``: it
+    means nothing without the frame rate; else ``fps`` may be None. ``least``: frames that it cannot do without. ``version``: as
+    of ``PairScore``. ``published``: see ``comparable``; without a tool, whether it is published at all. ``boolean``: its numbers
+    are 0 or 1, and changes are flips.
+    """
+
+    name: str
+    label: str
+    higher_is_better: bool
+    function: Callable[[Tensor, float | None, Any], float | None]
+    unit: str = ""
+    digits: int = 4
+    needs: str | None = None
+    needs_fps: bool = False
+    least: int = 2
+    version: str = "1"
+    boolean: bool = False
+    published: tuple[tuple[str, str], ...] = ANY
+
+
+Score = PairScore | TextScore | SetScore | ClassScore | FrameScore | ClipScore
+
+
+def serves(score: Score, extractor: Any) -> bool:
+    """Whether a score can look at what an extractor gives, text towers and heads aside."""
+    if isinstance(score, PairScore):
+        return False
+    if isinstance(score, ClipScore):
+        return score.needs is not None and hasattr(extractor, score.needs)
+    if isinstance(score, FrameScore):
+        return hasattr(extractor, "encode_images") and gives(extractor) == score.gives
+    if isinstance(score, TextScore) and score.of_clips:
+        return hasattr(extractor, "encode_clips")
+    return gives(extractor) == "embedding" and (hasattr(extractor, "encode_images") or hasattr(extractor, "encode_clips"))
+
+
+def gives(extractor: Any) -> str:
+    """What an extractor's rows are: "embedding", or a name that scores ask for ("aesthetic", "quality")."""
+    return str(getattr(extractor, "gives", "embedding"))
+
+
+def comparable(score: TextScore | SetScore | ClassScore | FrameScore | ClipScore, extractor: Any, *, to_original: bool) -> bool:
     """Whether a number may stand beside published ones of its name.
 
     That takes more than known weights (``extractor.comparable``): a score is published with certain networks and certain

@@ -11,7 +11,7 @@ from dqtk.processes import Processes
 from dqtk.report.records import Record
 
 from .asked import ORACLE, Measures, Shown, measures, with_oracle
-from .doubts import result_names, warnings_of
+from .doubts import LOSSY, result_names, warnings_of
 from .features import Picture
 from .files import key_of
 from .folders import chunks, folder_pictures
@@ -31,6 +31,7 @@ def evaluate(
     unpaired: bool = False,
     seed: int = 0,
     gates: Sequence[Gate] = (),
+    fps: float | None = None,
 ) -> list[Record]:
     """Two folders of pictures against each other. Pictures of one name are a pair.
 
@@ -40,6 +41,7 @@ def evaluate(
         metrics, extractors: as in a job.
         unpaired: the folders are of one world but not picture by picture the same; only distances of sets are taken.
         seed: of the bootstrap.
+        fps: frames per second that clips are meant for; scores that count time need it.
         gates: conditions whose names are checked before anything is computed; ``tripped`` judges them afterwards.
     Returns:
         Records, which are also in ``output``.
@@ -49,10 +51,13 @@ def evaluate(
     """
     if seed < 0:
         raise ValueError(f"evaluate: seed must be 0 or more, got {seed}. The default is 0.")
+    if fps is not None and not fps > 0:
+        raise ValueError(f"evaluate: fps must be a positive frame rate, got {fps}. For example 16.")
     names = list(metrics)
     first, second = folder_pictures(reference), folder_pictures(candidate)
     if not unpaired:
         first, second = _paired(first, second)
+    _check_kinds(first, second)
     asked = measures(names, extractors)
     if unpaired:
         asked = _only_sets(asked, names)
@@ -73,9 +78,9 @@ def evaluate(
         ]
         references = []
     asked = with_oracle(asked, names, shown)
-    observe(asked, shown, references, folder / "cache", me)
-    extra: dict[str, Any] = {"reference": str(reference), "candidate": str(candidate)}
-    records, values = reduce(asked, shown, references, folder / "cache", seed, extra)
+    observe(asked, shown, references, folder / "cache", me, fps)
+    extra: dict[str, Any] = {"reference": str(reference), "candidate": str(candidate)} | ({"fps": fps} if fps else {})
+    records, values = reduce(asked, shown, references, folder / "cache", seed, extra, fps=fps)
     job = {"name": f"{b} against {a}", "metrics": names, "extractors": list(extractors), "paired": not unpaired}
     write_results(folder, job, shown, records, values, {}, warnings_of(asked, shown, references))
     return records
@@ -98,6 +103,21 @@ def _paired(first: list[Picture], second: list[Picture]) -> tuple[list[Picture],
     prompts = [a.prompt or b.prompt for a, b in zip(first, second, strict=True)]
     known = [[replace(p, prompt=prompt) for p, prompt in zip(side, prompts, strict=True)] for side in (first, second)]
     return known[0], known[1]
+
+
+def _check_kinds(first: Sequence[Picture], second: Sequence[Picture]) -> None:
+    """Raises ``ValueError`` for clips against pictures, and for lossy frames: their compression would be scored as error."""
+    if bool(first[0].frames) != bool(second[0].frames):
+        raise ValueError(
+            "evaluate: both folders must hold clips, or both pictures, got one of each. The notes of clips (prompts.jsonl) belong "
+            "beside their frames."
+        )
+    lossy = [f.file for clip in (*first, *second) for f in clip.frames if f.file.suffix.lower() in LOSSY]
+    if lossy:
+        raise ValueError(
+            f"evaluate: frames of clips must be lossless files, got {len(lossy)} lossy ones, such as {lossy[0]}. Write PNG: "
+            "compression hides noise and caps what can be measured."
+        )
 
 
 def _only_sets(asked: Measures, names: Sequence[str]) -> Measures:

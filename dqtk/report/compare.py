@@ -151,7 +151,7 @@ def compare(
     ``reference`` and ``candidate`` are diffusers pipelines for pictures or clips that take ``prompt`` (or ``class_labels``: prompts
     are then numbers or label names), and may be one object; ``call_kwargs`` goes to both (steps, guidance, size, frames), over what
     the family needs. Clips are scored frame by frame and by their changes between frames (``rows.py``). ``num_trajectory``
-    prompts are also compared inside, step by step (0: none). ``oracle(image, prompt)``, of a clip with the list of its frames,
+    prompts are also compared inside, step by step (0: none). ``oracle(image, prompt)``, of a clip with uint8 frames [F, H, W, 3],
     returns a number in [0, 1] or an object with ``mean`` and ``all_correct``. ``floor`` is a third pipeline scored like the
     candidate, or the reference itself with "kernels" or "threads" of another kind (``rounding.py``). Folders add sizes on disk;
     ``plan_summary`` (plain data) is carried into the records and the page. Raises ``ValueError`` for no or empty prompts,

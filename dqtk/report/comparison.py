@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .film import frames_of_png, noun_of, png_of
+from .generate import frame_names
 from .ledger import records_of
 from .ranges import RangeCurve
 from .records import Record, append_records
@@ -51,8 +52,8 @@ class Row:
             if self.num_frames == 1:
                 yield side, f"{self.id}-{side}.png", png
                 continue
-            for number, frame in enumerate(frames_of_png(png, self.num_frames)):
-                yield side, f"{self.id}-{number:02d}-{side}.png", png_of(frame)
+            for name, frame in zip(frame_names(self.id, self.num_frames), frames_of_png(png, self.num_frames), strict=True):
+                yield side, f"{name}-{side}.png", png_of(frame)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -60,14 +60,6 @@ class Batch:
     clips: tuple[tuple[Image.Image, ...], ...]
     seconds: float
 
-    @property
-    def images(self) -> tuple[Image.Image, ...]:
-        """The pictures. Raises ``ValueError`` for clips: one frame of a clip is not what the pipeline made."""
-        longest = max(len(frames) for frames in self.clips)
-        if longest > 1:
-            raise ValueError(f"generate: the pipeline must make pictures, got clips of {longest} frames. Take an image pipeline.")
-        return tuple(frames[0] for frames in self.clips)
-
 
 def image_seed(seed: int, prompt_index: int, repetition: int = 0) -> int:
     """The 32-bit seed of one image: the first bytes of SHA-256 of the three numbers, so that neighbours share nothing."""
@@ -119,15 +111,21 @@ def generate(pipe: Any, tasks: Sequence[Task], call_kwargs: Mapping[str, Any]) -
 
 
 def generate_frames(pipe: Any, tasks: Sequence[Task], call_kwargs: Mapping[str, Any]) -> list[Frame]:
-    """Make one batch of pictures or clips. A picture's name is its task's id, frames of a clip are ``ID-00``, ``ID-01``, and so on.
+    """Make one batch of pictures or clips. A picture's name is its task's id, a frame's that of ``frame_names``.
 
     Raises as ``generate`` does.
     """
     made = []
     for task, frames in zip(tasks, generate(pipe, tasks, call_kwargs).clips, strict=True):
-        names = [task.id] if len(frames) == 1 else [f"{task.id}-{number:02d}" for number in range(len(frames))]
+        names = frame_names(task.id, len(frames))
         made += [Frame(name=name, task=task, image=frame) for name, frame in zip(names, frames, strict=True)]
     return made
+
+
+def frame_names(name: str, num: int) -> list[str]:
+    """Names of a clip's frames, ``NAME-00``, ``NAME-01``, and so on, as wide as the last needs; of a picture its own."""
+    width = max(2, len(str(num - 1)))
+    return [name] if num == 1 else [f"{name}-{number:0{width}d}" for number in range(num)]
 
 
 def _call(pipe: Any, tasks: Sequence[Task], call_kwargs: Mapping[str, Any]) -> tuple[Any, float]:

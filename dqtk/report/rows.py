@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -90,7 +91,7 @@ def _mean(values: Sequence[float], cap: float | None) -> float:
 
 
 def _judge(oracle: Oracle, clip: Sequence[Image.Image], prompt: str) -> OracleScore:
-    said = oracle(clip[0] if len(clip) == 1 else list(clip), prompt)
+    said = oracle(clip[0] if len(clip) == 1 else np.stack([np.asarray(frame) for frame in clip]), prompt)
     if isinstance(said, (int, float)):
         return OracleScore(mean=float(said), all_correct=None)
     return OracleScore(mean=float(said.mean), all_correct=bool(said.all_correct))

@@ -180,6 +180,20 @@ def checked_heads(extractor: Any, images: Tensor, heads: Sequence[str]) -> dict[
     return encoded(extractor, images, heads)
 
 
+def checked_clip(encoder: Any, frames: Tensor) -> Tensor:
+    """``encode_clips`` of one clip, uint8 [F, 3, H, W] -> float32 [1, D], with the contract checked."""
+    from dqtk.metrics.extractors.contract import checked_clips
+
+    return checked_clips(encoder, frames[None])
+
+
+def serves(score: Any, extractor: Any) -> bool:
+    """``dqtk.metrics.score.serves``: whether a score can look at what an extractor gives."""
+    from dqtk.metrics.score import serves as judged
+
+    return judged(score, extractor)
+
+
 def identity(extractor: Any) -> str:
     """``dqtk.metrics.extractors.contract.identity``: what an extractor's features are filed under."""
     from dqtk.metrics.extractors.contract import identity as said

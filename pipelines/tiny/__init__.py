@@ -35,9 +35,20 @@ def extractor_folder(name: str) -> Path | None:
     return place if (place / "open_clip_config.json").is_file() else None
 
 
+def extractor_words(name: str) -> str:
+    """What an embedded extractor is, in the words of ``metrics/extractors/find.py``; any other name as it is.
+
+    "tiny-clip"; "tiny-aesthetic": a linear head on it that tells clean pictures of the world from disturbed ones.
+    """
+    if name == "tiny-aesthetic":
+        return f"aesthetic:{_WEIGHTS / 'tiny-clip' / 'aesthetic.safetensors'}=tiny-clip"
+    folder = extractor_folder(name)
+    return name if folder is None else f"open_clip:{folder}"
+
+
 def oracle_for(pipe: Any, prompts: Sequence[str]) -> Callable[[Any, str], Any] | None:
     """``oracle.judge`` for a pipeline that paints pictures of the captioned world's size for captions of its grammar, or
-    ``motion.judge_frames`` for one that makes clips of it; else None."""
+    ``motion.judge`` for one that makes clips of it; else None."""
     if hasattr(pipe, "vae_scale_factor_temporal"):
         from dqtk.calls import call_arguments
 
@@ -66,14 +77,14 @@ def oracle_of_pictures(size: tuple[int, int], prompts: Sequence[str]) -> Callabl
 
 
 def oracle_of_clips(size: tuple[int, int], prompts: Sequence[str]) -> Callable[[Any, str], Any] | None:
-    """``motion.judge_frames`` for clips of the world's size whose prompts are captions of its grammar; else None."""
-    from . import motion  # scipy, and a table of all captions
+    """``motion.judge`` for clips of the world's size whose prompts are captions of things in motion; else None."""
+    from . import motion, scenes
 
-    if size != (motion.SIZE, motion.SIZE):
+    if size != (scenes.SIZE, scenes.SIZE):
         return None
     try:
         for prompt in prompts:
             motion.parse_caption(prompt)
     except ValueError:
         return None
-    return motion.judge_frames
+    return motion.judge

@@ -7,12 +7,10 @@ oracle reads the frames one by one, and the way from the places of the object in
 
 import hashlib
 import itertools
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
 import numpy as np
-from PIL import Image
 
 from .oracle import Verdict, read, softmin
 from .scenes import BACKGROUNDS, COLOURS, SHAPES, SIZE, background_tone, coverage
@@ -128,11 +126,6 @@ def judge(frames: np.ndarray, caption: str | Moving) -> Verdict:
     graded["count"] = single, single > 0.5
     graded |= _way([None if o is None else o.centre for o in found], clip)
     return Verdict(attributes={k: p for k, (p, _) in graded.items()}, correct={k: ok for k, (_, ok) in graded.items()})
-
-
-def judge_frames(frames: Sequence[Image.Image], caption: str) -> Verdict:
-    """``judge`` of a clip as the list of its frames."""
-    return judge(np.stack([np.asarray(frame.convert("RGB")) for frame in frames]), caption)
 
 
 def _way(places: list[tuple[float, float] | None], clip: Moving) -> dict[str, tuple[float, bool]]:

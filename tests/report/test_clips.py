@@ -121,8 +121,6 @@ def test_clips_that_do_not_match_are_named():
     tasks = make_tasks(["a", "b"], 0, 1)
     with pytest.raises(ValueError, match=r"generate: clips must be of one number of frames, got \[1, 2\]\. Pass num_frames\."):
         generate(Ragged(noise), tasks, {})
-    with pytest.raises(ValueError, match=r"generate: the pipeline must make pictures, got clips of 5 frames\."):
-        _ = generate(Projector(noise), tasks, {}).images
 
 
 def test_saved_frames_are_what_was_scored(projected, tmp_path):
@@ -177,7 +175,7 @@ def test_wan_is_compared_inside_and_out():
     captions = [sample_clip(1, i, "heldout").caption for i in range(2)]
     oracle = oracle_for(pipe, captions)
     clip = render(sample_clip(1, 0, "heldout"), 1, 0)
-    assert oracle([Image.fromarray(frame) for frame in clip], captions[0]).mean == judge(clip, captions[0]).mean > 0.9
+    assert oracle(clip, captions[0]).mean == judge(clip, captions[0]).mean > 0.9
     assert oracle_for(pipe, ["a cat"]) is None
     noisy = copy.deepcopy(pipe)
     with torch.no_grad():
