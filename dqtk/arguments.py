@@ -76,6 +76,9 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--extractors", nargs="+", metavar="NAME", default=[], help="tiny-clip, inception2015, open_clip:WHERE, ..."
     )
+    evaluate.add_argument(
+        "--worker", metavar="NAME=COMMAND", action="append", default=[], help="a score that a program of yours computes; repeatable"
+    )
     evaluate.add_argument("--unpaired", action="store_true", help="compare the sets only; names need not match")
     evaluate.add_argument("--fps", type=float, metavar="RATE", help="frames per second that clips are meant for")
     evaluate.add_argument("--output", type=Path, required=True, help="folder for results; an earlier one's features are used again")

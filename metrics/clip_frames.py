@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .clip_score import unit_rows
 from .moments import check_features
+from .score import FrameScore
 
 
 def clipsim(frames: Tensor, text: Tensor) -> float:
@@ -36,3 +37,10 @@ def clip_temp(frames: Tensor, text: Tensor | None = None) -> float:
     check_features("clip_temp", frames, least=2)
     rows = unit_rows("clip_temp", "first", frames)
     return float((rows[1:] * rows[:-1]).sum(dim=1).clamp(-1, 1).mean())
+
+
+_B32 = (("clip[*base-patch32*]", "*"), ("open_clip[*vit-b-32*]", "*"), ("legacy[*b*32*]", "*"))  # what the tables are made with
+SCORES = (
+    FrameScore(name="clipsim", label="CLIPSIM", higher_is_better=True, function=clipsim, text="prompt", published=_B32),
+    FrameScore(name="clip_temp", label="CLIP-Temp", higher_is_better=True, function=clip_temp, least=2, published=_B32),
+)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .extractors.contract import as_clip
 from .extractors.flow import checked_flow, warp
+from .score import ClipScore
 
 
 def flow_score(estimator: Any, clip: Tensor) -> float:
@@ -43,3 +44,26 @@ def _visible(there: Tensor, back: Tensor) -> Tensor:
     returned, _ = warp(back, there)
     away = (there + returned).square().sum(dim=1)
     return away < 0.01 * (there.square().sum(dim=1) + returned.square().sum(dim=1)) + 0.5
+
+
+SCORES = (
+    ClipScore(
+        name="flow_score",
+        label="Flow score",
+        unit="px",
+        higher_is_better=None,
+        digits=3,
+        needs="flow",
+        published=(("raft[things]", "*"),),
+        function=lambda frames, fps, tool: flow_score(tool, frames),
+    ),
+    ClipScore(
+        name="warp_error",
+        label="Warp error",
+        higher_is_better=False,
+        digits=6,
+        needs="flow",
+        published=(),  # the tables' code halves frames and feeds RAFT other numbers
+        function=lambda frames, fps, tool: warp_error(tool, frames),
+    ),
+)

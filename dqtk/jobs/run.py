@@ -10,7 +10,7 @@ import torch
 from dqtk.processes import processes
 from dqtk.report.records import Record
 
-from .asked import Shown, measures, with_oracle
+from .asked import Shown, fitting, measures, with_oracle
 from .doubts import learned_here, result_names, warnings_of
 from .features import Picture, clip_of
 from .files import read_json, remove_partials, write_json
@@ -37,7 +37,7 @@ def run(job: Job, gates: Sequence[Gate] = ()) -> list[Record]:
     layout = Layout(Path(job.output))
     everyone, prompts = variants(job), prompts_of(job)
     work = batches(job, prompts)
-    asked = measures(job.metrics, job.extractors, me.device)  # wrong names fail before any picture is painted
+    asked = measures(job.metrics, job.extractors, me.device, job.workers)  # wrong names fail before any picture is painted
     references = folder_batches(job.references) if job.references is not None else []
     paired = any(variant.role != "original" for variant in everyone)
     check_gates(gates, result_names(asked, job.metrics, paired=paired, real=bool(references)))
@@ -58,7 +58,7 @@ def run(job: Job, gates: Sequence[Gate] = ()) -> list[Record]:
     _check_painted(painted, work, layout, makers)
     suite = {entry.prompt: entry for entry in suite_of(job)}
     shown = [_shown(variant, work, layout, suite) for variant in painted]
-    asked = with_oracle(asked, job.metrics, shown)
+    asked = fitting(with_oracle(asked, job.metrics, shown), shown)
     observe(asked, shown, references, layout.cache, me, job.fps)
     me.wait()
     if me.first:

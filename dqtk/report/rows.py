@@ -4,7 +4,6 @@ A clip is scored frame by frame, and counts as the mean over its frames, as pape
 average PSNR and SSIM of frames); a frame that is equal counts as the cap of its score, and a clip is equal when all its frames are.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from PIL import Image
 from .comparison import OracleScore, Row
 from .film import png_of, sheet_of
 from .generate import Batch, Task, to_tensor
-from .scores import ImageScore, capped, one_per_picture
+from .scores import ImageScore, mean_over_frames, one_per_picture
 
 Oracle = Callable[[Any, str], Any]
 _FRAMES = 32  # scored at a time: a long clip as float tensors is gigabytes
@@ -42,7 +41,7 @@ def rows_of(batch: list[Task], outputs: Mapping[str, Batch], scores: Sequence[Im
     for i, task in enumerate(batch):
         clips = {side: made.clips[i] for side, made in outputs.items()}
         frames = {side: {name: tuple(values[i]) for name, values in of.items()} for side, of in found.items()}
-        picked = {side: {name: _mean(values, caps[name]) for name, values in of.items()} for side, of in frames.items()}
+        picked = {side: {name: mean_over_frames(values, caps[name]) for name, values in of.items()} for side, of in frames.items()}
         per_frame = {
             side: {name: values for name, values in of.items() if len(values) > 1} if num_frames > 1 else {}
             for side, of in frames.items()
@@ -81,13 +80,6 @@ def _values(
         a, b = (to_tensor(frames[start : start + step]) for frames in (mine, theirs))
         values += one_per_picture(score.name, score.function, score.function(a, b), len(a)).tolist()
     return [values[start : start + length] for start in range(0, len(values), length)]
-
-
-def _mean(values: Sequence[float], cap: float | None) -> float:
-    """One value as it is; of several the mean of what they count for, infinite if all are."""
-    if len(values) == 1 or all(value == math.inf for value in values):
-        return values[0]
-    return sum(capped(values, cap)) / len(values)
 
 
 def _judge(oracle: Oracle, clip: Sequence[Image.Image], prompt: str) -> OracleScore:

@@ -5,6 +5,7 @@ a comparison with scores of one's own needs neither torchmetrics nor anything el
 """
 
 import inspect
+import math
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -106,6 +107,11 @@ def resolve_scores(
 def capped(values: Sequence[float], cap: float | None) -> list[float]:
     """What values count for in a mean: exact matches are infinite."""
     return list(values) if cap is None else [min(value, cap) for value in values]
+
+
+def mean_over_frames(values: Sequence[float], cap: float | None) -> float:
+    """What a clip counts for, from its frames: the mean of their capped values; infinite where all are."""
+    return math.inf if all(value == math.inf for value in values) else sum(capped(values, cap)) / len(values)
 
 
 def flip_counts(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:

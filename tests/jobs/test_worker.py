@@ -7,9 +7,14 @@ import sys
 import time
 from pathlib import Path
 
+import pandas
 import pytest
-from PIL import Image
+from PIL import Image, ImageStat
 
+from dqtk.cli import main
+from dqtk.jobs.evaluate import evaluate
+from dqtk.jobs.gates import parse_gate
+from dqtk.jobs.spec import read_job
 from dqtk.jobs.worker import Sample, Worker, WorkerError
 
 EXAMPLE = Path(__file__).parents[2] / "metrics" / "jobs" / "worker.py"
@@ -165,3 +170,82 @@ def test_the_example_speaks_the_documented_lines(tmp_path):
         "digits": 2,
     }
     assert answer == {"id": 4, "values": [0.0]}
+
+
+@pytest.fixture
+def evaluated(pictures, tmp_path):
+    """A function (workers, **how) -> records by (variant, name) of two folders of three pictures."""
+    clean, noisy = pictures("clean", num=3), pictures("noisy", noise=90, num=3)
+
+    def run(workers, **how):
+        found = evaluate(clean, noisy, tmp_path / "out", metrics=["psnr"], workers=workers, **how)
+        return {(record.model, record.name): record for record in found}
+
+    return run
+
+
+def test_an_evaluation_has_the_workers_means_and_changes(evaluated, tmp_path):
+    found = evaluated({"brightness": shlex.join([sys.executable, str(EXAMPLE), "brightness"])})
+    before, after = found["clean", "brightness"], found["noisy", "brightness"]
+    with Image.open(tmp_path / "noisy" / "0001-0.png") as image:
+        wanted = ImageStat.Stat(image.convert("L")).mean[0]
+    rows = pandas.read_parquet(tmp_path / "out" / "samples.parquet").set_index(["variant", "id"])
+    assert rows.loc[("noisy", "0001-0"), "brightness"] == pytest.approx(wanted)
+    change = found["noisy", "brightness@change"]
+    assert change.value == pytest.approx(after.value - before.value)
+    assert change.low <= change.value <= change.high
+    assert after.extra["worker"] == "brightness 1"
+    assert (after.num_samples, after.higher_is_better) == (3, True)
+
+
+def test_values_are_kept_and_a_worker_is_started_for_what_is_missing_only(evaluated, fake, tmp_path):
+    log = tmp_path / "log"
+    note = f"open({str(log)!r}, 'a').write(f'{{n}} ')"
+    command = fake(f"{note}; say({{'id': asked['id'], 'values': [float(len(s['prompt'])) for s in asked['samples']]}})")
+    first = evaluated({"length": command})
+    again = evaluated({"length": command})
+    assert log.read_text() == "6 "
+    assert {key: r.value for key, r in first.items()} == {key: r.value for key, r in again.items()}
+    next((tmp_path / "out" / "cache" / "workers").glob("*.json")).unlink()
+    evaluated({"length": command})
+    assert log.read_text() == "6 1 "
+
+
+def test_a_worker_that_dies_is_a_gap_and_not_a_crash(evaluated, fake, tmp_path):
+    dies = fake("say({'id': asked['id'], 'values': [1.0] * n}) if asked['id'] else sys.exit(3)")
+    found = evaluated({"mine": dies, "gone": "/nowhere/python"}, gates=[parse_gate("mine < 0")])
+    record = found["noisy", "mine"]
+    assert record.value is None
+    assert record.not_measured.startswith("worker mine: an answer must be answered, got the end of the program (status 3)")
+    assert "command must be a program" in found["clean", "gone"].not_measured
+    assert found["noisy", "psnr@vs_original"].value > 0
+    assert "not measured of noisy: mine: worker mine" in (tmp_path / "out" / "report.md").read_text()
+    script = Path(shlex.split(dies)[1])
+    script.write_text(script.read_text().replace("else sys.exit(3)", "else say({'id': 0, 'values': [2.0] * n})"))
+    assert evaluated({"mine": dies})["noisy", "mine"].value == 2.0  # another program: asked again
+
+
+def test_names_of_workers_are_checked_before_anything_runs(evaluated, tmp_path):
+    for workers, says in (
+        ({"psnr": "true"}, r"workers: names must differ from those of scores, got psnr\."),
+        ({"a b": "true"}, r"evaluate: workers must map names of scores to commands, got 'a b': 'true'\."),
+        ({"mine": " "}, r"evaluate: workers must map names of scores to commands, got 'mine': ' '\."),
+    ):
+        with pytest.raises(ValueError, match=says):
+            evaluated(workers)
+    assert not (tmp_path / "out").exists()
+
+
+def test_jobs_and_the_command_line_take_workers(pictures, tmp_path, job_file, capsys):
+    job = read_job(job_file(workers={"image_reward": "python worker.py"}))
+    assert job.workers == {"image_reward": "python worker.py"}
+    assert job.hash == read_job(job_file()).hash  # pictures do not depend on it
+    with pytest.raises(ValueError, match="job: workers must map names of scores to commands, got 'x': 3"):
+        read_job(job_file(workers={"x": 3}))
+    a, b = str(pictures("a", num=2)), str(pictures("b", noise=9, num=2))
+    words = ["evaluate", a, b, "--metrics", "psnr", "--output", str(tmp_path / "cli")]
+    command = shlex.join([sys.executable, str(EXAMPLE), "brightness"])
+    assert main([*words, "--worker", f"bright={command}", "--fail-if", "bright@change > 200"]) == 0
+    assert "bright@change" in capsys.readouterr().out
+    assert main([*words, "--worker", "bright"]) == 2
+    assert "--worker must be NAME=COMMAND, got 'bright'." in capsys.readouterr().err
