@@ -59,7 +59,7 @@ GOLDEN_FLAGS = {
     "compare": sorted(["REFERENCE", "CANDIDATE", *SAMPLING, "--output", "--floor", "--lpips-weights"]),
     "bench": sorted(["MODEL", "--recipes", *BENCH, "--dtype", "--device", "--layers", "--output"]),
     "evaluate": sorted(["A", "B", "--metrics", "--extractors", "--unpaired", "--worker", "--fps", "--output", "--fail-if"]),
-    "run": sorted(["JOB", "--fail-if"]),
+    "run": sorted(["JOB", "--presets", "--fail-if"]),
 }
 
 

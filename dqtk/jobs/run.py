@@ -19,6 +19,7 @@ from .gates import Gate, check_gates
 from .generate import check_floors, check_models, failure_of, is_done, maker_of, paint, plans_of, quantize_missing
 from .layout import Layout, Variant, batches, prompts_of, suite_of, variants
 from .measure import observe, reduce
+from .presets import deviations
 from .results import write_results
 from .spec import DECIDING, Job, to_json
 
@@ -69,7 +70,7 @@ def run(job: Job, gates: Sequence[Gate] = ()) -> list[Record]:
         )
         facts = {variant.name: _facts(variant, work, layout) for variant in painted}
         facts |= {v.name: {"role": v.role, "original": v.original, "failed": failed[v.name]} for v in everyone if v.name in failed}
-        said = [*warnings_of(asked, shown, references), *learned_here(job.recipes)]
+        said = [*warnings_of(asked, shown, references), *learned_here(job.recipes), *deviations(to_json(job), len(prompts))]
         write_results(layout.root, to_json(job), shown, records, values, facts, said)
     me.wait()
     return records if me.first else read_results(layout.root / "results.json")

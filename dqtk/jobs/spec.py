@@ -33,10 +33,12 @@ from dqtk.report.generate import check_call_kwargs
 from dqtk.report.rounding import ROUNDINGS
 from dqtk.spec import did_you_mean
 
+from .presets import filled, preset_named
+
 DTYPES = ("stored", "float32", "bfloat16", "float16")
 FLOORS = (*DTYPES, *ROUNDINGS)
 # Fields that came later: left out where they say nothing, so that older folders are known.
-_LATER = ("suite", "dimensions", "fps", "workers")
+_LATER = ("suite", "dimensions", "fps", "workers", "preset")
 DECIDING = ("prompts", "seed", "seeds_per_prompt", "call", "dtype", "batch_size", "threads")
 
 
@@ -85,6 +87,7 @@ class Job:
     threads: int = 1
     fps: int | float | None = None
     workers: dict[str, str] = field(default_factory=dict)
+    preset: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("seeds_per_prompt", "batch_size", "threads"):
@@ -112,6 +115,8 @@ class Job:
                     f"job: candidates must map names to folders or hub ids, got {key!r}: {where!r}. Mend the job file."
                 )
         check_workers(self.workers, "job: workers")
+        if self.preset is not None:
+            preset_named(self.preset)
         taken = sorted(set(self.candidates) & set(self.recipes))
         if taken:
             raise ValueError(f"job: names of candidates must differ from recipes, got {taken}. Rename them.")
@@ -163,7 +168,7 @@ def read_job(path: str | Path) -> Job:
         data["prompts"] = {"file": given} if isinstance(given, str) else {"texts": given}
     if "prompts" in data:
         data["prompts"] = _build(PromptSet, data["prompts"], f"{path}: prompts")
-    return _build(Job, data, str(path))
+    return _build(Job, filled(data), str(path))
 
 
 def _build(kind: Any, data: Any, where: str) -> Any:
