@@ -17,7 +17,7 @@ from dqtk.spec import did_you_mean
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preset:
-    """One protocol. ``num_prompts``: None where unknown; ``prompts``: which, in words; ``workers``: scores that need a program (docs/preference.md).
+    """One protocol. ``num_prompts``: None where unknown; ``prompts``: which, in words; ``workers``: scores that need a program.
 
     ``known``: what the paper or its code says beyond the fields; ``open``: what they do not, and what is taken here instead.
     """

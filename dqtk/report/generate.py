@@ -60,6 +60,14 @@ class Batch:
     clips: tuple[tuple[Image.Image, ...], ...]
     seconds: float
 
+    @property
+    def images(self) -> tuple[Image.Image, ...]:
+        """The pictures. Raises ``ValueError`` for clips: one frame of a clip is not what the pipeline made."""
+        longest = max(len(frames) for frames in self.clips)
+        if longest > 1:
+            raise ValueError(f"generate: the pipeline must make pictures here, got clips of {longest} frames. Read their clips.")
+        return tuple(frames[0] for frames in self.clips)
+
 
 def image_seed(seed: int, prompt_index: int, repetition: int = 0) -> int:
     """The 32-bit seed of one image: the first bytes of SHA-256 of the three numbers, so that neighbours share nothing."""

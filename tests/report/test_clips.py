@@ -121,6 +121,8 @@ def test_clips_that_do_not_match_are_named():
     tasks = make_tasks(["a", "b"], 0, 1)
     with pytest.raises(ValueError, match=r"generate: clips must be of one number of frames, got \[1, 2\]\. Pass num_frames\."):
         generate(Ragged(noise), tasks, {})
+    with pytest.raises(ValueError, match=r"generate: the pipeline must make pictures here, got clips of 5 frames\."):
+        _ = generate(Projector(noise), tasks, {}).images
 
 
 def test_saved_frames_are_what_was_scored(projected, tmp_path):

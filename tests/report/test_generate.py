@@ -98,6 +98,6 @@ def test_pictures_are_the_pipelines_own():
     pipe = new_pixart(new_vae())
     kwargs = {"num_inference_steps": 1, **call_kwargs_for(pipe)}
     (task,) = make_tasks(["a red circle"], 0, 1)
-    ((image,),) = generate(pipe, [task], kwargs).clips
+    (image,) = generate(pipe, [task], kwargs).images
     own = pipe(prompt=[task.prompt], generator=[torch.Generator().manual_seed(task.seed)], **kwargs).images[0]
     assert image.tobytes() == own.tobytes()
