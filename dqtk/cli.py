@@ -287,7 +287,8 @@ def _generate(options: argparse.Namespace, command: str) -> None:
             part = tasks[start : start + options.batch_size]
             for frame in generate_frames(pipe, part, _call_kwargs(options, pipe)):
                 frame.image.save(folder / f"{frame.name}.png")
-                lines.append(json.dumps({"id": frame.name, "prompt": frame.task.prompt, "seed": frame.task.seed}))
+                whose = {"clip": frame.task.id} if frame.name != frame.task.id else {}
+                lines.append(json.dumps({"id": frame.name, **whose, "prompt": frame.task.prompt, "seed": frame.task.seed}))
         (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
     clips = "" if len(lines) == len(tasks) else f", frames of {len(tasks)} {'clip' if len(tasks) == 1 else 'clips'}"
     print(f"{options.output}: {len(lines)} {'picture' if len(lines) == 1 else 'pictures'}{clips}")
@@ -373,6 +374,12 @@ def _evaluate(options: argparse.Namespace, command: str) -> int:
     from .jobs.gates import parse_gate
 
     gates = [parse_gate(text) for text in options.fail_if]
+    workers = {}
+    for text in options.worker:
+        name, equals, command = text.partition("=")
+        if not equals:
+            raise ValueError(f"--worker must be NAME=COMMAND, got {text!r}. For example image_reward='python worker.py'.")
+        workers[name] = command
     records = evaluate(
         options.reference,
         options.candidate,
@@ -381,6 +388,8 @@ def _evaluate(options: argparse.Namespace, command: str) -> int:
         extractors=options.extractors,
         unpaired=options.unpaired,
         gates=gates,
+        fps=options.fps,
+        workers=workers,
     )
     return _results(options.output, records, gates)
 

@@ -65,20 +65,10 @@ def embedded_prompts(name: str) -> Path:
 @cache
 def scores() -> dict[str, Any]:
     """Every score that a file of ``dqtk.metrics`` offers (``SCORES``), by name; see ``metrics/score.py`` for their kinds."""
-    return _offered("SCORES")
-
-
-@cache
-def clip_scores() -> dict[str, Any]:
-    """The same of paired scores of whole clips (``CLIP_SCORES``)."""
-    return _offered("CLIP_SCORES")
-
-
-def _offered(what: str) -> dict[str, Any]:
     package = importlib.import_module("dqtk.metrics")
     files = [info.name for info in pkgutil.iter_modules(package.__path__) if not info.ispkg]
     modules = [importlib.import_module(f"dqtk.metrics.{name}") for name in files]
-    return {score.name: score for module in modules for score in getattr(module, what, ())}
+    return {score.name: score for module in modules for score in getattr(module, "SCORES", ())}
 
 
 def extractor_for(name: str, device: Any = "cpu") -> Any:
@@ -86,21 +76,21 @@ def extractor_for(name: str, device: Any = "cpu") -> Any:
 
     Raises ``ValueError`` for an unknown name and ``MissingWeights`` where the weights are not on this machine.
     """
-    folder = importlib.import_module("dqtk.pipelines.tiny").extractor_folder(name)
-    where = name if folder is None else f"open_clip:{folder}"
-    return importlib.import_module("dqtk.metrics.extractors.find").extractor_named(where, device)
+    where = importlib.import_module("dqtk.pipelines.tiny").extractor_words(name)
+    find = importlib.import_module("dqtk.metrics.extractors.find").extractor_named
+    return find(where, device, inner=lambda part: extractor_for(part, device))
 
 
 def pair_score(name: str, also: Sequence[str] = ()) -> Any:
-    """A paired score of pictures or clips by its name: one of ``scores``, of ``clip_scores``, or ``features:EXTRACTOR``, the
-    cosine of that network's features. also: other names that the caller takes, for the error.
+    """A paired score of pictures or clips by its name: one of ``scores``, or ``features:EXTRACTOR``, the cosine of that
+    network's features. also: other names that the caller takes, for the error.
 
     Raises ``ValueError`` with a suggestion for an unknown name, and what ``extractor_for`` raises.
     """
     kind, colon, extractor = name.partition(":")
     if kind == "features" and colon:
         return importlib.import_module("dqtk.metrics.feature_similarity").feature_score(extractor_for(extractor))
-    known = {name: score for name, score in scores().items() if hasattr(score, "load")} | clip_scores()
+    known = {name: score for name, score in scores().items() if hasattr(score, "load") and hasattr(score, "clips")}
     if name not in known:
         raise ValueError(
             f"score: name must be one of {', '.join([*known, *also])}, features:EXTRACTOR, got {name!r}."
@@ -117,3 +107,8 @@ def oracle_for(pipe: Any, prompts: Sequence[str]) -> Callable[[Any, str], Any] |
 def oracle_of_pictures(size: tuple[int, int], prompts: Sequence[str]) -> Callable[[Any, str], Any] | None:
     """The same for pictures of a size [width, height] that exist already."""
     return importlib.import_module("dqtk.pipelines.tiny").oracle_of_pictures(size, prompts)
+
+
+def oracle_of_clips(size: tuple[int, int], prompts: Sequence[str]) -> Callable[[Any, str], Any] | None:
+    """The same for clips: it is asked about uint8 frames [F, H, W, 3] and their prompt."""
+    return importlib.import_module("dqtk.pipelines.tiny").oracle_of_clips(size, prompts)

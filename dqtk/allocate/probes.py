@@ -149,9 +149,8 @@ class PictureScore:
         call_kwargs: Mapping[str, Any] | None,
         beside: "PictureScore | None" = None,
     ):
-        """score: name, unit, higher_is_better, cap and ``load() -> function``, as ``dqtk.metrics.score.PairScore`` and
-        ``ClipScore`` have them. beside: another score of the same run of this pipeline, whose pictures of the original serve this
-        one too.
+        """score: name, unit, higher_is_better, cap, clips and ``load() -> function``, as ``dqtk.metrics.score.PairScore`` has them.
+        beside: another score of the same run of this pipeline, whose pictures of the original serve this one too.
 
         Raises ``ValueError`` for a score of clips and a pipeline of pictures.
         """
@@ -161,7 +160,7 @@ class PictureScore:
         self.loss = "noise" if score.unit == "dB" and score.higher_is_better else "score"
         self.references: list[Tensor] = self._pictures() if beside is None else beside.references
         clips = self.references[0].ndim == 5
-        self.whole = type(score).__name__ == "ClipScore"
+        self.whole = bool(getattr(score, "clips", False))
         if self.whole and not clips:
             raise ValueError(
                 f"allocate: {score.name} must be asked of a video pipeline, got one of pictures. "

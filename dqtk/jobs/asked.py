@@ -3,12 +3,13 @@
 A job makes ``Measures`` from its file, ``dqtk evaluate`` from its arguments. What lacks its weights is left out with the reason.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dqtk.report.scores import scores_on_offer as scores
-from dqtk.resolve import extractor_for, oracle_of_pictures
+from dqtk.report.scores import serves
+from dqtk.resolve import extractor_for, oracle_of_clips, oracle_of_pictures
 from dqtk.spec import did_you_mean
 
 from .features import Picture, check_sizes, pair_identity
@@ -20,6 +21,9 @@ _ALSO_KNOWN = {
     "clip": "clip_score with an extractor that reads texts",
     "lpips_alex": "lpips",
     "mmd": "kid or cmmd",
+    "fvd": "frechet with an extractor of clips, such as i3d:rgb_imagenet",
+    "clip_temporal": "clip_temp",
+    "image_reward": "a worker of that name (docs/preference.md)",
 }
 
 
@@ -32,18 +36,19 @@ class OracleFigure:
     unit: str = ""
     higher_is_better: bool = True
     digits: int = 3
+    boolean: bool = False
 
 
 ORACLE_SCORES = {
     "oracle_mean": OracleFigure(name="oracle_mean", label="Oracle"),
-    "oracle_all_correct": OracleFigure(name="oracle_all_correct", label="All correct"),
+    "oracle_all_correct": OracleFigure(name="oracle_all_correct", label="All correct", boolean=True),
 }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shown:
-    """A variant and its pictures in batches. ``original``: name of the variant that it is paired with. ``made``: where and in what
-    it was painted (versions, hardware, dtype, plan_hash); None where nobody knows."""
+    """A variant and its samples (pictures or clips) in batches. ``original``: name of the variant that it is paired with. ``made``:
+    where and in what it was painted (versions, hardware, dtype, plan_hash); None where nobody knows."""
 
     name: str
     role: str
@@ -59,10 +64,15 @@ class Shown:
     def prompts(self) -> list[str | None]:
         return [picture.prompt for picture in self.pictures]
 
+    @property
+    def of_clips(self) -> bool:
+        return bool(self.batches[0][0].frames)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measures:
-    """Scores by name, the functions of pair scores, extractors by name, an oracle; why some of it is missing, by name."""
+    """Scores by name, the functions of pair scores, extractors by name, an oracle; why some of it is missing, by name; commands of
+    workers by the names of their scores."""
 
     scores: dict[str, Any]
     pairs: dict[str, Callable]
@@ -70,9 +80,10 @@ class Measures:
     judge: Callable | None
     missing: dict[str, str] = field(default_factory=dict)
     missing_extractors: dict[str, str] = field(default_factory=dict)
+    workers: dict[str, str] = field(default_factory=dict)
 
     def of(self, kind: str) -> list[Any]:
-        """Scores of one kind: "PairScore", "TextScore", "SetScore", "ClassScore"."""
+        """Scores of one kind: "PairScore", "TextScore", "SetScore", "ClassScore", "FrameScore", "ClipScore"."""
         return [score for score in self.scores.values() if type(score).__name__ == kind]
 
     def heads(self, extractor: Any) -> list[str]:
@@ -86,7 +97,19 @@ class Measures:
 
     def readers(self) -> dict[str, Any]:
         """Extractors with a text tower, if a score wants one."""
-        return {name: e for name, e in self.extractors.items() if hasattr(e, "encode_texts")} if self.of("TextScore") else {}
+        wanting = [*self.of("TextScore"), *(score for score in self.of("FrameScore") if score.text is not None)]
+        return {name: e for name, e in self.extractors.items() if hasattr(e, "encode_texts") and any(serves(s, e) for s in wanting)}
+
+    def encoders(self, *, clips: bool) -> dict[str, Any]:
+        """Extractors that give rows of pictures, and of clips if the samples are clips."""
+        known = self.extractors.items()
+        return {name: e for name, e in known if hasattr(e, "encode_images") or (clips and hasattr(e, "encode_clips"))}
+
+    def tools(self, score: Any) -> dict[str | None, Any]:
+        """What a ``ClipScore`` is computed with, by name: None by itself, or each extractor that has what it needs."""
+        if score.needs is None:
+            return {None: None}
+        return {name: e for name, e in self.extractors.items() if serves(score, e)}
 
 
 def has_head(extractor: Any, head: str) -> bool:
@@ -94,13 +117,18 @@ def has_head(extractor: Any, head: str) -> bool:
     return head in getattr(extractor, "heads", ())
 
 
-def measures(names: Sequence[str], extractors: Sequence[str], device: Any = "cpu") -> Measures:
-    """Everything that the names ask for, loaded. What lacks its weights is left out with the reason.
+def measures(
+    names: Sequence[str], extractors: Sequence[str], device: Any = "cpu", workers: Mapping[str, str] | None = None
+) -> Measures:
+    """Everything that the names ask for, loaded. What lacks its weights is left out with the reason. Workers are not started yet.
 
     Raises:
-        ValueError: an unknown score or extractor, or a score of features without an extractor.
+        ValueError: an unknown score or extractor, a score of features without an extractor, or a worker by the name of a score.
     """
     known = scores()
+    taken = sorted({*known, ORACLE, *ORACLE_SCORES} & set(workers or {}))
+    if taken:
+        raise ValueError(f"workers: names must differ from those of scores, got {', '.join(taken)}. Rename them.")
     wanted = {}
     for name in names:
         if name == ORACLE:
@@ -119,7 +147,7 @@ def measures(names: Sequence[str], extractors: Sequence[str], device: Any = "cpu
             pairs[name] = wanted[name].load()
         except FileNotFoundError as error:
             missing[name] = str(error)
-    needy = [name for name, score in wanted.items() if not hasattr(score, "load")]
+    needy = [name for name, score in wanted.items() if not hasattr(score, "load") and getattr(score, "needs", "") is not None]
     if needy and not extractors:
         raise ValueError(f"metrics: {', '.join(needy)} must have an extractor of features, got none. For example tiny-clip.")
     for name in extractors:
@@ -128,8 +156,21 @@ def measures(names: Sequence[str], extractors: Sequence[str], device: Any = "cpu
         except FileNotFoundError as error:
             missing_extractors[name] = str(error)
     return Measures(
-        scores=wanted, pairs=pairs, extractors=found, judge=None, missing=missing, missing_extractors=missing_extractors
+        scores=wanted,
+        pairs=pairs,
+        extractors=found,
+        judge=None,
+        missing=missing,
+        missing_extractors=missing_extractors,
+        workers=dict(workers or {}),
     )
+
+
+def fitting(asked: Measures, shown: Sequence[Shown]) -> Measures:
+    """The same without pair scores of whole clips where the samples are pictures, and why."""
+    unfit = [name for name in asked.pairs if asked.scores[name].clips and not shown[0].of_clips]
+    pairs = {name: function for name, function in asked.pairs.items() if name not in unfit}
+    return replace(asked, pairs=pairs, missing=asked.missing | dict.fromkeys(unfit, "it scores clips, and these are pictures"))
 
 
 def with_oracle(asked: Measures, names: Sequence[str], shown: Sequence[Shown]) -> Measures:
@@ -139,7 +180,8 @@ def with_oracle(asked: Measures, names: Sequence[str], shown: Sequence[Shown]) -
     pictures = [picture for variant in shown for picture in variant.pictures]
     judge = None
     if all(picture.prompt for picture in pictures):
-        judge = oracle_of_pictures(check_sizes(pictures[:1]), [picture.prompt or "" for picture in pictures])
+        find = oracle_of_clips if shown[0].of_clips else oracle_of_pictures
+        judge = find(check_sizes(pictures[:1]), [picture.prompt or "" for picture in pictures])
     if judge is None:
         reason = {ORACLE: "no oracle knows these prompts and pictures: it reads the embedded world's captions and 64x64 pictures"}
         return replace(asked, missing={**asked.missing, **reason})

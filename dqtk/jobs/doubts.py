@@ -6,13 +6,20 @@ from typing import Any
 
 from dqtk.recipes import recipe_named
 from dqtk.report.records import Record
+from dqtk.report.scores import serves
 
 from .asked import ORACLE, ORACLE_SCORES, Measures, Shown, has_head
+from .clip_scores import unfit_clips
 from .features import Picture, check_sizes
+
+OF_CLIPS = ("FrameScore", "ClipScore")  # kinds of scores of single clips
+LOSSY = (".jpg", ".jpeg", ".webp")
+_NEEDS = {"flow": "an optical flow, such as lucas-kanade", "interpolate": "an interpolator of frames, such as warp:lucas-kanade"}
+_GIVES = {"aesthetic": "an aesthetic head, such as tiny-aesthetic", "quality": "a judge of single pictures, such as immerkaer"}
 
 
 def unmeasured(
-    asked: Measures, shown: Sequence[Shown], real: bool, failed: Mapping[str, str]
+    asked: Measures, shown: Sequence[Shown], real: bool, failed: Mapping[str, str], fps: float | None = None
 ) -> Iterator[tuple[Any, str, str, str]]:
     """(score, the name its record would have, variant or "" for all, why) of everything asked for that has no number."""
     paired = any(variant.role != "original" for variant in shown) or bool(failed)
@@ -23,11 +30,17 @@ def unmeasured(
         if score.name in asked.missing:
             yield from ((score, name, "", asked.missing[score.name]) for name in names(every))
             continue
+        if kind in OF_CLIPS:
+            yield from _unmeasured_clips(asked, score, shown, failed, fps)
+            continue
         if kind == "PairScore" and not paired:
             yield from ((score, name, "", "no picture has a partner: there is nothing but originals") for name in names(every))
         if kind == "SetScore" and not paired and not real:
             yield from ((score, name, "", "there is nothing but originals, and no references") for name in names(every))
         if kind != "PairScore":
+            if (lacking := _unserved(asked, score)) is not None:
+                yield from ((score, name, "", lacking) for name in names(list(asked.extractors)))
+                continue
             for extractor, why in asked.missing_extractors.items():
                 yield from ((score, name, "", why) for name in names([extractor]))
         yield from _lacking(asked, score, names, shown)
@@ -39,10 +52,57 @@ def unmeasured(
             yield from ((score, name, model, why) for model, why in failed.items())
 
 
+def _unserved(asked: Measures, score: Any) -> str | None:
+    """That no extractor can be looked at by a score, if none can."""
+    if asked.missing_extractors or any(serves(score, extractor) for extractor in asked.extractors.values()):
+        return None
+    needs = "an extractor of clips" if getattr(score, "of_clips", False) else "an extractor of pictures"
+    if getattr(score, "only", ()):
+        needs = f"the extractor {' or '.join(score.only)}"
+    needs = _NEEDS.get(getattr(score, "needs", None) or "", _GIVES.get(getattr(score, "gives", ""), needs))
+    return f"{score.label} needs {needs}, got {', '.join(asked.extractors) or 'none'}"
+
+
+def _unmeasured_clips(
+    asked: Measures, score: Any, shown: Sequence[Shown], failed: Mapping[str, str], fps: float | None
+) -> Iterator[tuple[Any, str, str, str]]:
+    """The same of a score of single clips."""
+    names = clip_names(asked, score)
+    if getattr(score, "needs", "") is not None:
+        if (lacking := _unserved(asked, score)) is not None:
+            yield score, score.name, "", lacking
+            return
+        for extractor, why in asked.missing_extractors.items():
+            yield score, f"{score.name}[{extractor}]", "", why
+            names = [name for name in names if name != f"{score.name}[{extractor}]"]
+    for variant in shown:
+        if (why_not := unfit_clips(score, variant.pictures, fps)) is not None:
+            yield from ((score, name, variant.name, why_not) for name in names)
+    for extractor, reader in asked.extractors.items():
+        if getattr(score, "text", None) is not None and serves(score, reader) and not hasattr(reader, "encode_texts"):
+            yield score, f"{score.name}[{extractor}]", "", f"{score.label} needs an extractor with a text tower, got {extractor}"
+    yield from ((score, name, model, why) for model, why in failed.items() for name in names)
+
+
+def clip_names(asked: Measures, score: Any) -> list[str]:
+    """Names of the records of a score of single clips."""
+    if getattr(score, "needs", "") is None:
+        return [score.name]
+    able = [name for name, extractor in asked.extractors.items() if serves(score, extractor)]
+    return [f"{score.name}[{name}]" for name in (*able, *asked.missing_extractors)] or [score.name]
+
+
 def _lacking(asked: Measures, score: Any, names: Callable, shown: Sequence[Shown]) -> Iterator[tuple[Any, str, str, str]]:
     """What the extractors that are here lack for a score: a text tower, a head; or the variants: prompts."""
     if type(score).__name__ == "TextScore":
-        for extractor in asked.extractors:
+        for extractor, reader in asked.extractors.items():
+            if not serves(score, reader):
+                continue
+            if not (hasattr(reader, "encode_images") or shown[0].of_clips):
+                yield from (
+                    (score, name, "", f"{score.label} by {extractor} needs clips, got pictures") for name in names([extractor])
+                )
+                continue
             if extractor not in asked.readers():
                 why = f"{score.label} needs an extractor with a text tower, got {extractor}"
                 yield from ((score, name, "", why) for name in names([extractor]))
@@ -61,11 +121,16 @@ def result_names(asked: Measures, metrics: Sequence[str], *, paired: bool, real:
     """The names that results will have, whether they can be measured or not."""
     every, found = [*asked.extractors, *asked.missing_extractors], []
     for score in asked.scores.values():
+        if type(score).__name__ in OF_CLIPS:
+            names = clip_names(asked, score)
+            found += [*names, *(f"{name}@change" for name in names if paired)]
+            continue
         head = getattr(score, "head", None)
-        able = [name for name, extractor in asked.extractors.items() if head is None or has_head(extractor, head)]
+        serving = {name: extractor for name, extractor in asked.extractors.items() if serves(score, extractor)}
+        able = [name for name, extractor in serving.items() if head is None or has_head(extractor, head)]
         names = _names(score, [*able, *asked.missing_extractors] if able else every, paired=paired, real=real)
         found += [*names, *(f"{name}@change" for name in names if paired and type(score).__name__ == "TextScore")]
-    for name in ORACLE_SCORES if ORACLE in metrics else ():
+    for name in (*(ORACLE_SCORES if ORACLE in metrics else ()), *asked.workers):
         found += [name, *([f"{name}@change"] if paired else [])]
     return found
 
@@ -101,7 +166,8 @@ def _size_warnings(asked: Measures, shown: Sequence[Shown], references: Sequence
         listed = ", ".join(f"{name} {text}" for name, text in texts.items())
         said.append(f"pictures differ in size ({listed}): each is resized by itself, and distances of sets see the resizing too")
     if any(width != height for width, height in sizes.values()):
-        how = "; ".join(f"{name}: {extractor.preprocess}" for name, extractor in asked.extractors.items())
+        able = asked.encoders(clips=shown[0].of_clips)
+        how = "; ".join(f"{name}: {extractor.preprocess}" for name, extractor in able.items())
         said.append(f"pictures are not square, and extractors crop or squash them ({how})")
     return said
 
@@ -146,7 +212,8 @@ def warnings_of(asked: Measures, shown: Sequence[Shown], references: Sequence[li
     """What a reader should know before believing: lossy files, sizes that differ, shapes that are cut, prompts that are cut."""
     said = _size_warnings(asked, shown, references)
     for variant in shown:
-        lossy = [picture.file.name for picture in variant.pictures if picture.file.suffix.lower() in (".jpg", ".jpeg", ".webp")]
+        files = [frame.file for picture in variant.pictures for frame in picture.frames or (picture,)]
+        lossy = [file.name for file in files if file.suffix.lower() in LOSSY]
         if lossy:
             said.append(f"{variant.name}: {len(lossy)} lossy files, such as {lossy[0]}; their compression is scored too")
     prompts = sorted({picture.prompt for variant in shown for picture in variant.pictures if picture.prompt})

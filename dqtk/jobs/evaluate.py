@@ -1,6 +1,6 @@
 """``dqtk evaluate A/ B/``: two folders of pictures, without any model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,8 @@ import torch
 from dqtk.processes import Processes
 from dqtk.report.records import Record
 
-from .asked import ORACLE, Measures, Shown, measures, with_oracle
-from .doubts import result_names, warnings_of
+from .asked import ORACLE, Measures, Shown, fitting, measures, with_oracle
+from .doubts import LOSSY, result_names, warnings_of
 from .features import Picture
 from .files import key_of
 from .folders import chunks, folder_pictures
@@ -19,6 +19,7 @@ from .gates import Gate, check_gates
 from .measure import observe, reduce
 from .results import write_results
 from .run import claim
+from .spec import check_workers
 
 
 def evaluate(
@@ -31,6 +32,8 @@ def evaluate(
     unpaired: bool = False,
     seed: int = 0,
     gates: Sequence[Gate] = (),
+    fps: float | None = None,
+    workers: Mapping[str, str] | None = None,
 ) -> list[Record]:
     """Two folders of pictures against each other. Pictures of one name are a pair.
 
@@ -40,6 +43,8 @@ def evaluate(
         metrics, extractors: as in a job.
         unpaired: the folders are of one world but not picture by picture the same; only distances of sets are taken.
         seed: of the bootstrap.
+        fps: frames per second that clips are meant for; scores that count time need it.
+        workers: names of scores that programs of the user's compute, and their commands (docs/preference.md).
         gates: conditions whose names are checked before anything is computed; ``tripped`` judges them afterwards.
     Returns:
         Records, which are also in ``output``.
@@ -49,11 +54,15 @@ def evaluate(
     """
     if seed < 0:
         raise ValueError(f"evaluate: seed must be 0 or more, got {seed}. The default is 0.")
+    if fps is not None and not fps > 0:
+        raise ValueError(f"evaluate: fps must be a positive frame rate, got {fps}. For example 16.")
     names = list(metrics)
     first, second = folder_pictures(reference), folder_pictures(candidate)
     if not unpaired:
         first, second = _paired(first, second)
-    asked = measures(names, extractors)
+    _check_kinds(first, second)
+    check_workers(workers or {}, "evaluate: workers")
+    asked = measures(names, extractors, workers=workers)
     if unpaired:
         asked = _only_sets(asked, names)
     check_gates(gates, result_names(asked, names, paired=not unpaired, real=unpaired))
@@ -72,10 +81,10 @@ def evaluate(
             Shown(name=b, role="candidate", original=a, batches=chunks(second)),
         ]
         references = []
-    asked = with_oracle(asked, names, shown)
-    observe(asked, shown, references, folder / "cache", me)
-    extra: dict[str, Any] = {"reference": str(reference), "candidate": str(candidate)}
-    records, values = reduce(asked, shown, references, folder / "cache", seed, extra)
+    asked = fitting(with_oracle(asked, names, shown), shown)
+    observe(asked, shown, references, folder / "cache", me, fps)
+    extra: dict[str, Any] = {"reference": str(reference), "candidate": str(candidate)} | ({"fps": fps} if fps else {})
+    records, values = reduce(asked, shown, references, folder / "cache", seed, extra, fps=fps)
     job = {"name": f"{b} against {a}", "metrics": names, "extractors": list(extractors), "paired": not unpaired}
     write_results(folder, job, shown, records, values, {}, warnings_of(asked, shown, references))
     return records
@@ -98,6 +107,21 @@ def _paired(first: list[Picture], second: list[Picture]) -> tuple[list[Picture],
     prompts = [a.prompt or b.prompt for a, b in zip(first, second, strict=True)]
     known = [[replace(p, prompt=prompt) for p, prompt in zip(side, prompts, strict=True)] for side in (first, second)]
     return known[0], known[1]
+
+
+def _check_kinds(first: Sequence[Picture], second: Sequence[Picture]) -> None:
+    """Raises ``ValueError`` for clips against pictures, and for lossy frames: their compression would be scored as error."""
+    if bool(first[0].frames) != bool(second[0].frames):
+        raise ValueError(
+            "evaluate: both folders must hold clips, or both pictures, got one of each. The notes of clips (prompts.jsonl) belong "
+            "beside their frames."
+        )
+    lossy = [f.file for clip in (*first, *second) for f in clip.frames if f.file.suffix.lower() in LOSSY]
+    if lossy:
+        raise ValueError(
+            f"evaluate: frames of clips must be lossless files, got {len(lossy)} lossy ones, such as {lossy[0]}. Write PNG: "
+            "compression hides noise and caps what can be measured."
+        )
 
 
 def _only_sets(asked: Measures, names: Sequence[str]) -> Measures:

@@ -1,5 +1,7 @@
 """Stage 2: what the scores look at. Features of every batch by every extractor, of prompts by those that read texts, pair scores.
 
+The frames of a clip are pictures: an extractor gets those of one clip at a time, as it gets a batch of pictures.
+
 Results are kept in OUTPUT/cache under the hash of what they were made from: the SHA-256 of each picture, and the identity of the
 extractor or the score (name, version, weights, configuration, preprocessing, versions of what computes). So a changed picture is
 never served an old feature, pictures shared by two variants are encoded once, and a run after a crash makes only what is missing
@@ -10,7 +12,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dqtk.report import environment
-from dqtk.report.scores import checked_heads, identity, one_per_picture
+from dqtk.report.scores import checked_clip, checked_heads, identity, mean_over_frames, one_per_picture
 
 from .files import cached_json, key_of, sha256, whole
 
@@ -33,8 +35,12 @@ _ALPHA = ("RGBA", "LA", "PA")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Picture:
-    """One picture of a variant: sample id, prompt (None where unknown), file and its SHA-256; whether a job ``painted`` it, and
-    from which ``seed``."""
+    """One picture or clip of a variant: sample id, prompt (None where unknown), file and its SHA-256; whether a job ``painted`` it,
+    and from which ``seed``.
+
+    Of a clip: its ``frames``, pictures in order; ``file`` is the first's, and ``sha256`` that of theirs, one a line. ``style``: the
+    text of it that a suite of prompts names; ``left_out``: scores that the suite has no use for it in.
+    """
 
     id: str
     prompt: str | None
@@ -43,10 +49,28 @@ class Picture:
     sha256: str
     painted: bool = False
     seed: int | None = None
+    frames: tuple["Picture", ...] = ()
+    style: str | None = None
+    left_out: frozenset[str] = frozenset()
 
     @property
     def remedy(self) -> str:
         return "Run the job again; it paints missing pictures." if self.painted else "Replace the file."
+
+
+def clip_of(frames: Sequence[Picture], name: str) -> Picture:
+    """Frames of one sample as its clip."""
+    whole_sha256 = sha256("\n".join(frame.sha256 for frame in frames).encode())
+    return replace(frames[0], id=name, sha256=whole_sha256, frames=tuple(frames))
+
+
+def looked_at(batches: Sequence[Sequence[Picture]]) -> list[list[Picture]]:
+    """What an extractor gets at a time: a batch of pictures, or the frames of one clip."""
+    return [group for batch in batches for group in (_frames(batch) if batch[0].frames else [list(batch)])]
+
+
+def _frames(batch: Sequence[Picture]) -> list[list[Picture]]:
+    return [list(clip.frames) for clip in batch]
 
 
 def read_pictures(pictures: Sequence[Picture]) -> Tensor:
@@ -87,7 +111,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 def check_sizes(pictures: Sequence[Picture]) -> tuple[int, int]:
     """(width, height) of all of them, from their headers. Raises ``ValueError`` that names the first of another size."""
     first = None
-    for picture in pictures:
+    for picture in (frame for sample in pictures for frame in sample.frames or (sample,)):
         try:
             with Image.open(picture.file) as image:
                 size = image.size
@@ -111,13 +135,17 @@ def feature_file(cache: Path, extractor: Any, pictures: Sequence[Picture]) -> Pa
 
 
 def encode(cache: Path, extractor: Any, pictures: Sequence[Picture], heads: Sequence[str] = ()) -> Path:
-    """Make the feature file of a batch unless it is there: ``features`` [B, D], and the named ``heads`` of ``encode_all``.
+    """Make the feature file of a batch unless it is there: ``features`` [B, D], and the named ``heads`` of ``encode_all``. An
+    extractor of clips is given the frames of one: [1, D].
 
     Raises ``ValueError`` for unreadable pictures and features outside the contract.
     """
     file = feature_file(cache, extractor, pictures)
     if not _holds(file, {"features", *heads}):
-        tensors = {name: rows.contiguous() for name, rows in checked_heads(extractor, read_pictures(pictures), heads).items()}
+        images = read_pictures(pictures)
+        clips = hasattr(extractor, "encode_clips")
+        found = {"features": checked_clip(extractor, images)} if clips else checked_heads(extractor, images, heads)
+        tensors = {name: rows.contiguous() for name, rows in found.items()}
         with whole(file) as partial:
             save_file(tensors, partial, metadata={"extractor": identity(extractor), "ids": json.dumps([p.id for p in pictures])})
     return file
@@ -190,12 +218,21 @@ def pair_identity(score: Any, function: Any) -> str:
     return "|".join((score.name, score.version, str(getattr(function, "identity", "")), *computes))
 
 
-def score_pairs(cache: Path, name: str, function: Any, candidate: Sequence[Picture], reference: Sequence[Picture]) -> list[float]:
+def score_pairs(
+    cache: Path, name: str, function: Any, candidate: Sequence[Picture], reference: Sequence[Picture], *, whole: bool = False
+) -> list[float]:
     """Values of one pair score (``name``: its ``pair_identity``) for a batch, from the cache where they are there and whole.
 
-    ``inf`` is stored as text.
+    Of clips: of the frames of two, or (``whole``: the score is of clips) one value of both. ``inf`` is stored as text. Raises
+    ``ValueError`` for pictures of two sizes, clips of two lengths and NaN.
     """
+    if len(candidate) != len(reference):
+        raise ValueError(
+            f"clips of a pair must have one number of frames, got {len(candidate)} in {candidate[0].file.stem} and "
+            f"{len(reference)} in {reference[0].file.stem}. Compare clips of one length."
+        )
     key = key_of(name, *(picture.sha256 for picture in (*candidate, *reference)))
+    num = 1 if whole else len(candidate)
 
     def make() -> list[float | str]:
         a, b = (read_pictures(side).float() / 255 for side in (candidate, reference))
@@ -204,15 +241,22 @@ def score_pairs(cache: Path, name: str, function: Any, candidate: Sequence[Pictu
                 f"pictures of a pair must have one size, got {tuple(a.shape[2:])} in {candidate[0].file} and "
                 f"{tuple(b.shape[2:])} in {reference[0].file}. Compare pictures of one size."
             )
-        values = one_per_picture(name.split("|")[0], function, function(a, b), len(candidate)).tolist()
+        found = function(a[None], b[None]) if whole else function(a, b)
+        values = one_per_picture(name.split("|")[0], function, found, num).tolist()
         if any(math.isnan(value) for value in values):
             raise ValueError(f"{name.split('|')[0]} of {candidate[0].file} and the next must be a number, got NaN. Look at it.")
         return [value if math.isfinite(value) else str(value) for value in values]
 
     def fits(data: Any) -> bool:
-        return isinstance(data, list) and len(data) == len(candidate) and all(_is_number(value) for value in data)
+        return isinstance(data, list) and len(data) == num and all(_is_number(value) for value in data)
 
     return [float(value) for value in cached_json(cache / "pairs" / f"{key}.json", make, fits)]
+
+
+def score_clip_pair(cache: Path, name: str, function: Any, score: Any, candidate: Picture, reference: Picture) -> float:
+    """One pair score of two clips: ``mean_over_frames``, or the one value of a score of whole clips."""
+    values = score_pairs(cache, name, function, candidate.frames, reference.frames, whole=score.clips)
+    return mean_over_frames(values, score.cap)
 
 
 def _is_number(value: Any) -> bool:
@@ -228,12 +272,16 @@ def judge_identity(judge: Callable) -> str:
 
 def judge_pictures(cache: Path, name: str, judge: Any, pictures: Sequence[Picture]) -> list[dict[str, float]]:
     """An oracle's verdicts of a batch (``name``: its identity), from the cache where they are there and whole: mean in [0, 1] and
-    all_correct as 0 or 1."""
+    all_correct as 0 or 1. It is asked about a PIL image and its prompt, or about uint8 frames [F, H, W, 3] and theirs."""
     key = key_of("oracle", name, *(f"{p.sha256} {p.prompt}" for p in pictures))
 
     def make() -> list[dict[str, float]]:
-        images = [Image.fromarray(image) for image in read_pictures(pictures).permute(0, 2, 3, 1).contiguous().numpy()]
-        said = [judge(image, picture.prompt) for image, picture in zip(images, pictures, strict=True)]
+        shown: list[Any]
+        if pictures[0].frames:
+            shown = [read_pictures(clip.frames).permute(0, 2, 3, 1).contiguous().numpy() for clip in pictures]
+        else:
+            shown = [Image.fromarray(image) for image in read_pictures(pictures).permute(0, 2, 3, 1).contiguous().numpy()]
+        said = [judge(one, picture.prompt) for one, picture in zip(shown, pictures, strict=True)]
         return [{"mean": float(verdict.mean), "all_correct": float(verdict.all_correct)} for verdict in said]
 
     def fits(data: Any) -> bool:

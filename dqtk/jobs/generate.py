@@ -26,7 +26,7 @@ from dqtk.processes import Processes
 from dqtk.quantize import plan as make_plan
 from dqtk.quantize import quantize, save
 from dqtk.report import environment
-from dqtk.report.generate import NotFinite, Task, check_call_kwargs, generate
+from dqtk.report.generate import NotFinite, Task, check_call_kwargs, frame_names, generate
 from dqtk.report.rounding import check_rounding, other_rounding
 from dqtk.report.sizes import pipeline_sizes
 from dqtk.report.trajectory import compute_dtype
@@ -161,14 +161,20 @@ def _paint_batch(
         write_json(manifest, {"samples": [_row(task) for task in batch], "failed": str(error), **where})
         return False
     rows = []
-    for task, image in zip(batch, made.images, strict=True):
-        buffer = io.BytesIO()
-        image.save(buffer, format="PNG")
-        file = folder / f"{task.id}.png"
-        write_bytes(file, buffer.getvalue())
-        rows.append(_row(task) | {"file": file.name, "sha256": sha256(buffer.getvalue())})
+    for task, frames in zip(batch, made.clips, strict=True):
+        names = frame_names(task.id, len(frames))
+        files = [_write_png(folder / f"{name}.png", image) for name, image in zip(names, frames, strict=True)]
+        rows.append(_row(task) | (files[0] if len(files) == 1 else {"frames": files}))
     write_json(manifest, {"samples": rows, "seconds": made.seconds, **where})
     return True
+
+
+def _write_png(file: Path, image: Any) -> dict[str, str]:
+    """Write a picture losslessly; its name and SHA-256."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    write_bytes(file, buffer.getvalue())
+    return {"file": file.name, "sha256": sha256(buffer.getvalue())}
 
 
 def _row(task: Task) -> dict[str, Any]:
@@ -198,12 +204,12 @@ def is_done(manifest: Path, batch: Sequence[Task], maker: dict[str, Any]) -> boo
         return False
     try:
         found = read_json(manifest)
-        samples = [{k: v for k, v in row.items() if k not in ("file", "sha256")} for row in found["samples"]]
+        samples = [{k: v for k, v in row.items() if k not in ("file", "sha256", "frames")} for row in found["samples"]]
         if found["maker"] != maker or samples != [_row(task) for task in batch]:
             return False
         if "failed" in found:
             return True
-        files = [(manifest.with_name(row["file"]), row["sha256"]) for row in found["samples"]]
+        files = [(manifest.with_name(f["file"]), f["sha256"]) for row in found["samples"] for f in row.get("frames", [row])]
     except (ValueError, KeyError, TypeError, AttributeError):
         return False
     return all(file.is_file() and sha256(file) == wanted for file, wanted in files)

@@ -3,7 +3,7 @@
 OUTPUT/job.json                     the job, its hash, versions
 OUTPUT/models/VARIANT/              pipelines that the job quantized
 OUTPUT/models/VARIANT.json          from what: the original's identity, plan, prompts of the calibration, versions
-OUTPUT/images/VARIANT/0003-0.png    lossless pictures, named by sample id
+OUTPUT/images/VARIANT/0003-0.png    lossless pictures, named by sample id; of a clip its frames, 0003-0-00.png and so on
 OUTPUT/images/VARIANT/batch-0000.json   what the batch holds: ids, prompts, seeds, SHA-256 of each file, seconds;
                                     by what and where it was painted; or why it cannot be
 OUTPUT/images/VARIANT/variant.json  facts: identity, bytes, plan, kernels
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dqtk.prompt_sets import first_prompts, read_prompt_file
+from dqtk.prompt_sets import first_prompts, read_prompt_file, read_suite
 from dqtk.report.generate import Task, make_tasks
 from dqtk.report.rounding import ROUNDINGS
 
@@ -74,8 +74,17 @@ def _slug(text: str) -> str:
 
 def prompts_of(job: Job) -> list[str]:
     """The job's prompts. Raises ``ValueError`` for a bad file, none or too few."""
+    if job.prompts.suite is not None:
+        return first_prompts([entry.prompt for entry in suite_of(job)], job.prompts.num)
     texts = read_prompt_file(job.prompts.file) if job.prompts.file is not None else list(job.prompts.texts)
     return first_prompts(texts, job.prompts.num)
+
+
+def suite_of(job: Job) -> list[Any]:
+    """What a VBench suite says of the job's prompts (``metrics/vbench/suite.py``), in order; none without one."""
+    if job.prompts.suite is None:
+        return []
+    return read_suite(job.prompts.suite, job.prompts.dimensions)
 
 
 def batches(job: Job, prompts: Sequence[str]) -> list[list[Task]]:

@@ -14,9 +14,10 @@ from tqdm import tqdm
 from dqtk.processes import Processes
 from dqtk.report import environment
 from dqtk.report.records import Record
-from dqtk.report.scores import one_per_picture
+from dqtk.report.scores import one_per_picture, serves
 
 from .asked import ORACLE_SCORES, Measures, Shown
+from .clip_scores import score_clip, score_frames, text_for, unfit_clips
 from .doubts import unfit_prompts, unmeasured
 from .features import (
     Picture,
@@ -27,20 +28,31 @@ from .features import (
     judge_pictures,
     load_features,
     load_texts,
+    looked_at,
+    score_clip_pair,
     score_pairs,
     text_chunks,
 )
-from .reduce import Context, Values, change_records, class_records, pair_records, set_records
+from .reduce import Context, Values, change_records, class_records, clip_records, pair_records, set_records, worker_records
+from .worker_scores import answers, ask
 
 
-def _chunks(shown: Sequence[Shown]) -> list[list[str]]:
-    return text_chunks([prompt for variant in shown for prompt in variant.prompts if prompt])
+def _chunks(asked: Measures, shown: Sequence[Shown]) -> list[list[str]]:
+    """Every text that some score looks at, in chunks."""
+    prompts = [prompt for variant in shown for prompt in variant.prompts if prompt]
+    others = [text_for(score, clip) for score in asked.of("FrameScore") for variant in shown for clip in variant.pictures]
+    return text_chunks([*prompts, *(text for text in others if text)])
 
 
 def observe(
-    asked: Measures, shown: Sequence[Shown], references: Sequence[list[Picture]], cache: Path, processes: Processes
+    asked: Measures,
+    shown: Sequence[Shown],
+    references: Sequence[list[Picture]],
+    cache: Path,
+    processes: Processes,
+    fps: float | None = None,
 ) -> None:
-    """Stage 2: this process's share of features, pair scores and verdicts, into the cache.
+    """Stage 2: this process's share of features, pair scores, verdicts and scores of clips, into the cache.
 
     Raises ``ValueError`` for a set of pictures of more than one size.
     """
@@ -52,10 +64,10 @@ def observe(
     work: list[tuple[str, Callable[[], Any]]] = []
     sets = [(variant.name, batch) for variant in shown for batch in variant.batches] + [("references", b) for b in references]
     for label, batch in sets:
-        for extractor in asked.extractors.values():
-            work.append((label, partial(encode, cache, extractor, batch, asked.heads(extractor))))
+        for extractor in asked.encoders(clips=bool(batch[0].frames)).values():
+            work += [(label, partial(encode, cache, extractor, part, asked.heads(extractor))) for part in looked_at([batch])]
     for extractor in asked.readers().values():
-        work += [("prompts", partial(encode_texts, cache, extractor, chunk)) for chunk in _chunks(shown)]
+        work += [("prompts", partial(encode_texts, cache, extractor, chunk)) for chunk in _chunks(asked, shown)]
     judged = judge_identity(asked.judge) if asked.judge is not None else ""
     keys = {name: asked.pair_key(name) for name in asked.pairs}
     for variant in shown:
@@ -63,16 +75,26 @@ def observe(
         for mine, theirs in zip(variant.batches, original.batches, strict=True):
             if asked.judge is not None:
                 work.append((variant.name, partial(judge_pictures, cache, judged, asked.judge, mine)))
-            for name, function in asked.pairs.items():
-                if variant.role != "original":
-                    work.append((variant.name, partial(score_pairs, cache, keys[name], function, mine, theirs)))
+            for name, function in asked.pairs.items() if variant.role != "original" else ():
+                pairs = zip(looked_at([mine]), looked_at([theirs]), strict=True)
+                whole = asked.scores[name].clips
+                work += [(variant.name, partial(score_pairs, cache, keys[name], function, a, b, whole=whole)) for a, b in pairs]
+        for score in asked.of("ClipScore"):
+            if unfit_clips(score, variant.pictures, fps) is None:
+                work += [
+                    (variant.name, partial(score_clip, cache, score, tool, clip, fps))
+                    for tool in asked.tools(score).values()
+                    for clip in variant.pictures
+                ]
     share = processes.mine(work)
-    if not share:
-        return
-    with tqdm(share, desc="features", unit="batch") as bar:
-        for _, (label, make) in bar:
-            bar.set_postfix_str(label)
-            make()
+    if share:
+        with tqdm(share, desc="features", unit="batch") as bar:
+            for _, (label, make) in bar:
+                bar.set_postfix_str(label)
+                make()
+    samples = [sample for _, sample in processes.mine([sample for variant in shown for sample in variant.pictures])]
+    for name, command in asked.workers.items():
+        ask(cache, name, command, samples, processes.rank)
 
 
 def clusters(pictures: Sequence[Picture]) -> list[int]:
@@ -83,28 +105,69 @@ def clusters(pictures: Sequence[Picture]) -> list[int]:
     return [order[key] for key in keys]
 
 
-def gather(asked: Measures, variant: Shown, original: Shown, chunks: Sequence[list[str]], cache: Path) -> Values:
+def gather(
+    asked: Measures, variant: Shown, original: Shown, chunks: Sequence[list[str]], cache: Path, fps: float | None = None
+) -> Values:
     """Everything that stage 2 found of one variant. Raises ``ValueError`` that names what is missing."""
     paired = list(zip(variant.batches, original.batches, strict=True))
     values = Values(name=variant.name, role=variant.role, prompts=clusters(variant.pictures))
     if variant.role != "original":
         for name, function in asked.pairs.items():
-            key = asked.pair_key(name)
-            values.pairs[name] = [v for a, b in paired for v in score_pairs(cache, key, function, a, b)]
+            key, score = asked.pair_key(name), asked.scores[name]
+            if variant.of_clips:
+                clips = zip(variant.pictures, original.pictures, strict=True)
+                values.pairs[name] = [score_clip_pair(cache, key, function, score, a, b) for a, b in clips]
+            else:
+                values.pairs[name] = [v for a, b in paired for v in score_pairs(cache, key, function, a, b)]
     if asked.judge is not None:
         judged = judge_identity(asked.judge)
         said = [row for batch in variant.batches for row in judge_pictures(cache, judged, asked.judge, batch)]
         values.oracle.update({f"oracle_{key}": [row[key] for row in said] for key in ("mean", "all_correct")})
     values.features.update(_features(asked, variant.batches, cache))
     for name, extractor in asked.readers().items():
-        texts = None
-        for score in asked.of("TextScore"):
-            if unfit_prompts(score, variant) is None:
-                known = [prompt for prompt in variant.prompts if prompt]
-                texts = load_texts(cache, extractor, chunks, known) if texts is None else texts
-                found = score.function(values.features[name, None], texts)
-                values.texts[score.name, name] = one_per_picture(score.name, score.function, found, len(known)).tolist()
+        for score in (score for score in asked.of("TextScore") if serves(score, extractor)):
+            if unfit_prompts(score, variant) is None and (name, None) in values.features:
+                values.texts[score.name, name] = _text_values(score, extractor, variant, values.features[name, None], chunks, cache)
+    _clip_values(asked, variant, values, chunks, cache, fps)
+    values.workers.update({name: answers(cache, name, how, variant.pictures) for name, how in asked.workers.items()})
     return values
+
+
+def _text_values(
+    score: Any, extractor: Any, variant: Shown, rows: Any, chunks: Sequence[list[str]], cache: Path
+) -> list[float | None]:
+    """A text score of every sample; of a clip by an extractor of pictures the mean over its frames."""
+    counts = [len(sample.frames) if sample.frames and len(rows) != len(variant.pictures) else 1 for sample in variant.pictures]
+    known = [prompt for prompt, count in zip(variant.prompts, counts, strict=True) for _ in range(count) if prompt]
+    found = score.function(rows, load_texts(cache, extractor, chunks, known))
+    if score.scaled:
+        found = found * extractor.logit_scale
+    each = one_per_picture(score.name, score.function, found, len(known)).double().split(counts)
+    means = [float(part.mean()) for part in each]
+    return [None if score.name in sample.left_out else mean for sample, mean in zip(variant.pictures, means, strict=True)]
+
+
+def _clip_values(
+    asked: Measures, variant: Shown, values: Values, chunks: Sequence[list[str]], cache: Path, fps: float | None
+) -> None:
+    """Scores of single clips, into ``values.clips``."""
+    clips = variant.pictures
+    for score in asked.of("ClipScore"):
+        if unfit_clips(score, clips, fps) is None:
+            for name, tool in asked.tools(score).items():
+                values.clips[score.name, name] = [score_clip(cache, score, tool, clip, fps) for clip in clips]
+    for score in asked.of("FrameScore"):
+        if unfit_clips(score, clips, fps) is not None:
+            continue
+        for name, extractor in asked.extractors.items():
+            if serves(score, extractor) and (score.text is None or hasattr(extractor, "encode_texts")):
+                rows = values.features[name, None].split([len(clip.frames) for clip in clips])
+                text_of = partial(_embedding, cache, extractor, chunks)
+                values.clips[score.name, name] = score_frames(score, clips, rows, text_of)
+
+
+def _embedding(cache: Path, extractor: Any, chunks: Sequence[list[str]], text: str) -> Any:
+    return load_texts(cache, extractor, chunks, [text])[0]
 
 
 def reduce(
@@ -117,11 +180,12 @@ def reduce(
     *,
     device: Any = "cpu",
     failed: Mapping[str, str] | None = None,
+    fps: float | None = None,
 ) -> tuple[list[Record], dict[str, Values]]:
     """Stage 3: records of every variant, and its values per picture. ``failed``: variants without pictures, and why."""
     by_name = {variant.name: variant for variant in shown}
-    chunks = _chunks(shown)
-    found = {variant.name: gather(asked, variant, by_name[variant.original], chunks, cache) for variant in shown}
+    chunks = _chunks(asked, shown)
+    found = {variant.name: gather(asked, variant, by_name[variant.original], chunks, cache, fps) for variant in shown}
     real = _features(asked, references, cache) if references else {}
     here = {"versions": environment.versions(), "hardware": environment.hardware(device)}
     context = Context(
@@ -138,12 +202,14 @@ def reduce(
         records += pair_records(values, asked.scores, context)
         records += change_records(values, original, "oracle", ORACLE_SCORES, context)
         records += change_records(values, original, "texts", asked.scores, context)
+        records += clip_records(values, original, asked.scores, context)
+        records += worker_records(values, original, context)
         if variant.role != "original":
             records += set_records(values, original.features, asked.of("SetScore"), context, paired=True)
         if real:
             records += set_records(values, real, asked.of("SetScore"), context, paired=False)
         records += class_records(values, asked.of("ClassScore"), context)
-    for score, name, model, why in unmeasured(asked, shown, bool(real), failed or {}):
+    for score, name, model, why in unmeasured(asked, shown, bool(real), failed or {}, fps):
         records.append(context.record(model, score, name, 0, value=None, not_measured=why))
     return records, found
 
@@ -151,7 +217,8 @@ def reduce(
 def _features(asked: Measures, batches: Sequence[list[Picture]], cache: Path) -> dict[tuple[str, str | None], Any]:
     """(extractor, head) -> rows; head None is the extractor's own feature."""
     found: dict[tuple[str, str | None], Any] = {}
-    for name, extractor in asked.extractors.items():
-        found[name, None] = load_features(cache, extractor, batches)
-        found |= {(name, head): load_features(cache, extractor, batches, head) for head in asked.heads(extractor)}
+    looks = looked_at(batches)
+    for name, extractor in asked.encoders(clips=bool(batches[0][0].frames)).items():
+        found[name, None] = load_features(cache, extractor, looks)
+        found |= {(name, head): load_features(cache, extractor, looks, head) for head in asked.heads(extractor)}
     return found

@@ -31,7 +31,8 @@ def page(
     """One self-contained page. ``job``: what was asked for; ``cells``: head and rows of the main table, one row per variant."""
     name = str(job.get("name", "job"))
     num = len(shown[0].pictures)
-    kicker = f"A job of {len(shown)} variants, {num} {'picture' if num == 1 else 'pictures'} each"
+    what = ("clip" if shown[0].of_clips else "picture") + ("" if num == 1 else "s")
+    kicker = f"A job of {len(shown)} variants, {num} {what} each"
     body = [f"<header><p class='kicker'>{kicker}</p><h1>{escape(name)}</h1></header>"]
     score = next((r.name for r in records if r.name.endswith("@vs_original") and r.value is not None), None)
     if score is not None:
@@ -152,6 +153,8 @@ def _words(name: str, value: float) -> str:
 
 
 def _cell(picture: Picture, words: str) -> str:
+    if picture.frames:
+        picture = picture.frames[len(picture.frames) // 2]  # a still of the middle
     data = base64.b64encode(picture.file.read_bytes()).decode()
     kind = {".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".bmp": "bmp"}.get(picture.file.suffix.lower(), "png")
     image = f'<img alt="{escape(picture.prompt or picture.id)}" src="data:image/{kind};base64,{data}">'

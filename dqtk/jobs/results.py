@@ -66,10 +66,11 @@ def _write_samples(path: Path, shown: Sequence[Shown], values: Mapping[str, Valu
 
 
 def _columns(picture: Picture, folder: Path) -> dict[str, Any]:
-    """What is known of a picture; its file relative to the output where it lies in there, else where it lies."""
+    """What is known of a picture or clip; its file (a clip's first frame) from the output where it lies in there, else as it is."""
     file = picture.file.relative_to(folder) if picture.file.is_relative_to(folder) else picture.file
     names = ("id", "prompt", "prompt_index", "seed", "sha256")
-    return {name: getattr(picture, name) for name in names} | {"file": file.as_posix()}
+    frames = {"frames": len(picture.frames)} if picture.frames else {}
+    return {name: getattr(picture, name) for name in names} | {"file": file.as_posix()} | frames
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------

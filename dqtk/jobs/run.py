@@ -10,15 +10,16 @@ import torch
 from dqtk.processes import processes
 from dqtk.report.records import Record
 
-from .asked import Shown, measures, with_oracle
+from .asked import Shown, fitting, measures, with_oracle
 from .doubts import learned_here, result_names, warnings_of
-from .features import Picture
+from .features import Picture, clip_of
 from .files import read_json, remove_partials, write_json
 from .folders import folder_batches
 from .gates import Gate, check_gates
 from .generate import check_floors, check_models, failure_of, is_done, maker_of, paint, plans_of, quantize_missing
-from .layout import Layout, Variant, batches, prompts_of, variants
+from .layout import Layout, Variant, batches, prompts_of, suite_of, variants
 from .measure import observe, reduce
+from .presets import deviations
 from .results import write_results
 from .spec import DECIDING, Job, to_json
 
@@ -37,7 +38,7 @@ def run(job: Job, gates: Sequence[Gate] = ()) -> list[Record]:
     layout = Layout(Path(job.output))
     everyone, prompts = variants(job), prompts_of(job)
     work = batches(job, prompts)
-    asked = measures(job.metrics, job.extractors, me.device)  # wrong names fail before any picture is painted
+    asked = measures(job.metrics, job.extractors, me.device, job.workers)  # wrong names fail before any picture is painted
     references = folder_batches(job.references) if job.references is not None else []
     paired = any(variant.role != "original" for variant in everyone)
     check_gates(gates, result_names(asked, job.metrics, paired=paired, real=bool(references)))
@@ -56,16 +57,20 @@ def run(job: Job, gates: Sequence[Gate] = ()) -> list[Record]:
     if not painted:
         raise ValueError(f"job: at least one original must paint pictures, got none: {next(iter(failed.values()))}")
     _check_painted(painted, work, layout, makers)
-    shown = [_shown(variant, work, layout) for variant in painted]
-    asked = with_oracle(asked, job.metrics, shown)
-    observe(asked, shown, references, layout.cache, me)
+    suite = {entry.prompt: entry for entry in suite_of(job)}
+    shown = [_shown(variant, work, layout, suite) for variant in painted]
+    asked = fitting(with_oracle(asked, job.metrics, shown), shown)
+    observe(asked, shown, references, layout.cache, me, job.fps)
     me.wait()
     if me.first:
         extra = {"job": job.hash, "dtype": job.dtype, "call": job.call, "num_prompts": len(prompts)}
-        records, values = reduce(asked, shown, references, layout.cache, job.seed, extra, device=me.device, failed=failed)
+        extra |= {"fps": job.fps} if job.fps is not None else {}
+        records, values = reduce(
+            asked, shown, references, layout.cache, job.seed, extra, device=me.device, failed=failed, fps=job.fps
+        )
         facts = {variant.name: _facts(variant, work, layout) for variant in painted}
         facts |= {v.name: {"role": v.role, "original": v.original, "failed": failed[v.name]} for v in everyone if v.name in failed}
-        said = [*warnings_of(asked, shown, references), *learned_here(job.recipes)]
+        said = [*warnings_of(asked, shown, references), *learned_here(job.recipes), *deviations(to_json(job), len(prompts))]
         write_results(layout.root, to_json(job), shown, records, values, facts, said)
     me.wait()
     return records if me.first else read_results(layout.root / "results.json")
@@ -135,24 +140,10 @@ def _check_painted(
             )
 
 
-def _shown(variant: Variant, work: Sequence[Sequence[Any]], layout: Layout) -> Shown:
-    found, folder = [], layout.images(variant)
+def _shown(variant: Variant, work: Sequence[Sequence[Any]], layout: Layout, suite: Mapping[str, Any]) -> Shown:
+    folder = layout.images(variant)
     manifests = [read_json(layout.manifest(variant, index)) for index in range(len(work))]
-    for manifest in manifests:
-        found.append(
-            [
-                Picture(
-                    id=row["id"],
-                    prompt=row["prompt"],
-                    prompt_index=row["prompt_index"],
-                    file=folder / row["file"],
-                    sha256=row["sha256"],
-                    painted=True,
-                    seed=row["seed"],
-                )
-                for row in manifest["samples"]
-            ]
-        )
+    found = [[_sample(folder, row, suite.get(row["prompt"])) for row in manifest["samples"]] for manifest in manifests]
     made = {
         "versions": _joined([manifest["versions"] for manifest in manifests]),
         "hardware": _joined([manifest["hardware"] for manifest in manifests]),
@@ -160,6 +151,25 @@ def _shown(variant: Variant, work: Sequence[Sequence[Any]], layout: Layout) -> S
         "plan_hash": manifests[0]["plan_hash"],
     }
     return Shown(name=variant.name, role=variant.role, original=variant.original, batches=found, made=made)
+
+
+def _sample(folder: Path, row: Mapping[str, Any], entry: Any) -> Picture:
+    """A picture or clip of a manifest; ``entry``: what the job's suite says of its prompt."""
+    told = {"style": entry.style, "left_out": entry.left_out} if entry is not None else {}
+    frames = [
+        Picture(
+            id=row["id"],
+            prompt=row["prompt"],
+            prompt_index=row["prompt_index"],
+            file=folder / frame["file"],
+            sha256=frame["sha256"],
+            painted=True,
+            seed=row["seed"],
+            **told,
+        )
+        for frame in row.get("frames", [row])
+    ]
+    return clip_of(frames, row["id"]) if "frames" in row else frames[0]
 
 
 def _joined(maps: Sequence[Mapping[str, str]]) -> dict[str, str]:

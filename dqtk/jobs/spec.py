@@ -5,7 +5,7 @@ models: [tiny-pixart]
 recipes: [w8a8, w4a8]            # quantized by the job, saved in OUTPUT/models
 candidates: {mine: out/mine}     # pipelines that exist already, compared with the first model
 floor: bfloat16                  # the originals again: another dtype, other "kernels" or "threads"; or null
-prompts: {file: prompts.txt, num: 24}
+prompts: {file: prompts.txt, num: 24}   # or {suite: VBench_full_info.json, dimensions: [scene]}
 seed: 0
 seeds_per_prompt: 1
 call: {num_inference_steps: 20}
@@ -15,12 +15,14 @@ extractors: [tiny-clip]
 references: photos/              # pictures of the world for the vs_real scores; or null
 batch_size: 8
 threads: 2                       # per process; another number of threads rounds differently
+fps: 8                           # frames per second that clips are meant for; null
 output: out/job
 """
 
 import dataclasses
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,22 +33,34 @@ from dqtk.report.generate import check_call_kwargs
 from dqtk.report.rounding import ROUNDINGS
 from dqtk.spec import did_you_mean
 
+from .presets import filled, preset_named
+
 DTYPES = ("stored", "float32", "bfloat16", "float16")
 FLOORS = (*DTYPES, *ROUNDINGS)
+# Fields that came later: left out where they say nothing, so that older folders are known.
+_LATER = ("suite", "dimensions", "fps", "workers", "preset")
 DECIDING = ("prompts", "seed", "seeds_per_prompt", "call", "dtype", "batch_size", "threads")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptSet:
-    """A file of prompts (see ``prompt_sets``), or the prompts themselves; the first ``num`` of them."""
+    """A file of prompts (see ``prompt_sets``), a suite in VBench's format (of it the prompts of some ``dimensions``; none named:
+    all), or the prompts themselves; the first ``num`` of them."""
 
     file: str | None = None
     texts: tuple[str, ...] = ()
     num: int | None = None
+    suite: str | None = None
+    dimensions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if (self.file is None) == (not self.texts):
-            raise ValueError("job: prompts must have either file or texts, got both or none. For example {file: prompts.txt}.")
+        given = sum((self.file is not None, bool(self.texts), self.suite is not None))
+        if given != 1:
+            raise ValueError(
+                "job: prompts must have one of file, suite and texts, got several or none. For example {file: prompts.txt}."
+            )
+        if self.dimensions and self.suite is None:
+            raise ValueError("job: prompts.dimensions must come with a suite, got none. Name the suite's file.")
         if self.num is not None and not (isinstance(self.num, int) and self.num > 0):
             raise ValueError(f"job: prompts.num must be a positive count, got {self.num!r}. Leave it out for all.")
 
@@ -71,12 +85,17 @@ class Job:
     references: str | None = None
     batch_size: int = 8
     threads: int = 1
+    fps: int | float | None = None
+    workers: dict[str, str] = field(default_factory=dict)
+    preset: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("seeds_per_prompt", "batch_size", "threads"):
             value = getattr(self, name)
             if not (isinstance(value, int) and value > 0):
                 raise ValueError(f"job: {name} must be a positive count, got {value!r}. Mend the job file.")
+        if self.fps is not None and not self.fps > 0:
+            raise ValueError(f"job: fps must be a positive frame rate, got {self.fps!r}. Mend the job file.")
         if self.seed < 0:
             raise ValueError(f"job: seed must be 0 or more, got {self.seed}. Mend the job file.")
         for name, allowed in (("dtype", DTYPES), ("floor", (None, *FLOORS))):
@@ -95,6 +114,9 @@ class Job:
                 raise ValueError(
                     f"job: candidates must map names to folders or hub ids, got {key!r}: {where!r}. Mend the job file."
                 )
+        check_workers(self.workers, "job: workers")
+        if self.preset is not None:
+            preset_named(self.preset)
         taken = sorted(set(self.candidates) & set(self.recipes))
         if taken:
             raise ValueError(f"job: names of candidates must differ from recipes, got {taken}. Rename them.")
@@ -108,6 +130,15 @@ class Job:
         known = to_json(self)
         text = json.dumps({name: known[name] for name in sorted(DECIDING)}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check_workers(workers: Any, where: str) -> None:
+    """Raises ``ValueError`` for anything but names (letters, digits, _, -) and commands."""
+    for name, command in workers.items():
+        if not (isinstance(name, str) and isinstance(command, str) and command.strip() and re.fullmatch(r"[A-Za-z][\w-]*", name)):
+            raise ValueError(
+                f"{where} must map names of scores to commands, got {name!r}: {command!r}. For example mine: python worker.py."
+            )
 
 
 class _Strict(yaml.SafeLoader):
@@ -137,7 +168,7 @@ def read_job(path: str | Path) -> Job:
         data["prompts"] = {"file": given} if isinstance(given, str) else {"texts": given}
     if "prompts" in data:
         data["prompts"] = _build(PromptSet, data["prompts"], f"{path}: prompts")
-    return _build(Job, data, str(path))
+    return _build(Job, filled(data), str(path))
 
 
 def _build(kind: Any, data: Any, where: str) -> Any:
@@ -168,6 +199,7 @@ def _value(name: str, value: Any, hint: Any, where: str) -> Any:
         dict[str, Any]: dict,
         str | None: (str, nothing),
         int | None: (int, nothing),
+        int | float | None: (int, float, nothing),
     }
     kinds: Any = allowed.get(hint)
     if kinds is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
@@ -178,5 +210,6 @@ def _value(name: str, value: Any, hint: Any, where: str) -> Any:
 def to_json(value: Any) -> Any:
     """A job or a part of it as JSON-clean data."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        named = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {name: part for name, part in named.items() if part or name not in _LATER}
     return list(value) if isinstance(value, tuple) else value

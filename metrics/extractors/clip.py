@@ -30,7 +30,7 @@ from .contract import as_images, as_texts
 from .hub import find_folder, find_weights_in, sha256_of_texts
 from .precision import whole_float32
 from .pretrained import VERSION, load_pretrained
-from .resize import as_pil
+from .resize import as_pil, resize_shorter
 from .weights import MissingWeights, readable, sha256_of
 
 # open_clip's own order of preference, without its last resort, "any file in alphabetical order".
@@ -44,6 +44,7 @@ _OPEN_CLIP_FILES = (
     "pytorch_model.pth",
     "model.pth",
 )
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # before and since transformers 5
 _HUB, _LOCAL = "hf-hub:", "local-dir:"
 
 
@@ -52,8 +53,8 @@ class OpenClip:
 
     ``model`` is a folder with ``open_clip_config.json`` (its path, also as ``local-dir:PATH``), ``hf-hub:OWNER/NAME`` of a
     cached repository, or the name of an architecture (``ViT-B-32``) together with ``pretrained``, the path of its weights.
-    ``comparable`` is the caller's word that these are weights that papers report scores with. Raises ``MissingWeights``, and
-    ``ValueError`` for unknown names and unreadable files.
+    ``resize_mode``: "shortest", "longest" or "squash" in place of the model's own. ``comparable`` is the caller's word that these
+    are weights that papers report scores with. Raises ``MissingWeights``, and ``ValueError`` for unknown names and bad files.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class OpenClip:
         model: str | Path,
         pretrained: str | Path | None = None,
         *,
+        resize_mode: str | None = None,
         comparable: bool = False,
         device: str | torch.device = "cpu",
     ) -> None:
@@ -74,7 +76,9 @@ class OpenClip:
             # In two steps, so that what is hashed is what is loaded: given a folder, open_clip chooses the file itself.
             # pretrained_text: without weights in sight the factory would fetch a text tower from the hub.
             with _quiet("No pretrained weights loaded"):
-                network, _, self._transform = open_clip.create_model_and_transforms(spec, load_weights=False, pretrained_text=False)
+                network, _, self._transform = open_clip.create_model_and_transforms(
+                    spec, load_weights=False, pretrained_text=False, image_resize_mode=resize_mode
+                )
             open_clip.load_checkpoint(network, str(weights), strict=True, weights_only=True)
         config = open_clip.get_model_config(spec)
         offline = {"local_files_only": True} if config["text_cfg"].get("hf_tokenizer_name") else {}
@@ -186,31 +190,64 @@ class TransformersClip:
 
     ``comparable`` is the caller's word that these are weights that papers report scores with. Images are resized by PIL even
     where torchvision is installed: published scores are older than transformers' torchvision processors, and the value must
-    not depend on what else is installed. Raises ``MissingWeights``, and ``ValueError`` for unreadable or incomplete weights.
+    not depend on what else is installed. ``preprocess``: None for the folder's own, or "vbench": the shorter side by bicubic
+    interpolation without antialiasing, not clipped, and a centre crop, as VBench gives CLIP its frames. ``processor``: where
+    tokenizer and image processor are taken from if the model's own folder has none. Raises ``MissingWeights``, and ``ValueError``
+    for unreadable or incomplete weights and another preprocessing.
     """
 
-    def __init__(self, model: str | Path, *, comparable: bool = False, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        preprocess: str | None = None,
+        processor: str | Path | None = None,
+        comparable: bool = False,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        if preprocess not in (None, "vbench"):
+            raise ValueError(f"clip: preprocess must be None or 'vbench', got {preprocess!r}. None is the model's own.")
+        self._vbench = preprocess == "vbench"
         folder = find_folder("clip", model, "config.json")
         self.source, self.comparable, self.device = str(model), comparable, torch.device(device)
         self.name = f"clip[{folder.resolve().name if Path(model).is_dir() else model}]"
         network, self.sha256 = load_pretrained(self.name, CLIPModel, folder)
-        with readable(self.name, folder, "a CLIP folder with tokenizer and preprocessor_config.json"):
-            self._processor = CLIPProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
+        beside = folder
+        if processor is not None and not any((folder / name).is_file() for name in _PROCESSORS):
+            beside = find_folder("clip", processor, "tokenizer_config.json")
+        with readable(self.name, beside, "a CLIP folder with tokenizer and preprocessor_config.json"):
+            self._processor = CLIPProcessor.from_pretrained(beside, local_files_only=True, backend="pil")
         self.network = network.to(self.device)
         self.version, self.config_sha256 = f"1, {VERSION}", sha256_of_texts(folder)
+        if beside != folder:
+            self.config_sha256 += sha256_of_texts(beside)
         self.dim = int(network.config.projection_dim)
         self.max_tokens = int(network.config.text_config.max_position_embeddings)
-        self.preprocess = _described_processor(self._processor.image_processor)
+        self._size = int(network.config.vision_config.image_size)
+        own = _described_processor(self._processor.image_processor)
+        self.preprocess = f"vbench, bicubic, shortest {self._size}+crop, own mean and std" if self._vbench else own
         self.logit_scale = float(network.logit_scale.exp())
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] -> float32 [B, D]."""
-        pixels = self._processor.image_processor(as_pil(as_images(self.name, images)), return_tensors="pt").pixel_values
+        images = as_images(self.name, images)
+        if self._vbench:
+            pixels = self._as_vbench(images)
+        else:
+            pixels = self._processor.image_processor(as_pil(images), return_tensors="pt").pixel_values
         # Not get_image_features, whose type of result changed with transformers 5.
         with whole_float32():
             pooled = self.network.vision_model(pixel_values=pixels.to(self.device)).pooler_output
         return self.network.visual_projection(pooled).float().cpu()
+
+    def _as_vbench(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] -> normalized float32 [B, 3, S, S]."""
+        x = resize_shorter(images.cpu(), self._size, "bicubic") / 255
+        top, left = (round((side - self._size) / 2) for side in x.shape[2:])
+        x = x[:, :, top : top + self._size, left : left + self._size]
+        processor = self._processor.image_processor
+        return (x - torch.tensor(processor.image_mean).view(3, 1, 1)) / torch.tensor(processor.image_std).view(3, 1, 1)
 
     @torch.no_grad()
     def encode_texts(self, texts: list[str]) -> Tensor:

@@ -77,6 +77,23 @@ class ImageTextEncoder(Extractor, Protocol):
         """For each text, whether some of its tokens do not fit in ``max_tokens``: the score is then blind to the prompt's end."""
 
 
+@runtime_checkable
+class ClipEncoder(Protocol):
+    """Clips to feature rows: the same attributes as ``Extractor`` beside ``encode_clips``; with ``encode_texts`` and ``max_tokens``
+    it reads prompts too."""
+
+    @property
+    def name(self) -> str:
+        """Network and variant."""
+
+    @property
+    def dim(self) -> int:
+        """Length of a feature row, D."""
+
+    def encode_clips(self, clips: Tensor) -> Tensor:
+        """uint8 [B, F, 3, H, W] -> float32 [B, D] on the CPU, a row per clip."""
+
+
 def identity(extractor: Any) -> str:
     """Everything that moves an extractor's numbers, as one text: what cached features are filed under."""
     device = torch.device(getattr(extractor, "device", "cpu")).type
@@ -101,6 +118,25 @@ def as_images(where: str, images: Tensor) -> Tensor:
             f"{where}: images must be [B, 3, H, W] and not empty, got {list(images.shape)}. Add a batch axis, put channels second."
         )
     return images
+
+
+def as_clip(where: str, frames: Tensor, least: int = 1) -> Tensor:
+    """The frames of one clip, if they are uint8 [F, 3, H, W] and at least ``least``; else ``ValueError``."""
+    frames = as_images(where, frames)
+    if len(frames) < least:
+        raise ValueError(f"{where}: a clip must have at least {least} frames, got {len(frames)}. Generate longer clips.")
+    return frames
+
+
+def checked_clips(encoder: Any, clips: Tensor) -> Tensor:
+    """``encoder.encode_clips(clips)`` of uint8 [B, F, 3, H, W], float32 [B, D], checked as ``checked_rows`` checks."""
+    if not isinstance(clips, Tensor) or clips.ndim != 5:
+        got = list(clips.shape) if isinstance(clips, Tensor) else type(clips).__name__
+        raise ValueError(f"{encoder.name}: clips must be [B, F, 3, H, W], got {got}. Add a batch axis.")
+    as_images(encoder.name, clips.flatten(0, 1))
+    rows = encoder.encode_clips(clips)
+    _check_rows(encoder.name, rows, [len(clips), encoder.dim])
+    return rows
 
 
 def as_texts(where: str, texts: list[str]) -> list[str]:

@@ -23,7 +23,7 @@ from .contract import as_images
 from .hub import find_folder, sha256_of_texts
 from .precision import whole_float32
 from .pretrained import VERSION, load_pretrained
-from .resize import resize_clean
+from .resize import resize_clean, resize_shorter
 
 _SIZE = 224
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
@@ -31,15 +31,33 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
 _KINDS = {"vit": ("dino", ViTModel, {"add_pooling_layer": False}), "dinov2": ("dinov2", Dinov2Model, {})}
 
 
+_PREPROCESS = {
+    "squash": (f"pil-bicubic-float, squash {_SIZE}, imagenet", resize_clean),
+    "vbench": (f"vbench, bilinear, shortest {_SIZE}, imagenet", resize_shorter),
+}
+
+
 class Dino:
     """A DINO (model type "vit") or DINOv2 ("dinov2") of transformers: a folder, or a cached hub id such as facebook/dinov2-large.
 
-    Raises ``MissingWeights``, and ``ValueError`` for another kind of model and for unreadable or incomplete weights.
+    ``preprocess``: "squash" (above), or "vbench" for VBench's subject consistency: the shorter side to 224 by bilinear
+    interpolation without antialiasing, nothing cropped. Raises ``MissingWeights``, and ``ValueError`` for another kind of model
+    or preprocessing and for unreadable or incomplete weights.
     """
 
-    preprocess = f"pil-bicubic-float, squash {_SIZE}, imagenet"
-
-    def __init__(self, model: str | Path, *, comparable: bool = False, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        preprocess: str = "squash",
+        comparable: bool = False,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        if preprocess not in _PREPROCESS:
+            raise ValueError(
+                f"dino: preprocess must be one of {', '.join(_PREPROCESS)}, got {preprocess!r}. The default is squash."
+            )
+        self.preprocess, self._resize = _PREPROCESS[preprocess]
         folder = find_folder("dino", model, "config.json")
         found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
         if found not in _KINDS:
@@ -53,7 +71,7 @@ class Dino:
         network, self.sha256 = load_pretrained(self.name, kind, folder, **options)
         self.config_sha256 = sha256_of_texts(folder)
         patch = network.config.patch_size
-        if _SIZE % patch:
+        if _SIZE % patch and preprocess == "squash":
             raise ValueError(
                 f"{self.name}: patch_size must divide {_SIZE}, got {patch}. Images would lose their right and lower edge."
             )
@@ -63,9 +81,10 @@ class Dino:
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] of any size -> float32 [B, D]."""
-        x = resize_clean(as_images(self.name, images), _SIZE) / 255
+        x = self._resize(as_images(self.name, images), _SIZE).cpu() / 255
         x = (x - torch.tensor(_MEAN).view(3, 1, 1)) / torch.tensor(_STD).view(3, 1, 1)
         # DINO was trained at 224, so nothing is interpolated there; files of other sizes (384) would need it.
+        # (Dinov2Model always does, without being asked.)
         resized = {"interpolate_pos_encoding": True} if isinstance(self.network, ViTModel) else {}
         with whole_float32():
             return self.network(pixel_values=x.to(self.device), **resized).last_hidden_state[:, 0].float().cpu()

@@ -8,6 +8,8 @@ Resizing and Surprising Subtleties in GAN Evaluation"):
     pytorch   bilinear with half-pixel centres, no antialiasing (``F.interpolate``; pytorch-fid)
 
 All squash to a square. Values stay on the scale 0-255.
+
+``resize_shorter`` keeps the aspect instead: the shorter side to the size, as VBench resizes the frames of clips.
 """
 
 import numpy as np
@@ -28,6 +30,15 @@ def resize_clean(images: Tensor, size: int) -> Tensor:
     resized = [np.asarray(Image.fromarray(channel).resize((size, size), Image.Resampling.BICUBIC)) for channel in channels]
     # Bicubic overshoots at edges; clean-fid clips, and so does every 8-bit resize.
     return torch.from_numpy(np.stack(resized)).clamp(0, 255).unflatten(0, images.shape[:2])
+
+
+def resize_shorter(images: Tensor, size: int, mode: str = "bilinear") -> Tensor:
+    """uint8 [B, 3, H, W] -> float32 with the shorter side ``size`` and the longer one in proportion, rounded down; half-pixel
+    centres, no antialiasing. Bicubic overshoots, and is not clipped: the published scores are not either."""
+    height, width = images.shape[2:]
+    short = min(height, width)
+    sides = tuple(size if side == short else int(size * side / short) for side in (height, width))
+    return F.interpolate(images.float(), size=sides, mode=mode, align_corners=False)
 
 
 def resize_legacy(images: Tensor, size: int) -> Tensor:

@@ -35,8 +35,25 @@ def extractor_folder(name: str) -> Path | None:
     return place if (place / "open_clip_config.json").is_file() else None
 
 
+def extractor_words(name: str) -> str:
+    """What an embedded extractor is, in the words of ``metrics/extractors/find.py``; any other name as it is.
+
+    "tiny-clip"; "tiny-aesthetic": a linear head on it that tells clean pictures of the world from disturbed ones.
+    """
+    if name == "tiny-aesthetic":
+        return f"aesthetic:{_WEIGHTS / 'tiny-clip' / 'aesthetic.safetensors'}=tiny-clip"
+    folder = extractor_folder(name)
+    return name if folder is None else f"open_clip:{folder}"
+
+
 def oracle_for(pipe: Any, prompts: Sequence[str]) -> Callable[[Any, str], Any] | None:
-    """``oracle.judge`` for a pipeline that paints pictures of the captioned world's size for captions of its grammar; else None."""
+    """``oracle.judge`` for a pipeline that paints pictures of the captioned world's size for captions of its grammar, or
+    ``motion.judge`` for one that makes clips of it; else None."""
+    if hasattr(pipe, "vae_scale_factor_temporal"):
+        from dqtk.calls import call_arguments
+
+        asked = call_arguments(pipe, None)
+        return oracle_of_clips((asked.get("width", 0), asked.get("height", 0)), prompts)
     denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
     side = getattr(getattr(denoiser, "config", None), "sample_size", None)
     if not isinstance(side, int):
@@ -57,3 +74,17 @@ def oracle_of_pictures(size: tuple[int, int], prompts: Sequence[str]) -> Callabl
     except ValueError:
         return None
     return oracle.judge
+
+
+def oracle_of_clips(size: tuple[int, int], prompts: Sequence[str]) -> Callable[[Any, str], Any] | None:
+    """``motion.judge`` for clips of the world's size whose prompts are captions of things in motion; else None."""
+    from . import motion, scenes
+
+    if size != (scenes.SIZE, scenes.SIZE):
+        return None
+    try:
+        for prompt in prompts:
+            motion.parse_caption(prompt)
+    except ValueError:
+        return None
+    return motion.judge

@@ -17,7 +17,7 @@ from dqtk.calls import by_frames, makes_clips
 from dqtk.checkpoint import quantized_layers
 from dqtk.cli import main
 from dqtk.plan import Plan
-from dqtk.resolve import clip_scores, scores
+from dqtk.resolve import scores
 
 FEW = {"num_inference_steps": 1, "num_frames": 5, "height": 32, "width": 32}
 
@@ -88,12 +88,12 @@ def test_scores_of_clips(listed):
     """A score of pictures is of every frame, one of clips of each clip; the original's clips are painted once for both."""
     pipe = Filmer(listed)
     how = {"seed": 3, "batch_size": 2, "call_kwargs": {"num_frames": 4}}
-    changes = PictureScore(pipe, ["a"] * 3, clip_scores()["difference_psnr"], **how)
+    changes = PictureScore(pipe, ["a"] * 3, scores()["frame_changes"], **how)
     distance = PairScore(name="mad", label="", higher_is_better=False, load=lambda: lambda a, b: (a - b).abs().mean((1, 2, 3)))
     frames = PictureScore(pipe, ["a"] * 3, distance, beside=changes, **how)
     assert frames.references is changes.references
     assert [clip.shape for clip in changes.references] == [(2, 4, 3, 16, 16), (1, 4, 3, 16, 16)]
-    assert (changes.name, changes.loss) == ("difference_psnr of 3 clips", "noise")
+    assert (changes.name, changes.loss) == ("frame_changes of 3 clips", "noise")
     assert (frames.name, frames.loss) == ("mad of 3 clips", "score")
     assert changes() == scores()["psnr"].cap
     pipe.step = 0.1
@@ -108,8 +108,8 @@ def test_a_score_of_clips_needs_clips():
         def __call__(self, prompt, generator, output_type):
             return SimpleNamespace(images=pipe(prompt, 1, generator, output_type).frames[:, 0])
 
-    with pytest.raises(ValueError, match="difference_psnr must be asked of a video pipeline, got one of pictures"):
-        PictureScore(Painter(), ["a"], clip_scores()["difference_psnr"], seed=0, batch_size=1, call_kwargs=None)
+    with pytest.raises(ValueError, match="frame_changes must be asked of a video pipeline, got one of pictures"):
+        PictureScore(Painter(), ["a"], scores()["frame_changes"], seed=0, batch_size=1, call_kwargs=None)
 
 
 def test_who_makes_clips():

@@ -63,9 +63,9 @@ def test_the_hash_is_of_what_moves_pictures(job_file):
         ({"call": [1]}, "call must be"),
         (
             {"prompts": {"file": "a", "texts": ["b"]}},
-            r"texts must be a list|prompts must have either file or texts, got both or none",
+            r"texts must be a list|prompts must have one of file, suite and texts, got several or none",
         ),
-        ({"prompts": {"num": 3}}, "prompts must have either file or texts, got both or none"),
+        ({"prompts": {"num": 3}}, "prompts must have one of file, suite and texts, got several or none"),
         ({"prompts": {"file": "x.txt", "num": -1}}, r"prompts\.num must be a positive count, got -1"),
         ({"seed": -1}, "seed must be 0 or more, got -1"),
         ({"floor": "float32"}, "floor must be another rounding than dtype, got 'float32' for both. Take kernels"),

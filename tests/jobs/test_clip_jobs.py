@@ -1,0 +1,256 @@
+"""Jobs and evaluations of clips: stored frame by frame without loss, scored as clips, the same from any number of processes."""
+
+import json
+import shutil
+
+import numpy as np
+import pandas
+import pytest
+import torch
+import yaml
+from dqtk.metrics.dynamic_degree import is_dynamic
+from dqtk.metrics.extractors.lucas_kanade import LucasKanade
+from dqtk.metrics.frame_consistency import consistency
+from dqtk.metrics.psnr import psnr
+from dqtk.metrics.temporal_flickering import steadiness
+from dqtk.pipelines.tiny.motion import captions, judge, parse_caption, render
+from PIL import Image
+
+from dqtk.cli import main
+from dqtk.jobs.evaluate import evaluate
+from dqtk.jobs.run import read_results, run
+from dqtk.jobs.spec import read_job
+from dqtk.resolve import extractor_for
+
+CLIP_SCORES = ["subject_consistency", "background_consistency", "dynamic_degree", "temporal_flickering_unfiltered"]
+METRICS = ["psnr", "ssim", "oracle", "clip_score", "overall_consistency", "frechet", "motion_smoothness", *CLIP_SCORES]
+EXTRACTORS = ["tiny-clip", "frames:tiny-clip", "lucas-kanade", "warp:lucas-kanade"]
+
+
+@pytest.fixture(scope="module")
+def wan_folder(tmp_path_factory):
+    """An untrained miniature of Wan, saved."""
+    from dqtk.pipelines.tiny.build_wan import new_wan
+    from dqtk.pipelines.tiny.train_wan_vae import new_wan_vae
+
+    torch.manual_seed(2)
+    folder = tmp_path_factory.mktemp("video") / "wan"
+    new_wan(new_wan_vae()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def write_job(wan_folder, tmp_path_factory):
+    """Function (output, **changes) -> path of a job file."""
+
+    def write(output, **changes):
+        job = {
+            "name": "clips",
+            "models": [str(wan_folder)],
+            "recipes": ["w4a8-rtn"],
+            "prompts": captions(3, seed=5),
+            "call": {"num_inference_steps": 1},
+            "metrics": METRICS,
+            "extractors": EXTRACTORS,
+            "batch_size": 2,
+            "fps": 8,
+            "output": str(output),
+        }
+        path = tmp_path_factory.mktemp("job") / "job.yaml"
+        path.write_text(yaml.safe_dump(job | changes))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def done(write_job, tmp_path_factory):
+    """Output folder of a finished job; not to be changed."""
+    out = tmp_path_factory.mktemp("done") / "out"
+    run(read_job(write_job(out)))
+    return out
+
+
+def numbers(folder):
+    found = json.loads((folder / "results.json").read_text())["results"]
+    return {(r["model"], r["name"]): (r["value"], r["low"], r["high"]) for r in found}
+
+
+def frames(folder, name):
+    """uint8 [F, 3, H, W] of the stored frames of a clip."""
+    files = sorted(folder.glob(f"{name}-*.png"))
+    return torch.from_numpy(np.stack([np.asarray(Image.open(file)) for file in files])).permute(0, 3, 1, 2)
+
+
+def test_clips_are_stored_as_lossless_frames_and_noted(done):
+    rows = json.loads((done / "images" / "wan" / "batch-0000.json").read_text())["samples"]
+    assert [row["id"] for row in rows] == ["0000-0", "0001-0"]
+    assert [frame["file"] for frame in rows[0]["frames"]] == [f"0000-0-{i:02d}.png" for i in range(17)]
+    samples = pandas.read_parquet(done / "samples.parquet")
+    assert samples["frames"].tolist() == [17] * 6
+    assert samples["file"][0] == "images/wan/0000-0-00.png"
+
+
+def test_every_score_is_what_its_function_says_of_the_stored_frames(done):
+    samples = pandas.read_parquet(done / "samples.parquet").set_index(["variant", "id"])
+    for name, caption in zip(("0000-0", "0002-0"), np.array(captions(3, seed=5))[[0, 2]], strict=True):
+        mine, theirs = frames(done / "images" / "wan-w4a8-rtn", name), frames(done / "images" / "wan", name)
+        row = samples.loc["wan-w4a8-rtn", name]
+        assert row["psnr"] == pytest.approx(float(psnr(mine / 255, theirs / 255).clamp_max(100).mean()))
+        assert row["subject_consistency[tiny-clip]"] == pytest.approx(consistency(extractor_for("tiny-clip").encode_images(mine)))
+        assert row["dynamic_degree[lucas-kanade]"] == float(is_dynamic(mine, 8, LucasKanade()))
+        assert row["temporal_flickering_unfiltered"] == pytest.approx(steadiness(mine))
+        verdict = judge(mine.permute(0, 2, 3, 1).numpy(), str(caption))
+        assert row["oracle_mean"] == pytest.approx(verdict.mean)
+        clip = extractor_for("frames:tiny-clip")
+        cosine = torch.cosine_similarity(clip.encode_clips(mine[None]), clip.encode_texts([str(caption)]))
+        assert row["overall_consistency[frames:tiny-clip]"] == pytest.approx(float(cosine), abs=1e-6)
+        each = torch.cosine_similarity(extractor_for("tiny-clip").encode_images(mine), clip.encode_texts([str(caption)]))
+        assert row["clip_score[tiny-clip]"] == pytest.approx(100 * float(each.clamp_min(0).mean()), abs=1e-4)
+
+
+def test_records_are_named_paired_and_stamped(done):
+    records = {(r.model, r.name): r for r in read_results(done / "results.json")}
+    for name in ("subject_consistency[tiny-clip]", "dynamic_degree[lucas-kanade]", "motion_smoothness[warp:lucas-kanade]"):
+        assert records["wan-w4a8-rtn", name].extra["comparable"] is False
+        change = records["wan-w4a8-rtn", f"{name}@change"]
+        assert change.low <= change.value <= change.high
+        assert ("wan", f"{name}@change") not in records
+    assert records["wan-w4a8-rtn", "frechet[tiny-clip]@vs_original(paired)"].num_samples == 3 * 17
+    assert records["wan-w4a8-rtn", "frechet[frames:tiny-clip]@vs_original(paired)"].num_samples == 3
+    assert not any("frechet[lucas-kanade]" in name or "clip_score[lucas-kanade]" in name for _, name in records)
+    assert {"right_to_wrong", "wrong_to_right"} <= set(records["wan-w4a8-rtn", "dynamic_degree[lucas-kanade]@change"].extra)
+    assert all(r.not_measured is None for r in records.values()), [r for r in records.values() if r.not_measured]
+
+
+def test_a_finished_job_is_not_made_again_and_a_lost_frame_is(done, write_job, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(done, out)
+    with monkeypatch.context() as patch:
+        patch.setattr("dqtk.jobs.generate.load_pipeline", lambda *a: pytest.fail("loaded a pipeline"))
+        patch.setattr("dqtk.jobs.clip_scores.read_pictures", lambda *a: pytest.fail("read frames"))
+        run(read_job(write_job(out)))
+    assert numbers(out) == numbers(done)
+    (out / "images" / "wan" / "0002-0-16.png").unlink()
+    shutil.rmtree(out / "cache" / "clips")
+    run(read_job(write_job(out)))
+    assert numbers(out) == numbers(done)
+
+
+def test_three_processes_give_the_numbers_of_one(done, write_job, tmp_path, launched):
+    launched(3, "run", write_job(tmp_path / "many"))
+    assert numbers(tmp_path / "many") == numbers(done)
+
+
+def test_evaluating_the_folders_of_a_job_gives_its_numbers(done, tmp_path):
+    folders = [done / "images" / name for name in ("wan", "wan-w4a8-rtn")]
+    metrics = ["psnr", "dynamic_degree", "temporal_flickering_unfiltered"]
+    records = evaluate(*folders, tmp_path / "e", metrics=metrics, extractors=["lucas-kanade"], fps=8)
+    found = {(r.model, r.name): r.value for r in records}
+    for name in ("psnr@vs_original", "dynamic_degree[lucas-kanade]@change", "temporal_flickering_unfiltered"):
+        assert found["wan-w4a8-rtn", name] == pytest.approx(numbers(done)["wan-w4a8-rtn", name][0])
+
+
+# --- folders of clips ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clips(tmp_path):
+    """Function (name, change of the frames) -> folder of 3 rendered clips as ``dqtk generate`` writes them."""
+
+    def make(name, change=lambda x: x, suffix=".png"):
+        folder, lines = tmp_path / name, []
+        folder.mkdir()
+        for i, caption in enumerate(captions(3, seed=11)):
+            for number, frame in enumerate(change(render(parse_caption(caption), 11, i))):
+                own = f"{i:04d}-0-{number:02d}"
+                Image.fromarray(frame).save(folder / f"{own}{suffix}")
+                lines.append(json.dumps({"id": own, "clip": f"{i:04d}-0", "prompt": caption, "seed": i}))
+        (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+        return folder
+
+    return make
+
+
+def reasons(records):
+    return {record.name: record.not_measured for record in records if record.not_measured is not None}
+
+
+def test_what_clips_lack_is_said(clips, pictures, tmp_path):
+    clean = clips("clean")
+    metrics = ["dynamic_degree", "appearance_style", "motion_smoothness", "aesthetic_quality", "overall_consistency"]
+    said = reasons(evaluate(clean, clean, tmp_path / "a", metrics=metrics, extractors=["tiny-clip", "lucas-kanade"]))
+    assert said == {
+        "dynamic_degree[lucas-kanade]": "Dynamic degree needs the frame rate that the clips are made for, got none; set fps",
+        "appearance_style[tiny-clip]": "Appearance style needs the style of every clip, got none for 3, such as 0000-0",
+        "motion_smoothness": "Motion smoothness needs an interpolator of frames, such as warp:lucas-kanade, "
+        "got tiny-clip, lucas-kanade",
+        "aesthetic_quality": "Aesthetic quality needs an aesthetic head, such as tiny-aesthetic, got tiny-clip, lucas-kanade",
+        "overall_consistency[tiny-clip]": "Overall consistency needs an extractor of clips, got tiny-clip, lucas-kanade",
+        "overall_consistency[lucas-kanade]": "Overall consistency needs an extractor of clips, got tiny-clip, lucas-kanade",
+    }
+    still = pictures("still")
+    metrics = ["subject_consistency", "overall_consistency"]
+    said = reasons(evaluate(still, still, tmp_path / "b", metrics=metrics, extractors=["tiny-clip", "frames:tiny-clip"]))
+    assert said == {
+        "subject_consistency[tiny-clip]": "Subject consistency needs clips, got pictures",
+        "overall_consistency[frames:tiny-clip]": "Overall consistency by frames:tiny-clip needs clips, got pictures",
+    }
+
+
+def test_a_still_clip_and_a_moving_one(clips, tmp_path):
+    moving, still = clips("moving"), clips("still", lambda x: np.repeat(x[:1], len(x), axis=0))
+    metrics = ["subject_consistency", "temporal_flickering", "dynamic_degree"]
+    records = evaluate(moving, still, tmp_path / "out", metrics=metrics, extractors=["tiny-clip", "lucas-kanade"], fps=8)
+    found = {(r.model, r.name): r for r in records}
+    assert found["still", "subject_consistency[tiny-clip]"].value == pytest.approx(1)
+    assert found["moving", "subject_consistency[tiny-clip]"].value < 0.999
+    assert found["still", "dynamic_degree[lucas-kanade]@change"].value == -1
+    assert found["still", "dynamic_degree[lucas-kanade]@change"].extra["right_to_wrong"] == 3
+    assert found["still", "temporal_flickering[lucas-kanade]"].value == 1
+    assert found["moving", "temporal_flickering[lucas-kanade]"].not_measured == "Temporal flickering is of none of the 3 clips"
+    samples = pandas.read_parquet(tmp_path / "out" / "samples.parquet").set_index("variant")
+    assert samples.loc["moving", "temporal_flickering[lucas-kanade]"].isna().all()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (
+            lambda folder: (folder / "0001-0-03.png").unlink(),
+            r"must hold every frame that is noted .*, got 1 missing, first 0001-0-03",
+        ),
+        (
+            lambda folder: shutil.copy(folder / "0001-0-03.png", folder / "x.png"),
+            "must hold clips only, got 1 other pictures, first x",
+        ),
+        (
+            lambda folder: (folder / "prompts.jsonl").unlink(),
+            "both folders must hold clips, or both pictures|must hold pictures of the",
+        ),
+    ],
+)
+def test_incomplete_clips_are_refused(clips, tmp_path, spoil, said):
+    good, bad = clips("good"), clips("bad")
+    spoil(bad)
+    with pytest.raises(ValueError, match=said):
+        evaluate(good, bad, tmp_path / "out", metrics=["psnr"])
+
+
+def test_lossy_frames_and_unequal_lengths_are_refused(clips, tmp_path):
+    good, lossy, short = clips("good"), clips("lossy", suffix=".jpg"), clips("short", lambda x: x[:9])
+    with pytest.raises(ValueError, match=r"frames of clips must be lossless files, got 51 lossy ones, such as .*0000-0-00\.jpg"):
+        evaluate(good, lossy, tmp_path / "a", metrics=["psnr"])
+    with pytest.raises(ValueError, match="must have one number of frames, got 9 in 0000-0-00 and 17 in 0000-0-00"):
+        evaluate(good, short, tmp_path / "b", metrics=["psnr"])
+    with pytest.raises(ValueError, match=r"fps must be a positive frame rate, got -1"):
+        evaluate(good, good, tmp_path / "c", metrics=["psnr"], fps=-1)
+
+
+def test_long_clips_keep_their_order_in_the_shell(clips, tmp_path, capsys):
+    """Frame 100 comes after 99, not after 10: the notes say the order."""
+    long = clips("long", lambda x: np.concatenate([x] * 6 + [x[:3]]))
+    assert main(["evaluate", str(long), str(long), "--metrics", "psnr", "--fps", "8", "--output", str(tmp_path / "out")]) == 0
+    assert "identical" in capsys.readouterr().out
+    samples = pandas.read_parquet(tmp_path / "out" / "samples.parquet")
+    assert samples["frames"].tolist() == [105] * 6
