@@ -172,11 +172,15 @@ def comparable(score: TextScore | SetScore | ClassScore | FrameScore | ClipScore
     preprocessing (``published``: patterns of extractor names and of its ``preprocess``), and never with the pictures of one's own
     original as the reference (``to_original``).
     """
-    named = any(
+    return bool(extractor.comparable) and as_published(score, extractor) and not to_original
+
+
+def as_published(score: TextScore | SetScore | ClassScore | FrameScore | ClipScore, extractor: Any) -> bool:
+    """Whether a score is published with networks of this name and preprocessing, whatever the weights are."""
+    return any(
         fnmatchcase(_plain(extractor.name), _plain(name)) and fnmatchcase(extractor.preprocess, preprocess)
         for name, preprocess in score.published
     )
-    return bool(extractor.comparable) and named and not to_original
 
 
 def _plain(text: str) -> str:

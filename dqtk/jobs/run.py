@@ -21,6 +21,7 @@ from .layout import Layout, Variant, batches, prompts_of, suite_of, variants
 from .measure import observe, reduce
 from .results import write_results
 from .spec import DECIDING, Job, to_json
+from .vbench_files import write_vbench
 
 
 def run(job: Job, gates: Sequence[Gate] = ()) -> list[Record]:
@@ -70,6 +71,7 @@ def run(job: Job, gates: Sequence[Gate] = ()) -> list[Record]:
         facts = {variant.name: _facts(variant, work, layout) for variant in painted}
         facts |= {v.name: {"role": v.role, "original": v.original, "failed": failed[v.name]} for v in everyone if v.name in failed}
         said = [*warnings_of(asked, shown, references), *learned_here(job.recipes)]
+        said += write_vbench(layout.root / "vbench", asked, shown, values, extra)
         write_results(layout.root, to_json(job), shown, records, values, facts, said)
     me.wait()
     return records if me.first else read_results(layout.root / "results.json")
