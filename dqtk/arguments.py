@@ -3,6 +3,7 @@
 import argparse
 import importlib.metadata
 from pathlib import Path
+from typing import Any
 
 from .allocate.budget import Budget, parse_budget
 from .allocate.from_logs import LOSSES
@@ -76,6 +77,9 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--extractors", nargs="+", metavar="NAME", default=[], help="tiny-clip, inception2015, open_clip:WHERE, ..."
     )
+    evaluate.add_argument(
+        "--worker", metavar="NAME=COMMAND", action="append", default=[], help="a score that a program of yours computes; repeatable"
+    )
     evaluate.add_argument("--unpaired", action="store_true", help="compare the sets only; names need not match")
     evaluate.add_argument("--fps", type=float, metavar="RATE", help="frames per second that clips are meant for")
     evaluate.add_argument("--output", type=Path, required=True, help="folder for results; an earlier one's features are used again")
@@ -83,6 +87,7 @@ def parser() -> argparse.ArgumentParser:
 
     job = verbs.add_parser("run", help="a batch job from a YAML file; resumes; torchrun -m dqtk run JOB uses many processes")
     job.add_argument("job", metavar="JOB", type=Path)
+    job.add_argument("--presets", action=_Presets, help="what a job file may name as its preset: protocols of papers; and end")
     _gates(job)
     return top
 
@@ -141,6 +146,19 @@ def _allocation(verb: argparse.ArgumentParser) -> None:
         help="of the log; score: best sum of scores (the default), noise: scores are dB, least noise",
     )
     verb.add_argument("--output", type=Path, required=True, help="plan (or choices) as JSON; what was measured: NAME-sensitivity")
+
+
+class _Presets(argparse.Action):
+    """Prints the presets and ends, whatever else was asked, as ``--help`` does."""
+
+    def __init__(self, option_strings: list[str], dest: str, **kwargs: Any) -> None:
+        super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, **kwargs)
+
+    def __call__(self, parser: argparse.ArgumentParser, *ignored: Any) -> None:
+        from .jobs.presets import as_text
+
+        print(as_text())
+        parser.exit()
 
 
 def _gates(verb: argparse.ArgumentParser) -> None:

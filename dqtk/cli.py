@@ -372,6 +372,12 @@ def _evaluate(options: argparse.Namespace, command: str) -> int:
     from .jobs.gates import parse_gate
 
     gates = [parse_gate(text) for text in options.fail_if]
+    workers = {}
+    for text in options.worker:
+        name, equals, command = text.partition("=")
+        if not equals:
+            raise ValueError(f"--worker must be NAME=COMMAND, got {text!r}. For example image_reward='python worker.py'.")
+        workers[name] = command
     records = evaluate(
         options.reference,
         options.candidate,
@@ -381,6 +387,7 @@ def _evaluate(options: argparse.Namespace, command: str) -> int:
         unpaired=options.unpaired,
         gates=gates,
         fps=options.fps,
+        workers=workers,
     )
     return _results(options.output, records, gates)
 

@@ -99,7 +99,7 @@ def pair_score(name: str) -> Any:
     kind, colon, extractor = name.partition(":")
     if kind == "features" and colon:
         return importlib.import_module("dqtk.metrics.feature_similarity").feature_score(extractor_for(extractor))
-    known = {name: score for name, score in scores().items() if hasattr(score, "load")}
+    known = {name: score for name, score in scores().items() if hasattr(score, "load") and not score.clips}
     if name not in known:
         raise ValueError(
             f"score: name must be one of {', '.join(known)}, features:EXTRACTOR, got {name!r}.{did_you_mean(name, known)}"

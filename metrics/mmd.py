@@ -1,6 +1,7 @@
 """Maximum mean discrepancy of two sets of features (Gretton et al. 2012, "A Kernel Two-Sample Test"), and the scores made of it.
 
     KID      polynomial kernel on Inception features, unbiased (Binkowski et al. 2018, "Demystifying MMD GANs")
+    JEDi     polynomial kernel of degree 2 on V-JEPA features, biased, times 100 (Luo et al. 2024, arXiv 2410.05203)
     CMMD     Gaussian of sigma 10 on unit CLIP embeddings, biased, times 1000 (Jayasumana et al. 2024, arXiv 2401.09603)
     rbf_mmd  Gaussian whose sigma is the reference's median distance: sees variety, which CMMD does not
 
@@ -140,6 +141,15 @@ def cmmd(x: Tensor, y: Tensor) -> float:
     return 1000 * mmd_squared(x, y, Gaussian(sigma=10.0), unbiased=False)
 
 
+def jedi(x: Tensor, y: Tensor) -> float:
+    """JEDi's distance of features [N, D] and [M, D]: 100 times the biased MMD^2 with the kernel ``(x . y / D) ** 2``, at least 0.
+
+    That kernel compares second moments and nothing else: sets whose ``x x^T`` average alike are at distance 0, whatever their
+    means, so features that differ by sign alone cannot be told apart. Raises ``ValueError`` for sets outside the contract.
+    """
+    return 100 * mmd_squared(x, y, Polynomial(degree=2, coef0=0.0), unbiased=False)
+
+
 def median_bandwidth(x: Tensor, *, seed: int = 0) -> float:
     """The median distance between different rows of ``x`` [N, D], of 1000 rows drawn by ``seed`` where there are more.
 
@@ -185,6 +195,13 @@ SCORES = (
         higher_is_better=False,
         digits=6,
         function=lambda generated, reference, paired: mmd_squared(generated, reference, Polynomial(), unbiased=True, paired=paired),
+    ),
+    SetScore(
+        name="jedi",
+        label="JEDi",
+        higher_is_better=False,
+        function=lambda generated, reference, paired: jedi(generated, reference),
+        published=(("vjepa[vith16-ssv2]", "*"),),
     ),
     SetScore(
         name="cmmd",

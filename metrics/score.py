@@ -23,9 +23,10 @@ ANY = (("*", "*"),)  # published with whatever comparable extractor
 class PairScore:
     """Closeness of a picture to the original's picture of the same prompt and seed.
 
-    ``load(**options)`` returns the function (candidate, reference) -> [B] of float batches [B, 3, H, W] in [0, 1]. ``cap``: what
-    larger values count for in a mean (``None``: the score is bounded). ``version``: of the code; another one may give other
-    numbers, so cached values are filed under it. A function that depends on files says on which in its ``identity``.
+    ``load(**options)`` returns the function (candidate, reference) -> [B] of float batches [B, 3, H, W] in [0, 1]; with ``clips``,
+    of [B, F, 3, H, W] (other scores take the frames of a clip one by one). ``cap``: what larger values count for in a mean
+    (``None``: the score is bounded). ``version``: of the code; another one may give other numbers, so cached values are filed under
+    it. A function that depends on files says on which in its ``identity``.
     """
 
     name: str
@@ -36,14 +37,16 @@ class PairScore:
     digits: int = 4
     cap: float | None = None
     version: str = "1"
+    clips: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextScore:
     """How well a picture fits its prompt: ``function`` maps embeddings of pictures and prompts, [N, D] each, to [N].
 
-    ``least``: different prompts that it cannot do without. ``of_clips``: it is of extractors of clips only. ``published``: see
-    ``comparable``.
+    ``least``: different prompts that it cannot do without. ``of_clips``: it is of extractors of clips only. ``scaled``: the value
+    is multiplied with the extractor's ``logit_scale``. ``only``: patterns of the names of extractors that it is taken with; none:
+    with all. ``published``: see ``comparable``.
     """
 
     name: str
@@ -54,6 +57,8 @@ class TextScore:
     digits: int = 2
     least: int = 1
     of_clips: bool = False
+    scaled: bool = False
+    only: tuple[str, ...] = ()
     published: tuple[tuple[str, str], ...] = ANY
 
 
@@ -102,14 +107,15 @@ class ClassScore:
 class FrameScore:
     """Of one clip, from what an extractor of pictures gives for each frame: ``function(rows [F, D], text)`` -> a number.
 
-    ``gives``: what the rows have to be, which an extractor says of itself under the same name ("embedding" where it says nothing).
-    ``text``: which text's embedding [1, D] the function gets: the clip's "prompt", or its "style", which a suite of prompts names;
-    None: none, and ``text`` is None. ``least``: frames that it cannot do without. ``published``: see ``comparable``.
+    ``higher_is_better``: None where neither is. ``gives``: what the rows have to be, which an extractor says of itself under the
+    same name ("embedding" where it says nothing). ``text``: which text's embedding [1, D] the function gets: the clip's "prompt",
+    or its "style", which a suite of prompts names; None: none, and ``text`` is None. ``least``: frames that it cannot do without.
+    ``published``: see ``comparable``.
     """
 
     name: str
     label: str
-    higher_is_better: bool
+    higher_is_better: bool | None
     function: Callable[[Tensor, Tensor | None], float]
     unit: str = ""
     digits: int = 4
@@ -124,15 +130,15 @@ class ClipScore:
     """Of one clip, from its frames: ``function(frames uint8 [F, 3, H, W], fps, tool)`` -> a number, or None where the clip is not
     among those that the score is of.
 
-    ``needs``: the method that a tool must have ("flow", "interpolate"), None: no tool, and ``tool`` is None. ``needs_fps``: it
-    means nothing without the frame rate; else ``fps`` may be None. ``least``: frames that it cannot do without. ``version``: as
-    of ``PairScore``. ``published``: see ``comparable``; without a tool, whether it is published at all. ``boolean``: its numbers
-    are 0 or 1, and changes are flips.
+    ``higher_is_better``: None where neither is. ``needs``: the method that a tool must have ("flow", "interpolate"), None: no tool,
+    and ``tool`` is None. ``needs_fps``: it means nothing without the frame rate; else ``fps`` may be None. ``least``: frames that
+    it cannot do without. ``version``: as of ``PairScore``. ``published``: see ``comparable``; without a tool, whether it is
+    published at all. ``boolean``: its numbers are 0 or 1, and changes are flips.
     """
 
     name: str
     label: str
-    higher_is_better: bool
+    higher_is_better: bool | None
     function: Callable[[Tensor, float | None, Any], float | None]
     unit: str = ""
     digits: int = 4
@@ -155,6 +161,8 @@ def serves(score: Score, extractor: Any) -> bool:
         return score.needs is not None and hasattr(extractor, score.needs)
     if isinstance(score, FrameScore):
         return hasattr(extractor, "encode_images") and gives(extractor) == score.gives
+    if isinstance(score, TextScore) and score.only and not _matches(extractor.name, score.only):
+        return False
     if isinstance(score, TextScore) and score.of_clips:
         return hasattr(extractor, "encode_clips")
     return gives(extractor) == "embedding" and (hasattr(extractor, "encode_images") or hasattr(extractor, "encode_clips"))
@@ -178,9 +186,12 @@ def comparable(score: TextScore | SetScore | ClassScore | FrameScore | ClipScore
 def as_published(score: TextScore | SetScore | ClassScore | FrameScore | ClipScore, extractor: Any) -> bool:
     """Whether a score is published with networks of this name and preprocessing, whatever the weights are."""
     return any(
-        fnmatchcase(_plain(extractor.name), _plain(name)) and fnmatchcase(extractor.preprocess, preprocess)
-        for name, preprocess in score.published
+        _matches(extractor.name, (name,)) and fnmatchcase(extractor.preprocess, preprocess) for name, preprocess in score.published
     )
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(_plain(name), _plain(pattern)) for pattern in patterns)
 
 
 def _plain(text: str) -> str:

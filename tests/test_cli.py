@@ -58,8 +58,8 @@ GOLDEN_FLAGS = {
     "generate": sorted(["MODEL", *SAMPLING, "--output"]),
     "compare": sorted(["REFERENCE", "CANDIDATE", *SAMPLING, "--output", "--floor", "--lpips-weights"]),
     "bench": sorted(["MODEL", "--recipes", *BENCH, "--dtype", "--device", "--layers", "--output"]),
-    "evaluate": sorted(["A", "B", "--metrics", "--extractors", "--unpaired", "--fps", "--output", "--fail-if"]),
-    "run": sorted(["JOB", "--fail-if"]),
+    "evaluate": sorted(["A", "B", "--metrics", "--extractors", "--unpaired", "--worker", "--fps", "--output", "--fail-if"]),
+    "run": sorted(["JOB", "--presets", "--fail-if"]),
 }
 
 

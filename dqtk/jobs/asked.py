@@ -3,7 +3,7 @@
 A job makes ``Measures`` from its file, ``dqtk evaluate`` from its arguments. What lacks its weights is left out with the reason.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +21,9 @@ _ALSO_KNOWN = {
     "clip": "clip_score with an extractor that reads texts",
     "lpips_alex": "lpips",
     "mmd": "kid or cmmd",
+    "fvd": "frechet with an extractor of clips, such as i3d:rgb_imagenet",
+    "clip_temporal": "clip_temp",
+    "image_reward": "a worker of that name (docs/preference.md)",
 }
 
 
@@ -68,7 +71,8 @@ class Shown:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measures:
-    """Scores by name, the functions of pair scores, extractors by name, an oracle; why some of it is missing, by name."""
+    """Scores by name, the functions of pair scores, extractors by name, an oracle; why some of it is missing, by name; commands of
+    workers by the names of their scores."""
 
     scores: dict[str, Any]
     pairs: dict[str, Callable]
@@ -76,6 +80,7 @@ class Measures:
     judge: Callable | None
     missing: dict[str, str] = field(default_factory=dict)
     missing_extractors: dict[str, str] = field(default_factory=dict)
+    workers: dict[str, str] = field(default_factory=dict)
 
     def of(self, kind: str) -> list[Any]:
         """Scores of one kind: "PairScore", "TextScore", "SetScore", "ClassScore", "FrameScore", "ClipScore"."""
@@ -112,13 +117,18 @@ def has_head(extractor: Any, head: str) -> bool:
     return head in getattr(extractor, "heads", ())
 
 
-def measures(names: Sequence[str], extractors: Sequence[str], device: Any = "cpu") -> Measures:
-    """Everything that the names ask for, loaded. What lacks its weights is left out with the reason.
+def measures(
+    names: Sequence[str], extractors: Sequence[str], device: Any = "cpu", workers: Mapping[str, str] | None = None
+) -> Measures:
+    """Everything that the names ask for, loaded. What lacks its weights is left out with the reason. Workers are not started yet.
 
     Raises:
-        ValueError: an unknown score or extractor, or a score of features without an extractor.
+        ValueError: an unknown score or extractor, a score of features without an extractor, or a worker by the name of a score.
     """
     known = scores()
+    taken = sorted({*known, ORACLE, *ORACLE_SCORES} & set(workers or {}))
+    if taken:
+        raise ValueError(f"workers: names must differ from those of scores, got {', '.join(taken)}. Rename them.")
     wanted = {}
     for name in names:
         if name == ORACLE:
@@ -146,8 +156,21 @@ def measures(names: Sequence[str], extractors: Sequence[str], device: Any = "cpu
         except FileNotFoundError as error:
             missing_extractors[name] = str(error)
     return Measures(
-        scores=wanted, pairs=pairs, extractors=found, judge=None, missing=missing, missing_extractors=missing_extractors
+        scores=wanted,
+        pairs=pairs,
+        extractors=found,
+        judge=None,
+        missing=missing,
+        missing_extractors=missing_extractors,
+        workers=dict(workers or {}),
     )
+
+
+def fitting(asked: Measures, shown: Sequence[Shown]) -> Measures:
+    """The same without pair scores of whole clips where the samples are pictures, and why."""
+    unfit = [name for name in asked.pairs if asked.scores[name].clips and not shown[0].of_clips]
+    pairs = {name: function for name, function in asked.pairs.items() if name not in unfit}
+    return replace(asked, pairs=pairs, missing=asked.missing | dict.fromkeys(unfit, "it scores clips, and these are pictures"))
 
 
 def with_oracle(asked: Measures, names: Sequence[str], shown: Sequence[Shown]) -> Measures:

@@ -57,6 +57,8 @@ def _unserved(asked: Measures, score: Any) -> str | None:
     if asked.missing_extractors or any(serves(score, extractor) for extractor in asked.extractors.values()):
         return None
     needs = "an extractor of clips" if getattr(score, "of_clips", False) else "an extractor of pictures"
+    if getattr(score, "only", ()):
+        needs = f"the extractor {' or '.join(score.only)}"
     needs = _NEEDS.get(getattr(score, "needs", None) or "", _GIVES.get(getattr(score, "gives", ""), needs))
     return f"{score.label} needs {needs}, got {', '.join(asked.extractors) or 'none'}"
 
@@ -128,7 +130,7 @@ def result_names(asked: Measures, metrics: Sequence[str], *, paired: bool, real:
         able = [name for name, extractor in serving.items() if head is None or has_head(extractor, head)]
         names = _names(score, [*able, *asked.missing_extractors] if able else every, paired=paired, real=real)
         found += [*names, *(f"{name}@change" for name in names if paired and type(score).__name__ == "TextScore")]
-    for name in ORACLE_SCORES if ORACLE in metrics else ():
+    for name in (*(ORACLE_SCORES if ORACLE in metrics else ()), *asked.workers):
         found += [name, *([f"{name}@change"] if paired else [])]
     return found
 

@@ -1,6 +1,6 @@
 """``dqtk evaluate A/ B/``: two folders of pictures, without any model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from dqtk.processes import Processes
 from dqtk.report.records import Record
 
-from .asked import ORACLE, Measures, Shown, measures, with_oracle
+from .asked import ORACLE, Measures, Shown, fitting, measures, with_oracle
 from .doubts import LOSSY, result_names, warnings_of
 from .features import Picture
 from .files import key_of
@@ -19,6 +19,7 @@ from .gates import Gate, check_gates
 from .measure import observe, reduce
 from .results import write_results
 from .run import claim
+from .spec import check_workers
 
 
 def evaluate(
@@ -32,6 +33,7 @@ def evaluate(
     seed: int = 0,
     gates: Sequence[Gate] = (),
     fps: float | None = None,
+    workers: Mapping[str, str] | None = None,
 ) -> list[Record]:
     """Two folders of pictures against each other. Pictures of one name are a pair.
 
@@ -42,6 +44,7 @@ def evaluate(
         unpaired: the folders are of one world but not picture by picture the same; only distances of sets are taken.
         seed: of the bootstrap.
         fps: frames per second that clips are meant for; scores that count time need it.
+        workers: names of scores that programs of the user's compute, and their commands (docs/preference.md).
         gates: conditions whose names are checked before anything is computed; ``tripped`` judges them afterwards.
     Returns:
         Records, which are also in ``output``.
@@ -58,7 +61,8 @@ def evaluate(
     if not unpaired:
         first, second = _paired(first, second)
     _check_kinds(first, second)
-    asked = measures(names, extractors)
+    check_workers(workers or {}, "evaluate: workers")
+    asked = measures(names, extractors, workers=workers)
     if unpaired:
         asked = _only_sets(asked, names)
     check_gates(gates, result_names(asked, names, paired=not unpaired, real=unpaired))
@@ -77,7 +81,7 @@ def evaluate(
             Shown(name=b, role="candidate", original=a, batches=chunks(second)),
         ]
         references = []
-    asked = with_oracle(asked, names, shown)
+    asked = fitting(with_oracle(asked, names, shown), shown)
     observe(asked, shown, references, folder / "cache", me, fps)
     extra: dict[str, Any] = {"reference": str(reference), "candidate": str(candidate)} | ({"fps": fps} if fps else {})
     records, values = reduce(asked, shown, references, folder / "cache", seed, extra, fps=fps)

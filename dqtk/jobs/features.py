@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dqtk.report import environment
-from dqtk.report.scores import checked_clip, checked_heads, identity, one_per_picture
+from dqtk.report.scores import checked_clip, checked_heads, identity, mean_over_frames, one_per_picture
 
 from .files import cached_json, key_of, sha256, whole
 
@@ -218,11 +218,13 @@ def pair_identity(score: Any, function: Any) -> str:
     return "|".join((score.name, score.version, str(getattr(function, "identity", "")), *computes))
 
 
-def score_pairs(cache: Path, name: str, function: Any, candidate: Sequence[Picture], reference: Sequence[Picture]) -> list[float]:
+def score_pairs(
+    cache: Path, name: str, function: Any, candidate: Sequence[Picture], reference: Sequence[Picture], *, whole: bool = False
+) -> list[float]:
     """Values of one pair score (``name``: its ``pair_identity``) for a batch, from the cache where they are there and whole.
 
-    Of clips: of the frames of two. ``inf`` is stored as text. Raises ``ValueError`` for pictures of two sizes, clips of two
-    lengths and NaN.
+    Of clips: of the frames of two, or (``whole``: the score is of clips) one value of both. ``inf`` is stored as text. Raises
+    ``ValueError`` for pictures of two sizes, clips of two lengths and NaN.
     """
     if len(candidate) != len(reference):
         raise ValueError(
@@ -230,6 +232,7 @@ def score_pairs(cache: Path, name: str, function: Any, candidate: Sequence[Pictu
             f"{len(reference)} in {reference[0].file.stem}. Compare clips of one length."
         )
     key = key_of(name, *(picture.sha256 for picture in (*candidate, *reference)))
+    num = 1 if whole else len(candidate)
 
     def make() -> list[float | str]:
         a, b = (read_pictures(side).float() / 255 for side in (candidate, reference))
@@ -238,23 +241,22 @@ def score_pairs(cache: Path, name: str, function: Any, candidate: Sequence[Pictu
                 f"pictures of a pair must have one size, got {tuple(a.shape[2:])} in {candidate[0].file} and "
                 f"{tuple(b.shape[2:])} in {reference[0].file}. Compare pictures of one size."
             )
-        values = one_per_picture(name.split("|")[0], function, function(a, b), len(candidate)).tolist()
+        found = function(a[None], b[None]) if whole else function(a, b)
+        values = one_per_picture(name.split("|")[0], function, found, num).tolist()
         if any(math.isnan(value) for value in values):
             raise ValueError(f"{name.split('|')[0]} of {candidate[0].file} and the next must be a number, got NaN. Look at it.")
         return [value if math.isfinite(value) else str(value) for value in values]
 
     def fits(data: Any) -> bool:
-        return isinstance(data, list) and len(data) == len(candidate) and all(_is_number(value) for value in data)
+        return isinstance(data, list) and len(data) == num and all(_is_number(value) for value in data)
 
     return [float(value) for value in cached_json(cache / "pairs" / f"{key}.json", make, fits)]
 
 
-def score_clip_pair(cache: Path, name: str, function: Any, cap: float | None, candidate: Picture, reference: Picture) -> float:
-    """One pair score of two clips: the mean over their frames, where an infinite one counts as ``cap`` (all of them: infinite)."""
-    values = score_pairs(cache, name, function, candidate.frames, reference.frames)
-    if all(value == math.inf for value in values):
-        return math.inf
-    return sum(value if cap is None else min(value, cap) for value in values) / len(values)
+def score_clip_pair(cache: Path, name: str, function: Any, score: Any, candidate: Picture, reference: Picture) -> float:
+    """One pair score of two clips: ``mean_over_frames``, or the one value of a score of whole clips."""
+    values = score_pairs(cache, name, function, candidate.frames, reference.frames, whole=score.clips)
+    return mean_over_frames(values, score.cap)
 
 
 def _is_number(value: Any) -> bool:

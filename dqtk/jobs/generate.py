@@ -26,7 +26,7 @@ from dqtk.processes import Processes
 from dqtk.quantize import plan as make_plan
 from dqtk.quantize import quantize, save
 from dqtk.report import environment
-from dqtk.report.generate import NotFinite, Task, check_call_kwargs, frame_names, generate_clips
+from dqtk.report.generate import NotFinite, Task, check_call_kwargs, frame_names, generate
 from dqtk.report.rounding import check_rounding, other_rounding
 from dqtk.report.sizes import pipeline_sizes
 from dqtk.report.trajectory import compute_dtype
@@ -156,16 +156,16 @@ def _paint_batch(
     """Paint a batch and write its manifest; False where the pipeline computed NaN, which the manifest then says."""
     manifest.unlink(missing_ok=True)
     try:
-        made, seconds = generate_clips(pipe, batch, arguments)
+        made = generate(pipe, batch, arguments)
     except NotFinite as error:
         write_json(manifest, {"samples": [_row(task) for task in batch], "failed": str(error), **where})
         return False
     rows = []
-    for task, frames in zip(batch, made, strict=True):
+    for task, frames in zip(batch, made.clips, strict=True):
         names = frame_names(task.id, len(frames))
         files = [_write_png(folder / f"{name}.png", image) for name, image in zip(names, frames, strict=True)]
         rows.append(_row(task) | (files[0] if len(files) == 1 else {"frames": files}))
-    write_json(manifest, {"samples": rows, "seconds": seconds, **where})
+    write_json(manifest, {"samples": rows, "seconds": made.seconds, **where})
     return True
 
 

@@ -33,7 +33,8 @@ from .features import (
     score_pairs,
     text_chunks,
 )
-from .reduce import Context, Values, change_records, class_records, clip_records, pair_records, set_records
+from .reduce import Context, Values, change_records, class_records, clip_records, pair_records, set_records, worker_records
+from .worker_scores import answers, ask
 
 
 def _chunks(asked: Measures, shown: Sequence[Shown]) -> list[list[str]]:
@@ -76,7 +77,8 @@ def observe(
                 work.append((variant.name, partial(judge_pictures, cache, judged, asked.judge, mine)))
             for name, function in asked.pairs.items() if variant.role != "original" else ():
                 pairs = zip(looked_at([mine]), looked_at([theirs]), strict=True)
-                work += [(variant.name, partial(score_pairs, cache, keys[name], function, a, b)) for a, b in pairs]
+                whole = asked.scores[name].clips
+                work += [(variant.name, partial(score_pairs, cache, keys[name], function, a, b, whole=whole)) for a, b in pairs]
         for score in asked.of("ClipScore"):
             if unfit_clips(score, variant.pictures, fps) is None:
                 work += [
@@ -85,12 +87,14 @@ def observe(
                     for clip in variant.pictures
                 ]
     share = processes.mine(work)
-    if not share:
-        return
-    with tqdm(share, desc="features", unit="batch") as bar:
-        for _, (label, make) in bar:
-            bar.set_postfix_str(label)
-            make()
+    if share:
+        with tqdm(share, desc="features", unit="batch") as bar:
+            for _, (label, make) in bar:
+                bar.set_postfix_str(label)
+                make()
+    samples = [sample for _, sample in processes.mine([sample for variant in shown for sample in variant.pictures])]
+    for name, command in asked.workers.items():
+        ask(cache, name, command, samples, processes.rank)
 
 
 def clusters(pictures: Sequence[Picture]) -> list[int]:
@@ -109,10 +113,10 @@ def gather(
     values = Values(name=variant.name, role=variant.role, prompts=clusters(variant.pictures))
     if variant.role != "original":
         for name, function in asked.pairs.items():
-            key, cap = asked.pair_key(name), asked.scores[name].cap
+            key, score = asked.pair_key(name), asked.scores[name]
             if variant.of_clips:
                 clips = zip(variant.pictures, original.pictures, strict=True)
-                values.pairs[name] = [score_clip_pair(cache, key, function, cap, a, b) for a, b in clips]
+                values.pairs[name] = [score_clip_pair(cache, key, function, score, a, b) for a, b in clips]
             else:
                 values.pairs[name] = [v for a, b in paired for v in score_pairs(cache, key, function, a, b)]
     if asked.judge is not None:
@@ -125,6 +129,7 @@ def gather(
             if unfit_prompts(score, variant) is None and (name, None) in values.features:
                 values.texts[score.name, name] = _text_values(score, extractor, variant, values.features[name, None], chunks, cache)
     _clip_values(asked, variant, values, chunks, cache, fps)
+    values.workers.update({name: answers(cache, name, how, variant.pictures) for name, how in asked.workers.items()})
     return values
 
 
@@ -135,6 +140,8 @@ def _text_values(
     counts = [len(sample.frames) if sample.frames and len(rows) != len(variant.pictures) else 1 for sample in variant.pictures]
     known = [prompt for prompt, count in zip(variant.prompts, counts, strict=True) for _ in range(count) if prompt]
     found = score.function(rows, load_texts(cache, extractor, chunks, known))
+    if score.scaled:
+        found = found * extractor.logit_scale
     each = one_per_picture(score.name, score.function, found, len(known)).double().split(counts)
     means = [float(part.mean()) for part in each]
     return [None if score.name in sample.left_out else mean for sample, mean in zip(variant.pictures, means, strict=True)]
@@ -196,6 +203,7 @@ def reduce(
         records += change_records(values, original, "oracle", ORACLE_SCORES, context)
         records += change_records(values, original, "texts", asked.scores, context)
         records += clip_records(values, original, asked.scores, context)
+        records += worker_records(values, original, context)
         if variant.role != "original":
             records += set_records(values, original.features, asked.of("SetScore"), context, paired=True)
         if real:

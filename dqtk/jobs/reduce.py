@@ -26,6 +26,8 @@ from dqtk.report.scores import (
     serves,
 )
 
+from .worker_scores import Answers
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Values:
@@ -34,7 +36,8 @@ class Values:
     that the score is not of.
 
     ``features``: (extractor name, head) -> rows; head None is the extractor's own feature.
-    ``oracle``: "oracle_mean" and "oracle_all_correct" -> values; empty without an oracle.
+    ``oracle``: "oracle_mean" and "oracle_all_correct" -> values; empty without an oracle. ``workers``: name -> what the worker
+    answered, or why it did not.
     """
 
     name: str
@@ -44,13 +47,15 @@ class Values:
     texts: dict[tuple[str, str], list[float | None]] = field(default_factory=dict)
     clips: dict[tuple[str, str | None], list[float | None]] = field(default_factory=dict)
     oracle: dict[str, list[float]] = field(default_factory=dict)
+    workers: dict[str, Answers | str] = field(default_factory=dict)
     features: dict[tuple[str, str | None], Tensor] = field(default_factory=dict)
 
     def columns(self) -> dict[str, list[float]]:
         """Every value per picture under the name of its score; NaN where a score is not of a clip."""
         by_tool = {tool_name(score, tool): v for (score, tool), v in (self.texts | self.clips).items()}
         numbers = {name: [math.nan if value is None else value for value in found] for name, found in by_tool.items()}
-        return {**self.pairs, **numbers, **self.oracle}
+        workers = {name: said.values for name, said in self.workers.items() if not isinstance(said, str)}
+        return {**self.pairs, **numbers, **self.oracle, **workers}
 
 
 def tool_name(score: str, tool: str | None) -> str:
@@ -142,6 +147,32 @@ def clip_records(values: Values, original: Values, scores: Mapping[str, Any], co
         if values.role != "original" and theirs is not None:
             extra = context.clip_extra(score, tool, to_original=True)
             found.append(_mean_record(values, score, f"{name}@change", mine, theirs, context, extra))
+    return found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Unknown:
+    """The score of a worker that said nothing of itself."""
+
+    label: str
+    unit: str = ""
+    higher_is_better: bool | None = None
+    digits: int = 4
+
+
+def worker_records(values: Values, original: Values, context: Context) -> list[Record]:
+    """Scores of workers: the mean, and the mean of the paired change; or why there is none."""
+    found = []
+    for name, mine in values.workers.items():
+        if isinstance(mine, str):
+            score = _Unknown(label=name)
+            found.append(context.record(values.name, score, name, len(values.prompts), value=None, not_measured=mine))
+            continue
+        extra = {"worker": f"{mine.by.name} {mine.by.version}"}
+        found.append(_mean_record(values, mine.by, name, mine.values, None, context, extra))
+        theirs = original.workers[name]
+        if values.role != "original" and not isinstance(theirs, str):
+            found.append(_mean_record(values, mine.by, f"{name}@change", mine.values, theirs.values, context, extra))
     return found
 
 

@@ -10,7 +10,7 @@ import torch
 from dqtk.processes import processes
 from dqtk.report.records import Record
 
-from .asked import Shown, measures, with_oracle
+from .asked import Shown, fitting, measures, with_oracle
 from .doubts import learned_here, result_names, warnings_of
 from .features import Picture, clip_of
 from .files import read_json, remove_partials, write_json
@@ -19,6 +19,7 @@ from .gates import Gate, check_gates
 from .generate import check_floors, check_models, failure_of, is_done, maker_of, paint, plans_of, quantize_missing
 from .layout import Layout, Variant, batches, prompts_of, suite_of, variants
 from .measure import observe, reduce
+from .presets import deviations
 from .results import write_results
 from .spec import DECIDING, Job, to_json
 from .vbench_files import write_vbench
@@ -38,7 +39,7 @@ def run(job: Job, gates: Sequence[Gate] = ()) -> list[Record]:
     layout = Layout(Path(job.output))
     everyone, prompts = variants(job), prompts_of(job)
     work = batches(job, prompts)
-    asked = measures(job.metrics, job.extractors, me.device)  # wrong names fail before any picture is painted
+    asked = measures(job.metrics, job.extractors, me.device, job.workers)  # wrong names fail before any picture is painted
     references = folder_batches(job.references) if job.references is not None else []
     paired = any(variant.role != "original" for variant in everyone)
     check_gates(gates, result_names(asked, job.metrics, paired=paired, real=bool(references)))
@@ -59,7 +60,7 @@ def run(job: Job, gates: Sequence[Gate] = ()) -> list[Record]:
     _check_painted(painted, work, layout, makers)
     suite = {entry.prompt: entry for entry in suite_of(job)}
     shown = [_shown(variant, work, layout, suite) for variant in painted]
-    asked = with_oracle(asked, job.metrics, shown)
+    asked = fitting(with_oracle(asked, job.metrics, shown), shown)
     observe(asked, shown, references, layout.cache, me, job.fps)
     me.wait()
     if me.first:
@@ -70,7 +71,7 @@ def run(job: Job, gates: Sequence[Gate] = ()) -> list[Record]:
         )
         facts = {variant.name: _facts(variant, work, layout) for variant in painted}
         facts |= {v.name: {"role": v.role, "original": v.original, "failed": failed[v.name]} for v in everyone if v.name in failed}
-        said = [*warnings_of(asked, shown, references), *learned_here(job.recipes)]
+        said = [*warnings_of(asked, shown, references), *learned_here(job.recipes), *deviations(to_json(job), len(prompts))]
         said += write_vbench(layout.root / "vbench", asked, shown, values, extra)
         write_results(layout.root, to_json(job), shown, records, values, facts, said)
     me.wait()

@@ -22,6 +22,7 @@ output: out/job
 import dataclasses
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,12 @@ from dqtk.report.generate import check_call_kwargs
 from dqtk.report.rounding import ROUNDINGS
 from dqtk.spec import did_you_mean
 
+from .presets import filled, preset_named
+
 DTYPES = ("stored", "float32", "bfloat16", "float16")
 FLOORS = (*DTYPES, *ROUNDINGS)
-_LATER = ("suite", "dimensions", "fps")  # fields that came later: left out where they say nothing, so that older folders are known
+# Fields that came later: left out where they say nothing, so that older folders are known.
+_LATER = ("suite", "dimensions", "fps", "workers", "preset")
 DECIDING = ("prompts", "seed", "seeds_per_prompt", "call", "dtype", "batch_size", "threads")
 
 
@@ -82,6 +86,8 @@ class Job:
     batch_size: int = 8
     threads: int = 1
     fps: int | float | None = None
+    workers: dict[str, str] = field(default_factory=dict)
+    preset: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("seeds_per_prompt", "batch_size", "threads"):
@@ -108,6 +114,9 @@ class Job:
                 raise ValueError(
                     f"job: candidates must map names to folders or hub ids, got {key!r}: {where!r}. Mend the job file."
                 )
+        check_workers(self.workers, "job: workers")
+        if self.preset is not None:
+            preset_named(self.preset)
         taken = sorted(set(self.candidates) & set(self.recipes))
         if taken:
             raise ValueError(f"job: names of candidates must differ from recipes, got {taken}. Rename them.")
@@ -121,6 +130,15 @@ class Job:
         known = to_json(self)
         text = json.dumps({name: known[name] for name in sorted(DECIDING)}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check_workers(workers: Any, where: str) -> None:
+    """Raises ``ValueError`` for anything but names (letters, digits, _, -) and commands."""
+    for name, command in workers.items():
+        if not (isinstance(name, str) and isinstance(command, str) and command.strip() and re.fullmatch(r"[A-Za-z][\w-]*", name)):
+            raise ValueError(
+                f"{where} must map names of scores to commands, got {name!r}: {command!r}. For example mine: python worker.py."
+            )
 
 
 class _Strict(yaml.SafeLoader):
@@ -150,7 +168,7 @@ def read_job(path: str | Path) -> Job:
         data["prompts"] = {"file": given} if isinstance(given, str) else {"texts": given}
     if "prompts" in data:
         data["prompts"] = _build(PromptSet, data["prompts"], f"{path}: prompts")
-    return _build(Job, data, str(path))
+    return _build(Job, filled(data), str(path))
 
 
 def _build(kind: Any, data: Any, where: str) -> Any:

@@ -1,9 +1,10 @@
 """``compare``: what quantization (or any change) cost, measured on pairs.
 
-The same prompt and the same starting noise through both pipelines, image by image; scores of the pairs with intervals over
-prompts; the denoiser's error per step; times; sizes. Paired scores come first because unpaired ones cannot see small damage,
-and quantized models often *improve* them. With ``floor`` (say, the reference in bf16 when the reference is fp32) the same
-pipeline with another rounding is scored beside the candidate: a distance means little until one knows what rounding alone does.
+The same prompt and the same starting noise through both pipelines, image by image or clip by clip; scores of the pairs with
+intervals over prompts; the denoiser's error per step; times; sizes. Paired scores come first because unpaired ones cannot see
+small damage, and quantized models often *improve* them. With ``floor`` (say, the reference in bf16 when the reference is fp32)
+the same pipeline with another rounding is scored beside the candidate: a distance means little until one knows what rounding
+alone does.
 
 Images are scored as 8-bit pixels, which is what ``Comparison.save`` writes: every number can be recomputed from the files. The
 price: differences below half a level vanish, so a PSNR above about 58 dB means "a few pixels differ by one level".
@@ -13,32 +14,29 @@ The median per image is reported. The first batch (allocation, caches) and batch
 else was made, the first batch is made again twice by both.
 """
 
-import io
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
 from tqdm import tqdm
 
 from dqtk.calls import call_arguments, check_call_names, denoisers
 from dqtk.sites import find_sites
 
 from . import environment
-from .comparison import Comparison, Curve, OracleScore, Row, SizePair, Timing
-from .generate import Batch, Task, check_call_kwargs, generate, make_tasks, to_tensor
+from .comparison import Comparison, Curve, Row, SizePair, Timing
+from .film import noun_of
+from .generate import Batch, Task, check_call_kwargs, generate, make_tasks
 from .measures import curve_of, score_measures, step_measures
 from .ranges import Widths, range_curves, ranges_seen
 from .rounding import check_rounding, other_rounding
-from .scores import DEFAULT_SCORES, ImageScore, one_per_picture, resolve_scores
+from .rows import Oracle, rows_of
+from .scores import CLIP_SCORES, DEFAULT_SCORES, ImageScore, resolve_scores
 from .sizes import pipeline_sizes
 from .trajectory import Call, StepSums, TrajectoryMismatch, compute_dtype, own_trajectory, recorded, same_inputs
-
-Oracle = Callable[[Image.Image, str], Any]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -108,6 +106,10 @@ class _Found:
         found = [(name, kind, sums) for name, s in self.steps.items() for kind, sums in (("own", s.own), ("same", s.same))]
         return tuple(curve_of(name, kind, sums) for name, kind, sums in found if sums is not None)
 
+    @property
+    def num_frames(self) -> int:
+        return self.rows[0].num_frames
+
     def timing(self, batch_size: int) -> Timing:
         timed = [times for times in self.seconds[1:] if not times[2]]
         note = "first batch and recorded batches left out"
@@ -117,7 +119,7 @@ class _Found:
             candidate=statistics.median(times[1] for times in timed),
             num_batches=len(timed),
             batch_size=batch_size,
-            note=f"median of {len(timed)} interleaved {batches} of up to {batch_size} images, {note}",
+            note=f"median of {len(timed)} interleaved {batches} of up to {batch_size} {noun_of(self.num_frames)}s, {note}",
         )
 
 
@@ -146,18 +148,20 @@ def compare(
 ) -> Comparison:
     """Generate with both pipelines and score the pairs.
 
-    ``reference`` and ``candidate`` are diffusers image pipelines that take ``prompt`` (or ``class_labels``: prompts are then
-    numbers or label names), and may be one object; ``call_kwargs`` goes to both (steps, guidance, size), over what
-    the family needs. ``num_trajectory``
-    prompts are also compared inside, step by step (0: none). ``oracle(image, prompt)`` returns a number in [0, 1] or an object
-    with ``mean`` and ``all_correct``. ``floor`` is a third pipeline scored like the candidate, or the reference itself with
-    "kernels" or "threads" of another kind (``rounding.py``). Folders add sizes on disk;
+    ``reference`` and ``candidate`` are diffusers pipelines for pictures or clips that take ``prompt`` (or ``class_labels``: prompts
+    are then numbers or label names), and may be one object; ``call_kwargs`` goes to both (steps, guidance, size, frames), over what
+    the family needs. Clips are scored frame by frame and by their changes between frames (``rows.py``). ``num_trajectory``
+    prompts are also compared inside, step by step (0: none). ``oracle(image, prompt)``, of a clip with uint8 frames [F, H, W, 3],
+    returns a number in [0, 1] or an object with ``mean`` and ``all_correct``. ``floor`` is a third pipeline scored like the
+    candidate, or the reference itself with "kernels" or "threads" of another kind (``rounding.py``). Folders add sizes on disk;
     ``plan_summary`` (plain data) is carried into the records and the page. Raises ``ValueError`` for no or empty prompts,
-    counts below 1, reserved ``call_kwargs``, unknown scores, or pipelines that return no images.
+    counts below 1, reserved ``call_kwargs``, unknown scores, or pipelines that return neither pictures nor clips.
     """
     _check(prompts, seeds_per_prompt, batch_size, num_trajectory, seed)
     kwargs = check_call_kwargs(call_arguments(reference, call_kwargs))
-    image_scores, missing = resolve_scores(scores, lpips_net=lpips_net, lpips_weights=lpips_weights)
+    by_default = tuple(scores) == DEFAULT_SCORES
+    wanted = (*scores, *CLIP_SCORES) if by_default else scores
+    image_scores, missing = resolve_scores(wanted, lpips_net=lpips_net, lpips_weights=lpips_weights)
     for pipe in (reference, candidate):
         check_call_names(pipe, kwargs, "compare: call_kwargs")
     tasks = make_tasks(prompts, seed, seeds_per_prompt)
@@ -171,9 +175,12 @@ def compare(
     with tqdm(total=len(tasks), desc="compare", unit="pair", disable=not progress) as bar:
         for batch, hooked in _batches(tasks, batch_size, num_recorded):
             outputs = found.add(reference, others, batch, kwargs, hooked=hooked)
-            found.rows += _rows(batch, outputs, image_scores, oracle)
+            found.rows += rows_of(batch, outputs, image_scores, oracle)
             bar.update(len(batch))
         found.time_again(reference, others, tasks[:batch_size], kwargs)
+    unfit = [score for score in image_scores if score.clips and found.num_frames == 1]
+    image_scores = tuple(score for score in image_scores if score not in unfit)
+    missing |= {score.name: "it scores clips, and these are pictures" for score in unfit if not by_default}
     recorded_prompts = [task.prompt_index for task in tasks[:num_recorded]]
     step_input = {name: {"own": s.own or s.why_own, "same": s.same or s.why_same} for name, s in found.steps.items()}
     return Comparison(
@@ -231,51 +238,6 @@ def _run(pipe: Any, batch: list[Task], kwargs: dict[str, Any], *, hooked: bool, 
         return generate(pipe, batch, kwargs), []
     with recorded(pipe, inputs=inputs) as calls:
         return generate(pipe, batch, kwargs), calls
-
-
-def _rows(batch: list[Task], outputs: dict[str, Batch], scores: Sequence[ImageScore], oracle: Oracle | None) -> list[Row]:
-    pixels = {side: to_tensor(made.images) for side, made in outputs.items()}
-    values: dict[str, dict[str, torch.Tensor]] = {
-        side: {score.name: _values(score, pixels[side], pixels["reference"]) for score in scores}
-        for side in outputs
-        if side != "reference"
-    }
-    rows = []
-    for i, task in enumerate(batch):
-        images = {side: made.images[i] for side, made in outputs.items()}
-        judged = {side: _judge(oracle, image, task.prompt) for side, image in images.items()} if oracle is not None else {}
-        picked = {side: {name: float(value[i]) for name, value in found.items()} for side, found in values.items()}
-        rows.append(
-            Row(
-                id=task.id,
-                prompt_index=task.prompt_index,
-                repetition=task.repetition,
-                prompt=task.prompt,
-                seed=task.seed,
-                scores=picked["candidate"],
-                floor=picked.get("floor", {}),
-                oracle=judged,
-                images={side: _png(image) for side, image in images.items()},
-            )
-        )
-    return rows
-
-
-def _values(score: ImageScore, candidate: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    return one_per_picture(score.name, score.function, score.function(candidate, reference), len(candidate))
-
-
-def _judge(oracle: Oracle, image: Image.Image, prompt: str) -> OracleScore:
-    said = oracle(image, prompt)
-    if isinstance(said, (int, float)):
-        return OracleScore(mean=float(said), all_correct=None)
-    return OracleScore(mean=float(said.mean), all_correct=bool(said.all_correct))
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def _dtype_of(pipe: Any) -> str:

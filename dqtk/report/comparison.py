@@ -5,10 +5,13 @@ import math
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .film import frames_of_png, noun_of, png_of
+from .generate import frame_names
 from .ledger import records_of
 from .ranges import RangeCurve
 from .records import Record, append_records
@@ -26,9 +29,9 @@ class OracleScore:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One image pair. ``scores`` and ``floor`` map score names to values (``inf`` allowed) of the candidate and of the noise
-    floor
-    against the reference; ``oracle`` and ``images`` (PNG bytes) are keyed "reference", "candidate" and, for images, "floor"."""
+    """One pair of images or clips. ``scores`` and ``floor`` map score names to values (``inf`` allowed) of the candidate and of the
+    noise floor against the reference; ``oracle`` and ``images`` (PNG bytes; of a clip the sheet of its frames: ``film.py``) are by
+    "reference", "candidate" and, for images, "floor". ``frame_scores`` and ``frame_floor``: of a clip, the values of each frame."""
 
     id: str
     prompt_index: int
@@ -39,6 +42,18 @@ class Row:
     floor: dict[str, float]
     oracle: dict[str, OracleScore]
     images: dict[str, bytes]
+    num_frames: int = 1
+    frame_scores: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    frame_floor: dict[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def files(self) -> Iterator[tuple[str, str, bytes]]:
+        """(side, name, PNG) of every picture: one, or one per frame of a clip."""
+        for side, png in self.images.items():
+            if self.num_frames == 1:
+                yield side, f"{self.id}-{side}.png", png
+                continue
+            for name, frame in zip(frame_names(self.id, self.num_frames), frames_of_png(png, self.num_frames), strict=True):
+                yield side, f"{name}-{side}.png", png_of(frame)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +110,7 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timing:
-    """Median wall seconds per image over ``num_batches`` interleaved batches of at most ``batch_size`` images."""
+    """Median wall seconds per image or clip over ``num_batches`` interleaved batches of at most ``batch_size`` images."""
 
     reference: float
     candidate: float
@@ -146,6 +161,15 @@ class Comparison:
     def num_prompts(self) -> int:
         return len({row.prompt_index for row in self.rows})
 
+    @property
+    def num_frames(self) -> int:
+        """1 for pictures."""
+        return self.rows[0].num_frames if self.rows else 1
+
+    def noun(self, still: str = "image") -> str:
+        """What was compared: "clip", or the word for pictures."""
+        return noun_of(self.num_frames, still)
+
     def measure(self, name: str) -> Measure:
         """The measure called ``name``. Raises ``KeyError`` for another."""
         for measure in self.measures:
@@ -175,7 +199,9 @@ class Comparison:
         return as_text(self)
 
     def save(self, folder: str | Path) -> Path:
-        """Write ``records.jsonl``, ``rows.jsonl`` and ``images/<id>-<side>.png``; returns the folder.
+        """Write ``records.jsonl``, ``rows.jsonl``, ``images/<id>-<side>.png`` (of clips ``<id>-<frame>-<side>.png``).
+
+        Returns the folder.
 
         Everything is written beside it and renamed at the end. Raises ``ValueError`` where ``folder`` exists and is not empty.
         """
@@ -189,9 +215,11 @@ class Comparison:
             append_records(temporary / "records.jsonl", self.records())
             lines = []
             for row in self.rows:
-                lines.append(json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n")
-                for side, png in row.images.items():
-                    (temporary / "images" / f"{row.id}-{side}.png").write_bytes(png)
+                files = list(row.files())
+                plain = _plain(row, [(side, name) for side, name, _ in files])
+                lines.append(json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n")
+                for _, name, png in files:
+                    (temporary / "images" / name).write_bytes(png)
             (temporary / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
             temporary.chmod(0o755)
             if folder.exists():
@@ -202,20 +230,27 @@ class Comparison:
         return folder
 
 
-def _plain(row: Row) -> dict[str, Any]:
-    """A row as JSON: infinite scores as text, images as their file names."""
+def _plain(row: Row, files: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """A row as JSON: infinite scores as text, images as their file names (of a clip, one per frame)."""
 
-    def numbers(scores: dict[str, float]) -> dict[str, float | str]:
-        return {name: value if math.isfinite(value) else str(value) for name, value in scores.items()}
+    def number(value: float) -> float | str:
+        return value if math.isfinite(value) else str(value)
 
-    return {
+    images: dict[str, Any] = {}
+    for side, name in files:
+        images.setdefault(side, []).append(f"images/{name}")
+    plain = {
         "id": row.id,
         "prompt_index": row.prompt_index,
         "repetition": row.repetition,
         "prompt": row.prompt,
         "seed": row.seed,
-        "scores": numbers(row.scores),
-        "floor": numbers(row.floor),
+        "scores": {name: number(value) for name, value in row.scores.items()},
+        "floor": {name: number(value) for name, value in row.floor.items()},
         "oracle": {side: {"mean": o.mean, "all_correct": o.all_correct} for side, o in row.oracle.items()},
-        "images": {side: f"images/{row.id}-{side}.png" for side in row.images},
+        "images": images if row.num_frames > 1 else {side: names[0] for side, names in images.items()},
     }
+    if row.num_frames > 1:
+        for key, scores in (("frame_scores", row.frame_scores), ("frame_floor", row.frame_floor)):
+            plain[key] = {name: [number(value) for value in values] for name, values in scores.items()}
+    return plain

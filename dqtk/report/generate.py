@@ -1,4 +1,4 @@
-"""Images of two pipelines that differ in nothing but their weights: same prompt, same starting noise, same settings.
+"""Images or clips of two pipelines that differ in nothing but their weights: same prompt, same starting noise, same settings.
 
 Each image has a generator of its own, on the CPU, seeded from (seed, prompt index, repetition). So an image does not depend on
 the batch it was made in, on its neighbours, or on the device; ``Row.seed`` alone reproduces it. Samplers that draw noise
@@ -54,10 +54,19 @@ class Frame:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
-    """Images of one call and the wall time in seconds that it took, decoding and conversion to pixels included."""
+    """What one call made: the frames of each clip (a picture has one), all 8-bit RGB; and the wall time in seconds that it took,
+    decoding and conversion to pixels included."""
 
-    images: tuple[Image.Image, ...]
+    clips: tuple[tuple[Image.Image, ...], ...]
     seconds: float
+
+    @property
+    def images(self) -> tuple[Image.Image, ...]:
+        """The pictures. Raises ``ValueError`` for clips: one frame of a clip is not what the pipeline made."""
+        longest = max(len(frames) for frames in self.clips)
+        if longest > 1:
+            raise ValueError(f"generate: the pipeline must make pictures here, got clips of {longest} frames. Read their clips.")
+        return tuple(frames[0] for frames in self.clips)
 
 
 def image_seed(seed: int, prompt_index: int, repetition: int = 0) -> int:
@@ -89,18 +98,24 @@ def check_call_kwargs(call_kwargs: Mapping[str, Any] | None, where: str = "compa
 
 
 def generate(pipe: Any, tasks: Sequence[Task], call_kwargs: Mapping[str, Any]) -> Batch:
-    """Make one batch. Images are what a user would save: 8-bit RGB.
+    """Make one batch of pictures or clips. They are what a user would save: 8-bit RGB, before any codec.
 
-    Raises ``ValueError`` for a pipeline that takes no prompt, ``NotFinite`` for one that computes NaN or infinity.
+    Raises ``ValueError`` for a pipeline that takes no prompt, or returns neither pictures nor clips of one length per prompt;
+    ``NotFinite`` for one that computes NaN or infinity.
     """
     output, seconds = _call(pipe, tasks, call_kwargs)
-    images = getattr(output, "images", None)
-    if images is None or len(images) != len(tasks):
-        got = "no images" if images is None else f"{len(images)} images"
+    clips = getattr(output, "frames", None)
+    if clips is None:
+        clips = [[image] for image in getattr(output, "images", ())]
+    if len(clips) != len(tasks):
         raise ValueError(
-            f"compare: the pipeline must return one image per prompt ({len(tasks)}), got {got}. Video is not compared yet."
+            f"generate: the pipeline must return one picture or clip per prompt ({len(tasks)}), got {len(clips)}. "
+            "Is it a pipeline from text to pictures or clips?"
         )
-    return Batch(images=tuple(image.convert("RGB") for image in images), seconds=seconds)
+    lengths = sorted({len(frames) for frames in clips})
+    if len(lengths) > 1 or lengths[0] == 0:
+        raise ValueError(f"generate: clips must be of one number of frames, got {lengths}. Pass num_frames.")
+    return Batch(clips=tuple(tuple(frame.convert("RGB") for frame in frames) for frames in clips), seconds=seconds)
 
 
 def generate_frames(pipe: Any, tasks: Sequence[Task], call_kwargs: Mapping[str, Any]) -> list[Frame]:
@@ -108,26 +123,11 @@ def generate_frames(pipe: Any, tasks: Sequence[Task], call_kwargs: Mapping[str, 
 
     Raises as ``generate`` does.
     """
-    clips, _ = generate_clips(pipe, tasks, call_kwargs)
     made = []
-    for task, frames in zip(tasks, clips, strict=True):
+    for task, frames in zip(tasks, generate(pipe, tasks, call_kwargs).clips, strict=True):
         names = frame_names(task.id, len(frames))
         made += [Frame(name=name, task=task, image=frame) for name, frame in zip(names, frames, strict=True)]
     return made
-
-
-def generate_clips(pipe: Any, tasks: Sequence[Task], call_kwargs: Mapping[str, Any]) -> tuple[list[tuple[Image.Image, ...]], float]:
-    """Make one batch of pictures or clips: the frames of each (8-bit RGB; a picture is one), and the seconds that it took.
-
-    Raises as ``generate`` does.
-    """
-    output, seconds = _call(pipe, tasks, call_kwargs)
-    clips = getattr(output, "frames", None)
-    if clips is None:
-        clips = [[image] for image in getattr(output, "images", ())]
-    if len(clips) != len(tasks):
-        raise ValueError(f"generate: the pipeline must return one picture or clip per prompt ({len(tasks)}), got {len(clips)}.")
-    return [tuple(frame.convert("RGB") for frame in frames) for frames in clips], seconds
 
 
 def frame_names(name: str, num: int) -> list[str]:

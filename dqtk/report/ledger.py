@@ -32,7 +32,9 @@ def _record(comparison: "Comparison", **fields: Any) -> Record:
 def _conditions(comparison: "Comparison") -> dict[str, Any]:
     """What else a number depends on: the dtype, the pipelines' arguments, the prompts."""
     prompts = json.dumps([row.prompt for row in comparison.rows])
+    frames = {"num_frames": comparison.num_frames} if comparison.num_frames > 1 else {}
     return {
+        **frames,
         "dtype": comparison.dtype,
         "call_kwargs": comparison.call_kwargs,
         "num_prompts": comparison.num_prompts,
@@ -61,8 +63,9 @@ def _times(comparison: "Comparison") -> Iterator[Record]:
     t = comparison.timing
     facts = {"unit": "s", "higher_is_better": False, "num_samples": t.num_batches}
     extra = {"batch_size": t.batch_size, "note": t.note}
-    yield _record(comparison, name="seconds_per_image_reference", value=t.reference, extra=extra, **facts)
-    yield _record(comparison, name="seconds_per_image_candidate", value=t.candidate, extra=extra, **facts)
+    noun = comparison.noun()
+    yield _record(comparison, name=f"seconds_per_{noun}_reference", value=t.reference, extra=extra, **facts)
+    yield _record(comparison, name=f"seconds_per_{noun}_candidate", value=t.candidate, extra=extra, **facts)
 
 
 def _sizes(comparison: "Comparison") -> Iterator[Record]:

@@ -21,6 +21,7 @@ def score_measures(rows: Sequence[Row], scores: Sequence[ImageScore], missing: M
     for score in scores:
         values = [row.scores[score.name] for row in rows]
         floor = [row.floor[score.name] for row in rows if score.name in row.floor]
+        frames = [value for row in rows for value in row.frame_scores.get(score.name, ())]
         found.append(
             Measure(
                 name=score.name,
@@ -31,7 +32,9 @@ def score_measures(rows: Sequence[Row], scores: Sequence[ImageScore], missing: M
                 num_samples=len(rows),
                 estimate=_estimate(capped(values, score.cap), prompts, seed),
                 floor=_estimate(capped(floor, score.cap), prompts, seed) if floor else None,
-                detail=_detail(score, values) | _exact_floor(score, floor) | _beyond_floor(score, values, floor, prompts, seed),
+                detail=_detail(score, values, frames)
+                | _exact_floor(score, floor)
+                | _beyond_floor(score, values, floor, prompts, seed),
             )
         )
     for name, why in missing.items():
@@ -110,13 +113,17 @@ def _estimate(values: Sequence[float], prompts: Sequence[int], seed: int) -> Est
     return Estimate(value=interval.estimate, low=interval.low, high=interval.high)
 
 
-def _detail(score: ImageScore, values: Sequence[float]) -> dict[str, Any]:
-    worst = min(values) if score.higher_is_better else max(values)
+def _detail(score: ImageScore, values: Sequence[float], frames: Sequence[float]) -> dict[str, Any]:
+    """Further facts of a score's values; ``frames``: those of single frames, of clips."""
+    pick = min if score.higher_is_better else max
+    worst = pick(values)
     detail: dict[str, Any] = {"worst": _finite(worst, score), "median": _finite(statistics.median(values), score)}
     if score.cap is not None:
         detail |= {"cap": score.cap, "exact_matches": sum(math.isinf(value) for value in values)}
+    if frames:
+        detail["worst_frame"] = _finite(pick(frames), score)
     if score.name == "psnr":
-        detail["pooled"] = _finite(pool_db(values), score)
+        detail["pooled"] = _finite(pool_db(frames or values), score)
     return detail
 
 

@@ -1,6 +1,4 @@
-// Dividers and difference views of the image pairs. Everything else on the page works without scripts.
-"use strict";
-
+// Dividers and difference views of the image pairs, players of the clips. Everything else on the page works without scripts.
 for (const pair of document.querySelectorAll(".pair")) {
   const range = pair.querySelector("input[type=range]");
   const stage = pair.querySelector(".stage");
@@ -42,5 +40,20 @@ if (all) {
     const difference = all.getAttribute("aria-pressed") !== "true";
     all.setAttribute("aria-pressed", String(difference));
     for (const pair of document.querySelectorAll(".pair")) show(pair, difference);
+  });
+}
+
+const players = [...document.querySelectorAll(".player")].map(wire);
+const everyone = document.querySelector("#play-all");
+if (everyone) {
+  everyone.hidden = false;
+  everyone.addEventListener("click", () => {
+    const on = everyone.getAttribute("aria-pressed") !== "true";
+    everyone.setAttribute("aria-pressed", String(on));
+    everyone.textContent = on ? "Pause all" : "Play all";
+    for (const player of players) {
+      if (on) player.show(0);
+      player.play(on);
+    }
   });
 }

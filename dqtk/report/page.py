@@ -10,15 +10,16 @@ import os
 import secrets
 from collections.abc import Mapping
 from html import escape
-from importlib import resources
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from . import environment
+from .clips import clips_section, frames_section
 from .comparison import Comparison, Estimate, Measure
 from .markup import number, plural, row, section, table
 from .numbers import DASH, TIMES, bytes_text, number_text, range_text, ratio_text
+from .player import asset
 from .sections import bits_section, curves_section, pairs_section, plan_section, ranges_section, reproduce_section
 from .verdict import verdict
 
@@ -87,7 +88,8 @@ def render_page(
     body = [
         _header(comparison, plan),
         _scores(comparison),
-        pairs_section(comparison, max_pairs),
+        clips_section(comparison, max_pairs) if comparison.num_frames > 1 else pairs_section(comparison, max_pairs),
+        frames_section(comparison),
         curves_section(comparison),
         ranges_section(comparison.ranges),
         _cost(comparison, plan),
@@ -101,12 +103,11 @@ def render_page(
 
 def blank_page(title: str, body: str, version: str | None = None, created: str | None = None) -> str:
     """The page's frame, style sheet and script around ``body`` (HTML). Default: this version, now."""
-    here = resources.files("dqtk.report")
     return _PAGE.substitute(
         title=escape(title),
         policy=_POLICY,
-        css=here.joinpath("page.css").read_text(encoding="utf-8"),
-        js=here.joinpath("page.js").read_text(encoding="utf-8"),
+        css=asset("page.css") + asset("player.css"),
+        js=asset("player.js") + asset("page.js"),
         body=body,
         version=escape(environment.versions()["dqtk"] if version is None else version),
         created=escape(environment.now() if created is None else created),
@@ -133,7 +134,8 @@ def _tiles(comparison: Comparison, plan: Mapping[str, Any] | None) -> list[tuple
         if m.name in ("psnr", "oracle_change") and m.estimate is not None:
             name, sign = ("Mean PSNR", "") if m.name == "psnr" else (m.label, "+")
             value = f"{number_text(m.estimate.value, m.digits, sign)} {m.unit}".strip()
-            shown = ("identical", "every picture is the original's") if m.identical else (value, _interval(m.estimate, m.digits))
+            same = f"every {comparison.noun('picture')} is the original's"
+            shown = ("identical", same) if m.identical else (value, _interval(m.estimate, m.digits))
             found.append((name, *shown))
     total = _total_sizes(comparison, plan)
     if total is not None:
@@ -142,7 +144,7 @@ def _tiles(comparison: Comparison, plan: Mapping[str, Any] | None) -> list[tuple
     t = comparison.timing
     if t.candidate > 0:
         words = f"original {t.reference:.3g} s, {t.reference / t.candidate:.2f}{TIMES} as fast"
-        found.append(("Time per image", f"{t.candidate:.3g} s", words))
+        found.append((f"Time per {comparison.noun()}", f"{t.candidate:.3g} s", words))
     return found
 
 
@@ -170,16 +172,18 @@ def _interval(estimate: Estimate, digits: int) -> str:
 def _scores(comparison: Comparison) -> str:
     floor = comparison.floor_name
     columns = ["Score", comparison.candidate_name] + ([floor] if floor is not None else [])
-    pairs, prompts = plural(len(comparison.rows), "image pair"), plural(comparison.num_prompts, "prompt")
+    pairs, prompts = plural(len(comparison.rows), f"{comparison.noun()} pair"), plural(comparison.num_prompts, "prompt")
     words = f"{pairs} from {prompts}, same prompt and same starting noise. Small figures are 95 % bootstrap intervals over prompts."
+    if comparison.num_frames > 1:
+        words += f" Each clip counts as the mean over its {comparison.num_frames} frames, which are scored before any codec."
     if floor is not None:
         words += f" The column \u201c{floor}\u201d shows the same scores for the original with another rounding:"
         words += " distances of that size are not quantization's doing."
-    rows = [_score_row(m, floor=floor is not None) for m in comparison.measures]
+    rows = [_score_row(m, comparison, floor=floor is not None) for m in comparison.measures]
     return section("scores", "Scores", words, table("Table of scores", columns, rows))
 
 
-def _score_row(m: Measure, *, floor: bool) -> str:
+def _score_row(m: Measure, comparison: Comparison, *, floor: bool) -> str:
     label = f"{m.label}, {m.unit}" if m.unit else m.label
     if m.estimate is None:
         why = f"<b>{escape(label)}</b>: not measured<small>{escape(m.not_measured or '')}</small>"
@@ -187,7 +191,7 @@ def _score_row(m: Measure, *, floor: bool) -> str:
     cells = [number("identical") if m.identical else _cell(m.estimate, m.digits)]
     if floor:
         cells.append(number("identical") if m.floor_identical else _cell(m.floor, m.digits))
-    return row(label, cells, small=_notes(m))
+    return row(label, cells, small=_notes(m, comparison))
 
 
 def _cell(estimate: Estimate | None, digits: int) -> str:
@@ -197,12 +201,14 @@ def _cell(estimate: Estimate | None, digits: int) -> str:
     return number(number_text(estimate.value, digits), small=small)
 
 
-def _notes(m: Measure) -> str:
+def _notes(m: Measure, comparison: Comparison) -> str:
     """What stands under a score's name."""
     parts = []
     if "worst" in m.detail and not m.identical:
         parts.append("higher is closer" if m.higher_is_better else "lower is closer")
         parts.append(f"worst {m.detail['worst']:.{m.digits}f}")
+    if "worst_frame" in m.detail and not m.identical:
+        parts.append(f"worst frame {m.detail['worst_frame']:.{m.digits}f}")
     if "pooled" in m.detail and not m.identical:
         parts.append(f"of the pooled error {m.detail['pooled']:.{m.digits}f}")
     if m.detail.get("exact_matches"):
@@ -213,18 +219,19 @@ def _notes(m: Measure) -> str:
         parts.append(f"of the noise floor {m.detail['floor_exact_matches']} equal, counted alike")
     for key, words in (("num_capped", ""), ("floor_num_capped", " of the noise floor")):
         if m.detail.get(key):
-            parts.append(f"{plural(m.detail[key], 'image')}{words} above {m.detail['cap_db']:g} dB, counted as that")
+            parts.append(f"{plural(m.detail[key], comparison.noun())}{words} above {m.detail['cap_db']:g} dB, counted as that")
     if "right_to_wrong" in m.detail:
-        parts.append(f"{plural(m.detail['right_to_wrong'], 'picture')} turned wrong, {m.detail['wrong_to_right']} turned right")
+        lost = plural(m.detail["right_to_wrong"], comparison.noun("picture"))
+        parts.append(f"{lost} turned wrong, {m.detail['wrong_to_right']} turned right")
     if "num_steps" in m.detail:
-        parts.append(f"{plural(m.num_samples, 'image')}, {plural(m.detail['num_steps'], 'step')}")
+        parts.append(f"{plural(m.num_samples, comparison.noun())}, {plural(m.detail['num_steps'], 'step')}")
     return "; ".join(parts)
 
 
 def _cost(comparison: Comparison, plan: Mapping[str, Any] | None) -> str:
     t = comparison.timing
     times = [number(f"{t.reference:.3f} s"), number(f"{t.candidate:.3f} s", small=ratio_text(t.reference, t.candidate))]
-    rows = [row("Time per image", times)]
+    rows = [row(f"Time per {comparison.noun()}", times)]
     for pair in comparison.sizes:
         for words, before, after in pair.places():
             if before is not None or after is not None:

@@ -5,6 +5,7 @@ a comparison with scores of one's own needs neither torchmetrics nor anything el
 """
 
 import inspect
+import math
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,14 +17,15 @@ from torch import Tensor
 from dqtk.resolve import scores as scores_in_files
 
 DEFAULT_SCORES = ("psnr", "ssim", "ms_ssim", "lpips")
+CLIP_SCORES = ("frame_changes",)  # beside them, of clips
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageScore:
     """A paired image score: ``function`` maps two float batches [B, 3, H, W] in [0, 1] (candidate, reference) to [B].
 
-    ``cap`` is what an infinite value counts for in a mean (``None``: the score is always finite); ``digits`` are shown after
-    the point.
+    Of clips it is taken frame by frame; with ``clips`` it takes whole ones, [B, F, 3, H, W]. ``cap`` is what an infinite value
+    counts for in a mean (``None``: the score is always finite); ``digits`` are shown after the point.
     """
 
     name: str
@@ -33,6 +35,7 @@ class ImageScore:
     function: Callable[[Tensor, Tensor], Tensor]
     digits: int = 3
     cap: float | None = None
+    clips: bool = False
 
 
 def scores_on_offer() -> dict[str, Any]:
@@ -96,7 +99,7 @@ def resolve_scores(
             except FileNotFoundError as error:  # MissingWeights: its text says which and where
                 missing[score] = str(error)
                 continue
-            shared = ("name", "label", "unit", "higher_is_better", "digits", "cap")
+            shared = ("name", "label", "unit", "higher_is_better", "digits", "cap", "clips")
             found.append(ImageScore(function=function, **{name: getattr(known[score], name) for name in shared}))
     return tuple(found), missing
 
@@ -104,6 +107,11 @@ def resolve_scores(
 def capped(values: Sequence[float], cap: float | None) -> list[float]:
     """What values count for in a mean: exact matches are infinite."""
     return list(values) if cap is None else [min(value, cap) for value in values]
+
+
+def mean_over_frames(values: Sequence[float], cap: float | None) -> float:
+    """What a clip counts for, from its frames: the mean of their capped values; infinite where all are."""
+    return math.inf if all(value == math.inf for value in values) else sum(capped(values, cap)) / len(values)
 
 
 def flip_counts(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:

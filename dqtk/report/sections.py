@@ -16,7 +16,7 @@ from .numbers import DASH, MINUS, TIMES, bytes_text, ratio_text
 from .ranges import MOST, RangeCurve
 
 _UPSCALED_BELOW = 256  # pixels: smaller pictures are enlarged without smoothing
-_NAMES = {"psnr": "PSNR", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "lpips": "LPIPS"}
+NAMES = {"psnr": "PSNR", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "lpips": "LPIPS", "frame_changes": "changes"}
 _DIFFERENCE = f"Difference {TIMES}4"
 _STYLES = {
     ("candidate", "own"): "own",
@@ -34,10 +34,10 @@ def pairs_section(comparison: Comparison, max_pairs: int) -> str:
         return ""
     order = next(iter(shown[0].scores), None)
     which = "All pairs" if len(shown) == len(rows) else f"The {len(shown)} worst of {len(rows)} pairs"
-    words = f"{which}, worst first" + (f" by {_NAMES.get(order, order)}." if order else ".")
+    words = f"{which}, worst first" + (f" by {NAMES.get(order, order)}." if order else ".")
     words += " Left of the divider the original, right of it the candidate; the difference view shows"
     words += f" |original {MINUS} candidate|, four times amplified."
-    card = "15rem" if max(_png_size(shown[0].images["reference"])) < _UPSCALED_BELOW else "22rem"
+    card = "15rem" if max(png_size(shown[0].images["reference"])) < _UPSCALED_BELOW else "22rem"
     cards = "".join(_pair(pair, index) for index, pair in enumerate(shown, start=1))
     button = f'<button type="button" id="all-differences" aria-pressed="false">{_DIFFERENCE} everywhere</button>'
     body = f'<div class="bar-row"><p class="note">{escape(words)}</p>{button}</div>'
@@ -45,7 +45,7 @@ def pairs_section(comparison: Comparison, max_pairs: int) -> str:
 
 
 def _pair(pair: Row, index: int) -> str:
-    width, height = _png_size(pair.images["reference"])
+    width, height = png_size(pair.images["reference"])
     prompt = escape(pair.prompt)
 
     def image(side: str, words: str) -> str:
@@ -54,10 +54,6 @@ def _pair(pair: Row, index: int) -> str:
         return f'<img class="{side}" alt="{words}: {prompt}" {size} src="data:image/png;base64,{data}">'
 
     pixels = " pixels" if max(width, height) < _UPSCALED_BELOW else ""
-    facts = "".join(
-        f"<div{' class=lost' if lost else ''}><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
-        for name, value, lost in _facts(pair)
-    )
     tags = '<span class="tag start">original</span><span class="tag end">candidate</span>'
     tags += f'<span class="tag amplified">difference {TIMES}4</span>'
     label = f"{_DIFFERENCE}, pair {index}: {prompt}"
@@ -66,16 +62,25 @@ def _pair(pair: Row, index: int) -> str:
         f'{image("candidate", "Candidate")}</div><span class="divider"></span>{tags}</div>'
         f'<div class="controls"><input type="range" min="0" max="100" value="50" aria-label="Divider, pair {index}: {prompt}">'
         f'<button type="button" aria-pressed="false" aria-label="{label}">{_DIFFERENCE}</button></div>'
-        f'<div class="words"><p class="prompt">{prompt}</p><dl class="facts">{facts}</dl></div></li>'
+        f'<div class="words"><p class="prompt">{prompt}</p>{facts_html(pair)}</div></li>'
     )
+
+
+def facts_html(pair: Row) -> str:
+    """Scores, oracle and seed of a pair as a list."""
+    facts = "".join(
+        f"<div{' class=lost' if lost else ''}><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
+        for name, value, lost in _facts(pair)
+    )
+    return f'<dl class="facts">{facts}</dl>'
 
 
 def _facts(pair: Row) -> list[tuple[str, str, bool]]:
     """(name, value, whether the candidate lost what the original had right) under a picture."""
     found = []
     for name, value in pair.scores.items():
-        shown = "equal" if math.isinf(value) else f"{value:.1f} dB" if name == "psnr" else f"{value:.3f}"
-        found.append((_NAMES.get(name, name), shown, False))
+        shown = "equal" if math.isinf(value) else f"{value:.1f} dB" if name in ("psnr", "frame_changes") else f"{value:.3f}"
+        found.append((NAMES.get(name, name), shown, False))
     if pair.oracle:
         before, after = pair.oracle["reference"], pair.oracle["candidate"]
         lost = bool(before.all_correct) and after.all_correct is False
@@ -83,7 +88,7 @@ def _facts(pair: Row) -> list[tuple[str, str, bool]]:
     return [*found, ("seed", str(pair.seed), False)]
 
 
-def _png_size(png: bytes) -> tuple[int, int]:
+def png_size(png: bytes) -> tuple[int, int]:
     """Width and height from the header (PNG specification, IHDR)."""
     width, height = struct.unpack(">II", png[16:24])
     return width, height
@@ -98,7 +103,7 @@ def curves_section(comparison: Comparison) -> str:
     sqnr = [Line(label=c.label, style=style, values=c.sqnr_db) for c, style in zip(curves, styles, strict=True)]
     angle = [Line(label=c.label, style=style, values=_distance(c.cosine)) for c, style in zip(curves, styles, strict=True)]
     words = (
-        f"The denoiser's output against the original's, over {plural(curves[0].num_images, 'image')}. "
+        f"The denoiser's output against the original's, over {plural(curves[0].num_images, comparison.noun())}. "
         "Own trajectory: both run freely, errors add up. "
         "Same inputs: the original's inputs of each step through the candidate, the error of that step alone."
     )
@@ -234,7 +239,8 @@ def reproduce_section(comparison: Comparison, command: str) -> str:
         **comparison.call_kwargs,
     }
     shown = f"<pre><code>{escape(command)}</code></pre>" if command else ""
-    words = "Each picture has its own seed, shown under it: a CPU generator with that seed gives its starting noise in any batch."
+    words = f"Each {comparison.noun('picture')} has its own seed, shown under it:"
+    words += " a CPU generator with that seed gives its starting noise in any batch."
     return again_section(words, shown, {"Settings": settings, "Versions": comparison.versions, "Machine": comparison.hardware})
 
 

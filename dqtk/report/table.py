@@ -30,7 +30,7 @@ def as_text(comparison: "Comparison") -> str:
             value, interval = "identical", ""
         lines.append(f"{name:<{_NAME}}{value:>9}   {interval:<22}{floor:>12}")
     t = comparison.timing
-    lines += ["", *_row("time per image", f"{t.reference:.3f} s -> {t.candidate:.3f} s ({t.note})")]
+    lines += ["", *_row(f"time per {comparison.noun()}", f"{t.reference:.3f} s -> {t.candidate:.3f} s ({t.note})")]
     for pair in comparison.sizes:
         for place, before, after in pair.places():
             if before and after is not None:

@@ -16,33 +16,33 @@ if TYPE_CHECKING:
 
 FLOOR_MARGIN_DB = 0.5
 _WORDS = (
-    (35.0, "pictures that are hard to tell from the original's"),
-    (25.0, "the same pictures with visible differences in detail"),
+    (35.0, "{} that are hard to tell from the original's"),
+    (25.0, "the same {} with visible differences in detail"),
     (15.0, "the same subjects, drawn differently in places"),
-    (float("-inf"), "other pictures than the original's"),
+    (float("-inf"), "other {} than the original's"),
 )
 
 
 def verdict(comparison: "Comparison") -> str:
     """One or two sentences: closeness, the noise floor, what an oracle says, size."""
     psnr = next((m for m in comparison.measures if m.name == "psnr" and m.estimate is not None), None)
-    num = len(comparison.rows)
-    parts = [f"{comparison.candidate_name} paints {_closeness(psnr, num)}{_floor(psnr, comparison.num_prompts)}."]
+    parts = [f"{comparison.candidate_name} paints {_closeness(psnr, comparison)}{_floor(psnr, comparison)}."]
     oracle = next((m for m in comparison.measures if m.name == "oracle_change" and m.estimate is not None), None)
     if oracle is not None:
-        parts.append(_oracle(oracle))
+        parts.append(_oracle(oracle, comparison.noun("picture") + "s"))
     return " ".join(parts)
 
 
-def _closeness(psnr: "Measure | None", num: int) -> str:
-    images = "image" if num == 1 else "images"
+def _closeness(psnr: "Measure | None", comparison: "Comparison") -> str:
+    num, things = len(comparison.rows), comparison.noun("picture") + "s"
+    images = comparison.noun() if num == 1 else comparison.noun() + "s"
     if psnr is None or psnr.estimate is None:
         return f"{num} {images} beside the original (PSNR was not measured)"
     exact = psnr.detail.get("exact_matches", 0)
     if exact == num:
-        return f"exactly the original's pictures: {num} {images}, equal to the last bit"
+        return f"exactly the original's {things}: {num} {images}, equal to the last bit"
     value, median, worst = psnr.estimate, psnr.detail["median"], psnr.detail["worst"]
-    words = next(words for least, words in _WORDS if median >= least)
+    words = next(words for least, words in _WORDS if median >= least).format(things)
     if value.low is None:
         return f"{words}: PSNR {value.value:.1f} dB over {num} {images}"
     return (
@@ -51,10 +51,10 @@ def _closeness(psnr: "Measure | None", num: int) -> str:
     )
 
 
-def _floor(psnr: "Measure | None", num_prompts: int) -> str:
+def _floor(psnr: "Measure | None", comparison: "Comparison") -> str:
     if psnr is None or psnr.floor is None or psnr.estimate is None or psnr.estimate.value == psnr.floor.value:
         return ""
-    closeness = "identical pictures" if psnr.floor_identical else f"{psnr.floor.value:.1f} dB"
+    closeness = f"identical {comparison.noun('picture')}s" if psnr.floor_identical else f"{psnr.floor.value:.1f} dB"
     floor = f"the noise floor ({closeness})"
     beyond = psnr.detail.get("beyond_floor", {})
     value, low, high = (beyond.get(end) for end in ("value", "low", "high"))
@@ -62,14 +62,14 @@ def _floor(psnr: "Measure | None", num_prompts: int) -> str:
         return f"; no further away than {floor}, to within {FLOOR_MARGIN_DB} dB"
     if low is not None and low <= 0:
         mean = f"{number_text(abs(value), 1)} dB {'further' if value > 0 else 'nearer'} in the mean"
-        return f"; not clearly further away than {floor} in {num_prompts} prompts ({mean})"
+        return f"; not clearly further away than {floor} in {comparison.num_prompts} prompts ({mean})"
     return f"; the noise floor is {closeness}"
 
 
 WIDE = 0.1  # of the interval of the oracle's change: a wider one rules out nothing that matters
 
 
-def _oracle(oracle: "Measure") -> str:
+def _oracle(oracle: "Measure", things: str) -> str:
     change = oracle.estimate
     assert change is not None
     figures = number_text(change.value, 3, "+")
@@ -78,7 +78,7 @@ def _oracle(oracle: "Measure") -> str:
         figures += f", 95 % interval {range_text(change.low, change.high, 3, '+')}"
         unclear, wide = change.low <= 0 <= change.high, change.high - change.low > WIDE
     if unclear and wide:
-        return f"Whether the captions are shown less well, the oracle cannot tell from so few pictures ({figures})."
+        return f"Whether the captions are shown less well, the oracle cannot tell from so few {things} ({figures})."
     if unclear or change.value == 0:
         return f"The oracle sees no clear change in whether the captions are shown ({figures})."
     return f"The oracle finds the captions shown {'better' if change.value > 0 else 'worse'} than before ({figures})."

@@ -44,6 +44,7 @@ _OPEN_CLIP_FILES = (
     "pytorch_model.pth",
     "model.pth",
 )
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # before and since transformers 5
 _HUB, _LOCAL = "hf-hub:", "local-dir:"
 
 
@@ -52,8 +53,8 @@ class OpenClip:
 
     ``model`` is a folder with ``open_clip_config.json`` (its path, also as ``local-dir:PATH``), ``hf-hub:OWNER/NAME`` of a
     cached repository, or the name of an architecture (``ViT-B-32``) together with ``pretrained``, the path of its weights.
-    ``comparable`` is the caller's word that these are weights that papers report scores with. Raises ``MissingWeights``, and
-    ``ValueError`` for unknown names and unreadable files.
+    ``resize_mode``: "shortest", "longest" or "squash" in place of the model's own. ``comparable`` is the caller's word that these
+    are weights that papers report scores with. Raises ``MissingWeights``, and ``ValueError`` for unknown names and bad files.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class OpenClip:
         model: str | Path,
         pretrained: str | Path | None = None,
         *,
+        resize_mode: str | None = None,
         comparable: bool = False,
         device: str | torch.device = "cpu",
     ) -> None:
@@ -74,7 +76,9 @@ class OpenClip:
             # In two steps, so that what is hashed is what is loaded: given a folder, open_clip chooses the file itself.
             # pretrained_text: without weights in sight the factory would fetch a text tower from the hub.
             with _quiet("No pretrained weights loaded"):
-                network, _, self._transform = open_clip.create_model_and_transforms(spec, load_weights=False, pretrained_text=False)
+                network, _, self._transform = open_clip.create_model_and_transforms(
+                    spec, load_weights=False, pretrained_text=False, image_resize_mode=resize_mode
+                )
             open_clip.load_checkpoint(network, str(weights), strict=True, weights_only=True)
         config = open_clip.get_model_config(spec)
         offline = {"local_files_only": True} if config["text_cfg"].get("hf_tokenizer_name") else {}
@@ -187,8 +191,9 @@ class TransformersClip:
     ``comparable`` is the caller's word that these are weights that papers report scores with. Images are resized by PIL even
     where torchvision is installed: published scores are older than transformers' torchvision processors, and the value must
     not depend on what else is installed. ``preprocess``: None for the folder's own, or "vbench": the shorter side by bicubic
-    interpolation without antialiasing, not clipped, and a centre crop, as VBench gives CLIP its frames. Raises ``MissingWeights``,
-    and ``ValueError`` for unreadable or incomplete weights and another preprocessing.
+    interpolation without antialiasing, not clipped, and a centre crop, as VBench gives CLIP its frames. ``processor``: where
+    tokenizer and image processor are taken from if the model's own folder has none. Raises ``MissingWeights``, and ``ValueError``
+    for unreadable or incomplete weights and another preprocessing.
     """
 
     def __init__(
@@ -196,6 +201,7 @@ class TransformersClip:
         model: str | Path,
         *,
         preprocess: str | None = None,
+        processor: str | Path | None = None,
         comparable: bool = False,
         device: str | torch.device = "cpu",
     ) -> None:
@@ -206,10 +212,15 @@ class TransformersClip:
         self.source, self.comparable, self.device = str(model), comparable, torch.device(device)
         self.name = f"clip[{folder.resolve().name if Path(model).is_dir() else model}]"
         network, self.sha256 = load_pretrained(self.name, CLIPModel, folder)
-        with readable(self.name, folder, "a CLIP folder with tokenizer and preprocessor_config.json"):
-            self._processor = CLIPProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
+        beside = folder
+        if processor is not None and not any((folder / name).is_file() for name in _PROCESSORS):
+            beside = find_folder("clip", processor, "tokenizer_config.json")
+        with readable(self.name, beside, "a CLIP folder with tokenizer and preprocessor_config.json"):
+            self._processor = CLIPProcessor.from_pretrained(beside, local_files_only=True, backend="pil")
         self.network = network.to(self.device)
         self.version, self.config_sha256 = f"1, {VERSION}", sha256_of_texts(folder)
+        if beside != folder:
+            self.config_sha256 += sha256_of_texts(beside)
         self.dim = int(network.config.projection_dim)
         self.max_tokens = int(network.config.text_config.max_position_embeddings)
         self._size = int(network.config.vision_config.image_size)

@@ -5,7 +5,13 @@ open_clip:WHERE             a folder, hf-hub:OWNER/NAME, or ARCHITECTURE=WEIGHTS
 clip:WHERE                  CLIPModel of transformers, folder or hub id
 dino:WHERE                  DINO or DINOv2 of transformers, folder or hub id
 lucas-kanade                optical flow without weights
+i3d:VARIANT, =FILE          of FVD: i3d:torchscript, i3d:kinetics400, i3d:rgb_imagenet; i3d:rgb_imagenet=FILE names the file
+vjepa2:WHERE                clips: a V-JEPA 2 classifier of transformers, folder or hub id
 raft, raft:FILE             optical flow: torchvision's raft_large with the published weights, or those of a file
+pickscore, pickscore:WHERE  PickScore's CLIP: the cached hub id, or a folder
+hpsv2, hpsv2.1, =FILE       HPSv2's CLIPs: by their files' names, or hpsv2=FILE
+motion:EXTRACTOR            clips: mean and change of what an extractor of pictures says of their frames
+legacy:CLIP                 CLIP fed with 0-255, as tables of quantized video models were made; clip: or open_clip:
 warp:FLOW                   interpolator of frames by an optical flow
 frames:ENCODER              clips as the mean of what a model of pictures and texts says of their frames
 aesthetic:HEAD=ENCODER      a linear head on the embeddings of another extractor
@@ -29,6 +35,13 @@ KINDS = (
     "open_clip:WHERE",
     "clip:WHERE",
     "dino:WHERE",
+    "i3d:VARIANT",
+    "pickscore",
+    "hpsv2",
+    "hpsv2.1",
+    "motion:EXTRACTOR",
+    "legacy:CLIP",
+    "vjepa2:WHERE",
     "lucas-kanade",
     "raft",
     "raft:FILE",
@@ -68,6 +81,24 @@ def extractor_named(text: str, device: str | torch.device = "cpu", inner: Callab
         from .dino import Dino
 
         return Dino(where, preprocess=kind.partition("-")[2] or "squash", device=device)
+    if kind == "i3d" and where:
+        from .i3d import I3D
+
+        variant, _, file = where.partition("=")
+        return I3D(variant, file or None, device=device)
+    if kind == "pickscore":
+        from .preference import pickscore
+
+        return pickscore(where or None, device=device)
+    if kind.partition("=")[0] in ("hpsv2", "hpsv2.1"):
+        from .preference import hps
+
+        version, _, file = text.partition("=")
+        return hps(version, file or None, device=device)
+    if kind == "vjepa2" and where:
+        from .vjepa import VJepa
+
+        return VJepa(where, device=device)
     if kind == "lucas-kanade" and not where:
         from .lucas_kanade import LucasKanade
 
@@ -95,6 +126,14 @@ def _made_of_another(kind: str, where: str, find: Callable[[str], Any], device: 
         from .pooled_clip import PooledClip
 
         return PooledClip(_having("encode_texts", find(where), "a model of pictures and texts", kind, where))
+    if kind == "motion" and where:
+        from .moving_frames import MovingFrames
+
+        return MovingFrames(_having("encode_images", find(where), "an extractor of pictures", kind, where))
+    if kind == "legacy" and where:
+        from .legacy_clip import LegacyFrames
+
+        return LegacyFrames(_having("encode_texts", find(where), "a model of pictures and texts", kind, where))
     if kind == "aesthetic" and "=" in where:
         from .aesthetic import AestheticHead
 

@@ -47,7 +47,13 @@ def extractor_words(name: str) -> str:
 
 
 def oracle_for(pipe: Any, prompts: Sequence[str]) -> Callable[[Any, str], Any] | None:
-    """``oracle.judge`` for a pipeline that paints pictures of the captioned world's size for captions of its grammar; else None."""
+    """``oracle.judge`` for a pipeline that paints pictures of the captioned world's size for captions of its grammar, or
+    ``motion.judge`` for one that makes clips of it; else None."""
+    if hasattr(pipe, "vae_scale_factor_temporal"):
+        from dqtk.calls import call_arguments
+
+        asked = call_arguments(pipe, None)
+        return oracle_of_clips((asked.get("width", 0), asked.get("height", 0)), prompts)
     denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
     side = getattr(getattr(denoiser, "config", None), "sample_size", None)
     if not isinstance(side, int):

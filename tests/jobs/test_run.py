@@ -178,8 +178,8 @@ def test_the_floor_of_other_kernels(job_file, tmp_path):
 
 def test_the_floor_of_other_threads(job_file, tmp_path, monkeypatch):
     """Whether so small a pipeline rounds otherwise on one thread is chance; that it is painted with so many is not."""
-    before, seen, own = torch.get_num_threads(), [], generate.generate_clips
-    monkeypatch.setattr(generate, "generate_clips", lambda *a: (seen.append(torch.get_num_threads()), own(*a))[1])
+    before, seen, own = torch.get_num_threads(), [], generate.generate
+    monkeypatch.setattr(generate, "generate", lambda *a: (seen.append(torch.get_num_threads()), own(*a))[1])
     run(read_job(job_file(floor="threads", metrics=["psnr"], recipes=["w8a8"], threads=1)))
     assert seen == [1, 1, 1, 2, 2, 2, 1, 1, 1]  # original, floor, w8a8
     found = numbers(tmp_path / "out")

@@ -6,10 +6,12 @@
 import io
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 
+from dqtk.report.film import png_of, sheet_of
 from dqtk.report.page import write_page
 
 CHROMIUM = shutil.which("chromium")
@@ -137,3 +139,80 @@ def test_without_scripts_both_halves_and_all_tables_are_there(visit):
     assert page.locator(".pair img.candidate").count() == 4
     assert page.get_by_role("table").count() >= 4
     assert page.get_by_role("heading", level=1).inner_text() == "out/pixart-w4a8 against tiny-pixart"
+
+
+@pytest.fixture
+def clips(made_up, tmp_path, browser):
+    """A page with two pairs of clips of four frames of 6 x 4 pixels, opened: grey 100 + 10 f against 105 + 10 f."""
+    complaints, contexts = [], []
+
+    def sheet(level):
+        return png_of(sheet_of([Image.new("RGB", (6, 4), (level + 10 * f,) * 3) for f in range(4)]))
+
+    scores = {"psnr": (34.0, 33.0, 32.0, 31.0)}
+    images = {"reference": sheet(100), "candidate": sheet(105)}
+    rows = tuple(replace(row, images=images, num_frames=4, frame_scores=scores, frame_floor={}) for row in made_up().rows[:2])
+    path = write_page(made_up(rows=rows), tmp_path / "clips.html")
+
+    def open_page(width=1000, script=True):
+        context = browser.new_context(viewport={"width": width, "height": 800}, java_script_enabled=script, offline=True)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: message.type == "error" and complaints.append(message.text))  # reading back is warned of
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.goto(path.as_uri())
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert complaints == []
+
+
+LEVELS = "e => [...e.querySelectorAll('canvas')].map(c => c.getContext('2d').getImageData(3, 2, 1, 1).data[0])"
+
+
+def test_clips_are_scrubbed_together(clips):
+    page = clips()
+    player = page.locator(".player.ready").first
+    assert player.evaluate(LEVELS) == [100, 105, 5]
+    scrubber = player.get_by_role("slider")
+    scrubber.focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    assert player.evaluate(LEVELS) == [120, 125, 5]
+    assert scrubber.get_attribute("aria-valuetext") == "frame 3 of 4, PSNR 32.0 dB"
+    shot = Image.open(io.BytesIO(player.locator("canvas.apart").screenshot())).convert("RGB")
+    assert abs(shot.getpixel((shot.width // 2, shot.height // 2))[0] - 20) <= 2  # four times the difference
+    assert page.locator(".player.ready").nth(1).evaluate(LEVELS)[0] == 100
+
+
+def test_all_clips_play_in_step_and_stop(clips):
+    page = clips()
+    page.locator(".player.ready").nth(1).wait_for()
+    everyone = page.get_by_role("button", name="Play all")
+    everyone.click()
+    seen = page.locator(".player input").first
+    for _ in range(100):  # the page's policy forbids wait_for_function
+        if seen.input_value() == "2":
+            break
+        page.wait_for_timeout(30)
+    assert seen.input_value() == "2"
+    values = "[...document.querySelectorAll('.player input')].map(e => e.value)"
+    assert len(set(page.evaluate(values))) == 1
+    assert page.get_by_role("button", name="Play: pair 1").inner_text() == "Pause"
+    page.get_by_role("button", name="Pause all").click()
+    still = page.evaluate(values)
+    page.wait_for_timeout(300)
+    assert page.evaluate(values) == still
+
+
+@pytest.mark.parametrize("width", [360, 1600])
+def test_clips_fit_and_without_scripts_their_frames_are_there(clips, width):
+    page = clips(width)
+    page.locator(".player.ready").first.wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    plain = clips(width, script=False)
+    assert plain.locator(".player img").count() == 4
+    assert plain.locator(".player img").first.is_visible()
+    assert not plain.locator("#play-all").is_visible()

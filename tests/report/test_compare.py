@@ -246,7 +246,7 @@ def test_times_are_medians_per_image_of_interleaved_batches(pixart):
         (
             ["a"],
             {"scores": ("fid",)},
-            r"scores must be among \['lpips', 'ms_ssim', 'psnr', 'ssim'\] or ImageScore objects, got 'fid'\.",
+            r"scores must be among \['frame_changes', 'lpips', 'ms_ssim', 'psnr', 'ssim'\] or ImageScore objects, got 'fid'\.",
         ),
     ],
 )
