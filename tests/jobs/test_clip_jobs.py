@@ -1,7 +1,10 @@
 """Jobs and evaluations of clips: stored frame by frame without loss, scored as clips, the same from any number of processes."""
 
+import contextlib
+import importlib
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas
@@ -18,6 +21,7 @@ from dqtk.pipelines.tiny.motion import captions, judge, parse_caption, render
 from PIL import Image
 
 from dqtk.cli import main
+from dqtk.jobs import asked
 from dqtk.jobs.evaluate import evaluate
 from dqtk.jobs.run import read_results, run
 from dqtk.jobs.spec import read_job
@@ -255,6 +259,34 @@ def test_long_clips_keep_their_order_in_the_shell(clips, tmp_path, capsys):
     assert "identical" in capsys.readouterr().out
     samples = pandas.read_parquet(tmp_path / "out" / "samples.parquet")
     assert samples["frames"].tolist() == [105] * 6
+
+
+def test_the_score_of_ones_own_in_the_docs_runs(clips, tmp_path, monkeypatch):
+    text = (Path(__file__).parents[2] / "docs" / "video.md").read_text(encoding="utf-8")
+    (tmp_path / "motion_energy.py").write_text(text.split("## A score of your own")[1].split("```python\n")[1].split("```")[0])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (score,) = importlib.import_module("motion_energy").SCORES
+    known = asked.scores()
+    monkeypatch.setattr(asked, "scores", lambda: known | {score.name: score})
+    moving, still = clips("moving"), clips("still", lambda x: np.repeat(x[:1], len(x), axis=0))
+    records = {(r.model, r.name): r for r in evaluate(moving, still, tmp_path / "out", metrics=["motion_energy"])}
+    energy = records["moving", "motion_energy"].value
+    assert energy == pytest.approx(255 * np.mean([1 - steadiness(frames(moving, f"{i:04d}-0")) for i in range(3)]))
+    assert records["still", "motion_energy@change"].value == pytest.approx(-energy)
+    assert records["still", "motion_energy"].extra["comparable"] is False
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[2] / "metrics" / "jobs").glob("*.yaml")), ids=lambda file: file.stem
+)
+def test_the_example_jobs_are_jobs(file):
+    """Their fields, metrics and extractors; not that the models are on this machine."""
+    job = read_job(file)
+    known = {*asked.scores(), asked.ORACLE}
+    assert set(job.metrics) <= known
+    for name in job.extractors:
+        with contextlib.suppress(FileNotFoundError):  # one that there is, without its weights
+            extractor_for(name)
 
 
 # --- suites --------------------------------------------------------------------------------------------------------------
