@@ -8,7 +8,6 @@
 """
 
 import csv
-import importlib
 import io
 import json
 import os
@@ -62,11 +61,6 @@ def read_prompt_file(path: str | Path) -> list[str]:
     except json.JSONDecodeError as error:
         raise ValueError(f"prompts: {path} must be JSON, got: {error}. Write or copy it again.") from error
     return text.splitlines()
-
-
-def read_suite(path: str | Path, dimensions: Sequence[str] = ()) -> list[Any]:
-    """A suite of prompts in VBench's format, see ``metrics/vbench/suite.py``."""
-    return importlib.import_module("dqtk.metrics.vbench.suite").read_suite(path, dimensions)
 
 
 def _from_table(text: str, path: str | Path, delimiter: str) -> list[str]:

@@ -81,6 +81,16 @@ def extractor_for(name: str, device: Any = "cpu") -> Any:
     return find(where, device, inner=lambda part: extractor_for(part, device))
 
 
+def vbench(part: str) -> ModuleType:
+    """A module of ``metrics/vbench``: "suite", "results", "totals"."""
+    return importlib.import_module(f"dqtk.metrics.vbench.{part}")
+
+
+def read_suite(path: str | Path, dimensions: Sequence[str] = ()) -> list[Any]:
+    """A suite of prompts in VBench's format: ``metrics/vbench/suite.py``."""
+    return list(vbench("suite").read_suite(path, dimensions))
+
+
 def pair_score(name: str) -> Any:
     """A paired score of pictures by its name: one of ``scores``, or ``features:EXTRACTOR``, the cosine of that network's features.
 

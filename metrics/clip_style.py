@@ -26,7 +26,7 @@ SCORES = (
         higher_is_better=True,
         function=style_cosine,
         text="style",
-        published=(("clip[*base-patch32*]", "vbench, *"),),
+        published=(("clip[*base-patch32*]", "CLIPImageProcessor*"),),  # of PIL images, unlike background consistency
     ),
     TextScore(
         name="temporal_style",

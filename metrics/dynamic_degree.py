@@ -1,13 +1,15 @@
 """Whether a clip moves at all (VBench: dynamic degree), and whether it stands still (VBench's filter of still clips).
 
-Huang et al. 2024, arXiv 2311.17982, with the constants of the published program: of frames at about 8 per second, the motion of a
-pair is the mean of its largest flow magnitudes. How much of that counts as motion grows with the picture's shorter side.
+Huang et al. 2024, arXiv 2311.17982, with the constants of the published program. Frames are looked at about 8 times per second;
+the motion of a pair is the mean of its largest flow magnitudes. How much of that counts grows with the picture's shorter side.
 
-    dynamic    at least round(4 n / 16) of the pairs of n frames move more than 6 * side / 256 pixels (largest 5 % of pixels)
-    still      at most c = round(2 n / 16) pairs move more than 3 * side / 256 (largest 2 %), and none more than 2 c times that
+    dynamic    at least round(4 n / 16) of the pairs of n frames move more than 6 * side / 256 pixels (largest 5 % of pixels);
+               with fewer frames per second than 8, as much more as they are further apart in time
+    still      at most c = round(2 n / 16) pairs move more than 3 * side / 256 (largest 2 %), and between the first frame and the
+               last, either way, the motion is at most 2 c times that
 
-The flow is RAFT's (trained on FlyingThings, 20 updates) wherever numbers are published. For clips of so few frames that the count
-rounds to 0, which would make every clip dynamic, one pair is asked for.
+The flow is RAFT's (trained on FlyingThings, 20 updates) wherever numbers are published. Of clips of so few frames that a count
+rounds to 0, which would make every clip dynamic and none still, it is taken for 1.
 """
 
 from typing import Any
@@ -41,16 +43,18 @@ def largest_motion(frames: Tensor, flow: Any, share: float) -> Tensor:
 def is_dynamic(frames: Tensor, fps: float, flow: Any) -> bool:
     """Whether a clip uint8 [F, 3, H, W] of ``fps`` frames per second moves, by the optical flow ``flow``."""
     taken = sampled(as_clip("dynamic_degree", frames, 2), fps)
-    moves = largest_motion(taken, flow, 0.05) > 6 * min(frames.shape[2:]) / _REFERENCE_SIDE
+    threshold = max(1.0, _RATE / fps) * 6 * min(frames.shape[2:]) / _REFERENCE_SIDE
+    moves = largest_motion(taken, flow, 0.05) > threshold
     return int(moves.sum()) >= max(1, round(4 * len(taken) / _REFERENCE_FRAMES))
 
 
 def is_still(frames: Tensor, fps: float, flow: Any) -> bool:
     """Whether a clip uint8 [F, 3, H, W] of ``fps`` frames per second stands still enough to be judged for flickering."""
     taken = sampled(as_clip("temporal_flickering", frames, 2), fps)
-    motion, allowed = largest_motion(taken, flow, 0.02), round(2 * len(taken) / _REFERENCE_FRAMES)
-    threshold = 3 * min(frames.shape[2:]) / _REFERENCE_SIDE
-    return int((motion > threshold).sum()) <= allowed and not bool((motion > 2 * max(1, allowed) * threshold).any())
+    allowed, threshold = max(1, round(2 * len(taken) / _REFERENCE_FRAMES)), 3 * min(frames.shape[2:]) / _REFERENCE_SIDE
+    moves = largest_motion(taken, flow, 0.02) > threshold
+    across = largest_motion(torch.stack([taken[0], taken[-1], taken[0]]), flow, 0.02)
+    return int(moves.sum()) <= allowed and bool((across <= 2 * allowed * threshold).all())
 
 
 def dynamic_degree(frames: Tensor, fps: float | None, flow: Any) -> float:

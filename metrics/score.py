@@ -180,10 +180,14 @@ def comparable(score: TextScore | SetScore | ClassScore | FrameScore | ClipScore
     preprocessing (``published``: patterns of extractor names and of its ``preprocess``), and never with the pictures of one's own
     original as the reference (``to_original``).
     """
-    named = any(
+    return bool(extractor.comparable) and as_published(score, extractor) and not to_original
+
+
+def as_published(score: TextScore | SetScore | ClassScore | FrameScore | ClipScore, extractor: Any) -> bool:
+    """Whether a score is published with networks of this name and preprocessing, whatever the weights are."""
+    return any(
         _matches(extractor.name, (name,)) and fnmatchcase(extractor.preprocess, preprocess) for name, preprocess in score.published
     )
-    return bool(extractor.comparable) and named and not to_original
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -8,6 +8,7 @@ OUTPUT/images/VARIANT/batch-0000.json   what the batch holds: ids, prompts, seed
                                     by what and where it was painted; or why it cannot be
 OUTPUT/images/VARIANT/variant.json  facts: identity, bytes, plan, kernels
 OUTPUT/cache/                       features and pair scores, named by what they were made from
+OUTPUT/vbench/VARIANT_eval_results.json     of clips, what was found of VBench's dimensions, in its format
 OUTPUT/results.json, samples.parquet, report.md, report.tex, report.html
 """
 
@@ -16,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dqtk.prompt_sets import first_prompts, read_prompt_file, read_suite
+from dqtk.prompt_sets import first_prompts, read_prompt_file
 from dqtk.report.generate import Task, make_tasks
 from dqtk.report.rounding import ROUNDINGS
+from dqtk.resolve import read_suite
 
 from .spec import Job
 

@@ -22,6 +22,7 @@ from .measure import observe, reduce
 from .presets import deviations
 from .results import write_results
 from .spec import DECIDING, Job, to_json
+from .vbench_files import write_vbench
 
 
 def run(job: Job, gates: Sequence[Gate] = ()) -> list[Record]:
@@ -71,6 +72,7 @@ def run(job: Job, gates: Sequence[Gate] = ()) -> list[Record]:
         facts = {variant.name: _facts(variant, work, layout) for variant in painted}
         facts |= {v.name: {"role": v.role, "original": v.original, "failed": failed[v.name]} for v in everyone if v.name in failed}
         said = [*warnings_of(asked, shown, references), *learned_here(job.recipes), *deviations(to_json(job), len(prompts))]
+        said += write_vbench(layout.root / "vbench", asked, shown, values, extra)
         write_results(layout.root, to_json(job), shown, records, values, facts, said)
     me.wait()
     return records if me.first else read_results(layout.root / "results.json")

@@ -207,6 +207,13 @@ def identity(extractor: Any) -> str:
     return said(extractor)
 
 
+def as_published(score: Any, extractor: Any) -> bool:
+    """``dqtk.metrics.score.as_published``: whether a score is published with networks of this name."""
+    from dqtk.metrics.score import as_published as judged
+
+    return judged(score, extractor)
+
+
 def comparable(score: Any, extractor: Any, to_original: bool) -> bool:
     """``dqtk.metrics.score.comparable``: whether a number may stand beside published ones."""
     from dqtk.metrics.score import comparable as judged

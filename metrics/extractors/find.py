@@ -16,6 +16,7 @@ warp:FLOW                   interpolator of frames by an optical flow
 frames:ENCODER              clips as the mean of what a model of pictures and texts says of their frames
 aesthetic:HEAD=ENCODER      a linear head on the embeddings of another extractor
 immerkaer                   quality of single pictures without weights
+musiq, musiq:FILE           the same by MUSIQ: with the published weights (SPAQ), or those of a file
 clip-vbench:WHERE, dino-vbench:WHERE    as clip and dino, with VBench's way to resize
 
 Where an extractor is made of another (ENCODER, FLOW), that is any text of this list, or an embedded extractor's name.
@@ -48,6 +49,8 @@ KINDS = (
     "frames:ENCODER",
     "aesthetic:HEAD=ENCODER",
     "immerkaer",
+    "musiq",
+    "musiq:FILE",
     "clip-vbench:WHERE",
     "dino-vbench:WHERE",
 )
@@ -104,7 +107,7 @@ def extractor_named(text: str, device: str | torch.device = "cpu", inner: Callab
         from .raft import Raft
 
         return Raft(where or None, device=device)
-    if (made := _made_of_another(kind, where, find)) is not None:
+    if (made := _made_of_another(kind, where, find, device)) is not None:
         return made
     names = [*KINDS, *_EMBEDDED]
     near = difflib.get_close_matches(kind, [name.partition(":")[0] for name in names], n=1)
@@ -113,8 +116,8 @@ def extractor_named(text: str, device: str | torch.device = "cpu", inner: Callab
     raise ValueError(f"extractor: name must be one of {', '.join(names)}, got {text!r}. {hint}")
 
 
-def _made_of_another(kind: str, where: str, find: Callable[[str], Any]) -> Any:
-    """What is built around another extractor, or needs nothing at all; None for another kind."""
+def _made_of_another(kind: str, where: str, find: Callable[[str], Any], device: str | torch.device) -> Any:
+    """What is built around another extractor, and judges of single pictures; None for another kind."""
     if kind == "warp" and where:
         from .interpolation import WarpInterpolator
 
@@ -136,6 +139,10 @@ def _made_of_another(kind: str, where: str, find: Callable[[str], Any]) -> Any:
 
         head, _, encoder = where.partition("=")
         return AestheticHead(_having("encode_images", find(encoder), "an extractor of pictures", kind, where), head or None)
+    if kind == "musiq":
+        from .musiq import Musiq
+
+        return Musiq(where or None, device=device)
     if kind == "immerkaer" and not where:
         from .immerkaer import Immerkaer
 

@@ -41,7 +41,7 @@ def extractor_words(name: str) -> str:
     "tiny-clip"; "tiny-aesthetic": a linear head on it that tells clean pictures of the world from disturbed ones.
     """
     if name == "tiny-aesthetic":
-        return f"aesthetic:{_WEIGHTS / 'tiny-clip' / 'aesthetic.safetensors'}=tiny-clip"
+        return f"aesthetic:{_WEIGHTS / name / 'head.safetensors'}=tiny-clip"
     folder = extractor_folder(name)
     return name if folder is None else f"open_clip:{folder}"
 

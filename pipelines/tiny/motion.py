@@ -9,6 +9,7 @@ import hashlib
 import itertools
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -76,6 +77,20 @@ def parse_caption(caption: str) -> Moving:
             "Use captions(num) to draw some."
         )
     return _all()[caption]
+
+
+def suite(num: int, seed: int = 0) -> list[dict[str, Any]]:
+    """``num`` held-out captions as a suite of prompts in VBench's format; ``motion_suite.json`` is ``suite(24)``.
+
+    Everything moves, so nothing is asked about flickering; the style of a clip is its background.
+    """
+    dimensions = ["subject_consistency", "background_consistency", "motion_smoothness", "dynamic_degree", "aesthetic_quality"]
+    dimensions += ["imaging_quality", "appearance_style", "temporal_style", "overall_consistency"]
+    clips = [sample_clip(seed, i, "heldout") for i in range(num)]
+    told = [{"appearance_style": {"appearance_style": f"a {clip.background} background"}} for clip in clips]
+    return [
+        {"prompt_en": clip.caption, "dimension": dimensions, "auxiliary_info": info} for clip, info in zip(clips, told, strict=True)
+    ]
 
 
 def centres(clip: Moving, rng: np.random.Generator) -> np.ndarray:

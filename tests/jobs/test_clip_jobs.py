@@ -1,7 +1,10 @@
 """Jobs and evaluations of clips: stored frame by frame without loss, scored as clips, the same from any number of processes."""
 
+import contextlib
+import importlib
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas
@@ -13,10 +16,12 @@ from dqtk.metrics.extractors.lucas_kanade import LucasKanade
 from dqtk.metrics.frame_consistency import consistency
 from dqtk.metrics.psnr import psnr
 from dqtk.metrics.temporal_flickering import steadiness
+from dqtk.pipelines.tiny import extractor_folder
 from dqtk.pipelines.tiny.motion import captions, judge, parse_caption, render
 from PIL import Image
 
 from dqtk.cli import main
+from dqtk.jobs import asked
 from dqtk.jobs.evaluate import evaluate
 from dqtk.jobs.run import read_results, run
 from dqtk.jobs.spec import read_job
@@ -254,3 +259,125 @@ def test_long_clips_keep_their_order_in_the_shell(clips, tmp_path, capsys):
     assert "identical" in capsys.readouterr().out
     samples = pandas.read_parquet(tmp_path / "out" / "samples.parquet")
     assert samples["frames"].tolist() == [105] * 6
+
+
+def test_the_score_of_ones_own_in_the_docs_runs(clips, tmp_path, monkeypatch):
+    text = (Path(__file__).parents[2] / "docs" / "video.md").read_text(encoding="utf-8")
+    (tmp_path / "motion_energy.py").write_text(text.split("## A score of your own")[1].split("```python\n")[1].split("```")[0])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (score,) = importlib.import_module("motion_energy").SCORES
+    known = asked.scores()
+    monkeypatch.setattr(asked, "scores", lambda: known | {score.name: score})
+    moving, still = clips("moving"), clips("still", lambda x: np.repeat(x[:1], len(x), axis=0))
+    records = {(r.model, r.name): r for r in evaluate(moving, still, tmp_path / "out", metrics=["motion_energy"])}
+    energy = records["moving", "motion_energy"].value
+    assert energy == pytest.approx(255 * np.mean([1 - steadiness(frames(moving, f"{i:04d}-0")) for i in range(3)]))
+    assert records["still", "motion_energy@change"].value == pytest.approx(-energy)
+    assert records["still", "motion_energy"].extra["comparable"] is False
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[2] / "metrics" / "jobs").glob("*.yaml")), ids=lambda file: file.stem
+)
+def test_the_example_jobs_are_jobs(file):
+    """Their fields, metrics and extractors; not that the models are on this machine."""
+    job = read_job(file)
+    known = {*asked.scores(), asked.ORACLE}
+    assert set(job.metrics) <= known
+    for name in job.extractors:
+        with contextlib.suppress(FileNotFoundError):  # one that there is, without its weights
+            extractor_for(name)
+
+
+# --- suites --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def suite_done(write_job, tmp_path_factory):
+    """Output folder of a finished job on two prompts of a suite, each of other dimensions."""
+    root = tmp_path_factory.mktemp("suite")
+    words = captions(3, seed=5)
+    style = {"appearance_style": {"appearance_style": "a striped background"}}
+    rows = [
+        {"prompt_en": words[0], "dimension": ["subject_consistency", "dynamic_degree", "overall_consistency"]},
+        {"prompt_en": words[1], "dimension": ["appearance_style", "overall_consistency"], "auxiliary_info": style},
+        {"prompt_en": words[2], "dimension": ["scene"]},
+        {"prompt_en": words[0], "dimension": ["imaging_quality"]},
+    ]
+    (root / "suite.json").write_text(json.dumps(rows))
+    named = ["subject_consistency", "dynamic_degree", "overall_consistency", "appearance_style", "imaging_quality"]
+    prompts = {"suite": str(root / "suite.json"), "dimensions": ["overall_consistency", "imaging_quality"]}
+    extractors = ["tiny-clip", "frames:tiny-clip", "lucas-kanade", "immerkaer"]
+    changes = {"prompts": prompts, "seeds_per_prompt": 2, "metrics": ["psnr", *named], "extractors": extractors}
+    run(read_job(write_job(root / "out", **changes)))
+    return root / "out"
+
+
+def test_scores_are_of_the_prompts_that_the_suite_names(suite_done):
+    records = {(r.model, r.name): r for r in read_results(suite_done / "results.json")}
+    assert {name: records["wan", name].num_samples for (model, name) in records if model == "wan"} == {
+        "subject_consistency[tiny-clip]": 2,
+        "dynamic_degree[lucas-kanade]": 2,
+        "appearance_style[tiny-clip]": 2,
+        "imaging_quality[immerkaer]": 2,
+        "overall_consistency[frames:tiny-clip]": 4,
+    }
+    assert records["wan", "appearance_style[tiny-clip]"].extra["left_out"] == 2
+    assert records["wan-w4a8-rtn", "psnr@vs_original"].num_samples == 4
+    samples = pandas.read_parquet(suite_done / "samples.parquet")
+    assert len(set(samples["prompt"])) == 2  # of the third prompt the job wants no dimension
+    first = samples[samples["prompt"] == captions(3, seed=5)[0]]
+    assert first["appearance_style[tiny-clip]"].isna().all()
+    assert first["imaging_quality[immerkaer]"].notna().all()
+
+
+def test_the_style_is_the_suites_word(suite_done):
+    samples = pandas.read_parquet(suite_done / "samples.parquet").set_index(["variant", "id"])
+    encoder = extractor_for("tiny-clip")
+    rows, text = (
+        encoder.encode_images(frames(suite_done / "images" / "wan", "0001-1")),
+        encoder.encode_texts(["a striped background"]),
+    )
+    wanted = float(torch.cosine_similarity(rows, text).mean())
+    assert samples.loc["wan", "0001-1"]["appearance_style[tiny-clip]"] == pytest.approx(wanted, abs=1e-6)
+
+
+def test_results_lie_there_in_vbenchs_format(suite_done):
+    from dqtk.metrics.vbench.changes import paired_changes
+    from dqtk.metrics.vbench.results import read_results as read_vbench
+
+    own, other = (read_vbench(suite_done / "vbench" / f"{name}_eval_results.json") for name in ("wan", "wan-w4a8-rtn"))
+    names = ["subject_consistency", "dynamic_degree", "appearance_style", "imaging_quality", "overall_consistency"]
+    assert sorted(own) == sorted(names)
+    words = captions(3, seed=5)
+    assert set(own["subject_consistency"].videos) >= {f"{words[0]}-0.mp4", f"{words[0]}-1.mp4"}
+    records = {(r.model, r.name): r for r in read_results(suite_done / "results.json")}
+    changes = paired_changes(other, own)
+    for name, tool in {"subject_consistency": "tiny-clip", "imaging_quality": "immerkaer"}.items():
+        assert own[name].score == pytest.approx(records["wan", f"{name}[{tool}]"].value)
+        change = records["wan-w4a8-rtn", f"{name}[{tool}]@change"]
+        assert changes[name].interval.estimate == pytest.approx(change.value)
+        assert changes[name].num_videos == 2
+    told = json.loads((suite_done / "vbench" / "wan_dqtk_provenance.json").read_text())
+    assert told["tools"]["dynamic_degree"]["name"] == "lucas-kanade"
+    assert told["tools"]["dynamic_degree"]["comparable"] is False
+    entries = json.loads((suite_done / "vbench" / "wan_full_info.json").read_text())
+    assert [len(entry["video_list"]) for entry in entries] == [2, 2]
+    assert "appearance_style" not in entries[0]["dimension"]
+
+
+def test_of_two_extractors_the_published_one_counts_or_none(write_job, tmp_path, suite_done, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(suite_done, out)
+    job = json.loads((out / "job.json").read_text())["job"]
+    changes = {"prompts": {k: v for k, v in job["prompts"].items() if v}, "seeds_per_prompt": 2, "recipes": []}
+    shutil.copytree(extractor_folder("tiny-clip"), tmp_path / "twin")
+    changes |= {"metrics": ["subject_consistency"], "extractors": ["tiny-clip", f"open_clip:{tmp_path / 'twin'}"]}
+    (out / "vbench" / "wan_eval_results.json").unlink()
+    run(read_job(write_job(out, **changes)))
+    assert not (out / "vbench" / "wan_eval_results.json").exists()
+    monkeypatch.setattr("dqtk.jobs.vbench_files.as_published", lambda score, extractor: extractor.name == "open_clip[twin]")
+    run(read_job(write_job(out, **changes)))
+    told = json.loads((out / "vbench" / "wan_dqtk_provenance.json").read_text())
+    assert told["tools"]["subject_consistency"]["name"] == "open_clip[twin]"
+    assert told["left_out"] == {}

@@ -1,10 +1,25 @@
 """The world in motion: deterministic clips, held-out combinations apart, and an oracle that sees what moves and how."""
 
 import hashlib
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
-from dqtk.pipelines.tiny.motion import FRAMES, Moving, captions, centres, is_held_out, judge, parse_caption, render, sample_clip
+from dqtk.metrics.vbench.suite import DIMENSIONS, read_suite
+from dqtk.pipelines import tiny
+from dqtk.pipelines.tiny.motion import (
+    FRAMES,
+    Moving,
+    captions,
+    centres,
+    is_held_out,
+    judge,
+    parse_caption,
+    render,
+    sample_clip,
+    suite,
+)
 
 CLIP = Moving(shape="circle", colour="red", size="small", direction="right", speed="quickly", background="striped")
 
@@ -84,3 +99,24 @@ def test_other_clips_score_lower(world):
     assert mean(frames[1:] + frames[:1], clips) < 0.62
     with pytest.raises(ValueError, match=r"judge: frames must be \[F, 64, 64, 3\], F at least 3, got \[2, 64, 64, 3\]"):
         judge(frames[0][:2], clips[0])
+
+
+def test_the_suite_is_what_its_function_makes():
+    file = Path(tiny.__file__).parent / "motion_suite.json"
+    rows = json.loads(file.read_text())
+    assert rows == suite(24)
+    entries = read_suite(file)
+    assert len(entries) == 24
+    for entry in entries:
+        clip = parse_caption(entry.prompt)
+        assert is_held_out(clip)
+        assert entry.style == f"a {clip.background} background"
+        assert set(entry.dimensions) < set(DIMENSIONS)
+
+
+def test_the_oracle_of_clips_knows_its_world():
+    words = captions(2)
+    judge_clips = tiny.oracle_of_clips((64, 64), words)
+    assert judge_clips(render(parse_caption(words[0])), words[0]).all_correct
+    assert tiny.oracle_of_clips((64, 48), words) is None
+    assert tiny.oracle_of_clips((64, 64), [words[0], "a dog"]) is None

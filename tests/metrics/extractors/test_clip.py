@@ -263,6 +263,28 @@ def test_equals_transformers(clip_folder, images):
     assert torch.allclose(ours.logit_scale * rows @ texts.T, wanted.logits_per_image, atol=1e-4)
 
 
+def test_vbenchs_way_to_give_clip_its_frames(clip_folder, images):
+    """Shorter side by bicubic interpolation without antialiasing, not clipped, centre crop: torchvision on tensors."""
+    from torchvision.transforms.v2.functional import InterpolationMode, center_crop, normalize, resize
+
+    extractor = TransformersClip(clip_folder, preprocess="vbench")
+    size = CLIPModel.from_pretrained(clip_folder).config.vision_config.image_size
+    x = center_crop(resize(images.float(), [size], InterpolationMode.BICUBIC, antialias=False), [size, size]) / 255
+    processor = CLIPImageProcessor.from_pretrained(clip_folder)
+    x = normalize(x, processor.image_mean, processor.image_std)
+    with torch.no_grad():
+        model = CLIPModel.from_pretrained(clip_folder).eval()
+        wanted = model.visual_projection(model.vision_model(pixel_values=x).pooler_output)
+    found = extractor.encode_images(images)
+    assert torch.allclose(found, wanted, atol=1e-4)
+    own = TransformersClip(clip_folder)
+    assert not torch.allclose(found, own.encode_images(images), atol=1e-3)
+    assert extractor.preprocess.startswith("vbench, bicubic")
+    assert identity(extractor) != identity(own)
+    with pytest.raises(ValueError, match="preprocess must be None or 'vbench', got 'squash'"):
+        TransformersClip(clip_folder, preprocess="squash")
+
+
 def test_transformers_identity(clip_folder):
     ours = TransformersClip(clip_folder)
     assert ours.name == "clip[tiny-hf]"

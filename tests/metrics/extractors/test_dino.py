@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from dqtk.metrics.extractors.contract import Extractor, checked_rows, identity
 from dqtk.metrics.extractors.dino import Dino
 from dqtk.metrics.extractors.resize import resize_clean
@@ -49,6 +50,21 @@ def test_rows_are_the_models_class_tokens(folders, kind, model, images):
     assert torch.allclose(rows, wanted, atol=1e-6)
     for i in range(3):
         assert torch.allclose(extractor.encode_images(images[i : i + 1])[0], rows[i], rtol=1e-5, atol=1e-5)
+
+
+def test_vbenchs_way_to_give_dino_its_frames(folders, images):
+    """Oblong: 40 x 56 becomes 224 x 313, of which a patch's width of 25 at the right is not read."""
+    extractor = Dino(folders / "dino", preprocess="vbench")
+    x = F.interpolate(images.float(), size=(224, 313), mode="bilinear", align_corners=False) / 255
+    x = (x - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    with torch.no_grad():
+        model = ViTModel.from_pretrained(folders / "dino", add_pooling_layer=False).eval()
+        wanted = model(pixel_values=x, interpolate_pos_encoding=True).last_hidden_state[:, 0]
+    assert torch.allclose(checked_rows(extractor, images), wanted, atol=1e-5)
+    assert extractor.preprocess == "vbench, bilinear, shortest 224, imagenet"
+    assert identity(extractor) != identity(Dino(folders / "dino"))
+    with pytest.raises(ValueError, match="preprocess must be one of squash, vbench, got 'crop'"):
+        Dino(folders / "dino", preprocess="crop")
 
 
 @pytest.mark.parametrize("kind", ["dino", "dinov2"])
