@@ -215,4 +215,4 @@ def test_clips_fit_and_without_scripts_their_frames_are_there(clips, width):
     plain = clips(width, script=False)
     assert plain.locator(".player img").count() == 4
     assert plain.locator(".player img").first.is_visible()
-    assert not plain.locator("#play-all").is_visible()
+    assert not plain.locator(".play-all").is_visible()
