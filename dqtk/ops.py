@@ -82,7 +82,11 @@ def report_of_attention(spec: AttentionSpec, device: str) -> str:
         there = gpu.sage_version()
         what = f"sageattention {there}, the installed package" if there else "an error: sageattention is not installed"
         return what if device == "cuda" else "an error: sageattention is for CUDA devices"
-    qk, pv = (16 if given is None else given.bits for given in (spec.qk, spec.pv))
+    return "; ".join(dict.fromkeys(_report_of_blocks(spec, device, qk, pv) for qk, pv in spec.widths()))
+
+
+def _report_of_blocks(spec: AttentionSpec, device: str, qk: int, pv: int) -> str:
+    """Of heads with these widths."""
     exact, mode = (qk, pv) == (16, 16), PV_MODES[type(spec.scale)]
     if device == "cuda" and exact and spec.mask is None:
         return "torch's own attention: all of it, as it is"

@@ -93,6 +93,7 @@ class Blocks(nn.Module):
         self._layouts: LayoutState | None = None
         self._noise: NoiseState | None = None
         self._made: tuple[Any, Tensor | None] = (None, None)
+        self._picked: dict[tuple, Tensor] = {}
 
     def follow(self, denoiser: nn.Module) -> None:
         """Know what the calls of this denoiser look like."""
@@ -127,28 +128,37 @@ class Blocks(nn.Module):
                 "family's adapter must say what they are (docs/attention.md)."
             )
         order = self._layouts.index(self.spec.orders, layout, q.device) if any(self.spec.orders) else None
-        live = self._live(layout, q.device)
-        if isinstance(self.spec.mask, PooledBlocks):
-            guard = guards(layout, self.spec.block).to(q.device)
-            live = pack(pooled(q, k, order, guard, self.spec.block, scale, self.spec.mask.density))[None]
+        live = self.live_blocks(q, k, layout, order, scale)
         if live is not None and self._noise is not None:
             live = live.index_select(0, self._noise.index(q.device))
         if _learns(q, k, v):
             return self._differentiable(q, k, v, order, live, mask, scale)
-        return block_attention(
-            q,
-            k,
-            v,
-            order,
-            None if live is None else live[0],
-            mask,
-            *self.spec.block,
-            scale,
-            16 if self.spec.qk is None else self.spec.qk.bits,
-            16 if self.spec.pv is None else self.spec.pv.bits,
-            PV_MODES[type(self.spec.scale)],
-            _SMOOTH[type(self.spec.smooth)],
-        )
+        live = None if live is None else live[0]
+        widths = self.spec.widths()
+        if len(widths) == 1:
+            return answered(self.spec, q, k, v, order, live, mask, scale, *widths)
+        out = q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3])).transpose(1, 2)
+        for bits, heads in widths.items():
+            at = self._heads(heads, q.device)
+            rows, blocks = (None if t is None else t.index_select(0, at) for t in (order, live))
+            of_q, of_k, of_v = (t.index_select(1, at) for t in (q, k, v))
+            y = answered(self.spec, of_q, of_k, of_v, rows, blocks, _of_heads(mask, at), scale, bits)
+            out = out.index_copy(1, at, y)
+        return out
+
+    def live_blocks(self, q: Tensor, k: Tensor, layout: Layout, order: Tensor | None, scale: float) -> Tensor | None:
+        """Packed masks [G, H, R, bytes] of a sequence, None: all blocks. G is 1 where they do not depend on the noise level."""
+        if not isinstance(self.spec.mask, PooledBlocks):
+            return self._live(layout, q.device)
+        guard = guards(layout, self.spec.block).to(q.device)
+        return pack(pooled(q, k, order, guard, self.spec.block, scale, self.spec.mask.density))[None]
+
+    def _heads(self, heads: tuple[int, ...], device: torch.device) -> Tensor:
+        """int64: numbers of heads, kept for the next call."""
+        key = heads, device
+        if key not in self._picked:
+            self._picked[key] = torch.tensor(heads, device=device)
+        return self._picked[key]
 
     def _by_package(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         if _learns(q, k, v):
@@ -206,6 +216,27 @@ class Blocks(nn.Module):
 
     def extra_repr(self) -> str:
         return describe_attention(self.spec)
+
+
+def answered(
+    spec: AttentionSpec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    order: Tensor | None,
+    live: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    bits: tuple[int, int],
+) -> Tensor:
+    """dqtk::block_attention as a spec has it; ``bits``: of queries and keys, of probabilities and values."""
+    smooth = "none" if bits[0] == 16 else _SMOOTH[type(spec.smooth)]
+    return block_attention(q, k, v, order, live, mask, *spec.block, scale, *bits, PV_MODES[type(spec.scale)], smooth)
+
+
+def _of_heads(mask: Tensor | None, at: Tensor) -> Tensor | None:
+    """Of some heads, of a mask that is broadcastable to [B, H, N, N]."""
+    return mask if mask is None or mask.ndim < 3 or mask.shape[-3] == 1 else mask.index_select(-3, at)
 
 
 def _learns(*tensors: Tensor) -> bool:

@@ -9,10 +9,13 @@ the channel innermost, so that a group lies along C_in at one tap.
 """
 
 from .attention import (
+    Adaptive,
+    AttentionMass,
     AttentionSpec,
     Fixed,
     Incoherence,
     Order,
+    OutputError,
     PerTile,
     PooledBlocks,
     Radial,
@@ -76,6 +79,8 @@ __all__ = [
     "STATIC",
     "AbsMax",
     "AdaRound",
+    "Adaptive",
+    "AttentionMass",
     "AttentionSpec",
     "BestFloat",
     "ByLevel",
@@ -95,6 +100,7 @@ __all__ = [
     "LayerSpec",
     "LowRank",
     "Order",
+    "OutputError",
     "PerChannel",
     "PerGroup",
     "PerLevel",
