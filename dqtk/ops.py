@@ -72,8 +72,12 @@ def report_of(op: str, device: str) -> str:
     return EMULATED
 
 
-PV_MODES = {RowInTile: "row", PerTile: "tile", Fixed: "static"}
-"""How dqtk::block_attention calls the scales of probabilities."""
+_PV_MODES = {RowInTile: "row", PerTile: "tile", Fixed: "static"}
+
+
+def pv_mode_of(spec: AttentionSpec) -> str:
+    """What dqtk::block_attention calls the rounding of probabilities."""
+    return "fp8" if isinstance(spec.pv, Float) else _PV_MODES[type(spec.scale)]
 
 
 def report_of_attention(spec: AttentionSpec, device: str) -> str:
@@ -87,7 +91,7 @@ def report_of_attention(spec: AttentionSpec, device: str) -> str:
 
 def _report_of_blocks(spec: AttentionSpec, device: str, qk: int, pv: int) -> str:
     """Of heads with these widths."""
-    exact, mode = (qk, pv) == (16, 16), PV_MODES[type(spec.scale)]
+    exact, mode = (qk, pv) == (16, 16), pv_mode_of(spec)
     if device == "cuda" and exact and spec.mask is None:
         return "torch's own attention: all of it, as it is"
     served, by = native.describe() if device == "cpu" else gpu.describe() if device == "cuda" else (False, "")

@@ -21,7 +21,7 @@ from dqtk.kernels.block_attention import block_attention
 from dqtk.kernels.sage import sage_attention
 from dqtk.numerics.block_masks import carried, counts, guards, near, pack, pooled, radial, unpack
 from dqtk.numerics.layout import Layout
-from dqtk.ops import PV_MODES
+from dqtk.ops import pv_mode_of
 from dqtk.sites import heads_of
 from dqtk.spec import (
     AttentionSpec,
@@ -231,7 +231,7 @@ def answered(
 ) -> Tensor:
     """dqtk::block_attention as a spec has it; ``bits``: of queries and keys, of probabilities and values."""
     smooth = "none" if bits[0] == 16 else _SMOOTH[type(spec.smooth)]
-    return block_attention(q, k, v, order, live, mask, *spec.block, scale, *bits, PV_MODES[type(spec.scale)], smooth)
+    return block_attention(q, k, v, order, live, mask, *spec.block, scale, *bits, pv_mode_of(spec), smooth)
 
 
 def _of_heads(mask: Tensor | None, at: Tensor) -> Tensor | None:

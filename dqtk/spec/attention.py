@@ -6,7 +6,7 @@ calibration decides) and ``dqtk/kernels/block_attention.py`` (what is computed).
 
 from dataclasses import replace
 
-from .formats import Int
+from .formats import Float, Int
 from .frozen import frozen
 
 # --- which of the orders of (frame, row, column) a head reads its tokens in ----------------------------------------------
@@ -181,7 +181,8 @@ class AttentionSpec:
     """One attention.
 
     order: of the tokens, chosen per head (per layer if ``one_order``); None: as they lie. mask: None computes all blocks. block:
-    queries and keys of a block. qk, pv: integers that queries and keys, probabilities and values are rounded to; None: not.
+    queries and keys of a block.
+    qk, pv: what queries and keys, probabilities and values are rounded to: integers, ``pv`` also E4M3; None: not rounded.
     adapt: how widths are chosen below those of ``qk`` and ``pv``; None: they are these.
     kernel: of another package, which then decides everything; None: dqtk's own, else torch's.
     Found by calibration: layout: frames, rows, columns, text tokens before and after, of the sequence that it saw. orders: the one
@@ -193,7 +194,7 @@ class AttentionSpec:
     mask: Mask | None = None
     block: tuple[int, ...] = (64, 64)
     qk: Int | None = None
-    pv: Int | None = None
+    pv: Int | Float | None = None
     scale: ProbabilityScale = RowInTile()
     smooth: SmoothKeys | SmoothBoth | None = None
     layout: tuple[int, ...] = ()
@@ -207,8 +208,13 @@ class AttentionSpec:
         if len(self.block) != 2 or not all(isinstance(size, int) and size >= 8 and size % 8 == 0 for size in self.block):
             raise ValueError(f"AttentionSpec: block must be two multiples of 8, got {self.block!r}. The usual ones are 64 and 128.")
         for name, given in (("qk", self.qk), ("pv", self.pv)):
-            if given is not None and (given.bits not in (4, 8) or not given.symmetric):
+            if isinstance(given, Int) and (given.bits not in (4, 8) or not given.symmetric):
                 raise ValueError(f"AttentionSpec: {name} must be symmetric integers of 4 or 8 bits or None, got {given!r}.")
+        if isinstance(self.pv, Float) and (self.pv != Float() or self.scale != RowInTile() or self.adapt is not None):
+            raise ValueError(
+                f"AttentionSpec: pv must be E4M3 with a scale per row of a block and without adapt where it is a Float, "
+                f"got {self.pv!r}, {self.scale!r} and {self.adapt!r}. Write Float()."
+            )
         if self.layout and len(self.layout) != 5:
             raise ValueError(f"AttentionSpec: layout must be five numbers or none, got {self.layout!r}. Calibration finds it.")
         if not all(0 <= index < 6 for index in self.orders):
@@ -262,7 +268,9 @@ def _described_widths(spec: AttentionSpec) -> list[str]:
     pairs = spec.widths()
     words = []
     for name, widths in (("QK", {qk for qk, _ in pairs}), ("PV", {pv for _, pv in pairs})):
-        if widths != {16}:
+        if name == "PV" and isinstance(spec.pv, Float):
+            words.append("PV in FP8")
+        elif widths != {16}:
             words.append(name + "/".join(map(str, sorted(widths))))
     less = ["or less"] if spec.adapt is not None and not spec.qk_bits else []
     return [*words, *less] or ["16 bit"]

@@ -15,7 +15,7 @@ from dqtk.kernels import block_attention
 from dqtk.nn.attention import blocks_of
 from dqtk.ops import EMULATED, report_of_attention
 from dqtk.sites import find_attention
-from dqtk.spec import Adaptive, AttentionSpec, Int, Recall, SmoothBoth, SmoothKeys, StaticBlocks, describe_attention
+from dqtk.spec import Adaptive, AttentionSpec, Float, Int, PerTile, Recall, SmoothBoth, SmoothKeys, StaticBlocks, describe_attention
 
 CODES = {"qk": Int(bits=8), "pv": Int(bits=8), "smooth": SmoothKeys()}
 
@@ -169,3 +169,14 @@ def test_said_in_words():
         AttentionSpec(qk_bits=(4,))
     with pytest.raises(ValueError, match=r"Adaptive: error must be positive, got 0. A twentieth is 0\.05"):
         Adaptive(error=0)
+
+
+def test_probabilities_and_values_in_fp8(model, calls):
+    spec = AttentionSpec(qk=Int(bits=8), pv=Float(), smooth=SmoothKeys())
+    assert describe_attention(spec) == "QK8 PV in FP8"
+    assert EMULATED in report_of_attention(spec, "cpu")
+    place_attention(model, chosen(model, calls, AttentionSpec(pv=Float())))
+    assert 1e-4 < error(model, calls[0]) < 0.05
+    for wrong in ({"pv": Float(exponent=5, mantissa=2)}, {"pv": Float(), "scale": PerTile()}, {"pv": Float(), "adapt": Adaptive()}):
+        with pytest.raises(ValueError, match="AttentionSpec: pv must be E4M3 with a scale per row of a block and without adapt"):
+            AttentionSpec(**wrong)
