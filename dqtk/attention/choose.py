@@ -168,7 +168,8 @@ def _score(spec: AttentionSpec, layout: Layout, sums: BlockSums) -> tuple[Tensor
             return incoherence, zero
         assert sums.small is not None
         return (sums.small >= spec.order.share).float().mean((1, 2)), incoherence
-    density = SHARE if spec.mask is None or spec.mask.density == 1 else spec.mask.density
+    density = getattr(spec.mask, "density", 1.0)
+    density = SHARE if density == 1 else density
     mass = sums.mass.flatten(1)
     return mass.topk(max(1, round(density * mass.shape[1])), dim=1).values.sum(1) / mass.sum(1), zero
 

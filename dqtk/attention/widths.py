@@ -62,7 +62,7 @@ def with_widths(
             blocks[path] = _filled(spec, heads, keep.get(path), given.q.device)
         group = group_of(call, spec.mask) if isinstance(spec.mask, StaticBlocks) else 0
         order = torch.stack([layout.index(each, given.q.device) for each in spec.orders]) if any(spec.orders) else None
-        live = blocks[path].live_blocks(given.q, given.k, layout, order, given.scale)
+        live = blocks[path].live_blocks(given.q, given.k, given.mask, layout, order, given.scale)
         chosen = None if live is None else live[min(group, live.shape[0] - 1)]
         tensors = given.q, given.k, given.v, order, chosen, given.mask
         pairs = pairs_of(spec)

@@ -6,6 +6,7 @@ ends in that call, masks are seen and honoured, nothing global is changed, and `
 processor hands to another kernel (a backend chosen with ``set_attention_backend``) never arrives here, which is an error.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -19,7 +20,7 @@ from dqtk.calls import LayoutRule, given_arguments, layout_rule, layouts_of
 from dqtk.gpu.sage import PACKAGE, require_sage
 from dqtk.kernels.block_attention import block_attention
 from dqtk.kernels.sage import sage_attention
-from dqtk.numerics.block_masks import carried, counts, guards, near, pack, pooled, radial, unpack
+from dqtk.numerics.block_masks import above, carried, counts, guards, near, pack, pooled, radial, unpack
 from dqtk.numerics.layout import Layout
 from dqtk.ops import pv_mode_of
 from dqtk.sites import heads_of
@@ -28,6 +29,7 @@ from dqtk.spec import (
     PooledBlocks,
     Radial,
     Sage,
+    SkipSoftmax,
     SlidingTile,
     SmoothBoth,
     SmoothKeys,
@@ -38,6 +40,7 @@ from dqtk.spec import (
 from .noise import NoiseState, following
 
 _SMOOTH = {type(None): "none", SmoothKeys: "k", SmoothBoth: "qk"}
+IN_CALLS = PooledBlocks, SkipSoftmax  # masks that are made anew in every call
 NAME = "blocks"  # of the module that holds orders and masks, within an attention module
 
 
@@ -102,11 +105,12 @@ class Blocks(nn.Module):
             self._noise = following(denoiser, self.spec.mask.edges)
 
     def density(self, layout: Layout | None = None) -> float:
-        """Share of blocks that are computed, over heads and intervals; what was asked for where calls choose, or without data."""
-        if isinstance(self.spec.mask, PooledBlocks) or (self.spec.mask is not None and self.live is not None and self.live.is_meta):
-            return self.spec.mask.density
+        """Share of blocks that are computed, over heads and intervals; what was asked for where calls choose, or without data. NaN
+        where calls choose by a threshold."""
         if self.spec.mask is None:
             return 1.0
+        if isinstance(self.spec.mask, IN_CALLS) or (self.live is not None and self.live.is_meta):
+            return getattr(self.spec.mask, "density", math.nan)
         layout = Layout(*self.spec.layout) if layout is None else layout
         live = self._masks(layout, torch.device("cpu"))
         return 1.0 if live is None else float(unpack(live, counts(layout, self.spec.block)[1]).float().mean())
@@ -128,7 +132,7 @@ class Blocks(nn.Module):
                 "family's adapter must say what they are (docs/attention.md)."
             )
         order = self._layouts.index(self.spec.orders, layout, q.device) if any(self.spec.orders) else None
-        live = self.live_blocks(q, k, layout, order, scale)
+        live = self.live_blocks(q, k, mask, layout, order, scale)
         if live is not None and self._noise is not None:
             live = live.index_select(0, self._noise.index(q.device))
         if _learns(q, k, v):
@@ -146,12 +150,17 @@ class Blocks(nn.Module):
             out = out.index_copy(1, at, y)
         return out
 
-    def live_blocks(self, q: Tensor, k: Tensor, layout: Layout, order: Tensor | None, scale: float) -> Tensor | None:
+    def live_blocks(
+        self, q: Tensor, k: Tensor, mask: Tensor | None, layout: Layout, order: Tensor | None, scale: float
+    ) -> Tensor | None:
         """Packed masks [G, H, R, bytes] of a sequence, None: all blocks. G is 1 where they do not depend on the noise level."""
-        if not isinstance(self.spec.mask, PooledBlocks):
+        spec = self.spec
+        if not isinstance(spec.mask, IN_CALLS):
             return self._live(layout, q.device)
-        guard = guards(layout, self.spec.block).to(q.device)
-        return pack(pooled(q, k, order, guard, self.spec.block, scale, self.spec.mask.density))[None]
+        guard = guards(layout, spec.block).to(q.device)
+        if isinstance(spec.mask, PooledBlocks):
+            return pack(pooled(q, k, order, guard, spec.block, scale, spec.mask.density))[None]
+        return pack(above(q, k, order, guard, spec.block, scale, spec.mask.threshold, mask))[None]
 
     def _heads(self, heads: tuple[int, ...], device: torch.device) -> Tensor:
         """int64: numbers of heads, kept for the next call."""
@@ -199,7 +208,7 @@ class Blocks(nn.Module):
 
     def _masks(self, layout: Layout, device: torch.device) -> Tensor | None:
         spec = self.spec
-        if spec.mask is None or isinstance(spec.mask, PooledBlocks):
+        if spec.mask is None or isinstance(spec.mask, IN_CALLS):
             return None
         orders = self.spec.orders or (0,) * self.heads
         if isinstance(spec.mask, SlidingTile | Radial):

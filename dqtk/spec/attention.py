@@ -123,7 +123,20 @@ class PooledBlocks:
             raise ValueError(f"PooledBlocks: density must be in (0, 1], got {self.density!r}. Half of the blocks is 0.5.")
 
 
-Mask = StaticBlocks | SlidingTile | Radial | PooledBlocks
+@frozen
+class SkipSoftmax:
+    """Chosen in every call: a block is left out where for each of its queries its largest probability is below a share of the
+    largest of the row (the threshold that kernels skip a softmax by). Looking costs all products of queries and keys, so without
+    such a kernel it saves nothing: it is here to compare with, and says what a threshold costs in pictures."""
+
+    threshold: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"SkipSoftmax: threshold must be in (0, 1), got {self.threshold!r}. A thousandth is 1e-3.")
+
+
+Mask = StaticBlocks | SlidingTile | Radial | PooledBlocks | SkipSoftmax
 
 # --- rounding ------------------------------------------------------------------------------------------------------------
 
@@ -260,7 +273,10 @@ def describe_attention(spec: AttentionSpec | None) -> str:
     if spec.order is not None:
         words.append("reordered")
     text = " ".join(words)
-    return text if spec.mask is None else f"{text}, {spec.mask.density:.2f} of {spec.block[0]}x{spec.block[1]} blocks"
+    size = f"{spec.block[0]}x{spec.block[1]}"
+    if isinstance(spec.mask, SkipSoftmax):
+        return f"{text}, {size} blocks above {spec.mask.threshold:g} of the largest"
+    return text if spec.mask is None else f"{text}, {spec.mask.density:.2f} of {size} blocks"
 
 
 def _described_widths(spec: AttentionSpec) -> list[str]:
