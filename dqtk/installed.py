@@ -1,12 +1,13 @@
 """The plan that a quantized pipeline carries: read from its layers, not from what somebody once asked for."""
 
+import math
 from collections import Counter
 from typing import Any
 
 from torch import nn
 
 from .nn import Quantized
-from .nn.attention import blocks_of
+from .nn.attention import Blocks, blocks_of
 from .plan import AttentionChoice, Choice, Component, Plan
 from .resolve import adapters
 from .sites import components_of, find_attention, find_sites
@@ -29,10 +30,16 @@ def installed_plan(target: Any) -> Plan:
             choices.append(Choice(site=site, spec=layer.spec if layer else None, why="quantized" if layer else "16 bit"))
         for place in find_attention(part, name) if blocks else ():
             found = blocks.get(place.path)
-            why = "dense" if found is None else f"density {found.density():.3f}" if found.spec.layout else "in blocks"
+            why = "dense" if found is None else _density(found)
             attention.append(AttentionChoice(site=place, spec=found.spec if found else None, why=why))
     recipe = ", ".join(dict.fromkeys(r for r in recipes if r))
     return Plan(recipe=recipe, components=tuple(components), choices=tuple(choices), attention=tuple(attention))
+
+
+def _density(blocks: Blocks) -> str:
+    """Of blocks that the configuration alone decides; of others calls and calibration do."""
+    found = blocks.density() if blocks.spec.layout else math.nan
+    return "in blocks" if math.isnan(found) else f"density {found:.3f}"
 
 
 def num_parameters(module: nn.Module) -> int:

@@ -72,8 +72,12 @@ def report_of(op: str, device: str) -> str:
     return EMULATED
 
 
-PV_MODES = {RowInTile: "row", PerTile: "tile", Fixed: "static"}
-"""How dqtk::block_attention calls the scales of probabilities."""
+_PV_MODES = {RowInTile: "row", PerTile: "tile", Fixed: "static"}
+
+
+def pv_mode_of(spec: AttentionSpec) -> str:
+    """What dqtk::block_attention calls the rounding of probabilities."""
+    return "fp8" if isinstance(spec.pv, Float) else _PV_MODES[type(spec.scale)]
 
 
 def report_of_attention(spec: AttentionSpec, device: str) -> str:
@@ -82,8 +86,12 @@ def report_of_attention(spec: AttentionSpec, device: str) -> str:
         there = gpu.sage_version()
         what = f"sageattention {there}, the installed package" if there else "an error: sageattention is not installed"
         return what if device == "cuda" else "an error: sageattention is for CUDA devices"
-    qk, pv = (16 if given is None else given.bits for given in (spec.qk, spec.pv))
-    exact, mode = (qk, pv) == (16, 16), PV_MODES[type(spec.scale)]
+    return "; ".join(dict.fromkeys(_report_of_blocks(spec, device, qk, pv) for qk, pv in spec.widths()))
+
+
+def _report_of_blocks(spec: AttentionSpec, device: str, qk: int, pv: int) -> str:
+    """Of heads with these widths."""
+    exact, mode = (qk, pv) == (16, 16), pv_mode_of(spec)
     if device == "cuda" and exact and spec.mask is None:
         return "torch's own attention: all of it, as it is"
     served, by = native.describe() if device == "cpu" else gpu.describe() if device == "cuda" else (False, "")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .attention.choose import ChosenAttention, choose, place_attention
+from .attention.choose import ChosenAttention, choose, passes, place_attention
 from .calibrate import Stats, calibrate
 from .calibrate.answers import exact_outputs
 from .calibrate.gather import calls_of
@@ -268,7 +268,12 @@ def _chosen_attention(parts: Mapping[str, nn.Module], plan: Plan, stats: Stats |
         wanted = {c.site: c.spec for c in plan.of(name).attention if c.spec is not None}
         learns = any(spec.needs_stats for spec in wanted.values())
         calls = calls_of(stats.calls, name) if learns and stats is not None else []
-        with tqdm(total=2 * len(calls), desc="attention", unit="call", disable=not (progress and calls)) as bar:
+        with tqdm(
+            total=passes(wanted.values()) * len(calls),
+            desc="attention",
+            unit="call",
+            disable=not (progress and calls),
+        ) as bar:
             found += choose(parts[name], calls, wanted, progress=bar.update)
     return found
 

@@ -18,6 +18,7 @@ from .spec import (
     GPTQ,
     MSE,
     AbsMax,
+    Adaptive,
     AdaRound,
     AttentionSpec,
     BestFloat,
@@ -365,6 +366,11 @@ def _paro(density: float, bits: int | None) -> AttentionSpec:
     return AttentionSpec(order=Recall(), mask=StaticBlocks(density=density), qk=codes, pv=codes, smooth=smooth)
 
 
+def _adaptive(density: float) -> AttentionSpec:
+    """``paro-int8`` with 4 bits where a head's output moves by a twentieth at most, and 16 where 8 move it by more."""
+    return replace(_paro(density, bits=8), smooth=SmoothBoth(), adapt=Adaptive())
+
+
 def _dense(density: float) -> AttentionSpec:
     """All of it, as it is, by dqtk's own kernel where there is one."""
     if density != DENSITY:
@@ -384,6 +390,7 @@ ATTENTION: dict[str, Callable[[float], AttentionSpec]] = {
     "paro": partial(_paro, bits=None),
     "paro-int8": partial(_paro, bits=8),
     "paro-int4": partial(_paro, bits=4),
+    "paro-adaptive": _adaptive,
     "sage": _sage,
 }
 """How attention is computed, by name; a function of the density. As recipes of their own they leave layers at 16 bits."""

@@ -25,7 +25,8 @@ from .attention_check import Kernel, check_kernel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BITS = (16, 8, 4)
-PV_MODES = ("row", "tile", "static")
+PV_MODES = ("row", "tile", "static", "fp8")
+FP8_MOST = 448.0
 SMOOTH = ("none", "k", "qk")
 
 
@@ -58,7 +59,8 @@ def block_attention(
         qk_bits: 16 (not rounded), or the width of codes, signed: queries have a scale per query block, keys one per key block.
         pv_bits: 16, or the width of codes of probabilities, and of values, with a scale per key block and channel.
         pv_mode: "row": unsigned, relative to the largest of the row in the tile; "tile": signed, with a scale per tile; "static":
-            signed, relative to the largest of the row.
+            signed, relative to the largest of the row; "fp8" (of 8 bits): E4M3 numbers up to 448, relative to the largest of the
+            row in the tile, and values as E4M3 numbers too.
         smooth: "k": rounded keys are without their mean over all tokens; "qk": queries too, without that of their block, whose
             product with the keys is added unrounded.
     Returns:
@@ -130,8 +132,7 @@ def block_attention_reference(q, k, v, order, live, mask, block_q, block_k, scal
         if smooth != "none":
             k_h = k_h - k_h.mean(1, keepdim=True, dtype=torch.float64).float()
         k_codes, k_scale = _codes(k_h, block_k, most_q, per_channel=False)
-        v_codes, v_scale = _codes(v_h, block_k, _largest(pv_bits, signed=True), per_channel=True)
-        values = v_codes * v_scale
+        values = _values(v_h, block_k, pv_bits, pv_mode)
         for some, seen in row_blocks:
             q_i = q_h[:, some]
             shift = q_i.mean(1, keepdim=True, dtype=torch.float64).float() if smooth == "qk" else None
@@ -154,12 +155,32 @@ def _codes(x_BND: Tensor, block: int, most: int | None, per_channel: bool) -> tu
     """Whole numbers [B, N, D] and their scale [B, N, D or 1], that of each block of tokens repeated; x ~ codes * scale."""
     if most is None:
         return x_BND, x_BND.new_ones((1, x_BND.shape[1], 1))
+    scaled, scale = _scaled(x_BND, block, most, per_channel)
+    return scaled.round_().clamp_(-most, most), scale
+
+
+def _scaled(x_BND: Tensor, block: int, most: float, per_channel: bool) -> tuple[Tensor, Tensor]:
+    """Numbers of at most ``most`` [B, N, D], and the scale of each block of tokens repeated [B, N, D or 1]."""
     num = x_BND.shape[1]
     blocks = F.pad(x_BND, (0, 0, 0, -num % block)).unflatten(1, (-1, block))
     scale = blocks.abs().amax((2,) if per_channel else (2, 3), keepdim=True) / most
     scale = torch.where(scale <= 1e-30, 1.0, scale)
-    codes = (blocks / scale).round_().clamp_(-most, most)
-    return codes.flatten(1, 2)[:, :num], scale.expand(-1, -1, block, -1).flatten(1, 2)[:, :num]
+    return (blocks / scale).flatten(1, 2)[:, :num], scale.expand(-1, -1, block, -1).flatten(1, 2)[:, :num]
+
+
+def _values(v_BND: Tensor, block: int, bits: int, mode: str) -> Tensor:
+    """Values [B, N, D'] as they are multiplied: codes or E4M3 numbers times a scale per block and channel."""
+    if mode == "fp8":
+        scaled, scale = _scaled(v_BND, block, FP8_MOST, per_channel=True)
+        codes = _to_e4m3(scaled)
+    else:
+        codes, scale = _codes(v_BND, block, _largest(bits, signed=True), per_channel=True)
+    return codes * scale
+
+
+def _to_e4m3(x: Tensor) -> Tensor:
+    """The nearest E4M3 numbers of |x| <= 448."""
+    return x.to(torch.float8_e4m3fn).float()
 
 
 def _weighted(scores_BQK: Tensor, values_BKD: Tensor, block_k: int, most: int | None, mode: str) -> Tensor:
@@ -172,14 +193,15 @@ def _weighted(scores_BQK: Tensor, values_BKD: Tensor, block_k: int, most: int | 
     return torch.where(total == 0, 0.0, exponentials @ values_BKD / total)
 
 
-def _rounded(scores_BQK: Tensor, top_BQ1: Tensor, block_k: int, most: int, mode: str) -> Tensor:
+def _rounded(scores_BQK: Tensor, top_BQ1: Tensor, block_k: int, most: float, mode: str) -> Tensor:
     """exp(scores - top) [B, Q, K] as codes times scales."""
     num = scores_BQK.shape[2]
     tiles = F.pad(scores_BQK, (0, -num % block_k), value=-torch.inf).unflatten(2, (-1, block_k))
     top = top_BQ1[..., None]
-    if mode == "row":
+    if mode in ("row", "fp8"):
         tile_top = _finite(tiles.amax(3, keepdim=True))
-        values = ((tiles - tile_top).exp() * most).round_() * ((tile_top - top).exp() / most)
+        most, nearest = (FP8_MOST, _to_e4m3) if mode == "fp8" else (most, torch.round)
+        values = nearest((tiles - tile_top).exp() * most) * ((tile_top - top).exp() / most)
     elif mode == "tile":
         values = (tiles - top).exp()
         scale = values.amax((1, 3), keepdim=True) / most
@@ -298,6 +320,7 @@ def _rules(q, k, v, order, live, mask, block_q, block_k, qk_bits, pv_bits, pv_mo
     for what, bits in (("qk_bits", qk_bits), ("pv_bits", pv_bits)):
         yield _Rule(what, bits in BITS, f"one of {list(BITS)}", bits, "16 rounds nothing.")
     yield _Rule("pv_mode", pv_mode in PV_MODES, f"one of {list(PV_MODES)}", repr(pv_mode), "The most exact is row.")
+    yield _Rule("pv_bits", pv_mode != "fp8" or pv_bits != 4, "8 with pv_mode fp8", pv_bits, "E4M3 numbers have 8 bits.")
     yield _Rule("smooth", smooth in SMOOTH, f"one of {list(SMOOTH)}", repr(smooth), "It costs little: k.")
 
 

@@ -6,6 +6,7 @@ ends in that call, masks are seen and honoured, nothing global is changed, and `
 processor hands to another kernel (a backend chosen with ``set_attention_backend``) never arrives here, which is an error.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -19,15 +20,16 @@ from dqtk.calls import LayoutRule, given_arguments, layout_rule, layouts_of
 from dqtk.gpu.sage import PACKAGE, require_sage
 from dqtk.kernels.block_attention import block_attention
 from dqtk.kernels.sage import sage_attention
-from dqtk.numerics.block_masks import carried, counts, guards, near, pack, pooled, radial, unpack
+from dqtk.numerics.block_masks import above, carried, counts, guards, near, pack, pooled, radial, unpack
 from dqtk.numerics.layout import Layout
-from dqtk.ops import PV_MODES
+from dqtk.ops import pv_mode_of
 from dqtk.sites import heads_of
 from dqtk.spec import (
     AttentionSpec,
     PooledBlocks,
     Radial,
     Sage,
+    SkipSoftmax,
     SlidingTile,
     SmoothBoth,
     SmoothKeys,
@@ -38,6 +40,7 @@ from dqtk.spec import (
 from .noise import NoiseState, following
 
 _SMOOTH = {type(None): "none", SmoothKeys: "k", SmoothBoth: "qk"}
+IN_CALLS = PooledBlocks, SkipSoftmax  # masks that are made anew in every call
 NAME = "blocks"  # of the module that holds orders and masks, within an attention module
 
 
@@ -93,6 +96,7 @@ class Blocks(nn.Module):
         self._layouts: LayoutState | None = None
         self._noise: NoiseState | None = None
         self._made: tuple[Any, Tensor | None] = (None, None)
+        self._picked: dict[tuple, Tensor] = {}
 
     def follow(self, denoiser: nn.Module) -> None:
         """Know what the calls of this denoiser look like."""
@@ -101,11 +105,12 @@ class Blocks(nn.Module):
             self._noise = following(denoiser, self.spec.mask.edges)
 
     def density(self, layout: Layout | None = None) -> float:
-        """Share of blocks that are computed, over heads and intervals; what was asked for where calls choose, or without data."""
-        if isinstance(self.spec.mask, PooledBlocks) or (self.spec.mask is not None and self.live is not None and self.live.is_meta):
-            return self.spec.mask.density
+        """Share of blocks that are computed, over heads and intervals; what was asked for where calls choose, or without data. NaN
+        where calls choose by a threshold."""
         if self.spec.mask is None:
             return 1.0
+        if isinstance(self.spec.mask, IN_CALLS) or (self.live is not None and self.live.is_meta):
+            return getattr(self.spec.mask, "density", math.nan)
         layout = Layout(*self.spec.layout) if layout is None else layout
         live = self._masks(layout, torch.device("cpu"))
         return 1.0 if live is None else float(unpack(live, counts(layout, self.spec.block)[1]).float().mean())
@@ -127,28 +132,42 @@ class Blocks(nn.Module):
                 "family's adapter must say what they are (docs/attention.md)."
             )
         order = self._layouts.index(self.spec.orders, layout, q.device) if any(self.spec.orders) else None
-        live = self._live(layout, q.device)
-        if isinstance(self.spec.mask, PooledBlocks):
-            guard = guards(layout, self.spec.block).to(q.device)
-            live = pack(pooled(q, k, order, guard, self.spec.block, scale, self.spec.mask.density))[None]
+        live = self.live_blocks(q, k, mask, layout, order, scale)
         if live is not None and self._noise is not None:
             live = live.index_select(0, self._noise.index(q.device))
         if _learns(q, k, v):
             return self._differentiable(q, k, v, order, live, mask, scale)
-        return block_attention(
-            q,
-            k,
-            v,
-            order,
-            None if live is None else live[0],
-            mask,
-            *self.spec.block,
-            scale,
-            16 if self.spec.qk is None else self.spec.qk.bits,
-            16 if self.spec.pv is None else self.spec.pv.bits,
-            PV_MODES[type(self.spec.scale)],
-            _SMOOTH[type(self.spec.smooth)],
-        )
+        live = None if live is None else live[0]
+        widths = self.spec.widths()
+        if len(widths) == 1:
+            return answered(self.spec, q, k, v, order, live, mask, scale, *widths)
+        out = q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3])).transpose(1, 2)
+        for bits, heads in widths.items():
+            at = self._heads(heads, q.device)
+            rows, blocks = (None if t is None else t.index_select(0, at) for t in (order, live))
+            of_q, of_k, of_v = (t.index_select(1, at) for t in (q, k, v))
+            y = answered(self.spec, of_q, of_k, of_v, rows, blocks, _of_heads(mask, at), scale, bits)
+            out = out.index_copy(1, at, y)
+        return out
+
+    def live_blocks(
+        self, q: Tensor, k: Tensor, mask: Tensor | None, layout: Layout, order: Tensor | None, scale: float
+    ) -> Tensor | None:
+        """Packed masks [G, H, R, bytes] of a sequence, None: all blocks. G is 1 where they do not depend on the noise level."""
+        spec = self.spec
+        if not isinstance(spec.mask, IN_CALLS):
+            return self._live(layout, q.device)
+        guard = guards(layout, spec.block).to(q.device)
+        if isinstance(spec.mask, PooledBlocks):
+            return pack(pooled(q, k, order, guard, spec.block, scale, spec.mask.density))[None]
+        return pack(above(q, k, order, guard, spec.block, scale, spec.mask.threshold, mask))[None]
+
+    def _heads(self, heads: tuple[int, ...], device: torch.device) -> Tensor:
+        """int64: numbers of heads, kept for the next call."""
+        key = heads, device
+        if key not in self._picked:
+            self._picked[key] = torch.tensor(heads, device=device)
+        return self._picked[key]
 
     def _by_package(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         if _learns(q, k, v):
@@ -189,7 +208,7 @@ class Blocks(nn.Module):
 
     def _masks(self, layout: Layout, device: torch.device) -> Tensor | None:
         spec = self.spec
-        if spec.mask is None or isinstance(spec.mask, PooledBlocks):
+        if spec.mask is None or isinstance(spec.mask, IN_CALLS):
             return None
         orders = self.spec.orders or (0,) * self.heads
         if isinstance(spec.mask, SlidingTile | Radial):
@@ -206,6 +225,27 @@ class Blocks(nn.Module):
 
     def extra_repr(self) -> str:
         return describe_attention(self.spec)
+
+
+def answered(
+    spec: AttentionSpec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    order: Tensor | None,
+    live: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    bits: tuple[int, int],
+) -> Tensor:
+    """dqtk::block_attention as a spec has it; ``bits``: of queries and keys, of probabilities and values."""
+    smooth = "none" if bits[0] == 16 else _SMOOTH[type(spec.smooth)]
+    return block_attention(q, k, v, order, live, mask, *spec.block, scale, *bits, pv_mode_of(spec), smooth)
+
+
+def _of_heads(mask: Tensor | None, at: Tensor) -> Tensor | None:
+    """Of some heads, of a mask that is broadcastable to [B, H, N, N]."""
+    return mask if mask is None or mask.ndim < 3 or mask.shape[-3] == 1 else mask.index_select(-3, at)
 
 
 def _learns(*tensors: Tensor) -> bool:

@@ -88,6 +88,38 @@ def pooled(q: Tensor, k: Tensor, index: Tensor | None, guard: Tensor, block: Seq
     return torch.zeros_like(expected, dtype=torch.bool).scatter(-1, chosen, True) | guard
 
 
+def above(
+    q: Tensor,
+    k: Tensor,
+    index: Tensor | None,
+    guard: Tensor,
+    block: Sequence[int],
+    scale: float,
+    threshold: float,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """bool [H, R, C]: guards, and blocks in which some query has a probability of at least ``threshold`` of its row's largest.
+
+    Args:
+        q, k: [B, H, N, D]; samples share the choice. index: int [H, N] or None: the token at every place.
+        guard: bool [R, C]. mask: bool or float, broadcastable to [B, H, N, N], in the original order; or None.
+    """
+    (batch, heads, num, _), pad = q.shape, -q.shape[2] % block[1]
+    found = guard.expand(heads, *guard.shape).clone()
+    whole = None if mask is None else mask.expand(batch, heads, num, num)
+    for h in range(heads):
+        order = torch.arange(num, device=q.device) if index is None else index[h].long()
+        keys = k[:, h].index_select(1, order).float().transpose(1, 2)
+        for r, rows in enumerate(order.split(block[0])):
+            scores = q[:, h].index_select(1, rows).float() @ keys * scale
+            if whole is not None:
+                part = whole[:, h].index_select(1, rows).index_select(2, order)
+                scores = scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part.float()
+            largest_of = F.pad(scores, (0, pad), value=-torch.inf).unflatten(2, (-1, block[1])).amax(3)
+            found[h, r] |= (largest_of >= largest_of.amax(2, keepdim=True) + math.log(threshold)).any(1).any(0)
+    return found
+
+
 def _centres(layout: Layout, order: int, size: int) -> Tensor:
     """float32 [blocks, 3]: mean frame, row and column of the grid's tokens of every block; 0 for blocks of text alone."""
     where = layout.positions(order).float()

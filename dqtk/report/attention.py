@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dqtk.attention.choose import of_sample, watching
 from dqtk.attention.sums import probabilities
+from dqtk.attention.watch import Given, watching
 from dqtk.calibrate.replay import Call, arguments_for
 from dqtk.calls import layouts_of
 from dqtk.nn.attention import Blocks, blocks_of
@@ -28,11 +28,13 @@ def maps(module: nn.Module, call: Call, path: str) -> tuple[Layout, Tensor]:
     """
     arguments, found = arguments_for(module, call), {}
 
-    def see(_: str, q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> None:
+    def see(_: str, given: Given) -> None:
+        q = given.q
         if q.shape[2] > MOST_TOKENS:
             raise ValueError(f"maps: a sequence must have at most {MOST_TOKENS} tokens to be drawn, got {q.shape[2]}.")
         every = torch.arange(q.shape[2], device=q.device)
-        rows = [part for _, part in probabilities(q[0], k[0], of_sample(mask, 0, q.shape[0]), scale, every)]
+        one = next(given.samples())
+        rows = [part for _, part in probabilities(one.q, one.k, one.mask, one.scale, every)]
         found[path] = layouts_of(module, arguments)[q.shape[2]], torch.cat(rows, dim=1).cpu()
 
     with watching(module, [path], see):

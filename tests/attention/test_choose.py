@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dqtk.attention.choose import choose, watching
+from dqtk.attention.choose import choose
+from dqtk.attention.watch import watching
 from dqtk.calibrate.replay import Call
 from dqtk.numerics.layout import ORDERS, Layout
 from dqtk.sites import AttentionSite, find_attention
@@ -142,7 +143,7 @@ def test_another_number_of_tokens_is_an_error(model, calls):
 def test_watching_changes_nothing_and_leaves_nothing(model, calls):
     arguments = calls[0].kwargs
     before, seen = model(**arguments), []
-    with watching(model, ["blocks.1"], lambda path, q, k, mask, scale: seen.append((path, q.shape, scale))):
+    with watching(model, ["blocks.1"], lambda path, given: seen.append((path, given.q.shape, given.scale))):
         assert torch.equal(model(**arguments), before)
     assert seen == [("blocks.1", (2, 3, 64, 8), 1.0)]
     assert not model.blocks[1]._forward_hooks

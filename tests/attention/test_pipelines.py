@@ -18,7 +18,7 @@ from dqtk.numerics.layout import Layout
 from dqtk.policy import Interval, StepPolicy
 from dqtk.recipes import attention_named
 from dqtk.sources import meta_pipeline
-from dqtk.spec import AttentionSpec, Int, PooledBlocks, Radial, Recall, SlidingTile, SmoothKeys, StaticBlocks
+from dqtk.spec import AttentionSpec, Int, PooledBlocks, Radial, Recall, SkipSoftmax, SlidingTile, SmoothKeys, StaticBlocks
 
 PROMPTS = ["a large red circle", "a small blue square on a green background"]
 INT8 = {"qk": Int(bits=8), "pv": Int(bits=8), "smooth": SmoothKeys()}
@@ -69,9 +69,10 @@ def test_fewer_blocks_are_worse_and_reported(pipe, load_tiny):
 
 
 RULES = [AttentionSpec(mask=kind(density=0.4)) for kind in (SlidingTile, Radial, PooledBlocks)]
+RULES.append(AttentionSpec(mask=SkipSoftmax(threshold=1e-2)))
 
 
-@pytest.mark.parametrize("spec", [ORDERED, *RULES], ids=["calibrated", "tile", "radial", "pooled"])
+@pytest.mark.parametrize("spec", [ORDERED, *RULES], ids=["calibrated", "tile", "radial", "pooled", "threshold"])
 def test_saved_and_loaded_by_diffusers(load_tiny, draw, tmp_path, spec):
     pipe = with_attention(load_tiny("pixart", torch.bfloat16), spec)
     expected = draw(pipe)

@@ -19,7 +19,7 @@ from dqtk.gpu import table
 from dqtk.gpu.tiles import INT8, Pass, by_rows, default_pass
 from dqtk.kernels import linear, linear_int8_reference, report_of
 from dqtk.ops import EMULATED, report_of_attention
-from dqtk.spec import AttentionSpec, Int, PerTile, Radial
+from dqtk.spec import AttentionSpec, Float, Int, PerTile, Radial
 
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -155,6 +155,7 @@ def test_attention_says_what_runs(machine):
         "8": AttentionSpec(mask=sparse, **codes),
         "tile": AttentionSpec(mask=sparse, scale=PerTile(), **codes),
         "odd": AttentionSpec(mask=sparse, block=(64, 48)),
+        "fp8": AttentionSpec(mask=sparse, qk=Int(bits=8), pv=Float()),
     }
 
     def reports():
@@ -167,6 +168,7 @@ def test_attention_says_what_runs(machine):
         "8": "live blocks, Triton kernels",
         "tile": f"{EMULATED} (Triton kernels take no blocks of 64 by 64 like these)",
         "odd": "live blocks gathered for torch's own attention (Triton kernels take no blocks of 64 by 48 like these)",
+        "fp8": f"{EMULATED} (Triton kernels take no blocks of 64 by 64 like these)",
     }
     machine(capability=(7, 5))
     why = "(Triton kernels: this device has compute capability 7.5, below 8.0)"

@@ -195,12 +195,25 @@ def test_error_of_rounded_probabilities(bits):
     q, k, v = local_head(512, 64)
     exactly = exact(q, k, v, None, None, None, 0.125, 64, 64)
     error = {}
-    for mode in ("row", "tile", "static"):
+    for mode in ("row", "tile", "static", *(["fp8"] if bits == 8 else [])):
         y = block_attention(q, k, v, None, None, None, 64, 64, 0.125, 16, bits, mode, "none")
         whole = block_attention(q, k, v, None, None, None, 64, 64, 0.125, 16, 16, mode, "none")
         torch.testing.assert_close(whole.double(), exactly, rtol=1e-5, atol=1e-5)
         error[mode] = (y - exactly).norm() / exactly.norm()
     assert error["row"] < error["tile"] < error["static"]
+    if bits == 8:
+        assert error["row"] < error["fp8"] < 0.05
+
+
+def test_numbers_of_8_bits_by_hand():
+    """E4M3: three bits of mantissa. 448 of the largest probability, and the nearest of the other."""
+    q, k, v = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.0]), torch.tensor([1.0, -0.55])
+    q, k, v = (t.view(1, 1, 2, 1) for t in (q, k, v))
+    y = block_attention(q, k, v, None, None, None, 2, 2, 1.0, 16, 8, "fp8", "none")
+    p = torch.tensor([448.0, 160.0]) / 448  # exp(-1) * 448 = 164.8, between 160 and 176
+    values = torch.tensor([448.0, -240.0]) / 448  # 0.55 * 448 = 246.4, between 240 and 256
+    expected = [(p @ values / (1 + (-torch.ones(())).exp())), values.mean()]
+    torch.testing.assert_close(y.view(2), torch.stack(expected))
 
 
 def test_smoothing_keeps_channels_with_an_offset():
@@ -273,7 +286,8 @@ def test_wrong_arguments():
         r"mask must be .*, got bool \[3, 1, 1, 100\]": {"mask": torch.ones(3, 1, 1, 100, dtype=torch.bool)},
         r"block_k must be positive, got 0": {"block_k": 0},
         r"qk_bits must be one of \[16, 8, 4\], got 6. 16 rounds nothing": {"qk_bits": 6},
-        r"pv_mode must be one of \['row', 'tile', 'static'\], got 'rows'": {"pv_mode": "rows"},
+        r"pv_mode must be one of \['row', 'tile', 'static', 'fp8'\], got 'rows'": {"pv_mode": "rows"},
+        r"pv_bits must be 8 with pv_mode fp8, got 4": {"pv_mode": "fp8", "pv_bits": 4},
         r"smooth must be one of \['none', 'k', 'qk'\], got 'q'": {"smooth": "q"},
     }
     for message, change in wrong.items():

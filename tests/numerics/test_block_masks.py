@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from dqtk.numerics.block_masks import carried, counts, guards, largest, near, pack, pooled, radial, unpack
+from dqtk.numerics.block_masks import above, carried, counts, guards, largest, near, pack, pooled, radial, unpack
 from dqtk.numerics.layout import Layout
 
 IMAGE, VIDEO = Layout(1, 16, 16), Layout(4, 8, 8, before=20, after=0)
@@ -121,3 +121,29 @@ def test_a_mask_carried_to_its_own_grid_is_itself(order):
     keep = torch.rand(2, *counts(VIDEO, (16, 16)), generator=torch.Generator().manual_seed(order)) < 0.3
     keep |= guards(VIDEO, (16, 16))
     assert torch.equal(carried(keep, VIDEO, VIDEO, order, (16, 16)), keep)
+
+
+@pytest.mark.parametrize("masked", ["no", "bool", "float"])
+def test_blocks_above_a_threshold(masked):
+    """Exactly those that hold a probability of that share of the largest of its row, of any sample."""
+    draw = torch.Generator().manual_seed(0)
+    q, k = (2 * torch.randn(2, 2, 50, 8, generator=draw) for _ in range(2))
+    index = torch.stack([torch.randperm(50, generator=draw) for _ in range(2)])
+    mask = None if masked == "no" else torch.rand(2, 1, 50, 50, generator=draw) > 0.4
+    scores = q.double() @ k.double().mT * 0.7
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+        mask = mask if masked == "bool" else torch.zeros(2, 1, 50, 50).masked_fill(~mask, -torch.inf)
+    guard = torch.zeros(13, 9, dtype=torch.bool)
+    guard[3] = True
+    p = scores.softmax(-1)
+    near = p >= 0.5 * p.amax(-1, keepdim=True)
+    found = above(q, k, index, guard, (4, 6), 0.7, 0.5, mask)
+    for h in range(2):
+        ordered = near[:, h][:, index[h]][:, :, index[h]]
+        for r in range(13):
+            for c in range(9):
+                expected = guard[r, c] or ordered[:, r * 4 : r * 4 + 4, c * 6 : c * 6 + 6].any()
+                assert bool(found[h, r, c]) == bool(expected), (h, r, c)
+    assert 0.2 < float(found.float().mean()) < 0.95
+    assert above(q, k, None, guard, (4, 6), 0.7, 1e-30).all()

@@ -1,0 +1,94 @@
+"""Which blocks are computed: those with most attention, within one budget, a share each, or what a head's error asks for."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dqtk.calibrate.replay import Call
+from dqtk.numerics.block_masks import guards, largest
+from dqtk.numerics.layout import Layout
+from dqtk.spec import AttentionSpec, OutputError, StaticBlocks
+
+from .densities import blocks_by_error
+from .sums import block_sums
+from .watch import Given, group_of, made_again
+
+
+def edges_of(calls: Sequence[Call], mask: StaticBlocks) -> tuple[float, ...]:
+    """Times between intervals with about as many kept calls each; fewer intervals where calls have few times."""
+    times = sorted({call.time for call in calls if call.time is not None})
+    groups = min(mask.groups, len(times))
+    cuts = [math.ceil(i * len(times) / groups) for i in range(1, groups)]
+    return tuple((times[cut - 1] + times[cut]) / 2 for cut in cuts)
+
+
+def kept_blocks(
+    module: nn.Module, calls: Sequence[Call], wanted: Mapping[str, AttentionSpec], progress: Callable[[], object] = lambda: None
+) -> dict[str, Tensor]:
+    """bool [G, H, R, C] per attention with static blocks, whose orders and edges are known.
+
+    Args:
+        module: the unquantized denoiser.
+        calls: kept calls of it.
+        wanted: path -> spec. progress: called after every call that was made again.
+    """
+    if not wanted:
+        return {}
+    masses = _masses(module, calls, wanted, progress)
+    measured = {path: spec for path, spec in wanted.items() if isinstance(_mask(spec).by, OutputError)}
+    ranked = {path: spec for path, spec in wanted.items() if path not in measured}
+    return _kept(ranked, masses) | blocks_by_error(module, calls, measured, masses, progress)
+
+
+def _mask(spec: AttentionSpec) -> StaticBlocks:
+    assert isinstance(spec.mask, StaticBlocks)
+    return spec.mask
+
+
+def _masses(
+    module: nn.Module, calls: Sequence[Call], wanted: Mapping[str, AttentionSpec], progress: Callable[[], object]
+) -> dict[str, Tensor]:
+    """Per attention: float32 [G, H, R, C], mean attention per query, in the chosen orders."""
+    sums: dict[str, Tensor] = {}
+    number: dict[str, Tensor] = {}
+
+    def see(path: str, layout: Layout, call: Call, given: Given) -> None:
+        spec, heads = wanted[path], given.q.shape[1]
+        orders = spec.orders or (0,) * heads
+        used = sorted(set(orders))
+        indices, group = [layout.index(order, given.q.device) for order in used], group_of(call, _mask(spec))
+        for one in given.samples():
+            found = block_sums(one.q, one.k, one.mask, one.scale, indices, spec.block)
+            mine = torch.stack([found[used.index(order)].mass[head].cpu() for head, order in enumerate(orders)])
+            if path not in sums:
+                sums[path] = torch.zeros(len(_mask(spec).edges) + 1, *mine.shape)
+                number[path] = torch.zeros(len(sums[path]), 1, 1, 1)
+            sums[path][group] += mine
+            number[path][group] += 1
+
+    for call in calls:
+        made_again(module, [call], list(wanted), see)
+        progress()
+    return {path: sums[path] / number[path].clamp(min=1) for path in sums}
+
+
+def _kept(specs: Mapping[str, AttentionSpec], masses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """bool [G, H, R, C] per attention: the blocks with most attention within the budget, which may be one for all."""
+    keep: dict[str, Tensor] = {}
+    together: dict[tuple, list[str]] = {}
+    for path, spec in specs.items():
+        mask = _mask(spec)
+        together.setdefault((mask, spec.block, spec.layout) if mask.together else (path,), []).append(path)
+    for paths in together.values():
+        spec, mask = specs[paths[0]], _mask(specs[paths[0]])
+        guard = guards(Layout(*spec.layout), spec.block)
+        flat = torch.cat([masses[path].flatten(0, 1) for path in paths])
+        if mask.together:
+            chosen = largest(flat, guard, mask.density)
+        else:
+            chosen = torch.stack([largest(head, guard, mask.density) for head in flat])
+        sizes = [masses[path].shape[:2].numel() for path in paths]
+        keep |= {path: part.view(masses[path].shape) for path, part in zip(paths, chosen.split(sizes), strict=True)}
+    return keep
