@@ -145,8 +145,8 @@ def allocate(
             check_model(stats, pipe, watching)
             seen = stats
         modules = {component.name: components_of(pipe)[component.name] for component in plans[0].components}
-        plans = [_answered(plan, modules, seen) for plan in plans]
-        rest = None if rest is None else _answered(rest, modules, seen)
+        plans = [answered(plan, modules, seen) for plan in plans]
+        rest = None if rest is None else answered(rest, modules, seen)
         if parts is not None:
             _check_parts(run, seen)
         probes = probes_of(names, loaded, modules, seen, run, pipe, prompts, how)
@@ -306,7 +306,7 @@ def _watching(pipe: Any, plans: Sequence[Plan], overrides: Mapping[str, Any]) ->
     return replace(learning, choices=tuple(choices))
 
 
-def _answered(plan: Plan, parts: Mapping[str, nn.Module], stats: Stats) -> Plan:
+def answered(plan: Plan, parts: Mapping[str, nn.Module], stats: Stats) -> Plan:
     """The plan with everything found that its specs leave to statistics and calls: what solving would find, so that it is the same
     spec that is scored, chosen and written down."""
     found = settled(plan.choices, stats)
