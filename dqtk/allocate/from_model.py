@@ -133,6 +133,8 @@ def allocate(
     rest = around if isinstance(around, Plan | None) else make_plan(pipe, around, overrides=overrides)
     sites = [choice.site for choice in plans[0].choices]
     mine = groups_of(sites, groups, clips=clips)
+    there = list(dict.fromkeys(mine.values()))
+    check_groups(loaded, there, "this model that has layers")
     how: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "call_kwargs": call_arguments(pipe, call_kwargs)}
     run = _run_parts(parts, pipe, prompts, call_kwargs, weigh=weigh)
     with ExitStack() as stack:
@@ -149,17 +151,19 @@ def allocate(
         rest = None if rest is None else answered(rest, modules, seen)
         if parts is not None:
             _check_parts(run, seen)
-        probes = probes_of(names, loaded, modules, seen, run, pipe, prompts, how)
+        probes = probes_of(there, loaded, modules, seen, run, pipe, prompts, how)
         layers = Layers(modules) if me.first and (sweep or switch) else None
         found = _measured(pipe, plans, seen, probes, mine, where, rest, layers, me, progress=progress)
         if not me.first:
             return None
-        weights: tuple[float, ...] = ()
+        counts = None
         if run is not None and prompts is not None:
-            weights = weights_of_parts(pipe, modules, plans, found, seen, len(run), prompts[:WEIGHED], call_kwargs, where)
-            found = weighed(found, weights)
+            counts = Counts(
+                run, weights_of_parts(pipe, modules, plans, found, seen, len(run), prompts[:WEIGHED], call_kwargs, where)
+            )
+            found = weighed(found, counts.weights)
             if progress:
-                print(_said(weights))
+                print(_said(counts.weights))
         _write_logs(where, plans, found)
         calls = shapes_of_a_step(modules, seen.calls, sites) if asked.unit == "bops" else None
         losses = {group: probe.loss for group, probe in probes.items()}
@@ -170,7 +174,6 @@ def allocate(
             return replace(offers.allocated(ratio), stats=seen)
         layers.complete(plans, seen)
         start = None if sweep else offers.allocated(ratio)
-        counts = Counts(run, weights) if run is not None and weights else None
         made = _searched(pipe, judges, offers, start, switch, layers, where, seen, overrides, counts, progress=progress, **how)
         return replace(made, stats=seen)
 
