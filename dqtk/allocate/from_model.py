@@ -158,24 +158,37 @@ def allocate(
             return None
         counts = None
         if run is not None and prompts is not None:
-            counts = Counts(
-                run, weights_of_parts(pipe, modules, plans, found, seen, len(run), prompts[:WEIGHED], call_kwargs, where)
-            )
+            asking = (pipe, modules, plans, found, seen, len(run), prompts[:WEIGHED], call_kwargs)
+            counts = Counts(run, weights_of_parts(*asking, where))
             found = weighed(found, counts.weights)
             if progress:
                 print(_said(counts.weights))
         _write_logs(where, plans, found)
-        calls = shapes_of_a_step(modules, seen.calls, sites) if asked.unit == "bops" else None
-        losses = {group: probe.loss for group, probe in probes.items()}
-        alike = len({probes[group].name for group in mine.values()}) == 1
-        priced: dict[str, Any] = {"calls": calls, "table": costs, "parts": parts, "alike": alike}
-        offers = Offers.of(plans, found, asked, losses, mine, protect=protect, **priced)
+        offers = _offered(plans, found, asked, probes, mine, modules, seen, protect=protect, table=costs, parts=parts)
         if judges is None or layers is None:
             return replace(offers.allocated(ratio), stats=seen)
         layers.complete(plans, seen)
         start = None if sweep else offers.allocated(ratio)
         made = _searched(pipe, judges, offers, start, switch, layers, where, seen, overrides, counts, progress=progress, **how)
         return replace(made, stats=seen)
+
+
+def _offered(
+    plans: Sequence[Plan],
+    found: Sensitivity,
+    budget: Budget,
+    probes: Mapping[str, Probe],
+    groups: Mapping[str, str],
+    modules: Mapping[str, nn.Module],
+    stats: Stats,
+    **how: Any,
+) -> Offers:
+    """What the program chooses among; ``how``: more arguments of ``Offers.of``."""
+    sites = [choice.site for choice in plans[0].choices]
+    calls = shapes_of_a_step(modules, stats.calls, sites) if budget.unit == "bops" else None
+    losses = {group: probe.loss for group, probe in probes.items()}
+    alike = len({probe.name for probe in probes.values()}) == 1
+    return Offers.of(plans, found, budget, losses, groups, calls=calls, alike=alike, **how)
 
 
 def beside(folder: Path, more: str) -> Path:
