@@ -1,7 +1,7 @@
 """Bits per layer at equal bytes: one width everywhere, one program over all layers, groups with budgets of their own, exchanges.
 
     python benchmarks/mixed_precision.py [MODEL ...] [--bits 5 4.5 4 3.66 3] [--num-prompts 16] [--steps 20] [--trials 200]
-        [--scored 4] [--content-score ssim] [--weigh] [--work FOLDER]
+        [--scored 4] [--kept-steps 5] [--content-score ssim] [--weigh] [--work FOLDER]
     python benchmarks/mixed_precision.py --since 2026-01-31T09:00   # go on with an interrupted run
     python benchmarks/mixed_precision.py --table
 
@@ -57,7 +57,6 @@ from dqtk.sites import components_of
 from dqtk.spec import describe
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
-STEPS = 5  # of every run whose calls are kept
 NAME, UNIFORM, LINE = "mixed_precision", "uniform", "uniform, interpolated"
 VARIANTS = (UNIFORM, LINE, "single metric", ONE, "decoupled", "exchanged")
 
@@ -73,7 +72,7 @@ class World:
         self.kwargs = call_kwargs_for(self.pipe) | {"num_inference_steps": options.steps}
         self.plans = {bits: dqtk.plan(self.pipe, of_width(bits)) for bits in WIDTHS}
         learning = dqtk.plan(self.pipe, recipe_named("w4a8"))
-        how = {"batch_size": 4, "call_kwargs": self.kwargs, "steps_per_run": STEPS, "progress": False}
+        how = {"batch_size": 4, "call_kwargs": self.kwargs, "steps_per_run": options.kept_steps, "progress": False}
         self.stats = dqtk.calibrate(self.pipe, captions[: options.scored], learning, **how)
         judges = dqtk.calibrate(self.pipe, captions[4:12], learning, seed=1_000_003, **how)
         names = {component.name for component in learning.components}
@@ -177,7 +176,7 @@ def run(model: str, options, work: Path) -> None:
     fixed = {"benchmark": NAME, "model": model, "num_prompts": options.num_prompts, "steps": options.steps}
     fixed |= {"trials": options.trials, "content_score": options.content_score or "sqnr", "weighed": options.weigh}
     candidates = "; ".join(describe(of_width(bits).main_spec()) for bits in WIDTHS)
-    fixed |= {"scored": options.scored, "candidates": candidates}
+    fixed |= {"scored": options.scored, "kept_steps": options.kept_steps, "candidates": candidates}
     done = [row for row in stored() if options.since and fixed.items() <= row.items() and row["created"] >= options.since]
     left = [bits for bits in options.bits if not any(row.get("bits") == bits and row["variant"] == "exchanged" for row in done)]
     if not left:
@@ -273,6 +272,7 @@ def main() -> None:
     parser.add_argument("--num-prompts", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--scored", type=int, choices=range(1, 5), default=4, help="captions that layers are scored on")
+    parser.add_argument("--kept-steps", type=int, default=5, help="of every run whose calls layers and plans are judged on")
     parser.add_argument("--trials", type=int, default=200, help="exchanges per budget")
     parser.add_argument("--weigh", action="store_true", help="noise counts by its harm")
     parser.add_argument("--content-score", metavar="NAME", help="of pictures, for the content group, such as ssim; slow")
