@@ -1,7 +1,7 @@
 """Bits per layer at equal bytes: one width everywhere, one program over all layers, groups with budgets of their own, exchanges.
 
     python benchmarks/mixed_precision.py [MODEL ...] [--bits 5 4.5 4 3.66 3] [--num-prompts 16] [--steps 20] [--trials 200]
-        [--content-score ssim] [--weigh] [--work FOLDER]
+        [--scored 4] [--kept-steps 5] [--content-score ssim] [--weigh] [--work FOLDER]
     python benchmarks/mixed_precision.py --since 2026-01-31T09:00   # go on with an interrupted run
     python benchmarks/mixed_precision.py --table
 
@@ -20,9 +20,9 @@ would store, between two widths the line between their bytes. Variants:
 Noise counts alike at all noise levels; with ``--weigh`` in each quarter of a run by what it does to the final latents of two
 captions.
 
-Layers are scored on 4 captions, plans judged on 8 others, and everything here is then measured on prompts that neither saw: PSNR
-against the original's picture of the same prompt and noise, its gain over ``uniform`` (paired), the oracle's change. Appends JSON
-lines to results.jsonl; seconds are not measured.
+Layers are scored on 4 captions (``--scored``), plans judged on 8 others, and everything here is then measured on prompts that
+neither saw: PSNR against the original's picture of the same prompt and noise, its gain over ``uniform`` (paired), the oracle's
+change. Appends JSON lines to results.jsonl; seconds are not measured.
 """
 
 import argparse
@@ -54,9 +54,9 @@ from dqtk.recipes import of_width, recipe_named
 from dqtk.report.generate import generate, make_tasks, to_tensor
 from dqtk.resolve import call_kwargs_for, oracle_for, scores
 from dqtk.sites import components_of
+from dqtk.spec import describe
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
-STEPS = 5  # of every run whose calls are kept
 NAME, UNIFORM, LINE = "mixed_precision", "uniform", "uniform, interpolated"
 VARIANTS = (UNIFORM, LINE, "single metric", ONE, "decoupled", "exchanged")
 
@@ -72,8 +72,8 @@ class World:
         self.kwargs = call_kwargs_for(self.pipe) | {"num_inference_steps": options.steps}
         self.plans = {bits: dqtk.plan(self.pipe, of_width(bits)) for bits in WIDTHS}
         learning = dqtk.plan(self.pipe, recipe_named("w4a8"))
-        how = {"batch_size": 4, "call_kwargs": self.kwargs, "steps_per_run": STEPS, "progress": False}
-        self.stats = dqtk.calibrate(self.pipe, captions[:4], learning, **how)
+        how = {"batch_size": 4, "call_kwargs": self.kwargs, "steps_per_run": options.kept_steps, "progress": False}
+        self.stats = dqtk.calibrate(self.pipe, captions[: options.scored], learning, **how)
         judges = dqtk.calibrate(self.pipe, captions[4:12], learning, seed=1_000_003, **how)
         names = {component.name for component in learning.components}
         self.parts = {name: part for name, part in components_of(self.pipe).items() if name in names}
@@ -81,7 +81,8 @@ class World:
         self.groups = groups_of([choice.site for choice in self.plans[4].choices])
         self.layers = Layers(self.parts)
         self.found, self.losses = self.scored("sqnr", None), dict.fromkeys((CONTENT, QUALITY), "noise")
-        self.monotone, counts = monotone(list(self.plans.values()), self.found), None
+        self.monotone = [monotone(list(self.plans.values()), self.found, to_the_floor=to) for to in (False, True)]
+        counts = None
         if self.run is not None:
             plans = list(self.plans.values())
             asked = (self.pipe, self.parts, plans, self.found, self.stats, len(self.run), captions[:2], self.kwargs)
@@ -90,7 +91,7 @@ class World:
             print(f"{model}: noise counts {counts.weights} in equal parts of a run", flush=True)
         self.found_of_groups, self.losses_of_groups = self.found, self.losses
         if options.content_score:
-            score = self.pictures(captions[:4], options.content_score)
+            score = self.pictures(captions[: options.scored], options.content_score)
             self.found_of_groups = self.scored("groups", score)
             self.losses_of_groups = {CONTENT: score.loss, QUALITY: "noise"}
         self.layers.complete(list(self.plans.values()), self.stats)
@@ -174,13 +175,17 @@ def answers(world: World, bits: float) -> dict:
 def run(model: str, options, work: Path) -> None:
     fixed = {"benchmark": NAME, "model": model, "num_prompts": options.num_prompts, "steps": options.steps}
     fixed |= {"trials": options.trials, "content_score": options.content_score or "sqnr", "weighed": options.weigh}
+    candidates = "; ".join(describe(of_width(bits).main_spec()) for bits in WIDTHS)
+    fixed |= {"scored": options.scored, "kept_steps": options.kept_steps, "candidates": candidates}
     done = [row for row in stored() if options.since and fixed.items() <= row.items() and row["created"] >= options.since]
     left = [bits for bits in options.bits if not any(row.get("bits") == bits and row["variant"] == "exchanged" for row in done)]
     if not left:
         return
     world = World(model, options, work)
-    in_order, several = world.monotone
-    append(fixed | {"variant": "sensitivity", "monotone": in_order, "sites": several, "widths": list(WIDTHS)})
+    (in_order, several), (to_the_floor, _) = world.monotone
+    if not any(row["variant"] == "sensitivity" for row in done):
+        row = {"monotone": in_order, "monotone_to_the_floor": to_the_floor, "sites": several, "widths": list(WIDTHS)}
+        append(fixed | {"variant": "sensitivity"} | row)
     uniform = {width: world.judged(picked_of(world.plans[width])) for width in {w for bits in left for w in around(bits)}}
     num_weights = sum(choice.site.num_weights for choice in world.plans[4].choices)
     for bits in left:
@@ -266,6 +271,8 @@ def main() -> None:
     parser.add_argument("--bits", type=float, nargs="+", default=[5, 4.5, 4, 3.66, 3])
     parser.add_argument("--num-prompts", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--scored", type=int, choices=range(1, 5), default=4, help="captions that layers are scored on")
+    parser.add_argument("--kept-steps", type=int, default=5, help="of every run whose calls layers and plans are judged on")
     parser.add_argument("--trials", type=int, default=200, help="exchanges per budget")
     parser.add_argument("--weigh", action="store_true", help="noise counts by its harm")
     parser.add_argument("--content-score", metavar="NAME", help="of pictures, for the content group, such as ssim; slow")

@@ -448,6 +448,8 @@ def test_every_wish_of_the_command_line_arrives(folder, tmp_path, monkeypatch):
     assert flags - {"prompts"} <= set(seen)
     assert seen["weigh"] is True
     assert (seen["groups"], seen["scores"], seen["ratio"]) == ({"content": ["*.ff.*", "*attn2*"]}, {"content": "ssim"}, 0.5)
+    assert main([*words, "--ratio", "text=0.8", "temporal=1.2"]) == 0
+    assert seen["ratio"] == {"text": 0.8, "temporal": 1.2}
 
 
 def test_allocate_swept_and_switched(folder, say, tmp_path):

@@ -133,6 +133,8 @@ def allocate(
     rest = around if isinstance(around, Plan | None) else make_plan(pipe, around, overrides=overrides)
     sites = [choice.site for choice in plans[0].choices]
     mine = groups_of(sites, groups, clips=clips)
+    there = list(dict.fromkeys(mine.values()))
+    check_groups(loaded, there, "this model that has layers")
     how: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "call_kwargs": call_arguments(pipe, call_kwargs)}
     run = _run_parts(parts, pipe, prompts, call_kwargs, weigh=weigh)
     with ExitStack() as stack:
@@ -145,34 +147,48 @@ def allocate(
             check_model(stats, pipe, watching)
             seen = stats
         modules = {component.name: components_of(pipe)[component.name] for component in plans[0].components}
-        plans = [_answered(plan, modules, seen) for plan in plans]
-        rest = None if rest is None else _answered(rest, modules, seen)
+        plans = [answered(plan, modules, seen) for plan in plans]
+        rest = None if rest is None else answered(rest, modules, seen)
         if parts is not None:
             _check_parts(run, seen)
-        probes = probes_of(names, loaded, modules, seen, run, pipe, prompts, how)
+        probes = probes_of(there, loaded, modules, seen, run, pipe, prompts, how)
         layers = Layers(modules) if me.first and (sweep or switch) else None
         found = _measured(pipe, plans, seen, probes, mine, where, rest, layers, me, progress=progress)
         if not me.first:
             return None
-        weights: tuple[float, ...] = ()
+        counts = None
         if run is not None and prompts is not None:
-            weights = weights_of_parts(pipe, modules, plans, found, seen, len(run), prompts[:WEIGHED], call_kwargs, where)
-            found = weighed(found, weights)
+            asking = (pipe, modules, plans, found, seen, len(run), prompts[:WEIGHED], call_kwargs)
+            counts = Counts(run, weights_of_parts(*asking, where))
+            found = weighed(found, counts.weights)
             if progress:
-                print(_said(weights))
+                print(_said(counts.weights))
         _write_logs(where, plans, found)
-        calls = shapes_of_a_step(modules, seen.calls, sites) if asked.unit == "bops" else None
-        losses = {group: probe.loss for group, probe in probes.items()}
-        alike = len({probes[group].name for group in mine.values()}) == 1
-        priced: dict[str, Any] = {"calls": calls, "table": costs, "parts": parts, "alike": alike}
-        offers = Offers.of(plans, found, asked, losses, mine, protect=protect, **priced)
+        offers = _offered(plans, found, asked, probes, mine, modules, seen, protect=protect, table=costs, parts=parts)
         if judges is None or layers is None:
             return replace(offers.allocated(ratio), stats=seen)
         layers.complete(plans, seen)
         start = None if sweep else offers.allocated(ratio)
-        counts = Counts(run, weights) if run is not None and weights else None
         made = _searched(pipe, judges, offers, start, switch, layers, where, seen, overrides, counts, progress=progress, **how)
         return replace(made, stats=seen)
+
+
+def _offered(
+    plans: Sequence[Plan],
+    found: Sensitivity,
+    budget: Budget,
+    probes: Mapping[str, Probe],
+    groups: Mapping[str, str],
+    modules: Mapping[str, nn.Module],
+    stats: Stats,
+    **how: Any,
+) -> Offers:
+    """What the program chooses among; ``how``: more arguments of ``Offers.of``."""
+    sites = [choice.site for choice in plans[0].choices]
+    calls = shapes_of_a_step(modules, stats.calls, sites) if budget.unit == "bops" else None
+    losses = {group: probe.loss for group, probe in probes.items()}
+    alike = len({probe.name for probe in probes.values()}) == 1
+    return Offers.of(plans, found, budget, losses, groups, calls=calls, alike=alike, **how)
 
 
 def beside(folder: Path, more: str) -> Path:
@@ -306,7 +322,7 @@ def _watching(pipe: Any, plans: Sequence[Plan], overrides: Mapping[str, Any]) ->
     return replace(learning, choices=tuple(choices))
 
 
-def _answered(plan: Plan, parts: Mapping[str, nn.Module], stats: Stats) -> Plan:
+def answered(plan: Plan, parts: Mapping[str, nn.Module], stats: Stats) -> Plan:
     """The plan with everything found that its specs leave to statistics and calls: what solving would find, so that it is the same
     spec that is scored, chosen and written down."""
     found = settled(plan.choices, stats)

@@ -108,6 +108,10 @@ def test_around_a_calibrated_recipe(pipe):
         ({"prompts": ["one"]}, "prompts must be at least 8 for sweep and switch, got 1"),
         ({"candidates": "w8a8", "budget": "9bits", "scores": {"content": "ssim"}}, "score must come with ratio or sweep"),
         ({"candidates": "w8a8", "budget": "9bits", "scores": {"content": "simm"}, "ratio": 1.0}, "Did you mean 'ssim'"),
+        (
+            {"candidates": "w8a8", "budget": "9bits", "groups": {"quality": ["*"]}, "scores": {"content": "ssim"}, "ratio": 1.0},
+            "a group of this model that has layers must be one of quality, got 'content'",
+        ),
         ({"candidates": "w8a8", "budget": "9ms"}, "costs must come with a budget in ms"),
         ({"candidates": "w8a8", "budget": "9 apples"}, "budget must be a number with bits"),
         ({"candidates": "w8a8", "budget": "9bits", "groups": {"content": ["*.mlp.*"]}}, "a group's pattern must match one of"),
