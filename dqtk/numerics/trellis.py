@@ -24,12 +24,13 @@ Letters: R rows, T numbers of a row, V of them per step, S = 2^L states, Q = 2^(
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from dqtk.spec.trellis import Trellis
 
 # By (bits, vector): odd multipliers of 16-bit states, one for each number of a step. Shorter states take the upper bits.
 MULTIPLIERS = {
@@ -48,45 +49,15 @@ DENOMINATOR = (-11 / 8, 197 / 512)
 SEARCH_BYTES = 256 << 20  # of ``encode``: rows are taken so many at a time
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Trellis:
-    """``state_bits`` L (2 to 16; 12 is quick, 16 best), ``bits`` K per number (1 to 4), ``vector`` V numbers per step (1 or 2)."""
+def multipliers(trellis: Trellis) -> tuple[int, ...]:
+    """Odd, below 2^L, one for each number of a step."""
+    return tuple(m >> (16 - trellis.state_bits) | 1 for m in MULTIPLIERS[trellis.bits, trellis.vector])
 
-    state_bits: int = 12
-    bits: int = 2
-    vector: int = 1
 
-    def __post_init__(self) -> None:
-        if (self.bits, self.vector) not in MULTIPLIERS:
-            raise ValueError(
-                f"Trellis: (bits, vector) must be 1 to 4 and 1 or 2, got ({self.bits!r}, {self.vector!r}). Use Trellis(bits=2)."
-            )
-        if not (isinstance(self.state_bits, int) and max(2, self.step_bits) <= self.state_bits <= 16):
-            raise ValueError(
-                f"Trellis: state_bits must be an integer from {max(2, self.step_bits)} to 16, got {self.state_bits!r}. "
-                "The usual numbers are 12 and 16."
-            )
-
-    @property
-    def step_bits(self) -> int:
-        """KV: bits of a step."""
-        return self.bits * self.vector
-
-    @property
-    def states(self) -> int:
-        """S = 2^L."""
-        return 1 << self.state_bits
-
-    @property
-    def multipliers(self) -> tuple[int, ...]:
-        """Odd, below 2^L, one for each of V numbers."""
-        return tuple(m >> (16 - self.state_bits) | 1 for m in MULTIPLIERS[self.bits, self.vector])
-
-    @property
-    def curve(self) -> tuple[float, float, float, float]:
-        """(a_0, a_1, b_1, b_2) with the gain in a_0 and a_1; exact in float32."""
-        gain = GAIN[self.bits]
-        return NUMERATOR[0] * gain, NUMERATOR[1] * gain, *DENOMINATOR
+def curve(trellis: Trellis) -> tuple[float, float, float, float]:
+    """(a_0, a_1, b_1, b_2) with the gain in the first two; exact in float32."""
+    gain = GAIN[trellis.bits]
+    return NUMERATOR[0] * gain, NUMERATOR[1] * gain, *DENOMINATOR
 
 
 def values(trellis: Trellis, device: torch.device | str = "cpu") -> Tensor:
@@ -112,10 +83,10 @@ def _values(trellis: Trellis, device: torch.device | str) -> Tensor:
 
 def values_of(states: Tensor, trellis: Trellis) -> Tensor:
     """float32 [..., V] of integer states [...]."""
-    multipliers = torch.tensor(trellis.multipliers, dtype=torch.int64, device=states.device)
-    u = states.long()[..., None] * multipliers & (trellis.states - 1)
+    factors = torch.tensor(multipliers(trellis), dtype=torch.int64, device=states.device)
+    u = states.long()[..., None] * factors & (trellis.states - 1)
     p = (2 * u + (1 - trellis.states)).float() * 2.0**-trellis.state_bits
-    a_0, a_1, b_1, b_2 = trellis.curve
+    a_0, a_1, b_1, b_2 = curve(trellis)
     q = p * p
     return p * (a_0 + q * a_1) / (1 + q * (b_1 + q * b_2))
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from dqtk.numerics import trellis as module
-from dqtk.numerics.trellis import GAIN, MULTIPLIERS, Trellis, decode, encode, num_steps, pack, packed_width, unpack, values
+from dqtk.numerics.trellis import GAIN, MULTIPLIERS, decode, encode, num_steps, pack, packed_width, unpack, values
+from dqtk.spec.trellis import Trellis
 
 TINY = [  # L, K, V, T
     (3, 1, 1, 8),
