@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dqtk.spec.trellis import Trellis
+
 from . import support, table
 from .sage import require_sage, sage_version
 from .support import describe, no_scaled_matmul, serves
@@ -19,6 +21,7 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16)
 __all__ = [
     "TYPES",
     "block_attention",
+    "decode_trellis",
     "describe",
     "forget",
     "linear_decoded",
@@ -94,3 +97,14 @@ def block_attention(
 
     how = chosen_pass(q, v, block_q, block_k, qk_bits, pv_bits)
     return block_attention(q, k, v, order, live, mask, block_q, block_k, scale, qk_bits, pv_bits, smooth, how=how)
+
+
+def decode_trellis(packed: Tensor, scale: Tensor | None, n: int, k: int, *how) -> Tensor | None:
+    """``trellis.decode_trellis``, of arguments as the op has them; None where the kernel does not take such rings."""
+    from .trellis import decode_trellis, takes
+
+    tile_rows, tile_columns, state_bits, bits, vector, dtype = how
+    trellis = Trellis(state_bits=state_bits, bits=bits, vector=vector)
+    if not takes(tile_rows, tile_columns, trellis, dtype):
+        return None
+    return decode_trellis(packed, scale, n, k, (tile_rows, tile_columns), trellis, dtype)

@@ -7,6 +7,7 @@ from .block_attention import block_attention, block_attention_reference
 from .conv import conv_int8, conv_int8_reference, from_matrix, to_matrix
 from .decoded import Decoding, decode_reference, decode_weight, linear_decoded
 from .linear import ACTIVATIONS, activated, linear_fp8, linear_int8, linear_int8_reference, linears_int8
+from .trellis import decode_trellis, decode_trellis_reference, encode_trellis, from_tiles, linear_trellis, to_tiles
 
 __all__ = [
     "ACTIVATIONS",
@@ -18,14 +19,20 @@ __all__ = [
     "conv_int8",
     "conv_int8_reference",
     "decode_reference",
+    "decode_trellis",
+    "decode_trellis_reference",
     "decode_weight",
+    "encode_trellis",
     "from_matrix",
+    "from_tiles",
     "linear_decoded",
     "linear_fp8",
     "linear_int8",
     "linear_int8_reference",
+    "linear_trellis",
     "linears_int8",
     "op_of",
     "report_of",
     "to_matrix",
+    "to_tiles",
 ]

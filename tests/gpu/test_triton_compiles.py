@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dqtk.gpu import attention, attention_rows, decoded, device, integer, tiles
+from dqtk.gpu import attention, attention_rows, decoded, device, integer, tiles, trellis
 
 SMALLEST = 99 << 10  # bytes of shared memory of a thread block, capabilities 8.6 and 8.9
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma"}
@@ -184,3 +184,13 @@ def test_rows_of_attention(kind):
     made = compiled(attention_rows._move_rows, 90, " ".join(given), constants | dict.fromkeys(absent), num_warps=4)
     assert is_exact(made)
     compiled(attention_rows._list_live, 90, "*u8 *i32 *i32 i32 i32", {"BLOCK": 128}, num_warps=1)
+
+
+@pytest.mark.parametrize("capability", TENSOR_CORES)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_trellis(capability, dtype):
+    constants = {"SCALE": True, "SCALE_STEP": 1, "TILE_ROWS": 16, "TILE_COLUMNS": 16, "STATE_BITS": 12, "STEP_BITS": 4}
+    constants |= {"VECTOR": 2, "FIRST": 1219, "SECOND": 495, "BLOCK": trellis.BLOCK}
+    made = compiled(trellis._decode, capability, f"*u8 *fp32 *{dtype} i32 i32 i32 i32 fp32 fp32 fp32 fp32 fp32", constants)
+    assert is_exact(made)
+    assert "div.rn.f32" in made.asm["ptx"]
