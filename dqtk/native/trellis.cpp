@@ -28,7 +28,6 @@ struct Search {
 
 namespace {
 
-constexpr int WIDE = 16;  // suffixes at a time
 constexpr float FAR = std::numeric_limits<float>::infinity();
 
 // One step of a search: V numbers, their weights or null, and the table of values, whose V planes have ``states`` each.
@@ -51,92 +50,96 @@ inline float error_of(const Step& step, int64_t state) {
 }
 
 #if defined(__AVX512F__)
+constexpr int LANES = 16;
+using Floats = __m512;
+using Integers = __m512i;
+inline Floats all(float value) { return _mm512_set1_ps(value); }
+inline Integers all(int value) { return _mm512_set1_epi32(value); }
+inline Integers counted(int first, int shift) {  // (first + lane) >> shift
+    const Integers lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    return _mm512_srli_epi32(_mm512_add_epi32(lane, all(first)), shift);
+}
+inline Floats load(const float* in) { return _mm512_loadu_ps(in); }
+inline void store(float* out, Floats values) { _mm512_storeu_ps(out, values); }
+inline void store_bytes(uint8_t* out, Integers values) { _mm_storeu_si128((__m128i*)out, _mm512_cvtepi32_epi8(values)); }
+inline Floats picked(Floats values, Integers from) { return _mm512_permutexvar_ps(from, values); }
+inline void keep_less(Floats other, Integers its_place, Floats& least, Integers& place) {
+    place = _mm512_mask_mov_epi32(place, _mm512_cmp_ps_mask(other, least, _CMP_LT_OQ), its_place);
+    least = _mm512_min_ps(other, least);
+}
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+using Floats = __m256;
+using Integers = __m256i;
+inline Floats all(float value) { return _mm256_set1_ps(value); }
+inline Integers all(int value) { return _mm256_set1_epi32(value); }
+inline Integers counted(int first, int shift) {  // (first + lane) >> shift
+    return _mm256_srli_epi32(_mm256_add_epi32(_mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0), all(first)), shift);
+}
+inline Floats load(const float* in) { return _mm256_loadu_ps(in); }
+inline void store(float* out, Floats values) { _mm256_storeu_ps(out, values); }
+inline void store_bytes(uint8_t* out, Integers values) {
+    const __m128i shorts = _mm_packs_epi32(_mm256_castsi256_si128(values), _mm256_extracti128_si256(values, 1));
+    _mm_storel_epi64((__m128i*)out, _mm_packus_epi16(shorts, shorts));
+}
+inline Floats picked(Floats values, Integers from) { return _mm256_permutevar8x32_ps(values, from); }
+inline void keep_less(Floats other, Integers its_place, Floats& least, Integers& place) {
+    const __m256 less = _mm256_cmp_ps(other, least, _CMP_LT_OQ);
+    place = _mm256_blendv_epi8(place, its_place, _mm256_castps_si256(less));
+    least = _mm256_min_ps(other, least);
+}
+#endif
+
+#if defined(__AVX2__)
 template <int B, int V, bool WEIGHTED>
 void advance(const Step& step, const float* cost, float* next, uint8_t* back) {
     constexpr int A = 1 << B;
     const int64_t states = step.states, suffixes = step.suffixes;
     const float* values = step.values;
-    __m512 x[V], w[V];
-    for (int v = 0; v < V; v++) x[v] = _mm512_set1_ps(step.x[v]), w[v] = _mm512_set1_ps(WEIGHTED ? step.weight[v] : 1.0f);
+    Floats x[V], w[V];
+    for (int v = 0; v < V; v++) x[v] = all(step.x[v]), w[v] = all(WEIGHTED ? step.weight[v] : 1.0f);
     const auto error = [&](int64_t state) __attribute__((always_inline)) {
-        __m512 total;
+        Floats total = all(0.0f);
 #pragma GCC unroll 2
         for (int v = 0; v < V; v++) {
-            const __m512 d = _mm512_sub_ps(x[v], _mm512_loadu_ps(values + v * states + state));
-            const __m512 part = WEIGHTED ? _mm512_mul_ps(_mm512_mul_ps(d, d), w[v]) : _mm512_mul_ps(d, d);
-            total = v ? _mm512_add_ps(total, part) : part;
+            const Floats d = x[v] - load(values + v * states + state);
+            const Floats part = WEIGHTED ? d * d * w[v] : d * d;
+            total = v ? total + part : part;
         }
         return total;
     };
-    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    for (int64_t q = 0; q < suffixes; q += WIDE) {
-        __m512 best = _mm512_load_ps(cost + q);
-        __m512i which = _mm512_setzero_si512();
-#pragma GCC unroll 15
-        for (int h = 1; h < A; h++) {
-            const __m512 other = _mm512_load_ps(cost + h * suffixes + q);
-            which = _mm512_mask_mov_epi32(which, _mm512_cmp_ps_mask(other, best, _CMP_LT_OQ), _mm512_set1_epi32(h));
-            best = _mm512_min_ps(other, best);
+    for (int64_t q = 0; q < suffixes; q += LANES) {
+        // Two halves at a time: either is a chain of operations that wait for each other. Of equals the first is kept.
+        Floats best[2];
+        Integers which[2];
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+            const int first = half * A / 2;
+            best[half] = load(cost + first * suffixes + q);
+            which[half] = all(first);
+#pragma GCC unroll 16
+            for (int h = first + 1; h < first + A / 2; h++)
+                keep_less(load(cost + h * suffixes + q), all(h), best[half], which[half]);
         }
-        _mm_storeu_si128((__m128i*)(back + q), _mm512_cvtepi32_epi8(which));
-        const int64_t first = q << B;
-        if constexpr (B < 4) {
+        keep_less(best[1], which[1], best[0], which[0]);
+        store_bytes(back + q, which[0]);
+        const int64_t state = q << B;
+        if constexpr (A < LANES) {
 #pragma GCC unroll 8
-            for (int j = 0; j < A; j++) {
-                const __m512i from = _mm512_srli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(WIDE * j)), B);
-                const __m512 sum = _mm512_add_ps(_mm512_permutexvar_ps(from, best), error(first + WIDE * j));
-                _mm512_store_ps(next + first + WIDE * j, sum);
-            }
+            for (int j = 0; j < LANES << B; j += LANES)
+                store(next + state + j, picked(best[0], counted(j, B)) + error(state + j));
         } else {
-            alignas(64) float each[WIDE];
-            _mm512_store_ps(each, best);
-            for (int64_t j = 0; j < WIDE << B; j += WIDE)
-                _mm512_store_ps(next + first + j, _mm512_add_ps(_mm512_set1_ps(each[j >> B]), error(first + j)));
-        }
-    }
-}
-#else
-template <int B, int V, bool WEIGHTED>
-void advance(const Step& step, const float* cost, float* next, uint8_t* back) {
-    constexpr int A = 1 << B, BLOCK = 2048 >> B;
-    const int64_t suffixes = step.suffixes;
-    float x[V], w[V], best[BLOCK], each[BLOCK * A];
-    int32_t which[BLOCK];
-    for (int v = 0; v < V; v++) x[v] = step.x[v], w[v] = WEIGHTED ? step.weight[v] : 1.0f;
-    for (int64_t first = 0; first < suffixes; first += BLOCK) {
-        const int count = int(std::min<int64_t>(BLOCK, suffixes - first));
-        std::memcpy(best, cost + first, sizeof(float) * count);
-        std::memset(which, 0, sizeof which);
-        for (int h = 1; h < A; h++) {
-            const float* other = cost + h * suffixes + first;
-            for (int i = 0; i < count; i++) {
-                const bool less = other[i] < best[i];
-                which[i] = less ? h : which[i];
-                best[i] = less ? other[i] : best[i];
-            }
-        }
-        for (int i = 0; i < count; i++) back[first + i] = uint8_t(which[i]);
-        for (int i = 0; i < count; i++)
-            for (int c = 0; c < A; c++) each[i * A + c] = best[i];
-        const float* values = step.values + (first << B);
-        const float* seconds = values + (V - 1) * step.states;
-        float* out = next + (first << B);
-        for (int j = 0; j < count * A; j++) {
-            float total = (x[0] - values[j]) * (x[0] - values[j]);
-            if (WEIGHTED) total *= w[0];
-            if (V == 2) {
-                const float d = x[V - 1] - seconds[j];
-                total += WEIGHTED ? d * d * w[V - 1] : d * d;
-            }
-            out[j] = each[j] + total;
+            float each[LANES];
+            store(each, best[0]);
+            for (int64_t j = 0; j < LANES << B; j += LANES) store(next + state + j, all(each[j >> B]) + error(state + j));
         }
     }
 }
 #endif
 
-// Fewer suffixes than a vector has lanes.
+// One suffix after the other: where there are fewer than a vector has lanes, and at the generic level.
 template <int B, int V, bool WEIGHTED>
-void advance_few(const Step& step, const float* cost, float* next, uint8_t* back) {
+void advance_plainly(const Step& step, const float* cost, float* next, uint8_t* back) {
     for (int64_t q = 0; q < step.suffixes; q++) {
         float best = cost[q];
         back[q] = 0;
@@ -150,13 +153,14 @@ void advance_few(const Step& step, const float* cost, float* next, uint8_t* back
 
 // The first of the least costs.
 inline int64_t cheapest(const float* cost, int64_t count) {
-    float least[WIDE];
-    std::fill(least, least + WIDE, FAR);
+    constexpr int GROUP = 16;
+    float least[GROUP];
+    std::fill(least, least + GROUP, FAR);
     int64_t i = 0;
-    for (; i + WIDE <= count; i += WIDE)
-        for (int j = 0; j < WIDE; j++) least[j] = cost[i + j] < least[j] ? cost[i + j] : least[j];
+    for (; i + GROUP <= count; i += GROUP)
+        for (int j = 0; j < GROUP; j++) least[j] = cost[i + j] < least[j] ? cost[i + j] : least[j];
     for (; i < count; i++) least[0] = std::min(least[0], cost[i]);
-    const float best = *std::min_element(least, least + WIDE);
+    const float best = *std::min_element(least, least + GROUP);
     return std::find(cost, cost + count, best) - cost;
 }
 
@@ -168,7 +172,10 @@ void path(const Search& s, const float* x, const float* weight, int64_t seam, in
     float* cost = costs_room.get<float>(2 * count);
     float* next = cost + count;
     uint8_t* back = back_room.get<uint8_t>(s.steps * suffixes);
-    const auto advances = suffixes < WIDE ? advance_few<B, V, WEIGHTED> : advance<B, V, WEIGHTED>;
+    auto advances = advance_plainly<B, V, WEIGHTED>;
+#if defined(__AVX2__)
+    if (suffixes >= LANES) advances = advance<B, V, WEIGHTED>;
+#endif
     Step step{x, weight, s.values, count, suffixes};
     for (int64_t state = 0; state < count; state++)
         cost[state] = seam < 0 || state >> B == seam ? error_of<V, WEIGHTED>(step, state) : FAR;
