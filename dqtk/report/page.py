@@ -16,6 +16,7 @@ from string import Template
 from typing import Any
 
 from . import environment
+from .attention_section import attention_section
 from .comparison import Comparison, Estimate, Measure
 from .markup import number, plural, row, section, table
 from .numbers import DASH, TIMES, bytes_text, number_text, range_text, ratio_text
@@ -92,6 +93,7 @@ def render_page(
         ranges_section(comparison.ranges),
         _cost(comparison, plan),
         bits_section(plan),
+        attention_section(plan),
         plan_section(plan),
         reproduce_section(comparison, command),
     ]
