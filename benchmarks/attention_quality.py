@@ -25,9 +25,11 @@ from dqtk.report.generate import image_seed, to_tensor
 from dqtk.resolve import call_kwargs_for, oracle_for
 from dqtk.sites import components_of
 from dqtk.spec import (
+    Adaptive,
     AttentionSpec,
     Incoherence,
     Int,
+    OutputError,
     PooledBlocks,
     Radial,
     Recall,
@@ -69,6 +71,11 @@ def variants(densities: list[float], widths: list[int]) -> dict[tuple[float, int
                 )
                 each = StaticBlocks(density=density, together=False)
                 found[density, bits, "reordered, a share each"] = AttentionSpec(order=Recall(), mask=each, block=(16, 16))
+                measured = StaticBlocks(density=density, by=OutputError())
+                found[density, bits, "reordered, by error"] = AttentionSpec(order=Recall(), mask=measured, block=(16, 16))
+            if bits == 8:  # 4, 8 or 16, as heads need
+                adaptive = codes | {"smooth": SmoothBoth(), "adapt": Adaptive()}
+                found[density, bits, "reordered, adaptive"] = AttentionSpec(order=Recall(), mask=mask, block=(16, 16), **adaptive)
     return found
 
 
@@ -133,6 +140,7 @@ def run(model: str, options) -> None:
             "num_prompts": len(prompts),
             "steps": options.steps,
             "computed": sum(each.density() for each in blocks) / len(blocks) if spec.layout or plan.needs_stats else None,
+            "mean_bits": mean_bits([each.spec for each in blocks]),
             "psnr": interval(values),
             "gain": interval(values - base),
             "cosine": round(float(torch.stack(cosine).mean()), 5),
@@ -144,6 +152,12 @@ def run(model: str, options) -> None:
             flush=True,
         )
         append(row)
+
+
+def mean_bits(specs: list[AttentionSpec]) -> float:
+    """Of queries, keys, probabilities and values, over heads."""
+    each = [sum(spec.qk_bits + spec.pv_bits) / 2 / len(spec.qk_bits) if spec.qk_bits else sum(*spec.widths()) / 2 for spec in specs]
+    return round(sum(each) / len(each), 2)
 
 
 def decibels(got: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:

@@ -2,10 +2,12 @@
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
+from .attention.facts import facts_of
 from .nn import Quantized
 from .nn.attention import Blocks, blocks_of
 from .plan import AttentionChoice, Choice, Component, Plan
@@ -76,8 +78,22 @@ def summary(target: Any) -> dict[str, Any] | None:
             for choice in plan.choices
         ],
         "kernels": dict(kernels),
-        "attention": [
-            {"id": choice.site.id, "heads": choice.site.heads, "spec": describe_attention(choice.spec), "why": choice.why}
-            for choice in plan.attention
-        ],
+        "attention": _attention(plan, parts),
     }
+
+
+def _attention(plan: Plan, parts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every attention; those in blocks with what ``facts_of`` says, masks of the first, the middle and the last of them."""
+    found = {name: blocks_of(part) for name, part in parts.items()}
+    placed = [choice.site.id for choice in plan.attention if choice.spec is not None]
+    drawn = {placed[i] for i in (0, len(placed) // 2, -1)} if placed else set()
+    rows = []
+    for choice in plan.attention:
+        site = choice.site
+        row = {"id": site.id, "heads": site.heads, "spec": describe_attention(choice.spec), "why": choice.why}
+        blocks = found[site.component].get(site.path)
+        if blocks is not None:
+            device = next((p.device.type for p in parts[site.component].parameters()), "cpu")
+            row |= facts_of(blocks, device, with_mask=site.id in drawn)
+        rows.append(row)
+    return rows

@@ -210,7 +210,7 @@ def set_weight(folder, value):
         (["--recipe", "paro", "--attention", "paro-int8"], "--attention must be left out with --recipe paro, got paro-int8."),
         (
             ["--recipe", "w8a8", "--attention", "para"],
-            "attention: name must be one of dense, paro, paro-int8, paro-int4, got",
+            "attention: name must be one of dense, paro, paro-int8, paro-int4, paro-adaptive, sage, got",
         ),
         (["--recipe", "paro", "--density", "0"], "StaticBlocks: density must be in (0, 1], got 0.0. Half of the blocks is 0.5."),
         (["--recipe", "w8a8", "--refine", "distill"], "--prompts or --stats must be given for --refine, got neither."),

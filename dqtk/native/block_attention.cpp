@@ -1,5 +1,5 @@
 // Attention over live blocks with numbers rounded to codes: queries and keys, probabilities and values, or both. What is not rounded is
-// multiplied as in attention.cpp.
+// multiplied as in attention.cpp. Nothing rounded at all: blocks that are smaller than the chunks of attention.cpp.
 //
 // Blocks of keys are packed once per head: rows picked up in its order, less the mean, rounded with a scale per block (values: and
 // channel), turned into panels. A block of queries then goes through the blocks that are live for it. The softmax runs on: codes of
@@ -475,7 +475,8 @@ EXPORT void dqtk_rounded_attention(const dqtk::Rounded* call) {
     with_type(call->attention.type, [&](auto element) {
         using T = decltype(element);
         using E = Element<T>;
-        if (call->qk_bits == 16) attention<T, E, WeightCode>(*call);
+        if (call->qk_bits == 16 && call->pv_bits == 16) attention<T, E, E>(*call);
+        else if (call->qk_bits == 16) attention<T, E, WeightCode>(*call);
         else if (call->pv_bits == 16) attention<T, QueryCode, E>(*call);
         else attention<T, QueryCode, WeightCode>(*call);
     });

@@ -256,7 +256,7 @@ def block_attention(
 ) -> Tensor:
     """The op of that name, probabilities rounded by row; ``mask`` as for ``attention``. ``takes_blocks`` says what is served."""
     call, kept = _attention(q, k, v, mask, _Blocks(order, live, block_q, block_k), scale)
-    if (qk_bits, pv_bits) == (16, 16):
+    if (qk_bits, pv_bits) == (16, 16) and _in_chunks(live is not None, block_k):
         library.dqtk_attention(ctypes.byref(call))
         return kept[-1]
     rounded = _Rounded(call, qk_bits, pv_bits, int(smooth != "none"), int(smooth == "qk"))
@@ -266,9 +266,14 @@ def block_attention(
 
 def takes_blocks(sparse: bool, block_k: int, channels: int, qk_bits: int, pv_bits: int, pv_mode: str) -> bool:
     """Whether ``block_attention`` serves these: else sums of products may not be exact, or a block not fit."""
-    if (qk_bits, pv_bits) == (16, 16):
-        return not sparse or block_k % 64 == 0
+    if (qk_bits, pv_bits) == (16, 16) and _in_chunks(sparse, block_k):
+        return True
     return block_k <= 256 and channels <= 1024 and (pv_bits == 16 or pv_mode == "row")
+
+
+def _in_chunks(sparse: bool, block_k: int) -> bool:
+    """Whether live blocks are whole chunks of keys, as attention without rounding takes them."""
+    return not sparse or block_k % 64 == 0
 
 
 class Decoder:

@@ -60,7 +60,11 @@ def map_picture(attention: Tensor, layout: Layout, order: int = 0, keep: Tensor 
 
 def mask_picture(blocks: Blocks, *, group: int = 0, cell: int = 3) -> Image.Image:
     """All heads' masks in one interval of the noise level, side by side: computed blocks dark."""
-    keep = masks_of(blocks)[group]
+    return masks_picture(masks_of(blocks)[group], cell=cell)
+
+
+def masks_picture(keep: Tensor, *, cell: int = 3) -> Image.Image:
+    """Masks bool [H, R, C] side by side."""
     heads, rows, columns = keep.shape
     gap = 4
     canvas = np.full((rows * cell, heads * (columns * cell + gap) - gap, 3), 252, dtype=np.uint8)

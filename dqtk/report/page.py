@@ -15,6 +15,7 @@ from string import Template
 from typing import Any
 
 from . import environment
+from .attention_section import attention_section
 from .clips import clips_section, frames_section
 from .comparison import Comparison, Estimate, Measure
 from .markup import number, plural, row, section, table
@@ -94,6 +95,7 @@ def render_page(
         ranges_section(comparison.ranges),
         _cost(comparison, plan),
         bits_section(plan),
+        attention_section(plan),
         plan_section(plan),
         reproduce_section(comparison, command),
     ]
