@@ -123,7 +123,8 @@ def probes_of(
     made: dict[Any, Probe] = {}
     for score in dict.fromkeys(scores.get(group, WHOLE.name) for group in groups):
         if isinstance(score, str):
-            made[score] = OutputSQNR(parts, stats.calls, run, VIEWS[score])
+            # Parts of a run are weighed by what noise of the whole output does; that of another view is not the same noise.
+            made[score] = OutputSQNR(parts, stats.calls, run if score == WHOLE.name else None, VIEWS[score])
         else:
             assert prompts is not None  # check_wishes
             other = next((probe for probe in made.values() if isinstance(probe, PictureScore)), None)
