@@ -27,8 +27,8 @@ def folder_pictures(folder: str | Path) -> list[Picture]:
     videos = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in VIDEO_SUFFIXES)
     if videos:
         raise ValueError(
-            f"pictures: {folder} must hold the frames of clips as pictures, got {len(videos)} video files, such as {videos[0]}. Their "
-            "codec would be scored as error, and hides some: keep frames as PNG, as dqtk generate does."
+            f"pictures: {folder} must hold the frames of clips as pictures, got {len(videos)} video files, such as {videos[0]}. "
+            "Their codec would be scored as error, and hides some: keep frames as PNG, as dqtk generate does."
         )
     if not files:
         raise ValueError(f"pictures: {folder} must hold pictures ({', '.join(IMAGE_SUFFIXES)}), got none. Check the path.")
