@@ -16,6 +16,8 @@ from .asked import Measures, Shown
 from .features import Picture
 from .reduce import Values
 
+LONG_SECONDS = 5
+
 
 def write_vbench(
     folder: Path, asked: Measures, shown: Sequence[Shown], values: Mapping[str, Values], extra: Mapping[str, Any]
@@ -23,9 +25,9 @@ def write_vbench(
     """Write the files of every variant that has one of the dimensions; returns what has to be said of them.
 
     Of a dimension that several extractors measured, the one that it is published with counts; where that does not decide, it is
-    left out, and the provenance says so.
+    left out, and the provenance says so. Of still clips the first five of a prompt count, as VBench's filter keeps them.
     """
-    files, said = vbench("results"), []
+    files, said = vbench("results"), _doubts(shown, extra.get("fps"))
     for variant in shown:
         columns, unclear = _columns(asked, values[variant.name])
         if not (columns and variant.of_clips):
@@ -35,11 +37,12 @@ def write_vbench(
         except ValueError as error:
             said.append(f"no VBench files of {variant.name}: {error}")
             continue
-        results = {
-            name: files.Scored(score=sum(kept) / len(kept), videos=dict(zip(videos, column, strict=True)))
-            for name, (_, column) in columns.items()
-            if (kept := [value for value in column if value is not None])
-        }
+        results = {}
+        for name, (_, column) in columns.items():
+            counting = first_still(variant.prompts, column) if name == "temporal_flickering" else column
+            kept = [value for value in counting if value is not None]
+            if kept:
+                results[name] = files.Scored(score=sum(kept) / len(kept), videos=dict(zip(videos, counting, strict=True)))
         provenance = {
             "variant": variant.name,
             "original": variant.original,
@@ -53,6 +56,28 @@ def write_vbench(
         num = 1 + max(map(_repetition, variant.pictures))
         entries = _entries(variant, list(columns))
         files.write_results(folder, variant.name, results, entries, folder / variant.name, num, provenance)
+    return said
+
+
+def first_still(prompts: Sequence[str | None], column: Sequence[float | None], num: int = 5) -> list[float | None]:
+    """The values of the first ``num`` clips of each prompt that have one; None for the others."""
+    counts: dict[str | None, int] = {}
+    found = []
+    for prompt, value in zip(prompts, column, strict=True):
+        counts[prompt] = counts.get(prompt, 0) + (value is not None)
+        found.append(value if counts[prompt] <= num else None)
+    return found
+
+
+def _doubts(shown: Sequence[Shown], fps: float | None) -> list[str]:
+    """What VBench itself would trip over: names that collide, clips that it measures in parts."""
+    clips = [clip for variant in shown if variant.of_clips for clip in variant.pictures]
+    said = []
+    for group in vbench("suite").collisions([clip.prompt for clip in clips if clip.prompt]):
+        said.append(f"videos of {' and '.join(map(repr, group))} have one name where capitals do not count")
+    longest = max((len(clip.frames) for clip in clips), default=0)
+    if fps is not None and longest >= LONG_SECONDS * fps:
+        said.append(f"clips of {longest / fps:g} s: VBench measures those of {LONG_SECONDS} s and more in parts (VBench-Long)")
     return said
 
 

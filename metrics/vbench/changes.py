@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dqtk.metrics.bootstrap import Interval, paired_bootstrap
+from dqtk.metrics.flips import never_seen_bound
 
 from .results import Scored
 from .suite import prompt_of_name
@@ -51,4 +52,9 @@ def _change(name: str, mine: Mapping[str, float | None], theirs: Mapping[str, fl
     prompts = [prompt_of_name(base)[0] for base in pairs]
     places = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
     interval = paired_bootstrap(list(pairs.values()), [places[prompt] for prompt in prompts], seed=seed)
+    if interval.low is not None and len(set(pairs.values())) == 1 and all(mine[base] in (0.0, 1.0) for base in pairs):
+        # Verdicts that all changed alike (mostly: none flipped): resampling would claim certainty.
+        bound = never_seen_bound(len(places))
+        low, high = max(-1.0, interval.estimate - bound), min(1.0, interval.estimate + bound)
+        interval = Interval(estimate=interval.estimate, low=low, high=high)
     return Change(interval=interval, num_videos=len(pairs), num_unmatched=len(set(mine) | set(theirs)) - len(pairs))

@@ -1,6 +1,5 @@
 """Jobs and evaluations of clips: stored frame by frame without loss, scored as clips, the same from any number of processes."""
 
-import contextlib
 import importlib
 import json
 import shutil
@@ -14,6 +13,7 @@ import yaml
 from dqtk.metrics.dynamic_degree import is_dynamic
 from dqtk.metrics.extractors.lucas_kanade import LucasKanade
 from dqtk.metrics.frame_consistency import consistency
+from dqtk.metrics.motion_smoothness import motion_smoothness
 from dqtk.metrics.psnr import psnr
 from dqtk.metrics.temporal_flickering import steadiness
 from dqtk.pipelines.tiny import extractor_folder
@@ -25,11 +25,12 @@ from dqtk.jobs import asked
 from dqtk.jobs.evaluate import evaluate
 from dqtk.jobs.run import read_results, run
 from dqtk.jobs.spec import read_job
+from dqtk.jobs.vbench_files import first_still
 from dqtk.resolve import extractor_for
 
 CLIP_SCORES = ["subject_consistency", "background_consistency", "dynamic_degree", "temporal_flickering_unfiltered"]
-METRICS = ["psnr", "ssim", "oracle", "clip_score", "overall_consistency", "frechet", "motion_smoothness", *CLIP_SCORES]
-EXTRACTORS = ["tiny-clip", "frames:tiny-clip", "lucas-kanade", "warp:lucas-kanade"]
+METRICS = ["psnr", "oracle", "clip_score", "overall_consistency", "frechet", *CLIP_SCORES]
+EXTRACTORS = ["tiny-clip", "frames:tiny-clip", "lucas-kanade"]
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +117,7 @@ def test_every_score_is_what_its_function_says_of_the_stored_frames(done):
 
 def test_records_are_named_paired_and_stamped(done):
     records = {(r.model, r.name): r for r in read_results(done / "results.json")}
-    for name in ("subject_consistency[tiny-clip]", "dynamic_degree[lucas-kanade]", "motion_smoothness[warp:lucas-kanade]"):
+    for name in ("subject_consistency[tiny-clip]", "dynamic_degree[lucas-kanade]"):
         assert records["wan-w4a8-rtn", name].extra["comparable"] is False
         change = records["wan-w4a8-rtn", f"{name}@change"]
         assert change.low <= change.value <= change.high
@@ -137,7 +138,7 @@ def test_a_finished_job_is_not_made_again_and_a_lost_frame_is(done, write_job, t
         run(read_job(write_job(out)))
     assert numbers(out) == numbers(done)
     (out / "images" / "wan" / "0002-0-16.png").unlink()
-    shutil.rmtree(out / "cache" / "clips")
+    next((out / "cache" / "clips").iterdir()).write_text("{")
     run(read_job(write_job(out)))
     assert numbers(out) == numbers(done)
 
@@ -149,9 +150,13 @@ def test_three_processes_give_the_numbers_of_one(done, write_job, tmp_path, laun
 
 def test_evaluating_the_folders_of_a_job_gives_its_numbers(done, tmp_path):
     folders = [done / "images" / name for name in ("wan", "wan-w4a8-rtn")]
-    metrics = ["psnr", "dynamic_degree", "temporal_flickering_unfiltered"]
-    records = evaluate(*folders, tmp_path / "e", metrics=metrics, extractors=["lucas-kanade"], fps=8)
+    metrics = ["psnr", "dynamic_degree", "temporal_flickering_unfiltered", "motion_smoothness"]
+    tools = ["lucas-kanade", "warp:lucas-kanade"]
+    records = evaluate(*folders, tmp_path / "e", metrics=metrics, extractors=tools, fps=8)
     found = {(r.model, r.name): r.value for r in records}
+    wanted = motion_smoothness(frames(folders[0], "0001-0"), None, extractor_for("warp:lucas-kanade"))
+    samples = pandas.read_parquet(tmp_path / "e" / "samples.parquet").set_index(["variant", "id"])
+    assert samples.loc["wan", "0001-0"]["motion_smoothness[warp:lucas-kanade]"] == pytest.approx(wanted)
     for name in ("psnr@vs_original", "dynamic_degree[lucas-kanade]@change", "temporal_flickering_unfiltered"):
         assert found["wan-w4a8-rtn", name] == pytest.approx(numbers(done)["wan-w4a8-rtn", name][0])
 
@@ -276,19 +281,6 @@ def test_the_score_of_ones_own_in_the_docs_runs(clips, tmp_path, monkeypatch):
     assert records["still", "motion_energy"].extra["comparable"] is False
 
 
-@pytest.mark.parametrize(
-    "file", sorted((Path(__file__).parents[2] / "metrics" / "jobs").glob("*.yaml")), ids=lambda file: file.stem
-)
-def test_the_example_jobs_are_jobs(file):
-    """Their fields, metrics and extractors; not that the models are on this machine."""
-    job = read_job(file)
-    known = {*asked.scores(), asked.ORACLE}
-    assert set(job.metrics) <= known
-    for name in job.extractors:
-        with contextlib.suppress(FileNotFoundError):  # one that there is, without its weights
-            extractor_for(name)
-
-
 # --- suites --------------------------------------------------------------------------------------------------------------
 
 
@@ -381,3 +373,21 @@ def test_of_two_extractors_the_published_one_counts_or_none(write_job, tmp_path,
     told = json.loads((out / "vbench" / "wan_dqtk_provenance.json").read_text())
     assert told["tools"]["subject_consistency"]["name"] == "open_clip[twin]"
     assert told["left_out"] == {}
+
+
+def test_of_still_clips_the_first_five_of_a_prompt_count():
+    prompts = ["a"] * 8 + ["b"] * 2
+    column = [None, 0.1, 0.2, None, 0.3, 0.4, 0.5, 0.6, None, 0.7]
+    assert first_still(prompts, column) == [None, 0.1, 0.2, None, 0.3, 0.4, 0.5, None, None, 0.7]
+    mixed = first_still([prompts[i] for i in (8, 0, 1, 9)], [0.1, 0.2, 0.3, 0.4], num=1)
+    assert mixed == [0.1, 0.2, None, None]
+
+
+def test_what_vbench_would_trip_over_is_said(write_job, tmp_path):
+    words = captions(3, seed=5)[0]
+    prompts = [words, words.upper()]
+    changes = {"prompts": prompts, "recipes": [], "metrics": ["subject_consistency"], "extractors": ["tiny-clip"], "fps": 3}
+    run(read_job(write_job(tmp_path / "new", **changes)))
+    said = json.loads((tmp_path / "new" / "results.json").read_text())["warnings"]
+    assert f"videos of {words!r} and {words.upper()!r} have one name where capitals do not count" in said
+    assert any(line.startswith("clips of 5.66667 s: VBench measures those of 5 s and more in parts") for line in said)

@@ -76,6 +76,14 @@ def test_the_page_plays_both_sides_of_every_clip(found):
     assert "Play all" in page
 
 
+def test_video_files_are_refused(tmp_path):
+    """A PSNR of two decoded files would be of their codec too."""
+    clean = clips(tmp_path / "clean", lambda frame, f: frame, num=1)
+    (clean / "0000-0.MP4").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"must hold the frames of clips as pictures, got 1 video files, such as 0000-0\.MP4\."):
+        evaluate(clean, clean, tmp_path / "out", metrics=["psnr"])
+
+
 def test_records_say_what_they_are_of(found):
     flow = found["still", "flow_score[lucas-kanade]"]
     assert (flow.higher_is_better, flow.unit, flow.extra["comparable"]) == (None, "px", False)

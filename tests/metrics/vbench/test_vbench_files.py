@@ -4,6 +4,7 @@ import json
 
 import pytest
 from dqtk.metrics.bootstrap import paired_bootstrap
+from dqtk.metrics.flips import never_seen_bound
 from dqtk.metrics.vbench.__main__ import main
 from dqtk.metrics.vbench.changes import paired_changes
 from dqtk.metrics.vbench.protocols import EIGHT
@@ -252,6 +253,16 @@ def test_changes_are_paired_by_name_and_bootstrapped_over_prompts():
         paired_changes(scored({"a-0.mp4": 1.0}), scored({"b-0.mp4": 1.0}))
     with pytest.raises(ValueError, match="must share a dimension"):
         paired_changes(scored({"a-0.mp4": 1.0}), {"color": Scored(score=0, videos={})})
+
+
+def test_verdicts_that_never_flipped_are_not_certain():
+    same = scored({f"p{i}-0.mp4": 1.0 for i in range(12)})
+    (change,) = paired_changes(same, same).values()
+    bound = never_seen_bound(12)
+    assert (change.interval.low, change.interval.estimate, change.interval.high) == (-bound, 0, bound)
+    half = scored({f"p{i}-0.mp4": 0.5 for i in range(12)})  # a measured number that did not change did not change
+    (change,) = paired_changes(half, half).values()
+    assert (change.interval.low, change.interval.high) == (0, 0)
 
 
 def test_the_table_says_what_is_missing_and_what_changed(tmp_path, results, capsys):
