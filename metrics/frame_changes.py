@@ -17,7 +17,7 @@ from .score import PairScore
 
 
 def as_clips(where: str, a: Tensor, b: Tensor, least: int = 2) -> tuple[Tensor, Tensor]:
-    """Both batches in float64. Raises ``ValueError`` unless they are floating [B, F, 3, H, W] in [0, 1] of one shape, F at least
+    """Both batches on one device. Raises ``ValueError`` unless they are floating [B, F, 3, H, W] in [0, 1] of one shape, F at least
     ``least``."""
     for name, x in (("first", a), ("second", b)):
         if x.ndim != 5 or x.shape[2] != 3 or x.numel() == 0 or x.shape[1] < least:
@@ -34,7 +34,7 @@ def as_clips(where: str, a: Tensor, b: Tensor, least: int = 2) -> tuple[Tensor, 
         raise ValueError(
             f"{where}: both batches must be of one shape, got {list(a.shape)} and {list(b.shape)}. Compare clips of one size."
         )
-    return a.double(), b.to(a.device).double()
+    return a, b.to(a.device)
 
 
 def frame_changes(candidate: Tensor, reference: Tensor) -> Tensor:
@@ -43,7 +43,14 @@ def frame_changes(candidate: Tensor, reference: Tensor) -> Tensor:
     Both batches are float [B, F, 3, H, W] in [0, 1], F at least 2; symmetric. Raises ``ValueError`` for anything else.
     """
     a, b = as_clips("frame_changes", candidate, reference)
-    return -10 * torch.log10((a - b).diff(dim=1).square().mean(dim=(1, 2, 3, 4)))
+    total = torch.zeros(len(a), dtype=torch.float64, device=a.device)
+    before = None
+    for mine, theirs in zip(a.unbind(1), b.unbind(1), strict=True):  # frame by frame: a long clip in float64 is gigabytes
+        error = mine.double() - theirs.double()
+        if before is not None:
+            total += (error - before).square().mean(dim=(1, 2, 3))
+        before = error
+    return -10 * torch.log10(total / (a.shape[1] - 1))
 
 
 SCORES = (

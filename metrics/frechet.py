@@ -84,7 +84,7 @@ def rank_warning(num: int, dim: int, num_reference: int | None = None) -> str | 
     counts = str(num) if num == others else f"{num} generated and {others} reference"
     return (
         f"{counts} features of {dim} numbers: their covariance is singular and the Fréchet distance biased upwards. "
-        f"Compare only equal counts, beside the floor of the original against itself, or use more than {dim} images."
+        f"Compare only equal counts, beside the floor of the original against itself, or score more than {dim}."
     )
 
 

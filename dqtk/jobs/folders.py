@@ -9,6 +9,7 @@ from .features import Picture, clip_of
 from .files import read_json, read_json_lines, sha256
 
 IMAGE_SUFFIXES = (".png", ".webp", ".bmp", ".tif", ".tiff", ".jpg", ".jpeg")
+VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif")
 CHUNK = 32  # pictures per feature file of folders, whose batches no job has cut
 
 
@@ -17,12 +18,18 @@ def folder_pictures(folder: str | Path) -> list[Picture]:
     the manifests of a job (``batch-0000.json``). Where those say of which clips the pictures are frames: clips by name.
 
     Raises:
-        ValueError: no folder, no picture in it, two of one name, or unreadable notes.
+        ValueError: no folder, no picture in it, video files, two of one name, or unreadable notes.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"pictures: folder must exist, got {folder}. Check the path.")
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith("."))
+    videos = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in VIDEO_SUFFIXES)
+    if videos:
+        raise ValueError(
+            f"pictures: {folder} must hold the frames of clips as pictures, got {len(videos)} video files, such as {videos[0]}. "
+            "Their codec would be scored as error, and hides some: keep frames as PNG, as dqtk generate does."
+        )
     if not files:
         raise ValueError(f"pictures: {folder} must hold pictures ({', '.join(IMAGE_SUFFIXES)}), got none. Check the path.")
     by_name: dict[str, Path] = {}

@@ -6,14 +6,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from PIL import Image
+
+from dqtk.report.clips import gallery
+from dqtk.report.film import png_of, sheet_of
 from dqtk.report.markup import number, row, section, table
 from dqtk.report.page import blank_page
 from dqtk.report.plane import Dot, plane
+from dqtk.report.player import player_html
 from dqtk.report.records import Record
 from dqtk.report.sections import again_section
 
 from .asked import Shown
-from .features import Picture
+from .features import Picture, read_pictures
 from .reduce import Values
 
 MAX_SAMPLES, MAX_VARIANTS = 6, 8  # pictures are carried in the page
@@ -136,16 +141,36 @@ def _pictures(score: str, original: Shown, shown: Sequence[Shown], records: Sequ
         return ""
     sign = 1 if next(r.higher_is_better for r in records if r.name == score) else -1
     worst = sorted(range(len(original.pictures)), key=lambda i: min(sign * found[i] for found in candidates))[:MAX_SAMPLES]
+    note = f"The {len(worst)} of {len(original.pictures)} samples that lost most by {name}, worst first."
+    if original.of_clips:
+        cards = "".join(_player(index, name, original, others, values) for index in worst)
+        return section(f"pictures-{original.name}", f"Clips of {original.name}", "", gallery(f"{note} All move together.", cards))
     lines = []
     for index in worst:
         picture = original.pictures[index]
         drawn = [_cell(picture, "")]
         drawn += [_cell(v.pictures[index], _words(name, values[v.name].pairs[name][index])) for v in others]
         lines.append(row(picture.prompt or picture.id, drawn, small=picture.id if picture.prompt else ""))
-    note = f"The {len(worst)} of {len(original.pictures)} samples that lost most by {name}, worst first."
     heads = ["prompt", original.name, *(v.name for v in others)]
     body = table("Pictures", heads, lines, numbers_from=len(heads), style="pictures")
     return section(f"pictures-{original.name}", f"Pictures of {original.name}", note, body)
+
+
+def _player(index: int, name: str, original: Shown, others: Sequence[Shown], values: Mapping[str, Values]) -> str:
+    """One sample's clips, of the original and of every variant with its score, played together."""
+    clip = original.pictures[index]
+    shown = [(original.name, clip)]
+    shown += [(f"{v.name}: {_words(name, values[v.name].pairs[name][index])}", v.pictures[index]) for v in others]
+    films = [(label, _frames(sample)) for label, sample in shown]
+    size = films[0][1][0].size
+    sheets = [(label, png_of(sheet_of(frames))) for label, frames in films]
+    words = clip.prompt or clip.id
+    stage = player_html(sheets, len(clip.frames), size, words=f"{clip.id}: {words}", difference=len(sheets) == 2)
+    return f'<li class="clip">{stage}<div class="words"><p class="prompt">{escape(words)}</p></div></li>'
+
+
+def _frames(clip: Picture) -> list[Image.Image]:
+    return [Image.fromarray(frame) for frame in read_pictures(clip.frames).permute(0, 2, 3, 1).contiguous().numpy()]
 
 
 def _words(name: str, value: float) -> str:
@@ -153,8 +178,6 @@ def _words(name: str, value: float) -> str:
 
 
 def _cell(picture: Picture, words: str) -> str:
-    if picture.frames:
-        picture = picture.frames[len(picture.frames) // 2]  # a still of the middle
     data = base64.b64encode(picture.file.read_bytes()).decode()
     kind = {".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".bmp": "bmp"}.get(picture.file.suffix.lower(), "png")
     image = f'<img alt="{escape(picture.prompt or picture.id)}" src="data:image/{kind};base64,{data}">'

@@ -30,9 +30,13 @@ def clips_section(comparison: Comparison, max_pairs: int) -> str:
     if any(_stride(pair) > 1 for pair in shown):
         words += " Long clips are shown in some of their frames, lossless; all of them are in the records."
     cards = "".join(_card(pair, score, comparison, index) for index, pair in enumerate(shown, start=1))
-    button = '<button type="button" id="play-all" aria-pressed="false" hidden>Play all</button>'
-    body = f'<div class="bar-row"><p class="note">{escape(words)}</p>{button}</div><ol class="clips">{cards}</ol>'
-    return section("pairs", "Clips", "", body)
+    return section("pairs", "Clips", "", gallery(words, cards))
+
+
+def gallery(words: str, cards: str) -> str:
+    """A note with a button that plays all, and the cards."""
+    button = '<button type="button" class="play-all" aria-pressed="false" hidden>Play all</button>'
+    return f'<div class="bar-row"><p class="note">{escape(words)}</p>{button}</div><ol class="clips">{cards}</ol>'
 
 
 def _fitting(rows: Sequence[Row]) -> list[Row]:
@@ -56,14 +60,10 @@ def _card(pair: Row, score: str | None, comparison: Comparison, index: int) -> s
     if score is not None:
         unit = next((m.unit for m in comparison.measures if m.name == score), "")
         line = FrameScore(name=NAMES.get(score, score), values=pair.frame_scores[score], unit=unit)
-    stage = player_html(
-        pair.images["reference"],
-        pair.images["candidate"],
-        pair.num_frames,
-        frame_size(png_size(pair.images["reference"]), pair.num_frames),
-        words=f"pair {index}: {pair.prompt}",
-        score=line,
-    )
+    films = [("original", pair.images["reference"]), ("candidate", pair.images["candidate"])]
+    size = frame_size(png_size(pair.images["reference"]), pair.num_frames)
+    words = f"pair {index}: {pair.prompt}"
+    stage = player_html(films, pair.num_frames, size, words=words, difference=True, score=line)
     return f'<li class="clip">{stage}<div class="words"><p class="prompt">{escape(pair.prompt)}</p>{facts_html(pair)}</div></li>'
 
 

@@ -43,17 +43,16 @@ if (all) {
   });
 }
 
-const players = [...document.querySelectorAll(".player")].map(wire);
-const everyone = document.querySelector("#play-all");
-if (everyone) {
+const players = new Map([...document.querySelectorAll(".player")].map((player) => [player, wire(player)]));
+for (const everyone of document.querySelectorAll(".play-all")) {
   everyone.hidden = false;
   everyone.addEventListener("click", () => {
     const on = everyone.getAttribute("aria-pressed") !== "true";
     everyone.setAttribute("aria-pressed", String(on));
     everyone.textContent = on ? "Pause all" : "Play all";
-    for (const player of players) {
-      if (on) player.show(0);
-      player.play(on);
+    for (const player of everyone.closest("section").querySelectorAll(".player")) {
+      if (on) players.get(player).show(0);
+      players.get(player).play(on);
     }
   });
 }

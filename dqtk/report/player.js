@@ -1,4 +1,4 @@
-// Two sheets of frames, drawn frame by frame beside their difference. One clock moves every player that plays.
+// Sheets of frames, drawn frame by frame, two of them beside their difference. One clock moves every player that plays.
 "use strict";
 
 const playing = new Set();
@@ -6,9 +6,10 @@ let clock = null;
 
 function wire(player) {
   const film = JSON.parse(player.dataset.film);
-  const sheets = ["reference", "candidate"].map((side) => player.querySelector("img." + side));
-  const canvases = ["reference", "candidate", "apart"].map((side) => player.querySelector("canvas." + side));
+  const sheets = [...player.querySelectorAll("img")];
+  const canvases = [...player.querySelectorAll("canvas:not(.apart)")];
   const pens = canvases.map((canvas) => canvas.getContext("2d"));
+  const apart = player.querySelector("canvas.apart")?.getContext("2d");
   const scrubber = player.querySelector("input");
   const button = player.querySelector(".play");
   const said = player.querySelector("output");
@@ -21,10 +22,12 @@ function wire(player) {
   };
   const show = (frame) => {
     sheets.forEach((sheet, i) => put(pens[i], sheet, frame));
-    pens[2].globalCompositeOperation = "copy";
-    put(pens[2], sheets[0], frame);
-    pens[2].globalCompositeOperation = "difference";
-    put(pens[2], sheets[1], frame);
+    if (apart) {
+      apart.globalCompositeOperation = "copy";
+      put(apart, sheets[0], frame);
+      apart.globalCompositeOperation = "difference";
+      put(apart, sheets[1], frame);
+    }
     scrubber.value = frame;
     const words = `frame ${frame * film.every + 1} of ${film.of}`;
     scrubber.setAttribute("aria-valuetext", [words, film.values[frame]].filter(Boolean).join(", "));

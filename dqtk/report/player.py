@@ -1,4 +1,4 @@
-"""Two clips side by side and the difference of their pixels, frame by frame, played and scrubbed together.
+"""Clips side by side, and the difference of two, frame by frame, played and scrubbed together.
 
 Frames travel as one lossless PNG per side (``film.py``) and are drawn onto canvases one by one, so that what is seen is what was
 scored: a video element would show them through a codec, and two of them are never at the same frame. Where scripts do not run, the
@@ -22,7 +22,7 @@ from .film import columns_of, frames_of_png, png_of, sheet_of
 from .numbers import TIMES
 
 RATE = 8  # frames per second: half of what most models are trained at, slow enough to look
-MAX_BYTES = 6_000_000  # of both sheets of a pair, as PNG; a longer film is shown in every second frame, or every third
+MAX_BYTES = 6_000_000  # of a player's sheets, as PNG; a longer film is shown in every second frame, or every third
 _WIDTH, _HEIGHT = 100, 22  # of the line of scores, in units of its own
 
 
@@ -55,31 +55,30 @@ def thinned(png: bytes, num_frames: int, every: int) -> tuple[bytes, int]:
 
 
 def stride_of(num_bytes: int, num_frames: int) -> int:
-    """Every which frame of a pair of sheets so large fits into a page."""
+    """Every which frame of sheets so large fits into a page."""
     return min(math.ceil(num_bytes / MAX_BYTES), max(1, num_frames // 2))
 
 
 def player_html(
-    reference: bytes,
-    candidate: bytes,
+    films: Sequence[tuple[str, bytes]],
     num_frames: int,
     size: tuple[int, int],
     *,
     words: str,
-    names: tuple[str, str] = ("original", "candidate"),
+    difference: bool = False,
     score: FrameScore | None = None,
 ) -> str:
-    """Stage and controls. Both sheets are PNG files; ``size``: (width, height) of a frame; ``words``: what is shown, for labels."""
-    every = stride_of(len(reference) + len(candidate), num_frames)
-    sheets = [thinned(png, num_frames, every) for png in (reference, candidate)]
-    num = sheets[0][1]
-    stage = f'width="{size[0]}" height="{size[1]}"'
-    shown = ""
-    for side, name, (png, _) in zip(("reference", "candidate"), names, sheets, strict=True):
-        alt, data = escape(f"{name}, all frames: {words}"), base64.b64encode(png).decode()
-        shown += f'<figure><figcaption>{escape(name)}</figcaption><canvas class="{side}" {stage} hidden></canvas>'
-        shown += f'<img class="{side}" alt="{alt}" src="data:image/png;base64,{data}"></figure>'
-    shown += f'<figure hidden><figcaption>difference {TIMES}4</figcaption><canvas class="apart" {stage}></canvas></figure>'
+    """Stage and controls. ``films``: names, and sheets as PNG files; ``size``: (width, height) of a frame; ``words``: what is
+    shown, for labels; ``difference``: of the first two, beside them."""
+    every = stride_of(sum(len(png) for _, png in films), num_frames)
+    stage, num, shown = f'width="{size[0]}" height="{size[1]}"', num_frames, ""
+    for name, png in films:
+        kept, num = thinned(png, num_frames, every)
+        alt, data = escape(f"{name}, all frames: {words}"), base64.b64encode(kept).decode()
+        shown += f"<figure><figcaption>{escape(name)}</figcaption><canvas {stage} hidden></canvas>"
+        shown += f'<img alt="{alt}" src="data:image/png;base64,{data}"></figure>'
+    if difference:
+        shown += f'<figure hidden><figcaption>difference {TIMES}4</figcaption><canvas class="apart" {stage}></canvas></figure>'
     values = [score.words(value) for value in score.values[::every]] if score is not None else []
     facts = {"frames": num, "columns": columns_of(num), "every": every, "of": num_frames, "rate": RATE, "values": values}
     line = _line(score) if score is not None else ""
@@ -135,10 +134,10 @@ class Player:
                 f"{sorted(sizes)}. Cut or resize one."
             )
         first, second = (png_of(sheet_of([frame.convert("RGB") for frame in clip])) for clip in (self.before, self.after))
-        names = (self.before_label, self.after_label)
-        words = self.words or f"{names[0]} and {names[1]}"
+        films = [(self.before_label, first), (self.after_label, second)]
+        words = self.words or f"{self.before_label} and {self.after_label}"
         size, num = self.before[0].size, len(self.before)
-        body = player_html(first, second, num, size, words=words, names=names, score=self._score())
+        body = player_html(films, num, size, words=words, difference=True, score=self._score())
         name = f"dqtk-{secrets.token_hex(4)}"
         script = f"(()=>{{{asset('player.js')}\nwire(document.querySelector('#{name} .player'));}})()"
         return f'<div id="{name}" style="max-width:40rem"><style>{asset("player.css")}</style>{body}<script>{script}</script></div>'

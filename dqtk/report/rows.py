@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from .comparison import OracleScore, Row
@@ -70,8 +69,8 @@ def _values(
 ) -> list[list[float]]:
     """Of each pair: one value of a picture, one per frame of a clip, or one of the whole clip."""
     if score.clips:
-        a, b = (torch.stack([to_tensor(clip) for clip in clips]) for clips in (candidate, reference))
-        return [[float(value)] for value in one_per_picture(score.name, score.function, score.function(a, b), len(a))]
+        pairs = [tuple(to_tensor(clip)[None] for clip in pair) for pair in zip(candidate, reference, strict=True)]
+        return [one_per_picture(score.name, score.function, score.function(a, b), 1).tolist() for a, b in pairs]
     length = len(reference[0])
     mine, theirs = ([frame for clip in clips for frame in clip] for clips in (candidate, reference))
     values: list[float] = []

@@ -110,8 +110,10 @@ def capped(values: Sequence[float], cap: float | None) -> list[float]:
 
 
 def mean_over_frames(values: Sequence[float], cap: float | None) -> float:
-    """What a clip counts for, from its frames: the mean of their capped values; infinite where all are."""
-    return math.inf if all(value == math.inf for value in values) else sum(capped(values, cap)) / len(values)
+    """What a clip counts for, from its frames: the mean of their capped values; infinite where all are. One value is itself."""
+    if len(values) == 1 or all(value == math.inf for value in values):
+        return values[0]
+    return sum(capped(values, cap)) / len(values)
 
 
 def flip_counts(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:

@@ -19,23 +19,27 @@ HPS_ARCHITECTURE = "ViT-H-14"
 _URL = "https://huggingface.co/xswu/HPSv2/resolve/main/"
 
 
-def pickscore(model: str | Path | None = None, *, device: str | torch.device = "cpu") -> TransformersClip:
-    """PickScore's encoder: the cached hub id, or a folder with a ``CLIPModel``; comparable only under its hub id.
+def pickscore(model: str | Path | None = None, *, comparable: bool = False, device: str | torch.device = "cpu") -> TransformersClip:
+    """PickScore's encoder: the cached hub id, or a folder with a ``CLIPModel``.
 
-    Raises ``MissingWeights``, and ``ValueError`` for unreadable weights.
+    ``comparable`` is the caller's word that these are the published weights. Raises ``MissingWeights``, and ``ValueError`` for
+    unreadable ones.
     """
-    found = TransformersClip(model or PICKSCORE, processor=PROCESSOR, comparable=model in (None, PICKSCORE), device=device)
+    found = TransformersClip(model or PICKSCORE, processor=PROCESSOR, comparable=comparable, device=device)
     found.name = "pickscore"
     return found
 
 
-def hps(version: str, weights: str | Path | None = None, *, device: str | torch.device = "cpu") -> OpenClip:
+def hps(
+    version: str, weights: str | Path | None = None, *, comparable: bool = False, device: str | torch.device = "cpu"
+) -> OpenClip:
     """HPSv2's encoder, ``version`` of ``HPS``: a file, else its name in ``$DQTK_WEIGHTS`` and torch hub's cache.
 
-    Comparable only where the file has the published name. Raises ``MissingWeights``, and ``ValueError`` for unreadable weights.
+    ``comparable`` is the caller's word that these are the published weights. Raises ``MissingWeights``, and ``ValueError`` for
+    unreadable ones.
     """
     file = HPS[version]
     path = find_weights(version, "weights", (file,), _URL + file, weights)
-    found = OpenClip(HPS_ARCHITECTURE, path, resize_mode="longest", comparable=path.name == file, device=device)
+    found = OpenClip(HPS_ARCHITECTURE, path, resize_mode="longest", comparable=comparable, device=device)
     found.name = version
     return found

@@ -37,6 +37,7 @@ def found(tmp_path_factory):
         other = clips(top / name, change)
         for record in evaluate(clean, other, top / f"out-{name}", metrics=METRICS, extractors=EXTRACTORS):
             records[name if record.model == name else "clean", record.name] = record
+        records[name, "page"] = (top / f"out-{name}" / "report.html").read_text(encoding="utf-8")
     return records
 
 
@@ -64,6 +65,23 @@ def test_flicker_is_told_from_a_still_error(found):
     assert warp["flicker"] > 5 * max(warp["clean"], warp["still"])
     frechet = {damage: value(found, damage, "frechet[motion:tiny-clip]@vs_original(paired)") for damage in ("still", "flicker")}
     assert frechet["flicker"] > frechet["still"] > 0
+
+
+def test_the_page_plays_both_sides_of_every_clip(found):
+    page = found["flicker", "page"]
+    assert page.count('class="player"') == 3
+    assert page.count("data:image/png;base64,") == 6
+    assert page.count("<canvas") == 9  # both sides and their difference
+    assert "flicker: psnr " in page
+    assert "Play all" in page
+
+
+def test_video_files_are_refused(tmp_path):
+    """A PSNR of two decoded files would be of their codec too."""
+    clean = clips(tmp_path / "clean", lambda frame, f: frame, num=1)
+    (clean / "0000-0.MP4").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"must hold the frames of clips as pictures, got 1 video files, such as 0000-0\.MP4\."):
+        evaluate(clean, clean, tmp_path / "out", metrics=["psnr"])
 
 
 def test_records_say_what_they_are_of(found):

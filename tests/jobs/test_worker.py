@@ -13,9 +13,11 @@ from PIL import Image, ImageStat
 
 from dqtk.cli import main
 from dqtk.jobs.evaluate import evaluate
+from dqtk.jobs.folders import folder_pictures
 from dqtk.jobs.gates import parse_gate
 from dqtk.jobs.spec import read_job
 from dqtk.jobs.worker import Sample, Worker, WorkerError
+from dqtk.jobs.worker_scores import answers, ask
 
 EXAMPLE = Path(__file__).parents[2] / "metrics" / "jobs" / "worker.py"
 GREETING = {"protocol": 1, "name": "fake", "version": "2", "higher_is_better": False, "of": "pictures"}
@@ -249,3 +251,22 @@ def test_jobs_and_the_command_line_take_workers(pictures, tmp_path, job_file, ca
     assert "bright@change" in capsys.readouterr().out
     assert main([*words, "--worker", "bright"]) == 2
     assert "--worker must be NAME=COMMAND, got 'bright'." in capsys.readouterr().err
+
+
+def test_processes_share_the_samples_and_one_failure_is_told_by_all(pictures, fake, tmp_path):
+    """Three shares give what one does; the note of a process that failed is the reason for the set."""
+    found, cache = folder_pictures(pictures("some", num=5)), tmp_path / "cache"
+    command = fake("say({'id': asked['id'], 'values': [float(len(s['prompt'])) for s in asked['samples']]})")
+    for rank in range(3):
+        ask(cache, "mine", command, found[rank::3], rank)
+    shared = answers(cache, "mine", command, found)
+    ask(tmp_path / "alone", "mine", command, found, 0)
+    assert answers(tmp_path / "alone", "mine", command, found) == shared
+    assert shared.values == [float(len(picture.prompt)) for picture in found]
+    failing = fake(
+        "sys.exit(4) if 'prompt' in line and len(asked['samples']) == 1 else say({'id': asked['id'], 'values': [1.0] * n})"
+    )
+    for rank in range(3):
+        ask(cache, "mine", failing, found[rank::3], rank)  # the last share is a single picture
+    assert "status 4" in answers(cache, "mine", failing, found)
+    assert answers(cache, "mine", command, found) == shared  # another command, other values

@@ -158,7 +158,7 @@ def test_rank_warning():
         text = rank_warning(num, 2048)
         assert text is not None
         assert text.startswith(f"{num} features of 2048 numbers: their covariance is singular and the Fréchet distance biased")
-        assert text.endswith("or use more than 2048 images.")
+        assert text.endswith("or score more than 2048.")
 
 
 def test_errors():

@@ -13,6 +13,7 @@ from PIL import Image
 
 from dqtk.report.film import png_of, sheet_of
 from dqtk.report.page import write_page
+from dqtk.report.player import Player
 
 CHROMIUM = shutil.which("chromium")
 if CHROMIUM is None and not os.environ.get("CI"):
@@ -215,4 +216,20 @@ def test_clips_fit_and_without_scripts_their_frames_are_there(clips, width):
     plain = clips(width, script=False)
     assert plain.locator(".player img").count() == 4
     assert plain.locator(".player img").first.is_visible()
-    assert not plain.locator("#play-all").is_visible()
+    assert not plain.locator(".play-all").is_visible()
+
+
+def test_the_player_of_a_notebook_runs_by_itself(browser, tmp_path):
+    before, after = ([Image.new("RGB", (6, 4), (level + f,) * 3) for f in range(3)] for level in (10, 40))
+    (tmp_path / "cell.html").write_text(f"<!doctype html>{Player(before, after)._repr_html_()}", encoding="utf-8")
+    context = browser.new_context(offline=True)
+    page, complaints = context.new_page(), []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto((tmp_path / "cell.html").as_uri())
+    player = page.locator(".player.ready")
+    player.wait_for()
+    player.get_by_role("slider").press("ArrowRight")
+    assert player.evaluate(LEVELS) == [11, 41, 30]
+    assert "PSNR" in player.locator("output").inner_text()
+    context.close()
+    assert complaints == []

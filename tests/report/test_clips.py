@@ -23,6 +23,7 @@ from dqtk.report.film import columns_of, frames_of, sheet_of
 from dqtk.report.generate import generate, make_tasks
 from dqtk.report.page import render_page
 from dqtk.report.player import MAX_BYTES, Player, stride_of, thinned
+from dqtk.report.scores import mean_over_frames
 from dqtk.resolve import oracle_for
 
 FRAMES, HEIGHT, WIDTH = 5, 12, 20
@@ -80,6 +81,13 @@ def test_a_clip_counts_as_the_mean_over_its_frames(projected):
     assert measure.detail["worst_frame"] == min(other.frame_scores["psnr"])
     errors = [10 ** (-v / 10) if math.isfinite(v) else 0.0 for row in projected.rows for v in row.frame_scores["psnr"]]
     assert measure.detail["pooled"] == pytest.approx(-10 * math.log10(np.mean(errors)))
+
+
+def test_a_picture_keeps_its_value_and_a_frame_its_cap():
+    assert mean_over_frames([113.1], 100.0) == 113.1
+    assert mean_over_frames([113.1, math.inf, 40.0], 100.0) == 80.0
+    assert mean_over_frames([math.inf, math.inf], 100.0) == math.inf
+    assert mean_over_frames([0.5, 1.0], None) == 0.75
 
 
 def test_words_are_of_clips(projected):

@@ -34,7 +34,7 @@ def weights(tmp_path, monkeypatch, byte_tokenizer):
 
 def test_pickscore_takes_its_processor_from_the_clip_it_comes_from(weights, images):
     found = extractor_named("pickscore")
-    assert (found.name, found.comparable, found.source) == ("pickscore", True, preference.PICKSCORE)
+    assert (found.name, found.comparable, found.source) == ("pickscore", False, preference.PICKSCORE)
     whole = TransformersClip(weights / preference.PICKSCORE, processor=preference.PROCESSOR)
     assert torch.equal(found.encode_images(images), whole.encode_images(images))
     texts = found.encode_texts(["a", "b", "c"])
@@ -43,14 +43,14 @@ def test_pickscore_takes_its_processor_from_the_clip_it_comes_from(weights, imag
     assert torch.equal(BY_NAME["pickscore_cosine"].function(rows, texts), cosine)
     assert BY_NAME["pickscore"].scaled
     assert not BY_NAME["pickscore_cosine"].scaled
-    assert not extractor_named(f"pickscore:{weights / preference.PICKSCORE}").comparable  # nobody knows which
+    assert extractor_named(f"pickscore:{weights / preference.PICKSCORE}").sha256 == found.sha256
     (weights / preference.PROCESSOR / "tokenizer_config.json").unlink()
     with pytest.raises(ValueError, match=r"must be a model folder with tokenizer_config\.json"):
         extractor_named("pickscore")
 
 
 def test_scores_are_taken_with_their_networks_alone(weights):
-    found = extractor_named("pickscore")
+    found = preference.pickscore(comparable=True)
     other = TransformersClip(weights / preference.PICKSCORE, processor=preference.PROCESSOR)
     assert [name for name, score in BY_NAME.items() if serves(score, found)] == ["pickscore", "pickscore_cosine"]
     assert not any(serves(score, other) for score in SCORES)
@@ -78,7 +78,7 @@ def hps_file(weights, monkeypatch, byte_tokenizer):
 
 def test_hps_pads_where_clip_would_crop(hps_file, images):
     found = extractor_named("hpsv2.1")
-    assert (found.name, found.comparable) == ("hpsv2.1", True)
+    assert (found.name, found.comparable) == ("hpsv2.1", False)
     assert "longest" in found.preprocess
     changed = images.clone()
     changed[..., :4] = 255 - changed[..., :4]  # the left edge of 56 x 40 pictures: a centre crop would not see it
@@ -91,4 +91,4 @@ def test_hps_pads_where_clip_would_crop(hps_file, images):
     other = hps_file.with_name("mine.pt")
     other.write_bytes(hps_file.read_bytes())
     named = extractor_named(f"hpsv2={other}")
-    assert (named.name, named.comparable) == ("hpsv2", False)
+    assert (named.name, named.sha256) == ("hpsv2", found.sha256)
