@@ -91,6 +91,11 @@ def read_suite(path: str | Path, dimensions: Sequence[str] = ()) -> list[Any]:
     return list(vbench("suite").read_suite(path, dimensions))
 
 
+def stand_in(name: str) -> Any:
+    """What scores need to know of an extractor whose weights are missing: ``metrics/extractors/find.py``."""
+    return importlib.import_module("dqtk.metrics.extractors.find").stand_in(name)
+
+
 def pair_score(name: str, also: Sequence[str] = ()) -> Any:
     """A paired score of pictures or clips by its name: one of ``scores``, or ``features:EXTRACTOR``, the cosine of that
     network's features. also: other names that the caller takes, for the error.

@@ -9,7 +9,7 @@ from typing import Any
 
 from dqtk.report.scores import scores_on_offer as scores
 from dqtk.report.scores import serves
-from dqtk.resolve import extractor_for, oracle_of_clips, oracle_of_pictures
+from dqtk.resolve import extractor_for, oracle_of_clips, oracle_of_pictures, stand_in
 from dqtk.spec import did_you_mean
 
 from .features import Picture, check_sizes, pair_identity
@@ -99,6 +99,14 @@ class Measures:
         """Extractors with a text tower, if a score wants one."""
         wanting = [*self.of("TextScore"), *(score for score in self.of("FrameScore") if score.text is not None)]
         return {name: e for name, e in self.extractors.items() if hasattr(e, "encode_texts") and any(serves(s, e) for s in wanting)}
+
+    def serving(self, score: Any) -> list[str]:
+        """Extractors that a score can look at."""
+        return [name for name, extractor in self.extractors.items() if serves(score, extractor)]
+
+    def lacking(self, score: Any) -> list[str]:
+        """Extractors that it could look at if their weights were here."""
+        return [name for name in self.missing_extractors if serves(score, stand_in(name))]
 
     def encoders(self, *, clips: bool) -> dict[str, Any]:
         """Extractors that give rows of pictures, and of clips if the samples are clips."""

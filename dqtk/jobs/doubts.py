@@ -23,9 +23,9 @@ def unmeasured(
 ) -> Iterator[tuple[Any, str, str, str]]:
     """(score, the name its record would have, variant or "" for all, why) of everything asked for that has no number."""
     paired = any(variant.role != "original" for variant in shown) or bool(failed)
-    every = [*asked.extractors, *asked.missing_extractors]
     for score in asked.scores.values():
         kind = type(score).__name__
+        every = [*asked.serving(score), *asked.lacking(score)] or [*asked.extractors, *asked.missing_extractors]
         names = partial(_names, score, paired=paired, real=real)
         if score.name in asked.missing:
             yield from ((score, name, "", asked.missing[score.name]) for name in names(every))
@@ -39,10 +39,10 @@ def unmeasured(
             yield from ((score, name, "", "there is nothing but originals, and no references") for name in names(every))
         if kind != "PairScore":
             if (lacking := _unserved(asked, score)) is not None:
-                yield from ((score, name, "", lacking) for name in names(list(asked.extractors)))
+                yield from ((score, name, "", lacking) for name in names(every))
                 continue
-            for extractor, why in asked.missing_extractors.items():
-                yield from ((score, name, "", why) for name in names([extractor]))
+            for extractor in asked.lacking(score):
+                yield from ((score, name, "", asked.missing_extractors[extractor]) for name in names([extractor]))
         yield from _lacking(asked, score, names, shown)
         yield from ((score, name, model, why) for model, why in failed.items() for name in names(every))
     for name, score in ORACLE_SCORES.items():
@@ -54,13 +54,13 @@ def unmeasured(
 
 def _unserved(asked: Measures, score: Any) -> str | None:
     """That no extractor can be looked at by a score, if none can."""
-    if asked.missing_extractors or any(serves(score, extractor) for extractor in asked.extractors.values()):
+    if asked.serving(score) or asked.lacking(score):
         return None
     needs = "an extractor of clips" if getattr(score, "of_clips", False) else "an extractor of pictures"
     if getattr(score, "only", ()):
         needs = f"the extractor {' or '.join(score.only)}"
     needs = _NEEDS.get(getattr(score, "needs", None) or "", _GIVES.get(getattr(score, "gives", ""), needs))
-    return f"{score.label} needs {needs}, got {', '.join(asked.extractors) or 'none'}"
+    return f"{score.label} needs {needs}, got {', '.join((*asked.extractors, *asked.missing_extractors)) or 'none'}"
 
 
 def _unmeasured_clips(
@@ -72,8 +72,8 @@ def _unmeasured_clips(
         if (lacking := _unserved(asked, score)) is not None:
             yield score, score.name, "", lacking
             return
-        for extractor, why in asked.missing_extractors.items():
-            yield score, f"{score.name}[{extractor}]", "", why
+        for extractor in asked.lacking(score):
+            yield score, f"{score.name}[{extractor}]", "", asked.missing_extractors[extractor]
             names = [name for name in names if name != f"{score.name}[{extractor}]"]
     for variant in shown:
         if (why_not := unfit_clips(score, variant.pictures, fps)) is not None:
@@ -88,8 +88,7 @@ def clip_names(asked: Measures, score: Any) -> list[str]:
     """Names of the records of a score of single clips."""
     if getattr(score, "needs", "") is None:
         return [score.name]
-    able = [name for name, extractor in asked.extractors.items() if serves(score, extractor)]
-    return [f"{score.name}[{name}]" for name in (*able, *asked.missing_extractors)] or [score.name]
+    return [f"{score.name}[{name}]" for name in (*asked.serving(score), *asked.lacking(score))] or [score.name]
 
 
 def _lacking(asked: Measures, score: Any, names: Callable, shown: Sequence[Shown]) -> Iterator[tuple[Any, str, str, str]]:
@@ -119,16 +118,17 @@ def _lacking(asked: Measures, score: Any, names: Callable, shown: Sequence[Shown
 
 def result_names(asked: Measures, metrics: Sequence[str], *, paired: bool, real: bool) -> list[str]:
     """The names that results will have, whether they can be measured or not."""
-    every, found = [*asked.extractors, *asked.missing_extractors], []
+    found = []
     for score in asked.scores.values():
         if type(score).__name__ in OF_CLIPS:
             names = clip_names(asked, score)
             found += [*names, *(f"{name}@change" for name in names if paired)]
             continue
         head = getattr(score, "head", None)
-        serving = {name: extractor for name, extractor in asked.extractors.items() if serves(score, extractor)}
-        able = [name for name, extractor in serving.items() if head is None or has_head(extractor, head)]
-        names = _names(score, [*able, *asked.missing_extractors] if able else every, paired=paired, real=real)
+        able = [name for name in asked.serving(score) if head is None or has_head(asked.extractors[name], head)]
+        lacking = asked.lacking(score)
+        every = [*able, *lacking] or [*asked.extractors, *asked.missing_extractors]
+        names = _names(score, every, paired=paired, real=real)
         found += [*names, *(f"{name}@change" for name in names if paired and type(score).__name__ == "TextScore")]
     for name in (*(ORACLE_SCORES if ORACLE in metrics else ()), *asked.workers):
         found += [name, *([f"{name}@change"] if paired else [])]

@@ -24,6 +24,7 @@ Where an extractor is made of another (ENCODER, FLOW), that is any text of this 
 
 import difflib
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -54,6 +55,17 @@ KINDS = (
     "clip-vbench:WHERE",
     "dino-vbench:WHERE",
 )
+# What the first word of a name promises, where that is not pictures to embeddings.
+_METHODS = {
+    "lucas-kanade": "flow",
+    "raft": "flow",
+    "warp": "interpolate",
+    "frames": "encode_clips",
+    "motion": "encode_clips",
+    "i3d": "encode_clips",
+    "vjepa2": "encode_clips",
+}
+_GIVES = {"aesthetic": "aesthetic", "musiq": "quality", "immerkaer": "quality"}
 _EMBEDDED = ("tiny-clip",)  # found by dqtk.resolve before this file is asked; here for its errors only
 
 
@@ -114,6 +126,12 @@ def extractor_named(text: str, device: str | torch.device = "cpu", inner: Callab
     whole = next((name for name in names if name.partition(":")[0] == near[0]), "") if near else ""
     hint = f"Did you mean {whole!r}?" if whole else "For example open_clip:FOLDER."
     raise ValueError(f"extractor: name must be one of {', '.join(names)}, got {text!r}. {hint}")
+
+
+def stand_in(text: str) -> Any:
+    """What ``score.serves`` looks at, of an extractor whose weights are not here: a name, a method, what it gives."""
+    kind = text.partition(":")[0].partition("=")[0]
+    return SimpleNamespace(name=kind, gives=_GIVES.get(kind, "embedding"), **{_METHODS.get(kind, "encode_images"): None})
 
 
 def _made_of_another(kind: str, where: str, find: Callable[[str], Any], device: str | torch.device) -> Any:

@@ -208,6 +208,21 @@ def test_what_clips_lack_is_said(clips, pictures, tmp_path):
     }
 
 
+def test_missing_weights_are_told_where_they_would_count(clips, tmp_path, monkeypatch):
+    monkeypatch.setenv("DQTK_WEIGHTS", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    clean = clips("clean")
+    metrics = ["dynamic_degree", "imaging_quality", "subject_consistency", "frechet", "aesthetic_quality"]
+    records = evaluate(clean, clean, tmp_path / "a", metrics=metrics, extractors=["tiny-clip", "raft", "musiq"], fps=8)
+    said = reasons(records)
+    assert set(said) == {"dynamic_degree[raft]", "imaging_quality[musiq]", "aesthetic_quality"}
+    assert "raft_large_C_T_V1-22a6c225.pth" in said["dynamic_degree[raft]"]
+    assert said["aesthetic_quality"].endswith("needs an aesthetic head, such as tiny-aesthetic, got tiny-clip, raft, musiq")
+    assert {"frechet[tiny-clip]@vs_original(paired)", "subject_consistency[tiny-clip]"} < {record.name for record in records}
+    said = reasons(evaluate(clean, clean, tmp_path / "b", metrics=["frechet"], extractors=["raft"]))
+    assert said == {"frechet[raft]@vs_original(paired)": "Fréchet distance needs an extractor of pictures, got raft"}
+
+
 def test_a_still_clip_and_a_moving_one(clips, tmp_path):
     moving, still = clips("moving"), clips("still", lambda x: np.repeat(x[:1], len(x), axis=0))
     metrics = ["subject_consistency", "temporal_flickering", "dynamic_degree"]
