@@ -1,15 +1,30 @@
 """Which op a spec runs as: the one place that knows what the kernels can take.
 
 weight_only   inputs stay in the compute dtype: the weight is decoded, then torch's own matmul or convolution
+vectors_only  the same of a weight of words from learned books
 linear_int8, conv_int8   8-bit integer inputs and weights that are int8 numbers times one float per output channel
 linear_fp8    E4M3 inputs per token and E4M3 weights per channel
 emulated      everything else: inputs are rounded, weights decoded, and the product is that of float32 numbers
 """
 
 from dqtk import gpu, native
-from dqtk.spec import STATIC, Dynamic, Float, Int, LayerSpec, PerChannel, PerTensor, PerToken, TensorSpec, TwoLevel
+from dqtk.spec import (
+    STATIC,
+    Dynamic,
+    Float,
+    Int,
+    LayerSpec,
+    PerChannel,
+    PerTensor,
+    PerToken,
+    TensorSpec,
+    TwoLevel,
+    VectorCodebook,
+)
 
 E4M3 = Float(exponent=4, mantissa=3)
+WEIGHT_ONLY = ("weight_only", "vectors_only")
+"""Ops of layers whose inputs stay as they are."""
 EMULATED = "emulated in floating point"
 """What ``report_of`` says where nothing serves an op: its pictures are real, its speed is not."""
 
@@ -17,7 +32,7 @@ EMULATED = "emulated in floating point"
 def op_of(spec: LayerSpec, kind: str) -> str:
     """The op of a layer; ``kind`` is "linear" or "conv"."""
     if spec.input is None:
-        return "weight_only"
+        return "vectors_only" if isinstance(spec.weight.format, VectorCodebook) else "weight_only"
     if _takes_int8(spec.weight, spec.input):
         return f"{kind}_int8"
     if kind == "linear" and _takes_fp8(spec.weight, spec.input):
@@ -42,6 +57,8 @@ def _takes_fp8(weight: TensorSpec, given: TensorSpec) -> bool:
 
 def report_of(op: str, device: str) -> str:
     """What runs for an op on a device type such as "cpu", in words."""
+    if op == "vectors_only":
+        return "words looked up in their books, some output rows at a time, then torch's own matmul"
     served, by = _kernels(op, device)
     why = f" ({by})" if by and not served else ""
     if op == "weight_only":

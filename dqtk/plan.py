@@ -16,6 +16,7 @@ from .sites import DENOISERS, ROLES, TEXT_ENCODERS, Adapter, AttentionSite, Site
 from .spec import (
     GROUPS,
     RTN,
+    VECTORS,
     AttentionSpec,
     ByLevel,
     ConstantToken,
@@ -34,6 +35,7 @@ from .spec import (
     SiteSpec,
     TensorSpec,
     Transform,
+    VectorCodebook,
     canonical,
     describe,
     describe_attention,
@@ -404,6 +406,7 @@ def fit(spec: SiteSpec, site: Site) -> tuple[SiteSpec, str]:
 
 
 def _fit(spec: LayerSpec, site: Site, notes: list[str]) -> LayerSpec:
+    spec = _fit_vectors(spec, site, notes)
     spec = replace(spec, weight=_fit_group(spec.weight, site, "8 bit per channel", notes))
     if spec.input is not None and isinstance(spec.input.granularity, GROUPS):
         given = _fit_group(spec.input, site, "8 bit per token", notes)
@@ -445,6 +448,17 @@ def _fit_block(transform: Transform, site: Site, notes: list[str]) -> Transform:
     kind = "regular blocks" if transform.regular else "blocks"
     notes.append(f"rotated in blocks of {size}: {site.channels} channels have no {kind} of {transform.block}")
     return replace(transform, block=size)
+
+
+def _fit_vectors(spec: LayerSpec, site: Site, notes: list[str]) -> LayerSpec:
+    """Vectors whose length divides the channels, else 8 bits per channel, rounded to nearest."""
+    form = spec.weight.format
+    if not isinstance(form, VECTORS):
+        return spec
+    if isinstance(form, VectorCodebook) and site.channels % form.length:
+        notes.append(f"8 bit per channel: vectors of {form.length} do not divide {site.channels} channels")
+        return replace(spec, weight=TensorSpec(format=Int(bits=8), granularity=PerChannel()), solver=RTN())
+    return spec
 
 
 def _fit_group(tensor: TensorSpec, site: Site, otherwise: str, notes: list[str]) -> TensorSpec:

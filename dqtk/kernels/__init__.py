@@ -6,10 +6,12 @@ from .attention import attention
 from .block_attention import block_attention, block_attention_reference
 from .conv import conv_int8, conv_int8_reference, from_matrix, to_matrix
 from .decoded import Decoding, decode_reference, decode_weight, linear_decoded
+from .decoding import Decodes, decoding_of
 from .linear import ACTIVATIONS, activated, linear_fp8, linear_int8, linear_int8_reference
 
 __all__ = [
     "ACTIVATIONS",
+    "Decodes",
     "Decoding",
     "activated",
     "attention",
@@ -19,6 +21,7 @@ __all__ = [
     "conv_int8_reference",
     "decode_reference",
     "decode_weight",
+    "decoding_of",
     "from_matrix",
     "linear_decoded",
     "linear_fp8",

@@ -19,10 +19,24 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from dqtk.spec import GROUPS, Codebook, E4M3Group, E8M0Group, Int, PerChannel, PerGroup, PerTensor, TensorSpec, TwoLevel
+from dqtk.spec import (
+    GROUPS,
+    VECTORS,
+    Codebook,
+    E4M3Group,
+    E8M0Group,
+    Int,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    TensorSpec,
+    TwoLevel,
+    VectorCodebook,
+)
 
 from .affine import code_range, levels, torch_type
 from .floats import e8m0_decode
+from .vectors import words_of
 
 
 def packed_width(bits: int, length: int) -> int:
@@ -99,6 +113,8 @@ class Packed:
     zero: uint8, shape of ``scale``; asymmetric integers only.
     selector: uint8 [N, packed_width(bits, G)], table of each group, ``bits`` as many as the number of tables needs; several
     tables only.
+    codebook: float16 [books, words, length] of vectors. Their codes lie in ``qweight`` uint8 [N, packed_width(code_bits, K /
+    length * books)], those of one vector side by side; ``scale`` is float32 [N, 1] or [1, 1].
     """
 
     qweight: Tensor
@@ -106,6 +122,7 @@ class Packed:
     group_scale: Tensor | None = None
     zero: Tensor | None = None
     selector: Tensor | None = None
+    codebook: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """What is there, by name."""
@@ -119,10 +136,16 @@ Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 def layout(spec: TensorSpec, n: int, k: int) -> Layout:
     """Name -> (shape, dtype) of the tensors of a weight [n, k]: what a checkpoint must have.
 
-    Raises ``ValueError`` if the group size does not divide K.
+    Raises ``ValueError`` if the group size does not divide K, or the length of vectors.
     """
     form, granularity = spec.format, spec.granularity
     num_groups = count_groups(spec, k)
+    if isinstance(form, VectorCodebook):
+        return {
+            "qweight": ((n, packed_width(form.code_bits, count_vectors(form, k) * form.books)), torch.uint8),
+            "scale": ((1, 1) if isinstance(granularity, PerTensor) else (n, 1), torch.float32),
+            "codebook": ((form.books, form.words, form.length), torch.float16),
+        }
     one = (1, 1) if isinstance(granularity, PerTensor | E4M3Group) else (n, num_groups if isinstance(granularity, PerGroup) else 1)
     found: Layout = {"qweight": ((n, stored_width(spec, k)), stored_dtype(spec))}
     if not isinstance(granularity, E8M0Group):
@@ -170,6 +193,13 @@ def count_groups(spec: TensorSpec, k: int) -> int:
     if k % size:
         raise ValueError(f"count_groups: group size must divide the {k} inputs, got {size}. Choose another size.")
     return k // size
+
+
+def count_vectors(form: VectorCodebook, k: int) -> int:
+    """Vectors in a row of K weights. Raises ``ValueError`` if their length does not divide K."""
+    if k % form.length:
+        raise ValueError(f"count_vectors: length must divide the {k} inputs, got {form.length}. Choose another length.")
+    return k // form.length
 
 
 def stored_dtype(spec: TensorSpec) -> torch.dtype:
@@ -241,6 +271,8 @@ def weight_levels(packed: Packed, spec: TensorSpec, k: int) -> Tensor:
 
 def dequantize(packed: Packed, spec: TensorSpec, k: int) -> Tensor:
     """The stored weight as float32 [N, K]."""
+    if isinstance(spec.format, VECTORS):
+        return decode_vectors(packed, spec.format, k)
     if isinstance(spec.granularity, TwoLevel):  # exactly as the integer kernels have it
         assert packed.scale is not None
         return integer_weight(packed.qweight, packed.group_scale, spec.bits, k).float() * packed.scale
@@ -250,6 +282,14 @@ def dequantize(packed: Packed, spec: TensorSpec, k: int) -> Tensor:
     values = values.unflatten(1, (steps.shape[1], -1))
     values = values if packed.zero is None else values - packed.zero[..., None]
     return (values * steps[..., None]).flatten(1)
+
+
+def decode_vectors(packed: Packed, form: VectorCodebook, k: int) -> Tensor:
+    """The stored weight as float32 [N, K]."""
+    assert packed.codebook is not None
+    assert packed.scale is not None
+    codes = unpack(packed.qweight, form.code_bits, count_vectors(form, k) * form.books)
+    return words_of(codes.unflatten(1, (-1, form.books)), packed.codebook) * packed.scale
 
 
 def max_group_scale(spec: TensorSpec) -> int:

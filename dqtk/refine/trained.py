@@ -21,7 +21,9 @@ from dqtk.numerics.affine import encode, levels, nearest_level
 from dqtk.numerics.floats import e8m0_decode, step_of
 from dqtk.numerics.packing import Packed, count_groups, pack_codes, selector_bits, unpack, weight_levels
 from dqtk.numerics.storage import stored_name
-from dqtk.spec import Codebook, E8M0Group, Float, Format, TensorSpec, TwoLevel
+from dqtk.spec import VECTORS, Codebook, E8M0Group, Float, Format, TensorSpec, TwoLevel
+
+from .trained_vectors import TrainedWords
 
 
 class Trained:
@@ -99,15 +101,19 @@ class Trained:
 
 
 @contextmanager
-def training(layers: Mapping[str, Quantized], rank: int | None, draw: torch.Generator) -> Iterator[dict[str, Trained]]:
+def training(
+    layers: Mapping[str, Quantized], rank: int | None, draw: torch.Generator
+) -> Iterator[dict[str, Trained | TrainedWords]]:
     """While open, layers (by path) compute with what they learn. Afterwards with what they store.
 
     A layer whose input is split learns in parts: ``path``, ``path_2`` and so on.
     """
-    learning = {}
+    learning: dict[str, Trained | TrainedWords] = {}
     for path, layer in layers.items():
         for index, stored in enumerate(_any(layer).parts or (layer,)):
-            learning[stored_name(path, index)] = Trained(layer, stored, index, rank, draw)
+            vectors = isinstance(stored.spec.weight.format, VECTORS)
+            made = TrainedWords(layer, stored, index) if vectors else Trained(layer, stored, index, rank, draw)
+            learning[stored_name(path, index)] = made
     try:
         for mine in learning.values():
             vars(mine.stored)["learned"] = mine.weight
