@@ -19,6 +19,7 @@ from .spec import (
     AbsMax,
     AdaRound,
     AttentionSpec,
+    BeamSearch,
     BestFloat,
     ConstantToken,
     Dynamic,
@@ -43,6 +44,7 @@ from .spec import (
     StaticBlocks,
     TensorSpec,
     TwoLevel,
+    VectorCodebook,
     did_you_mean,
     frozen,
 )
@@ -235,6 +237,41 @@ def llm_fp4() -> Recipe:
     return _uniform("llm-fp4", LayerSpec(weight=weight, input=given, transforms=(Smooth(alpha=1.0, power_of_two=True),)))
 
 
+def _vqdm(bits: int) -> Recipe:
+    weight = TensorSpec(format=VectorCodebook(books=bits), granularity=PerChannel())
+    return _learned(f"vqdm-{bits}bit", LayerSpec(weight=weight, solver=BeamSearch()))
+
+
+def vqdm_2bit() -> Recipe:
+    """Sums of 2 words of 256 for every 8 weights, learned on prompts (VQDM, arXiv 2409.00492); 16-bit inputs."""
+    return _vqdm(2)
+
+
+def vqdm_3bit() -> Recipe:
+    """``vqdm-2bit`` with sums of 3 words: 3 bits per weight."""
+    return _vqdm(3)
+
+
+def vqdm_4bit() -> Recipe:
+    """``vqdm-2bit`` with sums of 4 words: 4 bits per weight."""
+    return _vqdm(4)
+
+
+def _vq4dit(bits: int, words: int, length: int) -> Recipe:
+    weight = TensorSpec(format=VectorCodebook(words=words, length=length), granularity=PerTensor())
+    return _uniform(f"vq4dit-{bits}bit", LayerSpec(weight=weight))
+
+
+def vq4dit_2bit() -> Recipe:
+    """One book of 256 words of 4 weights per layer, k-means, no prompts: VQ4DiT's format (arXiv 2408.17131) and start."""
+    return _vq4dit(2, words=256, length=4)
+
+
+def vq4dit_3bit() -> Recipe:
+    """``vq4dit-2bit`` with 64 words of 2 weights: 3 bits per weight."""
+    return _vq4dit(3, words=64, length=2)
+
+
 def of_width(bits: int, inputs: int = 8) -> Recipe:
     """``bits``-bit weights that multiply INT8 inputs as integers: in groups of 64 up to 4 bits, per channel above; no prompts.
 
@@ -321,6 +358,11 @@ RECIPES = {
     "mixdq-w8a8": mixdq_w8a8,
     "mixdq-w4a8": mixdq_w4a8,
     "llm-fp4": llm_fp4,
+    "vqdm-2bit": vqdm_2bit,
+    "vqdm-3bit": vqdm_3bit,
+    "vqdm-4bit": vqdm_4bit,
+    "vq4dit-2bit": vq4dit_2bit,
+    "vq4dit-3bit": vq4dit_3bit,
 }
 
 

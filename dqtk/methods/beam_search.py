@@ -42,7 +42,7 @@ def beam_search(weight: Tensor, spec: TensorSpec, inputs: Inputs, solver: BeamSe
     weight = weight.float()
     start = vector_grid(weight, spec, inputs.gram)
     assert isinstance(start, WordGrid)
-    grid = replace(start, beam=solver.beam)
+    grid = start = replace(start, beam=solver.beam)
     damping = ridge(inputs.gram, solver.damping)
     gram = inputs.gram.to(weight.device, torch.float32, copy=True)
     gram.diagonal().add_(damping)

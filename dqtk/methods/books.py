@@ -16,7 +16,7 @@ from dqtk.spec import VectorCodebook
 SAMPLE, LEAST_SAMPLE = 64, 8192  # vectors that books are learned on, at most: so many per word, or so many in all
 ITERATIONS = 25  # of Lloyd, at most
 ENOUGH = 1e-3  # relative gain below which k-means stops
-JOINT = 8  # rounds of codes and words in turn, of several books
+JOINT = 4  # rounds of codes and words in turn, of several books
 STEPS = 16  # of conjugate gradients
 RIDGE = (
     0.01  # times the mean curvature of a word, that words are pulled to zero with: two that mostly meet would else grow without end

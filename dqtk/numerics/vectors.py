@@ -12,6 +12,7 @@ from torch import Tensor
 BEAM = 8
 ROUNDS = 1  # of choosing every book's word anew
 CHUNK = 32  # of a table of scores
+HUGE = 1e30  # the distance of what must not be chosen
 SCORES = 2**18  # numbers in one table of scores: 1 MiB stays in cache
 
 
@@ -42,29 +43,32 @@ def nearest_words(x: Tensor, codebook: Tensor, root: Tensor | None = None, beam:
         x, books = x @ root.float(), books @ root.float()
     if len(books) == 1:
         num = max(1, SCORES // books.shape[1])
-        return torch.cat([_scores(part, books[0]).argmin(dim=1, keepdim=True).to(torch.uint8) for part in x.split(num)])
+        words = books[0]
+        scores = (torch.addmm(words.square().sum(1), part, words.T, alpha=-2) for part in x.split(num))  # less |x|^2
+        return torch.cat([each.argmin(dim=1, keepdim=True).to(torch.uint8) for each in scores])
     num = max(1, SCORES // (books.shape[1] * beam))
     starts = [None] * len(x.split(num)) if start is None else start.long().split(num)
-    return torch.cat([_searched(*part, books, beam) for part in zip(x.split(num), starts, strict=True)]).to(torch.uint8)
+    tables = [torch.cat([-2 * w.T, w.square().sum(1)[None], torch.ones(1, len(w), device=w.device)]) for w in books]
+    return torch.cat([_searched(*part, books, tables, beam) for part in zip(x.split(num), starts, strict=True)]).to(torch.uint8)
 
 
-def _searched(x_RD: Tensor, start_RM: Tensor | None, books_MWD: Tensor, beam: int) -> Tensor:
-    """Book by book; then each book again, ``ROUNDS`` times, with the others of every hypothesis as they are."""
+def _searched(x_RD: Tensor, start_RM: Tensor | None, books_MWD: Tensor, tables: list[Tensor], beam: int) -> Tensor:
+    """Book by book; then each book again, ``ROUNDS`` times, with the others of every hypothesis as they are.
+
+    tables: [D + 2, W] of each book, which (x, 1, |x|^2) is multiplied with: all squared distances in one product.
+    """
     rest_RBD = x_RD[:, None]  # what is left for the books to come
-    if start_RM is None:
-        codes_RBM = torch.zeros((len(x_RD), 1, len(books_MWD)), dtype=torch.int64, device=x_RD.device)
-    else:
-        codes_RBM, rest_RBD = (
-            start_RM[:, None],
-            (x_RD - sum(words[c] for words, c in zip(books_MWD, start_RM.T, strict=True)))[:, None],
-        )
+    codes_RBM = torch.zeros((len(x_RD), 1, len(books_MWD)), dtype=torch.int64, device=x_RD.device)
+    if start_RM is not None:
+        codes_RBM, rest_RBD = start_RM[:, None], rest_RBD - words_of(start_RM[:, None], books_MWD)[:, None]
     for turn in range(ROUNDS + (start_RM is None)):
         for book, words in enumerate(books_MWD):
             fresh = turn == 0 and start_RM is None  # the book has no word yet
             target = rest_RBD if fresh else rest_RBD + words[codes_RBM[..., book]]
-            scores = _scores(target, words) + target.square().sum(-1, keepdim=True)
+            size = target.square().sum(-1, keepdim=True)
             if not fresh:
-                scores.masked_fill_(_repeated(codes_RBM, book)[..., None], torch.inf)
+                size.masked_fill_(_repeated(codes_RBM, book)[..., None], HUGE)
+            scores = torch.cat([target, torch.ones_like(size), size], dim=2) @ tables[book]
             best = _least(scores.flatten(1), beam)
             parent, word = best // len(words), best % len(words)
             rest_RBD = target.gather(1, parent[..., None].expand(-1, -1, target.shape[2])) - words[word]
@@ -90,8 +94,3 @@ def _least(scores_RL: Tensor, num: int) -> Tensor:
     near = chunks.amin(dim=2).topk(num, largest=False).indices
     found = chunks.gather(1, near[..., None].expand(-1, -1, CHUNK)).flatten(1).topk(num, largest=False).indices
     return near.gather(1, found // CHUNK) * CHUNK + found % CHUNK
-
-
-def _scores(x: Tensor, words_WD: Tensor) -> Tensor:
-    """[..., W]: squared distances less |x|^2."""
-    return words_WD.square().sum(dim=1) - 2 * (x @ words_WD.T)
