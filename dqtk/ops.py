@@ -5,6 +5,8 @@ vectors_only  the same of a weight of words from learned books
 linear_int8, conv_int8   8-bit integer inputs and weights that are int8 numbers times one float per output channel
 linear_fp8    E4M3 inputs per token and E4M3 weights per channel
 emulated      everything else: inputs are rounded, weights decoded, and the product is that of float32 numbers
+
+``report_of`` also knows "block_attention" and "trellis_search", which no layer's spec runs as.
 """
 
 from dqtk import gpu, native
@@ -73,6 +75,8 @@ def report_of(op: str, device: str) -> str:
             if served
             else f"live blocks gathered for torch's own attention; integers emulated{why}"
         )
+    if op == "trellis_search":
+        return f"Viterbi's search, {by}" if served else f"Viterbi's search through torch, some hundred times slower{why}"
     if op in ("linear_int8", "conv_int8") and device in ("cpu", "cuda"):
         return f"integer matmul, {by}" if served else f"integer matmul through torch._int_mm{why}"
     if op == "linear_fp8" and device == "cuda" and gpu.no_scaled_matmul() is None:

@@ -136,3 +136,12 @@ def test_reports_on_the_cpu_name_the_native_kernels_or_why_there_are_none(op, mo
     else:
         assert served == "weights decoded to the compute dtype, native (some level), then torch's own matmul"
         assert missing == "weights decoded to the compute dtype, then torch's own matmul (native kernels: no compiler)"
+
+
+def test_reports_of_the_trellis_search_say_whether_it_is_slow(monkeypatch):
+    monkeypatch.setattr(ops.native, "describe", lambda: (True, "native (some level)"))
+    assert report_of("trellis_search", "cpu") == "Viterbi's search, native (some level)"
+    assert report_of("trellis_search", "cuda") == "Viterbi's search through torch, some hundred times slower"
+    monkeypatch.setattr(ops.native, "describe", lambda: (False, "native kernels: no compiler"))
+    slow = "Viterbi's search through torch, some hundred times slower (native kernels: no compiler)"
+    assert report_of("trellis_search", "cpu") == slow

@@ -8,6 +8,7 @@ from .conv import conv_int8, conv_int8_reference, from_matrix, to_matrix
 from .decoded import Decoding, decode_reference, decode_weight, linear_decoded
 from .decoding import Decodes, decoding_of
 from .linear import ACTIVATIONS, activated, linear_fp8, linear_int8, linear_int8_reference
+from .trellis import decode_trellis, decode_trellis_reference, encode_trellis, from_tiles, linear_trellis, to_tiles
 
 __all__ = [
     "ACTIVATIONS",
@@ -20,14 +21,20 @@ __all__ = [
     "conv_int8",
     "conv_int8_reference",
     "decode_reference",
+    "decode_trellis",
+    "decode_trellis_reference",
     "decode_weight",
     "decoding_of",
+    "encode_trellis",
     "from_matrix",
+    "from_tiles",
     "linear_decoded",
     "linear_fp8",
     "linear_int8",
     "linear_int8_reference",
+    "linear_trellis",
     "op_of",
     "report_of",
     "to_matrix",
+    "to_tiles",
 ]

@@ -146,7 +146,7 @@ def _(x, qweight, bias, steps, zero, group_scale, selector, levels, bits, signed
         weight = decode_reference(qweight, steps, zero, group_scale, selector, levels, bits, signed, k, x.dtype)
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype)).contiguous()
     decoder = native.Decoder(library, qweight, steps, zero, group_scale, selector, levels, bits, signed, k)
-    y = decoder.linear_few(rows, bias) if rows.shape[0] <= native.FEW_ROWS else _linear_in_chunks(decoder, rows, bias)
+    y = decoder.linear_few(rows, bias) if rows.shape[0] <= native.FEW_ROWS else linear_in_chunks(decoder, rows, bias)
     return y.view(*x.shape[:-1], n)
 
 
@@ -175,7 +175,8 @@ def _rows_of_memory(length: int, k: int, dtype: torch.dtype) -> Tensor:
     return _room.bytes[:size].view(dtype).view(length, k)
 
 
-def _linear_in_chunks(decoder: native.Decoder, x_TK: Tensor, bias: Tensor | None) -> Tensor:
+def linear_in_chunks(decoder: native.Decoder | native.TrellisDecoder, x_TK: Tensor, bias: Tensor | None) -> Tensor:
+    """[T, N] = x W^T + bias, a multiple of 64 rows of W decoded at a time, or all that are left."""
     (t, k), n, dtype = x_TK.shape, decoder.n, x_TK.dtype
     length = max(64, CHUNK_BYTES // (k * dtype.itemsize) // 64 * 64)
     bias = None if bias is None else bias.to(dtype)

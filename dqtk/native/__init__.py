@@ -2,12 +2,14 @@
 
 from .calls import FEW_ROWS, TYPES, Decoder, IntegerLayer, attention, block_attention, conv_int8, linear_int8, takes_blocks
 from .library import cpu_flags, describe, load
+from .trellis import TrellisDecoder, trellis_search
 
 __all__ = [
     "FEW_ROWS",
     "TYPES",
     "Decoder",
     "IntegerLayer",
+    "TrellisDecoder",
     "attention",
     "block_attention",
     "conv_int8",
@@ -16,4 +18,5 @@ __all__ = [
     "linear_int8",
     "load",
     "takes_blocks",
+    "trellis_search",
 ]

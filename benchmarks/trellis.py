@@ -1,0 +1,147 @@
+"""Trellis codes on Gaussian numbers: what they lose beside other quantizers and the bound, and how fast they are found and decoded.
+
+    python benchmarks/trellis.py [--only quality | speed] [--numbers 65536] [--threads 2]
+
+quality   mean squared error of independent normal numbers (their variance in the sample made 1), as such and times 2^2R: 1 is the
+          best code that there can be (rate-distortion theory). Rings of 256 numbers, bits counted whole. "random": 4096
+          normal numbers as table, searched in the same way, its spread the best of five.
+speed     microseconds per number of one thread and of all for the search (native and through torch), and gigabytes of bfloat16 per
+          second for decoding [1152, 4608] in tiles of 16 x 16 and row by row: medians of rounds.
+
+Appends JSON lines to benchmarks/results.jsonl.
+"""
+
+import argparse
+import math
+import statistics
+import time
+
+import torch
+from rows import append
+from torch import Tensor
+
+from dqtk import native
+from dqtk.kernels import decode_trellis, decode_trellis_reference, encode_trellis
+from dqtk.numerics.trellis import decode, encode, packed_width
+from dqtk.spec.trellis import Trellis
+
+LENGTH = 256  # numbers of a ring
+QUALITY = [(12, 1), (12, 2), (14, 1), (16, 1), (16, 2)]  # state_bits, vector
+SPEED = [Trellis(state_bits=12, bits=bits) for bits in (2, 3, 4)]
+SPEED += [Trellis(state_bits=12, bits=2, vector=2), Trellis(state_bits=16, bits=2), Trellis(state_bits=16, bits=2, vector=2)]
+SHAPE = (1152, 4608)
+
+
+# --- quality ---------------------------------------------------------------------------------------------------------
+
+
+def lloyd_max(bits: int, rounds: int = 2000) -> Tensor:
+    """float64 [2^bits]: the scalar quantizer of least error for the normal distribution, by its two conditions in turn."""
+    normal = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64))
+    levels = torch.special.ndtri((torch.arange(2**bits, dtype=torch.float64) + 0.5) / 2**bits)
+    for _ in range(rounds):
+        edges = torch.cat([torch.tensor([-40.0]), (levels[1:] + levels[:-1]) / 2, torch.tensor([40.0])]).double()
+        density = torch.exp(-edges.square() / 2) / math.sqrt(2 * math.pi)
+        levels = (density[:-1] - density[1:]) / (normal.cdf(edges[1:]) - normal.cdf(edges[:-1]))
+    return levels
+
+
+def error(x: Tensor, numbers: Tensor) -> float:
+    return float((x - numbers).square().mean(dtype=torch.float64))
+
+
+def random_table_error(x: Tensor, bits: int) -> float:
+    library, trellis = native.load(), Trellis(state_bits=12, bits=bits)
+    if library is None:
+        raise SystemExit(f"the row of random values needs the native search: {native.describe()[1]}")
+    table = torch.randn(trellis.states, 1, generator=torch.Generator().manual_seed(1))
+    errors = []
+    for spread in (0.95, 1.0, 1.05, 1.1, 1.15):
+        states = native.trellis_search(library, x, None, trellis, table * spread)
+        errors.append(error(x, (table * spread)[states.long()].flatten(1)))
+    return min(errors)
+
+
+def quality(numbers: int) -> None:
+    x = torch.randn(numbers // LENGTH, LENGTH, generator=torch.Generator().manual_seed(0))
+    x = x / x.square().mean().sqrt()
+    for bits in (1, 2, 3, 4):
+        levels = lloyd_max(bits)
+        nearest = levels[torch.bucketize(x.double(), (levels[1:] + levels[:-1]) / 2)]
+        errors = {"scalar Lloyd-Max": error(x, nearest), "trellis L=12, random": random_table_error(x, bits)}
+        for state_bits, vector in QUALITY:
+            trellis = Trellis(state_bits=state_bits, bits=bits, vector=vector)
+            found = decode(encode_trellis(x, trellis), trellis)
+            errors[f"trellis L={state_bits}" + (", V=2" if vector == 2 else "")] = error(x, found)
+        errors["bound 2^-2R"] = 4.0**-bits
+        print(f"\n{bits} bits: error, times 2^2R")
+        for name, value in errors.items():
+            print(f"  {name:24} {value:.5f} {value * 4**bits:7.3f}", flush=True)
+        rounded = {name: round(value, 6) for name, value in errors.items()}
+        append({"benchmark": "trellis quality", "bits": bits, "numbers": x.numel(), "ring": LENGTH, "error": rounded})
+
+
+# --- speed -----------------------------------------------------------------------------------------------------------
+
+
+def seconds(call, repeats: int) -> float:
+    call()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def search_microseconds(trellis: Trellis, threads: int) -> dict[str, float]:
+    quick = trellis.state_bits <= 12
+    x, few = torch.randn(128 if quick else 16, LENGTH), torch.randn(8 if quick else 1, LENGTH)
+    found = {}
+    for num in dict.fromkeys((1, threads)):
+        torch.set_num_threads(num)
+        found[f"native, {num} threads"] = seconds(lambda: encode_trellis(x, trellis), 5) / x.numel() * 1e6
+        found[f"torch, {num} threads"] = seconds(lambda: encode(few, trellis), 1) / few.numel() * 1e6
+    return {name: round(value, 3) for name, value in found.items()}
+
+
+def decode_gigabytes(trellis: Trellis, threads: int) -> dict[str, float]:
+    found, (n, k), scale = {}, SHAPE, torch.rand(SHAPE[0], 1)
+    for name, tile in {"tiles": (16, 16), "rows": (1, k)}.items():
+        length = tile[0] * tile[1]
+        packed = torch.randint(0, 256, (n * k // length, packed_width(trellis, length)), dtype=torch.uint8)
+        how = packed, scale, n, k, *tile, trellis.state_bits, trellis.bits, trellis.vector, torch.bfloat16
+        for num in dict.fromkeys((1, threads)):
+            torch.set_num_threads(num)
+            found[f"{name}, {num} threads"] = 2e-9 * n * k / seconds(lambda how=how: decode_trellis(*how), 15)
+            found[f"{name}, torch, {num} threads"] = 2e-9 * n * k / seconds(lambda how=how: decode_trellis_reference(*how), 1)
+    return {name: round(value, 3) for name, value in found.items()}
+
+
+def speed(threads: int) -> None:
+    for trellis in SPEED:
+        microseconds, gigabytes = search_microseconds(trellis, threads), decode_gigabytes(trellis, threads)
+        print(f"\n{trellis}")
+        print(f"  search, microseconds per number:  {microseconds}")
+        print(f"  decoding, gigabytes per second:   {gigabytes}", flush=True)
+        row = {"benchmark": "trellis speed", "state_bits": trellis.state_bits, "bits": trellis.bits, "vector": trellis.vector}
+        append(row | {"search_microseconds": microseconds, "decode_gigabytes": gigabytes, "kernels": native.describe()[1]})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=["quality", "speed"])
+    parser.add_argument("--numbers", type=int, default=65536, help="of the sample; a multiple of 256")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    native.load()
+    with torch.inference_mode():
+        if options.only != "speed":
+            quality(options.numbers)
+        if options.only != "quality":
+            speed(options.threads)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""dqtk:: ops of weights that are trellis codes, and the search for these codes. ``numerics/trellis.py`` says what they mean.
+
+A weight is cut into tiles and each tile is a ring: long rings cost little at their seam, tiles of several rows let a solver that
+goes through the columns pass its error on every few columns. ``to_tiles`` and ``from_tiles`` are this layout.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dqtk import native
+from dqtk.numerics.trellis import decode, encode, search_inputs, unpack
+from dqtk.spec.trellis import Trellis
+
+from .decoded import linear_in_chunks
+from .straight_through import sum_to_bias
+
+
+def to_tiles(w_NK: Tensor, tile: tuple[int, int]) -> Tensor:
+    """[R, T]: tiles of ``tile`` rows by columns, each row after row, from left to right and then down; filled up with zeros."""
+    rows, columns = tile
+    n, k = w_NK.shape
+    w_NK = F.pad(w_NK, (0, -k % columns, 0, -n % rows))
+    return w_NK.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def from_tiles(x_RT: Tensor, n: int, k: int, tile: tuple[int, int]) -> Tensor:
+    """[n, k]: inverse of ``to_tiles``."""
+    rows, columns = tile
+    across = -(-k // columns)
+    return x_RT.unflatten(0, (-1, across)).unflatten(2, (rows, columns)).transpose(1, 2).flatten(2).flatten(0, 1)[:n, :k]
+
+
+def encode_trellis(x: Tensor, trellis: Trellis, *, weight: Tensor | None = None) -> Tensor:
+    """``trellis.encode``, the same states, through the native search on a CPU that has one, else through torch.
+
+    ``report_of("trellis_search", device)`` says which. A thread holds T 2^(L - KV) / V bytes while it searches: 4 MiB for a row of
+    256 numbers at L = 16 and 2 bits.
+    """
+    library = native.load() if x.device.type == "cpu" else None
+    if library is None:
+        return encode(x, trellis, weight=weight)
+    return native.trellis_search(library, *search_inputs(x, trellis, weight), trellis)
+
+
+def decode_trellis_reference(packed, scale, n, k, tile_rows, tile_columns, state_bits, bits, vector, dtype) -> Tensor:
+    """[n, k] in ``dtype``: the meaning of ``decode_trellis``."""
+    trellis, tile = Trellis(state_bits=state_bits, bits=bits, vector=vector), (tile_rows, tile_columns)
+    w_NK = from_tiles(decode(unpack(packed, trellis, tile_rows * tile_columns), trellis), n, k, tile)
+    return (w_NK if scale is None else w_NK * scale.float()).to(dtype).contiguous()
+
+
+@torch.library.custom_op("dqtk::decode_trellis", mutates_args=())
+def decode_trellis(
+    packed: Tensor,
+    scale: Tensor | None,
+    n: int,
+    k: int,
+    tile_rows: int,
+    tile_columns: int,
+    state_bits: int,
+    bits: int,
+    vector: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """A weight [n, k] from the bits of its tiles, in float32 and then rounded to ``dtype``.
+
+    Args:
+        packed: uint8 [R, W] as ``trellis.pack`` gives them, a row for each tile in the order of ``to_tiles``.
+        scale: float [n, 1] or [1, 1] that rows are multiplied with; None: 1.
+        tile_rows, tile_columns: a tile; both at least 1.
+        state_bits, bits, vector: of the ``Trellis``.
+    """
+    return decode_trellis_reference(packed, scale, n, k, tile_rows, tile_columns, state_bits, bits, vector, dtype)
+
+
+@decode_trellis.register_kernel("cpu")
+def _(packed, scale, n, k, tile_rows, tile_columns, state_bits, bits, vector, dtype):
+    library = native.load()
+    if library is None or dtype not in native.TYPES:
+        return decode_trellis_reference(packed, scale, n, k, tile_rows, tile_columns, state_bits, bits, vector, dtype)
+    trellis = Trellis(state_bits=state_bits, bits=bits, vector=vector)
+    decoder = native.TrellisDecoder(library, packed, scale, n, k, (tile_rows, tile_columns), trellis)
+    return decoder.rows(0, torch.empty((n, k), dtype=dtype))
+
+
+@decode_trellis.register_fake
+def _(packed, scale, n, k, tile_rows, tile_columns, state_bits, bits, vector, dtype):
+    return packed.new_empty((n, k), dtype=dtype)
+
+
+@torch.library.custom_op("dqtk::linear_trellis", mutates_args=())
+def linear_trellis(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    n: int,
+    tile_rows: int,
+    tile_columns: int,
+    state_bits: int,
+    bits: int,
+    vector: int,
+) -> Tensor:
+    """[..., n] = x W^T + bias in the dtype of ``x`` [..., K], with W decoded to that dtype. Others: ``decode_trellis``.
+
+    ``tile_rows`` must divide 64: on the CPU some rows are decoded at a time, so that W is never expanded as a whole.
+    """
+    how = n, x.shape[-1], tile_rows, tile_columns, state_bits, bits, vector
+    weight = decode_trellis_reference(packed, scale, *how, x.dtype)
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype)).contiguous()
+
+
+@linear_trellis.register_kernel("cpu")
+def _(x, packed, bias, scale, n, tile_rows, tile_columns, state_bits, bits, vector):
+    assert 64 % tile_rows == 0
+    k, library = x.shape[-1], native.load()
+    rows = x.reshape(-1, k)
+    if library is None or x.dtype not in native.TYPES or rows.shape[0] == 0:
+        weight = decode_trellis_reference(packed, scale, n, k, tile_rows, tile_columns, state_bits, bits, vector, x.dtype)
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype)).contiguous()
+    trellis = Trellis(state_bits=state_bits, bits=bits, vector=vector)
+    decoder = native.TrellisDecoder(library, packed, scale, n, k, (tile_rows, tile_columns), trellis)
+    return linear_in_chunks(decoder, rows, bias).view(*x.shape[:-1], n)
+
+
+@linear_trellis.register_fake
+def _(x, packed, bias, scale, n, tile_rows, tile_columns, state_bits, bits, vector):
+    return x.new_empty((*x.shape[:-1], n))
+
+
+def _save(ctx, inputs, output) -> None:
+    x, packed, bias, scale, n, *how = inputs
+    ctx.save_for_backward(packed, scale)
+    ctx.how, ctx.dtype, ctx.bias_dtype = (n, x.shape[-1], *how), x.dtype, None if bias is None else bias.dtype
+
+
+def _backward(ctx, grad):
+    grad_x = grad @ decode_trellis(*ctx.saved_tensors, *ctx.how, ctx.dtype) if ctx.needs_input_grad[0] else None
+    grad_bias = sum_to_bias(grad, -1).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+    return grad_x, None, grad_bias, *[None] * 7
+
+
+linear_trellis.register_autograd(_backward, setup_context=_save)
