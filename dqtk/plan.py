@@ -12,6 +12,7 @@ from typing import Any
 
 from .numerics.hadamard import block_size
 from .numerics.storage import layer_bytes
+from .numerics.trellis import TILE
 from .sites import DENOISERS, ROLES, TEXT_ENCODERS, Adapter, AttentionSite, Site, components_of, find_attention, find_sites
 from .spec import (
     GROUPS,
@@ -455,8 +456,9 @@ def _fit_vectors(spec: LayerSpec, site: Site, notes: list[str]) -> LayerSpec:
     form = spec.weight.format
     if not isinstance(form, VECTORS):
         return spec
-    if isinstance(form, VectorCodebook) and site.channels % form.length:
-        notes.append(f"8 bit per channel: vectors of {form.length} do not divide {site.channels} channels")
+    length = form.length if isinstance(form, VectorCodebook) else TILE[1]
+    if site.channels % length:
+        notes.append(f"8 bit per channel: vectors of {length} do not divide {site.channels} channels")
         return replace(spec, weight=TensorSpec(format=Int(bits=8), granularity=PerChannel()), solver=RTN())
     return spec
 

@@ -43,6 +43,7 @@ from .spec import (
     SmoothKeys,
     StaticBlocks,
     TensorSpec,
+    Trellis,
     TwoLevel,
     VectorCodebook,
     did_you_mean,
@@ -272,6 +273,26 @@ def vq4dit_3bit() -> Recipe:
     return _vq4dit(3, words=64, length=2)
 
 
+def _trellis(bits: int) -> Recipe:
+    weight = TensorSpec(format=Trellis(bits=bits), granularity=PerChannel())
+    return _learned(f"trellis-{bits}bit", LayerSpec(weight=weight, solver=GPTQ(), transforms=(Hadamard(),)))
+
+
+def trellis_2bit() -> Recipe:
+    """Bit-shift trellis codes of 2 bits without codebooks, on rotated weights, by a GPTQ-style sweep; 16-bit inputs."""
+    return _trellis(2)
+
+
+def trellis_3bit() -> Recipe:
+    """``trellis-2bit`` with 3 bits per weight."""
+    return _trellis(3)
+
+
+def trellis_4bit() -> Recipe:
+    """``trellis-2bit`` with 4 bits per weight."""
+    return _trellis(4)
+
+
 def of_width(bits: int, inputs: int = 8) -> Recipe:
     """``bits``-bit weights that multiply INT8 inputs as integers: in groups of 64 up to 4 bits, per channel above; no prompts.
 
@@ -363,6 +384,9 @@ RECIPES = {
     "vqdm-4bit": vqdm_4bit,
     "vq4dit-2bit": vq4dit_2bit,
     "vq4dit-3bit": vq4dit_3bit,
+    "trellis-2bit": trellis_2bit,
+    "trellis-3bit": trellis_3bit,
+    "trellis-4bit": trellis_4bit,
 }
 
 

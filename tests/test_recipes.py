@@ -34,6 +34,9 @@ GOLDEN = {
     "vqdm-4bit": "W4 4 x 256 words of 8 per channel, A16, BeamSearch",
     "vq4dit-2bit": "W2 256 words of 4 per tensor, A16",
     "vq4dit-3bit": "W3 64 words of 2 per tensor, A16",
+    "trellis-2bit": "W2 trellis of 12 per channel, A16, rotated, GPTQ",
+    "trellis-3bit": "W3 trellis of 12 per channel, A16, rotated, GPTQ",
+    "trellis-4bit": "W4 trellis of 12 per channel, A16, rotated, GPTQ",
 }
 LEARNING = {
     "w4a8",
@@ -47,6 +50,9 @@ LEARNING = {
     "vqdm-2bit",
     "vqdm-3bit",
     "vqdm-4bit",
+    "trellis-2bit",
+    "trellis-3bit",
+    "trellis-4bit",
 }  # from inputs seen on prompts
 RANGES = {"w8a8-static", "w8a8-levels", "fp8-static", "llm-fp4", "mixdq-w8a8", "mixdq-w4a8"}
 
@@ -93,7 +99,7 @@ def test_mixdq_rounds_everything_but_the_inputs_of_both_ends(name, load_tiny):
         assert describe(choice.spec) == f"W{bits} per channel, A8 per tensor asym, {token}split"
 
 
-@pytest.mark.parametrize("name", ["w4a8", "fp4", "w4a4-svd", "w4a4-rot", "vqdm-3bit"])
+@pytest.mark.parametrize("name", ["w4a8", "fp4", "w4a4-svd", "w4a4-rot", "vqdm-3bit", "trellis-2bit"])
 def test_text_keys_and_values_look_for_a_constant_token(name, load_tiny):
     for choice in dqtk.plan(load_tiny("sdxl"), name).choices:
         text = choice.site.role in ("cross_attn.k", "cross_attn.v")

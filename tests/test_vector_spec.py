@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import dqtk
+from dqtk.numerics.trellis import TILE
 from dqtk.spec import (
     GPTQ,
     MSE,
@@ -24,6 +25,7 @@ from dqtk.spec import (
     PerToken,
     Smooth,
     TensorSpec,
+    Trellis,
     VectorCodebook,
     describe,
 )
@@ -39,6 +41,7 @@ WORDS = TensorSpec(format=VectorCodebook(books=3), granularity=PerChannel())
         (VectorCodebook(), 1, "W1 256 words of 8 per channel"),
         (VectorCodebook(books=4), 4, "W4 4 x 256 words of 8 per channel"),
         (VectorCodebook(words=16, length=1), 4, "W4 16 words of 1 per channel"),
+        (Trellis(bits=3), 3, "W3 trellis of 12 per channel"),
     ],
 )
 def test_bits_and_names(form, bits, name):
@@ -68,6 +71,14 @@ def test_formats_refuse(arguments, text):
         (
             {"weight": replace(WORDS, granularity=PerGroup())},
             "weight of VectorCodebook must be PerTensor or PerChannel without a range",
+        ),
+        (
+            {"weight": TensorSpec(format=Trellis(), granularity=PerTensor())},
+            r"weight of Trellis must be PerChannel without a range, got PerTensor\(\)",
+        ),
+        (
+            {"weight": TensorSpec(format=Trellis(), granularity=PerChannel()), "solver": BeamSearch()},
+            r"solver must be RTN or GPTQ for Trellis, got BeamSearch\(",
         ),
         ({"weight": replace(WORDS, range=MSE())}, "PerTensor or PerChannel without a range, got .* with MSE"),
         ({"solver": AdaRound()}, r"solver must be RTN or GPTQ or BeamSearch for VectorCodebook, got AdaRound\(.*no up and down"),
@@ -110,6 +121,15 @@ def test_layers_whose_channels_vectors_do_not_divide_get_eight_bits_and_say_so()
         assert kinds["1"] == ("W8 per channel, A16", "test; 8 bit per channel: vectors of 8 do not divide 20 channels")
         assert kinds["2"] == ("W8 per channel, A16", "test; 8 bit per channel: vectors of 8 do not divide 12 channels")
         assert all("x 256 words of 8" in kinds[path][0] for path in ("0", "3"))
+
+
+def test_trellis_codes_want_four_columns():
+    model = nn.Sequential(nn.Linear(22, 8), nn.Linear(20, 8))
+    plan = dqtk.plan(model, recipe(LayerSpec(weight=TensorSpec(format=Trellis(), granularity=PerChannel()))))
+    assert [describe(choice.spec) for choice in plan.choices] == ["W8 per channel, A16", "W2 trellis of 12 per channel, A16"]
+    assert plan.choices[0].why == f"test; 8 bit per channel: vectors of {TILE[1]} do not divide 22 channels"
+    rings = -(-8 // TILE[0]) * (20 // TILE[1])
+    assert plan.choices[1].bytes_after == rings * TILE[0] * TILE[1] * 2 // 8 + 8 * 4
 
 
 def test_planned_bytes_count_codes_books_and_scales():

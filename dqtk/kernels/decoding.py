@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from dqtk.numerics.packing import Packed
-from dqtk.spec import TensorSpec, VectorCodebook
+from dqtk.spec import TensorSpec, Trellis, VectorCodebook
 
 from .decoded import Decoding
+from .trellis import TrellisDecoding
 from .vectors import VectorDecoding
 
 
@@ -24,4 +25,6 @@ class Decodes(Protocol):
 
 def decoding_of(packed: Packed, spec: TensorSpec) -> Decodes:
     """The decoding of a stored weight."""
+    if isinstance(spec.format, Trellis):
+        return TrellisDecoding.of(packed, spec)
     return VectorDecoding.of(packed, spec) if isinstance(spec.format, VectorCodebook) else Decoding.of(packed, spec)

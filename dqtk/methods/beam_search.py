@@ -24,7 +24,7 @@ from dqtk.spec import GPTQ, BeamSearch, TensorSpec
 from .books import fitted, sums_of
 from .descent import ridge
 from .gptq import Factor
-from .vectors import descended_vectors, swept_codes, vector_grid
+from .vectors import descended_vectors, rescaled, swept_codes, vector_grid
 
 
 def beam_search(weight: Tensor, spec: TensorSpec, inputs: Inputs, solver: BeamSearch, factor: Factor | None = None) -> Packed:
@@ -78,17 +78,8 @@ def _refitted(weight: Tensor, grid: WordGrid, codes: Tensor, gram: Tensor) -> tu
     tried = replace(grid, codebook=codebook)
     if (found := _error(weight, tried, codes, gram)) < error:
         grid, error = tried, found
-    tried = replace(grid, scale=_scales(weight, grid, codes, gram))
-    if (found := _error(weight, tried, codes, gram)) < error:
-        grid, error = tried, found
+    scaled = rescaled(weight, grid, codes, gram)
+    assert isinstance(scaled, WordGrid)
+    if (found := _error(weight, scaled, codes, gram)) < error:
+        grid, error = scaled, found
     return grid, error
-
-
-def _scales(weight: Tensor, grid: WordGrid, codes: Tensor, gram: Tensor) -> Tensor:
-    """float32, shape of the grid's: the multiple of the words of each row (or of all) that is nearest under ``gram``."""
-    plain = words_of(codes, grid.codebook)
-    moved = plain @ gram
-    over, under = (weight * moved).sum(dim=1, keepdim=True), (plain * moved).sum(dim=1, keepdim=True)
-    if grid.scale.shape[0] == 1:
-        over, under = over.sum().view(1, 1), under.sum().view(1, 1)
-    return torch.where((over > 0) & (under > 0), over / under.clamp(min=1e-30), grid.scale)

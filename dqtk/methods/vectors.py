@@ -10,22 +10,26 @@ Every function works on every ``VectorGrid``.
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dqtk.calibrate.gather import Inputs
 from dqtk.numerics.packing import Packed
+from dqtk.numerics.trellis import TILE
 from dqtk.numerics.vector_grid import VectorGrid, WordGrid, root_mean_square
-from dqtk.spec import GPTQ, TensorSpec, VectorCodebook
+from dqtk.spec import GPTQ, TensorSpec, Trellis, VectorCodebook
 
 from .books import learned_books
 from .descent import output_error, ridge
 from .gptq import Factor
+from .trellis import TrellisGrid
 
 
 def vector_grid(weight: Tensor, spec: TensorSpec, gram: Tensor | None = None) -> VectorGrid:
     """The grid of a weight [N, K]; second moments [K, K] say which vectors matter."""
-    form = spec.format
+    form, scale = spec.format, root_mean_square(weight, spec)
+    if isinstance(form, Trellis):
+        return TrellisGrid(spec=spec, scale=scale)
     assert isinstance(form, VectorCodebook)
-    scale = root_mean_square(weight, spec)
     vectors = (weight.float() / scale).reshape(-1, form.length)
     importance = scale.square().expand(len(weight), 1)
     if gram is not None:
@@ -37,6 +41,8 @@ def vector_grid(weight: Tensor, spec: TensorSpec, gram: Tensor | None = None) ->
 
 def width_of(spec: TensorSpec) -> int:
     """Columns that are rounded together: 1 unless a weight is made of vectors."""
+    if isinstance(spec.format, Trellis):
+        return TILE[1]
     return spec.format.length if isinstance(spec.format, VectorCodebook) else 1
 
 
@@ -47,7 +53,8 @@ def nearest_vectors(weight: Tensor, spec: TensorSpec) -> Packed:
         ValueError: the length of a vector does not divide K.
     """
     grid = vector_grid(weight, spec)
-    return grid.pack(grid.encode(weight))
+    codes = grid.encode(weight)
+    return rescaled(weight, grid, codes).pack(codes)
 
 
 def swept_vectors(weight: Tensor, spec: TensorSpec, inputs: Inputs, solver: GPTQ, factor: Factor | None = None) -> Packed:
@@ -60,11 +67,12 @@ def swept_vectors(weight: Tensor, spec: TensorSpec, inputs: Inputs, solver: GPTQ
         solver: options.
         factor: of the same inputs in blocks as wide as a vector, where another weight has needed it before.
     Returns:
-        The stored form. Never worse than the nearest words on the calibration inputs: rows that would be, take those.
+        The stored form. On the calibration inputs never worse than the nearest codes of the same grid: rows that would be (of a
+        trellis, groups of rows), take those.
     """
     grid = vector_grid(weight, spec, inputs.gram)
     codes = swept_codes(weight, grid, inputs.gram, solver, factor)
-    return grid.pack(codes)
+    return rescaled(weight, grid, codes, inputs.gram).pack(codes)
 
 
 def swept_codes(weight: Tensor, grid: VectorGrid, gram: Tensor, solver: GPTQ, factor: Factor | None = None) -> Tensor:
@@ -75,10 +83,26 @@ def swept_codes(weight: Tensor, grid: VectorGrid, gram: Tensor, solver: GPTQ, fa
     return better_codes(weight, codes, grid.encode(weight), grid, gram)
 
 
+def rescaled(weight: Tensor, grid: VectorGrid, codes: Tensor, gram: Tensor | None = None) -> VectorGrid:
+    """The grid with the scales, of each row or of all, under which these codes lose least; by second moments if they are given."""
+    values = grid.decode(codes).double()
+    moved = values if gram is None else values @ gram.double()
+    over, under = ((each * moved).sum(dim=1, keepdim=True) for each in (weight.double(), values))
+    if grid.scale.shape[0] == 1:
+        over, under = over.sum().view(1, 1), under.sum().view(1, 1)
+    fine = (over > 0) & (under > 0)
+    return grid.scaled(torch.where(fine, over / torch.where(fine, under, 1.0), 1.0).float())
+
+
 def better_codes(weight: Tensor, codes: Tensor, others: Tensor, grid: VectorGrid, gram: Tensor) -> Tensor:
     """Of two sets of codes, for every group of rows that has codes of its own, those with less output error."""
-    error, other = (output_error(weight, grid.decode(c), gram).view(-1, grid.rows).sum(dim=1) for c in (codes, others))
+    error, other = (_of_groups(output_error(weight, grid.decode(c), gram), grid.rows) for c in (codes, others))
     return torch.where((error <= other).view(-1, *[1] * (codes.ndim - 1)), codes, others)
+
+
+def _of_groups(numbers: Tensor, rows: int) -> Tensor:
+    """Sums over every ``rows`` rows."""
+    return pad(numbers, (0, -len(numbers) % rows)).view(-1, rows).sum(dim=1)
 
 
 def _sweep(weight: Tensor, grid: VectorGrid, factor: Factor) -> Tensor:
@@ -116,9 +140,9 @@ def descended_vectors(weight: Tensor, codes: Tensor, grid: VectorGrid, gram: Ten
             tried = grid.encode(wanted, root)
             value = grid.decode(tried)
             gain = ((now - wanted) @ root).square().sum(1) - ((value - wanted) @ root).square().sum(1)
-            better = gain.view(-1, grid.rows).sum(dim=1) > 0
+            better = _of_groups(gain, grid.rows) > 0
             codes[:, place] = torch.where(better.view(-1, *[1] * (codes.ndim - 2)), tried[:, 0], codes[:, place])
-            moved = torch.where(better.repeat_interleave(grid.rows)[:, None], value - now, torch.zeros_like(now))
+            moved = torch.where(better.repeat_interleave(grid.rows)[: len(now), None], value - now, torch.zeros_like(now))
             values[:, block] += moved
             slope.addmm_(moved, g[block])
     return codes

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from dqtk.spec import (
     GROUPS,
-    VECTORS,
     Codebook,
     E4M3Group,
     E8M0Group,
@@ -30,12 +29,16 @@ from dqtk.spec import (
     PerGroup,
     PerTensor,
     TensorSpec,
+    Trellis,
     TwoLevel,
     VectorCodebook,
 )
 
 from .affine import code_range, levels, torch_type
 from .floats import e8m0_decode
+from .trellis import TILE, decode, from_tiles
+from .trellis import packed_width as ring_width
+from .trellis import unpack as unpack_states
 from .vectors import words_of
 
 
@@ -115,6 +118,7 @@ class Packed:
     tables only.
     codebook: float16 [books, words, length] of vectors. Their codes lie in ``qweight`` uint8 [N, packed_width(code_bits, K /
     length * books)], those of one vector side by side; ``scale`` is float32 [N, 1] or [1, 1].
+    Of a trellis, ``qweight`` is uint8 [R, ring_width], a ring for each tile (``trellis.to_tiles``), and ``scale`` float32 [N, 1].
     """
 
     qweight: Tensor
@@ -140,6 +144,13 @@ def layout(spec: TensorSpec, n: int, k: int) -> Layout:
     """
     form, granularity = spec.format, spec.granularity
     num_groups = count_groups(spec, k)
+    if isinstance(form, Trellis):
+        rows, columns = TILE
+        rings = -(-n // rows) * -(-k // columns)
+        return {
+            "qweight": ((rings, ring_width(form, rows * columns)), torch.uint8),
+            "scale": ((n, 1), torch.float32),
+        }
     if isinstance(form, VectorCodebook):
         return {
             "qweight": ((n, packed_width(form.code_bits, count_vectors(form, k) * form.books)), torch.uint8),
@@ -271,7 +282,9 @@ def weight_levels(packed: Packed, spec: TensorSpec, k: int) -> Tensor:
 
 def dequantize(packed: Packed, spec: TensorSpec, k: int) -> Tensor:
     """The stored weight as float32 [N, K]."""
-    if isinstance(spec.format, VECTORS):
+    if isinstance(spec.format, Trellis):
+        return decode_trellis(packed, spec.format, k)
+    if isinstance(spec.format, VectorCodebook):
         return decode_vectors(packed, spec.format, k)
     if isinstance(spec.granularity, TwoLevel):  # exactly as the integer kernels have it
         assert packed.scale is not None
@@ -290,6 +303,13 @@ def decode_vectors(packed: Packed, form: VectorCodebook, k: int) -> Tensor:
     assert packed.scale is not None
     codes = unpack(packed.qweight, form.code_bits, count_vectors(form, k) * form.books)
     return words_of(codes.unflatten(1, (-1, form.books)), packed.codebook) * packed.scale
+
+
+def decode_trellis(packed: Packed, form: Trellis, k: int) -> Tensor:
+    """The stored weight as float32 [N, K]."""
+    assert packed.scale is not None
+    states = unpack_states(packed.qweight, form, TILE[0] * TILE[1])
+    return from_tiles(decode(states, form), packed.scale.shape[0], k, TILE) * packed.scale
 
 
 def max_group_scale(spec: TensorSpec) -> int:

@@ -3,7 +3,7 @@
 A format of vectors is one class with these four methods; every solver of vectors works on every one of them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -16,7 +16,7 @@ from .vectors import BEAM, nearest_words, words_of
 
 
 class VectorGrid(Protocol):
-    """Codes are a tensor [N / rows, G, ...] for a weight of G * width columns."""
+    """Codes are a tensor [ceil(N / rows), G, ...] for a weight of G * width columns."""
 
     @property
     def width(self) -> int:
@@ -24,7 +24,11 @@ class VectorGrid(Protocol):
 
     @property
     def rows(self) -> int:
-        """Rows that are."""
+        """Rows that are; the last ones may be fewer."""
+
+    @property
+    def scale(self) -> Tensor:
+        """float32 [N, 1] or [1, 1]."""
 
     def encode(self, weight: Tensor, root: Tensor | None = None) -> Tensor:
         """Codes near ``weight`` [N, G * width], every ``width`` columns under the error e root root^T e^T (None: e e^T)."""
@@ -34,6 +38,9 @@ class VectorGrid(Protocol):
 
     def pack(self, codes: Tensor) -> Packed:
         """The stored form of the codes of a whole weight."""
+
+    def scaled(self, factor: Tensor) -> "VectorGrid":
+        """The same with rows multiplied by ``factor`` [N, 1]; of one scale for all rows, by one factor [1, 1]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +71,9 @@ class WordGrid:
         form = self.spec.format
         assert isinstance(form, VectorCodebook)
         return Packed(qweight=pack(codes.flatten(1).to(torch.int16), form.code_bits), scale=self.scale, codebook=self.codebook)
+
+    def scaled(self, factor: Tensor) -> "WordGrid":
+        return replace(self, scale=self.scale * factor)
 
 
 def root_mean_square(weight: Tensor, spec: TensorSpec) -> Tensor:

@@ -15,7 +15,7 @@ from dqtk.spec import Refiner
 
 from .descent import Descent, Kept, identity_of
 from .trained import Trained, training
-from .trained_vectors import TrainedWords
+from .trained_vectors import TrainedVectors
 
 HELD_OUT = 8  # every eighth run, and at least one, is not learned from
 
@@ -94,7 +94,7 @@ def start_digest(module: nn.Module, answers: Sequence[Tensor]) -> str:
 
 
 def _groups(
-    trained: Mapping[str, Trained | TrainedWords], kept: Mapping[str, Kept], choice: Refiner
+    trained: Mapping[str, Trained | TrainedVectors], kept: Mapping[str, Kept], choice: Refiner
 ) -> list[tuple[float, dict[str, nn.Parameter]]]:
     """Learning rate -> numbers by name; none where the rate is 0."""
     numbers = {f"{path}.{name}": p for path, mine in trained.items() for name, p in mine.parameters.items()}

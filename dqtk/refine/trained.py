@@ -23,7 +23,7 @@ from dqtk.numerics.packing import Packed, count_groups, pack_codes, selector_bit
 from dqtk.numerics.storage import stored_name
 from dqtk.spec import VECTORS, Codebook, E8M0Group, Float, Format, TensorSpec, TwoLevel
 
-from .trained_vectors import TrainedWords
+from .trained_vectors import TrainedVectors
 
 
 class Trained:
@@ -103,16 +103,16 @@ class Trained:
 @contextmanager
 def training(
     layers: Mapping[str, Quantized], rank: int | None, draw: torch.Generator
-) -> Iterator[dict[str, Trained | TrainedWords]]:
+) -> Iterator[dict[str, Trained | TrainedVectors]]:
     """While open, layers (by path) compute with what they learn. Afterwards with what they store.
 
     A layer whose input is split learns in parts: ``path``, ``path_2`` and so on.
     """
-    learning: dict[str, Trained | TrainedWords] = {}
+    learning: dict[str, Trained | TrainedVectors] = {}
     for path, layer in layers.items():
         for index, stored in enumerate(_any(layer).parts or (layer,)):
             vectors = isinstance(stored.spec.weight.format, VECTORS)
-            made = TrainedWords(layer, stored, index) if vectors else Trained(layer, stored, index, rank, draw)
+            made = TrainedVectors(layer, stored, index) if vectors else Trained(layer, stored, index, rank, draw)
             learning[stored_name(path, index)] = made
     try:
         for mine in learning.values():

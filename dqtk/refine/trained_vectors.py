@@ -1,4 +1,4 @@
-"""A layer of vectors while it learns: its books and scales, with gradients; codes stay.
+"""A layer of vectors while it learns: its scales and, if it has any, its books, with gradients; codes stay.
 
     word = stored word + unit * moved          unit: root mean square of the words of a book, so one learning rate serves all layers
     scale = stored scale * exp(s)
@@ -7,42 +7,47 @@ Both are rounded to their stored dtypes in every forward and the derivative of t
 number. (VQDM's second phase trains the same numbers, arXiv 2409.00492, section 3.)
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dqtk.nn.products import WEIGHT, Stored
-from dqtk.numerics.packing import Packed, count_vectors, unpack
+from dqtk.numerics.packing import Packed, count_vectors, dequantize, unpack
 from dqtk.numerics.storage import stored_name
 from dqtk.numerics.vectors import words_of
 from dqtk.spec import VectorCodebook
 
 
-class TrainedWords:
-    """The learned numbers of one layer of words, or of one part of a layer whose input is split.
+class TrainedVectors:
+    """The learned numbers of one layer of vectors, or of one part of a layer whose input is split.
 
-    parameters: float32 by name: ``moved`` [M, W, D], and ``scale``, the logarithm of a factor on every scale.
+    parameters: float32 by name: ``moved`` [M, W, D] where there are books, and ``scale``, the logarithm of a factor on every scale.
     """
 
     def __init__(self, layer: Any, stored: Stored, index: int):
         self.layer, self.stored, self.index = layer, stored, index
         module: Any = stored
-        packed, form = Packed(**{name: getattr(stored, name) for name in WEIGHT}), stored.spec.weight.format
-        assert isinstance(form, VectorCodebook)
-        assert packed.codebook is not None
+        packed, spec = Packed(**{name: getattr(stored, name) for name in WEIGHT}), stored.spec.weight
         assert packed.scale is not None
-        self.start, self.start_scale = packed.codebook.float(), packed.scale
+        self.start_scale, form = packed.scale, spec.format
+        self.parameters = {"scale": nn.Parameter(torch.zeros_like(packed.scale))}
+        if not isinstance(form, VectorCodebook):
+            self.numbers = dequantize(replace(packed, scale=torch.ones_like(packed.scale)), spec, module.k)
+            self.start = None
+            return
+        assert packed.codebook is not None
+        self.start = packed.codebook.float()
         codes = unpack(packed.qweight, form.code_bits, count_vectors(form, module.k) * form.books)
         self.codes = codes.unflatten(1, (-1, form.books))
         self.unit = self.start.square().mean(dim=(1, 2), keepdim=True).sqrt()
-        self.parameters = {
-            "moved": nn.Parameter(torch.zeros_like(self.start)),
-            "scale": nn.Parameter(torch.zeros_like(packed.scale)),
-        }
+        self.parameters["moved"] = nn.Parameter(torch.zeros_like(self.start))
 
-    def codebook(self) -> Tensor:
-        """The books as they would be stored; float32 numbers."""
+    def codebook(self) -> Tensor | None:
+        """The books as they would be stored; float32 numbers. None of a trellis."""
+        if self.start is None:
+            return None
         words = self.start + self.unit * self.parameters["moved"]
         return words + (words.half().float() - words).detach()
 
@@ -52,10 +57,13 @@ class TrainedWords:
 
     def weight(self) -> Tensor:
         """float32 [N, K]: the numbers that ``packing.dequantize`` finds after ``store``, bit for bit."""
-        return words_of(self.codes, self.codebook()) * self.scale()
+        books = self.codebook()
+        return (self.numbers if books is None else words_of(self.codes, books)) * self.scale()
 
     @torch.no_grad()
     def store(self) -> None:
         """Put books and scales into the layer."""
-        setattr(self.layer, stored_name("codebook", self.index), self.codebook().half())
+        books = self.codebook()
+        if books is not None:
+            setattr(self.layer, stored_name("codebook", self.index), books.half())
         setattr(self.layer, stored_name("scale", self.index), self.scale())

@@ -69,6 +69,7 @@ from .layer import (
 )
 from .refine import Distill, Reconstruct, Refiner
 from .text import canonical, did_you_mean, from_json, to_json
+from .trellis import Trellis
 
 __all__ = [
     "GPTQ",
@@ -122,6 +123,7 @@ __all__ = [
     "StaticBlocks",
     "TensorSpec",
     "Transform",
+    "Trellis",
     "TwoLevel",
     "VectorCodebook",
     "WeightedSum",

@@ -4,6 +4,7 @@ import math
 from itertools import pairwise
 
 from .frozen import frozen
+from .trellis import Trellis
 
 # --- number formats --------------------------------------------------------------------------------------------------
 
@@ -281,11 +282,11 @@ class Dynamic:
     """Inputs only: absmax of each token (or of each group of its inputs), found anew at every call. Needs no calibration."""
 
 
-Format = Int | Float | BestFloat | Codebook | VectorCodebook
+Format = Int | Float | BestFloat | Codebook | VectorCodebook | Trellis
 Granularity = PerTensor | PerLevel | PerChannel | PerToken | PerGroup | TwoLevel | E8M0Group | E4M3Group
 Range = AbsMax | MSE | Dynamic
 STATIC = (PerTensor, PerLevel)  # granularities of an input whose range is calibrated
-VECTORS = (VectorCodebook,)  # formats whose codes stand for several weights
+VECTORS = (VectorCodebook, Trellis)  # formats whose codes stand for several weights
 GROUPS = (PerGroup, TwoLevel, E8M0Group, E4M3Group)  # granularities with a ``size``
 
 

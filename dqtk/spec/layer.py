@@ -29,6 +29,7 @@ from .formats import (
     VectorCodebook,
 )
 from .frozen import frozen
+from .trellis import Trellis
 
 # --- solvers: how codes are chosen. The code is in dqtk/methods, one file each ---------------------------------------
 
@@ -252,10 +253,11 @@ class LayerSpec:
     def _check_vectors(self) -> None:
         """What a weight of vectors asks of the rest."""
         spec, form = self.weight, type(self.weight.format).__name__
-        if not isinstance(spec.granularity, PerTensor | PerChannel) or spec.range != AbsMax():
+        allowed = (PerChannel,) if isinstance(spec.format, Trellis) else (PerTensor, PerChannel)
+        if not isinstance(spec.granularity, allowed) or spec.range != AbsMax():
             raise ValueError(
-                f"LayerSpec: weight of {form} must be PerTensor or PerChannel without a range, got {spec.granularity} with "
-                f"{spec.range}. Its scale is the root mean square, and the words are learned."
+                f"LayerSpec: weight of {form} must be {' or '.join(kind.__name__ for kind in allowed)} without a range, got "
+                f"{spec.granularity} with {spec.range}. Its scale is the root mean square."
             )
         solvers = (RTN, GPTQ, BeamSearch) if isinstance(spec.format, VectorCodebook) else (RTN, GPTQ)
         if not isinstance(self.solver, solvers):
@@ -399,6 +401,8 @@ def _short(tensor: TensorSpec) -> str:
         return f"FP{form.bits} {where}"
     if isinstance(form, Codebook):
         return f"{form.bits} {form.name or 'codebook'} {where}"
+    if isinstance(form, Trellis):
+        return f"{form.bits} trellis of {form.state_bits} {where}"
     if isinstance(form, VectorCodebook):
         return f"{form.bits} {'' if form.books == 1 else f'{form.books} x '}{form.words} words of {form.length} {where}"
     return f"{form.bits} {where}" + ("" if form.symmetric else " asym")

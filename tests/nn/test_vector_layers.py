@@ -9,14 +9,16 @@ from torch import nn
 
 import dqtk
 from dqtk.checkpoint import load_module, quantized_layers
-from dqtk.kernels import from_matrix, to_matrix, vectors
+from dqtk.kernels import from_matrix, report_of, to_matrix, vectors
 from dqtk.methods.solve import solve
 from dqtk.nn import runtime_class
 from dqtk.numerics.packing import Packed, dequantize
 from dqtk.report.sizes import bytes_in_memory
-from dqtk.spec import Dynamic, Hadamard, Int, LayerSpec, PerChannel, PerTensor, PerToken, TensorSpec, VectorCodebook
+from dqtk.spec import Dynamic, Hadamard, Int, LayerSpec, PerChannel, PerTensor, PerToken, TensorSpec, Trellis, VectorCodebook
 
 ADDITIVE = TensorSpec(format=VectorCodebook(words=16, length=4, books=3), granularity=PerChannel())
+RINGS = TensorSpec(format=Trellis(bits=3), granularity=PerChannel())
+WORDS_RUN = "vectors_only: words looked up in their books, some output rows at a time, then torch's own matmul"
 SINGLE = TensorSpec(format=VectorCodebook(words=64, length=2), granularity=PerTensor())
 A8 = TensorSpec(format=Int(bits=8), granularity=PerToken(), range=Dynamic())
 LAYERS = {
@@ -50,19 +52,19 @@ def product(layer, x, matrix):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("weight", [ADDITIVE, SINGLE], ids=str)
+@pytest.mark.parametrize("weight", [ADDITIVE, SINGLE, RINGS], ids=["additive", "single", "trellis"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_equals_the_plain_layer_of_the_decoded_weight(name, weight, dtype):
     layer, new, x = build(name, LayerSpec(weight=weight), dtype)
     stored = dequantize(Packed(qweight=new.qweight, scale=new.scale, codebook=new.codebook), weight, new.k)
+    assert stored.shape == (new.n, new.k)
     y = new(x)
     assert y.dtype == dtype
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(y.double(), product(layer, x, stored.to(dtype)), rtol=tolerance, atol=tolerance)
     assert torch.equal(to_matrix(new.weight) if new.weight.ndim > 2 else new.weight[:], stored.to(dtype))
     assert torch.equal(new.plain()(x), new(x)) or dtype == torch.bfloat16
-    assert new.op == "vectors_only"
-    assert new.kernel() == "vectors_only: words looked up in their books, some output rows at a time, then torch's own matmul"
+    assert new.kernel() == (WORDS_RUN if weight is not RINGS else f"trellis_only: {report_of('trellis_only', 'cpu')}")
 
 
 @pytest.mark.parametrize("name", ["linear", "conv2d"])
@@ -80,9 +82,10 @@ def test_groups_lie_along_the_channels_at_one_tap(name):
     torch.testing.assert_close(stored, matrix, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("weight", [ADDITIVE, RINGS], ids=["additive", "trellis"])
 @pytest.mark.parametrize("name", ["linear", "conv2d"])
-def test_rounded_inputs_are_emulated_and_say_so(name):
-    _, new, x = build(name, LayerSpec(weight=ADDITIVE, input=A8, transforms=(Hadamard(block=4),)))
+def test_rounded_inputs_are_emulated_and_say_so(name, weight):
+    _, new, x = build(name, LayerSpec(weight=weight, input=A8, transforms=(Hadamard(block=4),)))
     assert new.kernel() == "emulated: emulated in floating point"
     plain = new.plain()
     assert 0 < float((new(x) - plain(x)).norm() / plain(x).norm()) < 0.02
@@ -109,8 +112,9 @@ def test_rows_are_decoded_in_chunks(monkeypatch):
     assert torch.equal(new.weight[:], new.plain().weight)
 
 
-def test_one_graph_with_gradients():
-    _, new, x = build("linear", LayerSpec(weight=ADDITIVE))
+@pytest.mark.parametrize("weight", [ADDITIVE, RINGS], ids=["additive", "trellis"])
+def test_one_graph_with_gradients(weight):
+    _, new, x = build("linear", LayerSpec(weight=weight))
     new.bias.requires_grad_()
     compiled = torch.compile(new, fullgraph=True, backend="aot_eager")
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -134,6 +138,7 @@ def test_ops_are_well_formed():
 def model(bare):
     rules = (
         dqtk.Rule(pattern="0", spec=LayerSpec(weight=ADDITIVE), why="test"),
+        dqtk.Rule(pattern="2", spec=LayerSpec(weight=RINGS, transforms=(Hadamard(),)), why="test"),
         dqtk.Rule(spec=LayerSpec(weight=SINGLE, transforms=(Hadamard(),)), why="test"),
     )
     original = copy.deepcopy(bare)
@@ -160,5 +165,5 @@ def test_books_keep_their_dtype_when_the_model_is_cast(model):
     quantized.to(torch.bfloat16)
     assert quantized[0].codebook.dtype == torch.float16
     assert torch.equal(quantized[0].codebook, before)
-    assert quantized[0].scale.dtype == torch.float32
+    assert quantized[0].scale.dtype == quantized[2].scale.dtype == torch.float32
     assert quantized(torch.randn(2, 64).bfloat16()).dtype == torch.bfloat16

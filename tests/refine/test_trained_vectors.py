@@ -9,9 +9,9 @@ from dqtk.nn import Quantized
 from dqtk.numerics.storage import tensor_name
 from dqtk.quantize import runtime_layer
 from dqtk.refine.trained import training
-from dqtk.spec import Hadamard, LayerSpec, PerChannel, PerTensor, ShortcutSplit, TensorSpec, VectorCodebook
+from dqtk.spec import Hadamard, LayerSpec, PerChannel, PerTensor, ShortcutSplit, TensorSpec, Trellis, VectorCodebook
 
-FORMS = [VectorCodebook(words=16, length=4, books=2), VectorCodebook(words=64, length=2)]
+FORMS = [VectorCodebook(words=16, length=4, books=2), VectorCodebook(words=64, length=2), Trellis(bits=2)]
 TRANSFORMS = {"plain": (), "rotated": (Hadamard(),), "in parts": (ShortcutSplit(at=(8,)),)}
 
 
@@ -26,6 +26,9 @@ def quantized(spec) -> Quantized:
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_learning_lowers_the_error_and_what_is_stored_computes_the_same(name, form, granularity):
+    rings = isinstance(form, Trellis)
+    if rings and isinstance(granularity, PerTensor):
+        return  # there is no such layer
     layer = quantized(LayerSpec(weight=TensorSpec(format=form, granularity=granularity), transforms=TRANSFORMS[name]))
     x, wanted = torch.randn(40, 32), torch.randn(40, 12)
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
@@ -40,7 +43,7 @@ def test_learning_lowers_the_error_and_what_is_stored_computes_the_same(name, fo
             loss.backward()
             adam.step()
             losses.append(float(loss.detach()))
-        assert losses[-1] < 0.95 * losses[0]
+        assert losses[-1] < (0.99 if rings else 0.95) * losses[0]
         learned = layer(x).detach()
         weight = layer.stored_matrix().detach() if name != "in parts" else None
         for mine in learning.values():
@@ -48,7 +51,7 @@ def test_learning_lowers_the_error_and_what_is_stored_computes_the_same(name, fo
     torch.testing.assert_close(layer(x), learned, rtol=1e-5, atol=1e-5)
     assert weight is None or torch.equal(layer.stored_matrix(), weight)
     changed = {tensor_name(key) for key, tensor in layer.state_dict().items() if not torch.equal(tensor, before[key])}
-    assert changed == {"codebook", "scale"}
+    assert changed == ({"scale"} if rings else {"codebook", "scale"})
     assert all(tensor.dtype == before[key].dtype for key, tensor in layer.state_dict().items())
 
 
