@@ -359,6 +359,11 @@ def viditq_mp_w4a8() -> Search:
     return Search(name="viditq-mp-w4a8", candidates=(four, Recipe(name="viditq-w8a8", rules=rules)), bits=6.0)
 
 
+def vq_auto() -> Search:
+    """Trellis codes of 2, 3 or 4 bits per layer, or INT8 weights, at 3 bits; 16-bit inputs; 100 exchanges."""
+    return Search(name="vq-auto", candidates=(trellis_2bit(), trellis_3bit(), trellis_4bit(), w8a16()), bits=3.0, switch=100)
+
+
 RECIPES = {
     "w8a16": w8a16,
     "w8a8": w8a8,
@@ -390,7 +395,7 @@ RECIPES = {
 }
 
 
-SEARCHES = {"auto": auto, "mixdq-w3.66a16": mixdq_w3_66a16, "viditq-mp-w4a8": viditq_mp_w4a8}
+SEARCHES = {"auto": auto, "mixdq-w3.66a16": mixdq_w3_66a16, "viditq-mp-w4a8": viditq_mp_w4a8, "vq-auto": vq_auto}
 
 
 def search_named(name: str) -> Search:

@@ -115,6 +115,7 @@ SEARCHED = {
     "auto": ["W2", "W3", "W4", "W8"],
     "mixdq-w3.66a16": ["W4", "W4", "W8"],  # of the last rule: quality
     "viditq-mp-w4a8": ["W4", "W8"],
+    "vq-auto": ["W2", "W3", "W4", "W8"],
 }
 
 
