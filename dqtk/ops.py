@@ -80,7 +80,7 @@ def report_of(op: str, device: str) -> str:
             else f"live blocks gathered for torch's own attention; integers emulated{why}"
         )
     if op == "trellis_only":
-        return f"trellis codes decoded, {by or 'through torch'}, then torch's own matmul"
+        return f"trellis codes decoded{f', {by}' if served else ' through torch'}, then torch's own matmul{'' if served else why}"
     if op == "trellis_search":
         return f"Viterbi's search, {by}" if served else f"Viterbi's search through torch, some hundred times slower{why}"
     if op in ("linear_int8", "conv_int8") and device in ("cpu", "cuda"):
@@ -94,4 +94,4 @@ def _kernels(op: str, device: str) -> tuple[bool, str]:
     """Whether kernels of dqtk's own serve an op there, and which (or why none)."""
     if device == "cpu":
         return native.describe()
-    return gpu.describe() if device == "cuda" and op in ("linear_int8", "weight_only") else (False, "")
+    return gpu.describe() if device == "cuda" and op in ("linear_int8", "weight_only", "trellis_only") else (False, "")

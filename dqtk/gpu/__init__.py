@@ -6,13 +6,15 @@ Triton is imported by the first call of a kernel, not before.
 import torch
 from torch import Tensor
 
+from dqtk.spec.trellis import Trellis
+
 from . import support, table
 from .support import describe, no_scaled_matmul, serves
 from .table import chosen
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-__all__ = ["TYPES", "describe", "forget", "linear_decoded", "linear_int8", "no_scaled_matmul", "serves"]
+__all__ = ["TYPES", "decode_trellis", "describe", "forget", "linear_decoded", "linear_int8", "no_scaled_matmul", "serves"]
 
 
 def forget() -> None:
@@ -40,3 +42,14 @@ def linear_decoded(x_TK: Tensor, bias: Tensor | None, *stored) -> Tensor | None:
         return None
     tile = chosen(f"decoded{weight.bits}", max(x_TK.shape[0], 1), weight.qweight.shape[0], x_TK.shape[1], x_TK.device)
     return None if tile is None else linear_decoded(x_TK, bias, weight, tile)
+
+
+def decode_trellis(packed: Tensor, scale: Tensor | None, n: int, k: int, *how) -> Tensor | None:
+    """``trellis.decode_trellis``, of arguments as the op has them; None where the kernel does not take such rings."""
+    from .trellis import decode_trellis, takes
+
+    tile_rows, tile_columns, state_bits, bits, vector, dtype = how
+    trellis = Trellis(state_bits=state_bits, bits=bits, vector=vector)
+    if not takes(tile_rows, tile_columns, trellis, dtype):
+        return None
+    return decode_trellis(packed, scale, n, k, (tile_rows, tile_columns), trellis, dtype)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dqtk import native
+from dqtk import gpu, native
 from dqtk.numerics.packing import Packed
 from dqtk.numerics.trellis import TILE, decode, encode, from_tiles, search_inputs, unpack
 from dqtk.spec import TensorSpec, Trellis
@@ -96,6 +96,14 @@ def _(packed, scale, n, k, tile_rows, tile_columns, state_bits, bits, vector, dt
     return decoder.rows(0, torch.empty((n, k), dtype=dtype))
 
 
+@decode_trellis.register_kernel("cuda")
+def decode_trellis_on_cuda(packed, scale, n, k, tile_rows, tile_columns, state_bits, bits, vector, dtype) -> Tensor:
+    """The op on a CUDA device: in Triton, else through torch; ``gpu.describe`` says whether and why."""
+    how = packed, scale, n, k, tile_rows, tile_columns, state_bits, bits, vector, dtype
+    decoded = gpu.decode_trellis(*how) if gpu.serves(packed.device) else None
+    return decode_trellis_reference(*how) if decoded is None else decoded
+
+
 @decode_trellis.register_fake
 def _(packed, scale, n, k, tile_rows, tile_columns, state_bits, bits, vector, dtype):
     return packed.new_empty((n, k), dtype=dtype)
@@ -134,6 +142,13 @@ def _(x, packed, bias, scale, n, tile_rows, tile_columns, state_bits, bits, vect
     trellis = Trellis(state_bits=state_bits, bits=bits, vector=vector)
     decoder = native.TrellisDecoder(library, packed, scale, n, k, (tile_rows, tile_columns), trellis)
     return linear_in_chunks(decoder, rows, bias).view(*x.shape[:-1], n)
+
+
+@linear_trellis.register_kernel("cuda")
+def linear_trellis_on_cuda(x, packed, bias, scale, n, tile_rows, tile_columns, state_bits, bits, vector) -> Tensor:
+    """The op on a CUDA device: the whole weight decoded, then torch's matmul."""
+    weight = decode_trellis_on_cuda(packed, scale, n, x.shape[-1], tile_rows, tile_columns, state_bits, bits, vector, x.dtype)
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype)).contiguous()
 
 
 @linear_trellis.register_fake

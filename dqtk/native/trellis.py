@@ -5,7 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from dqtk.numerics.trellis import curve, multipliers, num_steps, values
+from dqtk.numerics.trellis import curve, multipliers, num_steps, packed_width, values
 from dqtk.spec.trellis import Trellis
 
 from .calls import TYPES
@@ -58,7 +58,8 @@ class TrellisDecoder:
     def __init__(
         self, library: ctypes.CDLL, packed: Tensor, scale: Tensor | None, n: int, k: int, tile: tuple[int, int], trellis: Trellis
     ):
-        self.library, self.n, self.k = library, n, k
+        self.library, self.n, self.k, self.tile_rows = library, n, k, tile[0]
+        assert packed.shape == (-(-n // tile[0]) * -(-k // tile[1]), packed_width(trellis, tile[0] * tile[1]))
         packed = packed.contiguous()
         scale = None if scale is None else scale.to(torch.float32).contiguous()
         self.kept = packed, scale
@@ -80,6 +81,8 @@ class TrellisDecoder:
 
     def rows(self, first: int, out: Tensor) -> Tensor:
         """``out`` [R, K], float32, bfloat16 or float16 and contiguous, filled with the rows from ``first``, a tile's first, on."""
+        assert first % self.tile_rows == 0
+        assert first + out.shape[0] <= self.n
         count, kind = _Wide(out.shape[0]), _Int(TYPES[out.dtype])
         self.library.dqtk_trellis_decode(ctypes.byref(self.rings), _Wide(first), count, kind, _Pointer(out.data_ptr()))
         return out

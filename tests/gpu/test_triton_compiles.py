@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dqtk.gpu import decoded, device, integer, tiles
+from dqtk.gpu import decoded, device, integer, tiles, trellis
 
 SMALLEST = 99 << 10  # bytes of shared memory of a thread block, capabilities 8.6 and 8.9
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma"}
@@ -118,3 +118,13 @@ def test_decoded_product(kind, tile, capability):
     constants = {"BIAS": True, "SIGNED": kind == "two-level4", "LEVELS": kind == "table4", "ZERO": kind == "uint4"}
     constants |= {"SCALED": kind == "two-level4"} | KINDS[kind]
     product(decoded._multiply_decoded, capability, tile, types, constants)
+
+
+@pytest.mark.parametrize("capability", TENSOR_CORES)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_trellis(capability, dtype):
+    constants = {"SCALE": True, "SCALE_STEP": 1, "TILE_ROWS": 16, "TILE_COLUMNS": 16, "STATE_BITS": 12, "STEP_BITS": 4}
+    constants |= {"VECTOR": 2, "FIRST": 1219, "SECOND": 495, "BLOCK": trellis.BLOCK}
+    made = compiled(trellis._decode, capability, f"*u8 *fp32 *{dtype} i32 i32 i32 i32 fp32 fp32 fp32 fp32 fp32", constants)
+    assert is_exact(made)
+    assert "div.rn.f32" in made.asm["ptx"]

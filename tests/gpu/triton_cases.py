@@ -19,7 +19,10 @@ import torch
 
 from dqtk.kernels.decoded import decode_reference, linear_decoded_on_cuda
 from dqtk.kernels.linear import linear_int8_on_cuda, linear_int8_reference
+from dqtk.kernels.trellis import decode_trellis_on_cuda, decode_trellis_reference, linear_trellis_on_cuda
 from dqtk.numerics.packing import pack
+from dqtk.numerics.trellis import MULTIPLIERS, packed_width
+from dqtk.spec.trellis import Trellis
 
 CASES: dict[str, Callable[[str], None]] = {}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -270,6 +273,41 @@ def near(x: torch.Tensor, stored: tuple, device: str, how: str, bias: torch.Tens
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 6e-4}[x.dtype]  # half a unit in the last place, and sums
     scale = expected.abs().amax().item() if expected.numel() else 1.0
     torch.testing.assert_close(y.cpu().double(), expected, rtol=tolerance, atol=1e-5 * scale, msg=lambda text: f"{how}: {text}")
+
+
+def rings(n: int, k: int, tile: tuple[int, int], trellis: Trellis) -> torch.Tensor:
+    """Any bits are a ring."""
+    count, length = -(-n // tile[0]) * -(-k // tile[1]), tile[0] * tile[1]
+    return integers(0, 256, count, packed_width(trellis, length)).to(torch.uint8)
+
+
+@case
+def trellises_equal_reference(device: str) -> None:
+    """In tiles and rows, whole bytes or not, the last tiles cut off."""
+    tiles = (((16, 16), 33, 70), ((1, 64), 7, 64), ((2, 12), 5, 25), ((1, 19), 3, 19))
+    for i, (bits, vector) in enumerate(MULTIPLIERS):
+        for j, state_bits in enumerate((8, 12, 16)):
+            tile, n, k = tiles[(i + j) % (4 if vector == 1 else 3)]
+            trellis = Trellis(state_bits=state_bits, bits=bits, vector=vector)
+            packed, scale = rings(n, k, tile, trellis), (seeded(n, 1), seeded(1, 1), None)[i % 3]
+            how = n, k, *tile, state_bits, bits, vector, DTYPES[j]
+            y, expected = (
+                decode_trellis_on_cuda(*moved((packed, scale, *how), device)),
+                decode_trellis_reference(packed, scale, *how),
+            )
+            assert (y.dtype, y.is_contiguous()) == (expected.dtype, True), how
+            assert torch.equal(y.cpu(), expected), how
+
+
+@case
+def trellises_multiply(device: str) -> None:
+    trellis, x, bias = Trellis(state_bits=12, bits=2), seeded(2, 5, 40).bfloat16(), seeded(33, seed=4)
+    packed, scale, how = rings(33, 40, (16, 16), trellis), seeded(33, 1), (33, 16, 16, 12, 2, 1)
+    y = linear_trellis_on_cuda(*moved((x, packed, bias, scale, *how), device))
+    weight = decode_trellis_reference(packed, scale, 33, 40, *how[1:], torch.bfloat16)
+    expected = x.double() @ weight.double().T + bias.bfloat16().double()
+    torch.testing.assert_close(y.cpu().double(), expected, rtol=1e-2, atol=1e-2)
+    assert decode_trellis_on_cuda(*moved((packed[:0], None, 0, 40, *how[1:], torch.bfloat16), device)).shape == (0, 40)
 
 
 @case

@@ -115,6 +115,16 @@ def test_bits_come_back(trellis, length, seeded):
     assert not empty or not (packed[:, -1] & (0xFF >> empty)).any()
 
 
+def test_decoding_compiles_into_one_graph(seeded):
+    trellis = Trellis(state_bits=12, bits=2, vector=2)
+    packed = pack(encode(seeded(3, 22, seed=5), trellis), trellis)
+
+    def read(packed):
+        return decode(unpack(packed, trellis, 22), trellis)
+
+    assert torch.equal(torch.compile(read, fullgraph=True, backend="aot_eager")(packed), read(packed))
+
+
 def test_bytes_are_the_ring_from_the_highest_bit_on():
     """Frozen: these bytes are in checkpoints."""
     trellis = Trellis(state_bits=4, bits=3)
@@ -133,7 +143,7 @@ def test_values_are_frozen():
             table = values(Trellis(state_bits=state_bits, bits=bits, vector=vector))
             assert table.dtype == torch.float32
             found.update(table.numpy().tobytes())
-    assert found.hexdigest() == "cc843b708ad1d89c277f0ec698b4dd224794bcbe33f5665dd64383ddbc8dbe6d"
+    assert found.hexdigest() == "cfebaf3214cf3dc623a1119aed8fce82c20a5b9af9f94954a4d44396f6f9d37d"
 
 
 @pytest.mark.parametrize("trellis", EVERY, ids=str)
