@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dqtk.checkpoint import digest
 from dqtk.nn import Quantized
-from dqtk.spec import Refiner
+from dqtk.spec import Reconstruct, Refiner
 
 from .descent import Descent, Kept, identity_of
 from .trained import Trained, training
@@ -39,6 +39,7 @@ class Lesson:
 
     layers: quantized ones whose codes and scales learn, by path. module: what they stand in. others: whether a parameter of it, by
     name, learns too. loss: iteration -> scalar. judge: error on what is held out. facts: what a file of the run must belong to.
+    originals: the layers that were replaced, by path, where they are held.
     """
 
     layers: Mapping[str, Quantized]
@@ -47,6 +48,7 @@ class Lesson:
     loss: Callable[[int], Tensor]
     judge: Callable[[], float]
     facts: Mapping[str, object]
+    originals: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
 def learn(lesson: Lesson, choice: Refiner, file: Path | None, words: str, progress: bool) -> Refined:
@@ -56,12 +58,16 @@ def learn(lesson: Lesson, choice: Refiner, file: Path | None, words: str, progre
         ValueError: a loss that is no number, or a file of another run.
     """
     draw = torch.Generator().manual_seed(choice.seed)
-    with training(lesson.layers, choice.rank, draw) as trained, _learning(lesson.module, lesson.others) as kept:
+    candidates = choice.candidates if isinstance(choice, Reconstruct) else 1
+    how = training(lesson.layers, choice.rank, draw, lesson.originals, candidates)
+    with how as trained, _learning(lesson.module, lesson.others) as kept:
         with torch.no_grad():
             before = lesson.judge()
         descent = Descent(_groups(trained, kept, choice), list(kept.values()), choice.iterations)
         with torch.enable_grad():
-            descent.run(lesson.loss, file, identity_of(**lesson.facts), words, progress)
+            descent.run(
+                lambda iteration: _with_doubt(lesson.loss(iteration), trained), file, identity_of(**lesson.facts), words, progress
+            )
         with torch.no_grad():
             found = Refined(before=before, after=lesson.judge())
         for numbers in trained.values() if found.kept else ():
@@ -69,6 +75,13 @@ def learn(lesson: Lesson, choice: Refiner, file: Path | None, words: str, progre
         for number in kept.values() if not found.kept else ():
             number.restore()
     return found
+
+
+def _with_doubt(loss: Tensor, trained: Mapping[str, Trained | TrainedVectors]) -> Tensor:
+    """The loss, and as much again where no vector has decided on a word (VQ4DiT's second term, in the unit of the first)."""
+    doubts = [mine.doubt() for mine in trained.values() if isinstance(mine, TrainedVectors)]
+    undecided = [doubt for doubt in doubts if doubt is not None]
+    return loss + loss.detach() * torch.stack(undecided).mean() if undecided else loss
 
 
 def seen_and_unseen(name: str, layers: Mapping[str, Quantized], runs: Sequence[int]) -> tuple[list[int], list[int]]:

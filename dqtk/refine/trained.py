@@ -11,10 +11,12 @@ no number. Scales learn by a factor exp(s) and are rounded to their stored dtype
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dqtk.kernels import to_matrix
 from dqtk.nn import Quantized
 from dqtk.nn.products import WEIGHT, Stored
 from dqtk.numerics.affine import encode, levels, nearest_level
@@ -102,17 +104,26 @@ class Trained:
 
 @contextmanager
 def training(
-    layers: Mapping[str, Quantized], rank: int | None, draw: torch.Generator
+    layers: Mapping[str, Quantized],
+    rank: int | None,
+    draw: torch.Generator,
+    originals: Mapping[str, nn.Module] | None = None,
+    candidates: int = 1,
 ) -> Iterator[dict[str, Trained | TrainedVectors]]:
     """While open, layers (by path) compute with what they learn. Afterwards with what they store.
 
-    A layer whose input is split learns in parts: ``path``, ``path_2`` and so on.
+    A layer whose input is split learns in parts: ``path``, ``path_2`` and so on. ``originals``: the layers before they were
+    quantized, where vectors choose among ``candidates``.
     """
     learning: dict[str, Trained | TrainedVectors] = {}
     for path, layer in layers.items():
         for index, stored in enumerate(_any(layer).parts or (layer,)):
             vectors = isinstance(stored.spec.weight.format, VECTORS)
-            made = TrainedVectors(layer, stored, index) if vectors else Trained(layer, stored, index, rank, draw)
+            if vectors:
+                exact = None if originals is None or path not in originals else _matrix(originals[path])
+                made: Trained | TrainedVectors = TrainedVectors(layer, stored, index, exact, candidates)
+            else:
+                made = Trained(layer, stored, index, rank, draw)
             learning[stored_name(path, index)] = made
     try:
         for mine in learning.values():
@@ -136,6 +147,11 @@ class _Nearest(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return grad, None, None
+
+
+def _matrix(layer: nn.Module) -> Tensor:
+    weight: Any = layer.weight
+    return (weight if weight.ndim == 2 else to_matrix(weight)).detach()
 
 
 def _any(layer):
