@@ -1,6 +1,7 @@
 """Which op a spec runs as: the one place that knows what the kernels can take.
 
 weight_only   inputs stay in the compute dtype: the weight is decoded, then torch's own matmul or convolution
+vectors_only, trellis_only  the same of a weight of words from learned books, and of trellis codes
 linear_int8, conv_int8   8-bit integer inputs and weights that are int8 numbers times one float per output channel
 linear_fp8    E4M3 inputs per token and E4M3 weights per channel
 emulated      everything else: inputs are rounded, weights decoded, and the product is that of float32 numbers
@@ -23,10 +24,14 @@ from dqtk.spec import (
     PerToken,
     RowInTile,
     TensorSpec,
+    Trellis,
     TwoLevel,
+    VectorCodebook,
 )
 
 E4M3 = Float(exponent=4, mantissa=3)
+WEIGHT_ONLY = ("weight_only", "vectors_only", "trellis_only")
+"""Ops of layers whose inputs stay as they are."""
 EMULATED = "emulated in floating point"
 """What ``report_of`` says where nothing serves an op: its pictures are real, its speed is not."""
 
@@ -34,7 +39,10 @@ EMULATED = "emulated in floating point"
 def op_of(spec: LayerSpec, kind: str) -> str:
     """The op of a layer; ``kind`` is "linear" or "conv"."""
     if spec.input is None:
-        return "weight_only"
+        form = spec.weight.format
+        return (
+            "vectors_only" if isinstance(form, VectorCodebook) else "trellis_only" if isinstance(form, Trellis) else "weight_only"
+        )
     if _takes_int8(spec.weight, spec.input):
         return f"{kind}_int8"
     if kind == "linear" and _takes_fp8(spec.weight, spec.input):
@@ -59,6 +67,8 @@ def _takes_fp8(weight: TensorSpec, given: TensorSpec) -> bool:
 
 def report_of(op: str, device: str) -> str:
     """What runs for an op on a device type such as "cpu", in words."""
+    if op == "vectors_only":
+        return "words looked up in their books, some output rows at a time, then torch's own matmul"
     served, by = _kernels(op, device)
     why = f" ({by})" if by and not served else ""
     if op == "weight_only":
@@ -67,6 +77,8 @@ def report_of(op: str, device: str) -> str:
         if served:
             return f"weights decoded to the compute dtype, {by}, then torch's own matmul"
         return f"weights decoded to the compute dtype, then torch's own matmul{why}"
+    if op == "trellis_only":
+        return f"trellis codes decoded{f', {by}' if served else ' through torch'}, then torch's own matmul{'' if served else why}"
     if op == "trellis_search":
         return f"Viterbi's search, {by}" if served else f"Viterbi's search through torch, some hundred times slower{why}"
     if op in ("linear_int8", "conv_int8") and device in ("cpu", "cuda"):
@@ -113,4 +125,4 @@ def _kernels(op: str, device: str) -> tuple[bool, str]:
     """Whether kernels of dqtk's own serve an op there, and which (or why none)."""
     if device == "cpu":
         return native.describe()
-    return gpu.describe() if device == "cuda" and op in ("linear_int8", "weight_only") else (False, "")
+    return gpu.describe() if device == "cuda" and op in ("linear_int8", "weight_only", "trellis_only") else (False, "")

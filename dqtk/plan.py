@@ -12,10 +12,12 @@ from typing import Any
 
 from .numerics.hadamard import block_size
 from .numerics.storage import layer_bytes
+from .numerics.trellis import TILE
 from .sites import DENOISERS, ROLES, TEXT_ENCODERS, Adapter, AttentionSite, Site, components_of, find_attention, find_sites
 from .spec import (
     GROUPS,
     RTN,
+    VECTORS,
     AttentionSpec,
     ByLevel,
     ConstantToken,
@@ -34,6 +36,7 @@ from .spec import (
     SiteSpec,
     TensorSpec,
     Transform,
+    VectorCodebook,
     canonical,
     describe,
     describe_attention,
@@ -404,6 +407,7 @@ def fit(spec: SiteSpec, site: Site) -> tuple[SiteSpec, str]:
 
 
 def _fit(spec: LayerSpec, site: Site, notes: list[str]) -> LayerSpec:
+    spec = _fit_vectors(spec, site, notes)
     spec = replace(spec, weight=_fit_group(spec.weight, site, "8 bit per channel", notes))
     if spec.input is not None and isinstance(spec.input.granularity, GROUPS):
         given = _fit_group(spec.input, site, "8 bit per token", notes)
@@ -445,6 +449,18 @@ def _fit_block(transform: Transform, site: Site, notes: list[str]) -> Transform:
     kind = "regular blocks" if transform.regular else "blocks"
     notes.append(f"rotated in blocks of {size}: {site.channels} channels have no {kind} of {transform.block}")
     return replace(transform, block=size)
+
+
+def _fit_vectors(spec: LayerSpec, site: Site, notes: list[str]) -> LayerSpec:
+    """Vectors whose length divides the channels, else 8 bits per channel, rounded to nearest."""
+    form = spec.weight.format
+    if not isinstance(form, VECTORS):
+        return spec
+    length = form.length if isinstance(form, VectorCodebook) else TILE[1]
+    if site.channels % length:
+        notes.append(f"8 bit per channel: vectors of {length} do not divide {site.channels} channels")
+        return replace(spec, weight=TensorSpec(format=Int(bits=8), granularity=PerChannel()), solver=RTN())
+    return spec
 
 
 def _fit_group(tensor: TensorSpec, site: Site, otherwise: str, notes: list[str]) -> TensorSpec:

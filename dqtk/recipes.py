@@ -21,6 +21,7 @@ from .spec import (
     Adaptive,
     AdaRound,
     AttentionSpec,
+    BeamSearch,
     BestFloat,
     ConstantToken,
     Dynamic,
@@ -45,7 +46,9 @@ from .spec import (
     SmoothKeys,
     StaticBlocks,
     TensorSpec,
+    Trellis,
     TwoLevel,
+    VectorCodebook,
     did_you_mean,
     frozen,
 )
@@ -252,6 +255,61 @@ def llm_fp4() -> Recipe:
     return _uniform("llm-fp4", LayerSpec(weight=weight, input=given, transforms=(Smooth(alpha=1.0, power_of_two=True),)))
 
 
+def _vqdm(bits: int) -> Recipe:
+    weight = TensorSpec(format=VectorCodebook(books=bits), granularity=PerChannel())
+    return _learned(f"vqdm-{bits}bit", LayerSpec(weight=weight, solver=BeamSearch()))
+
+
+def vqdm_2bit() -> Recipe:
+    """Sums of 2 words of 256 for every 8 weights, learned on prompts (VQDM, arXiv 2409.00492); 16-bit inputs."""
+    return _vqdm(2)
+
+
+def vqdm_3bit() -> Recipe:
+    """``vqdm-2bit`` with sums of 3 words: 3 bits per weight."""
+    return _vqdm(3)
+
+
+def vqdm_4bit() -> Recipe:
+    """``vqdm-2bit`` with sums of 4 words: 4 bits per weight."""
+    return _vqdm(4)
+
+
+def _vq4dit(bits: int, words: int, length: int) -> Recipe:
+    weight = TensorSpec(format=VectorCodebook(words=words, length=length), granularity=PerTensor())
+    return _uniform(f"vq4dit-{bits}bit", LayerSpec(weight=weight))
+
+
+def vq4dit_2bit() -> Recipe:
+    """One book of 256 words of 4 weights per layer, k-means, no prompts: VQ4DiT's format (arXiv 2408.17131) and start."""
+    return _vq4dit(2, words=256, length=4)
+
+
+def vq4dit_3bit() -> Recipe:
+    """``vq4dit-2bit`` with 64 words of 2 weights: 3 bits per weight."""
+    return _vq4dit(3, words=64, length=2)
+
+
+def _trellis(bits: int) -> Recipe:
+    weight = TensorSpec(format=Trellis(bits=bits), granularity=PerChannel())
+    return _learned(f"trellis-{bits}bit", LayerSpec(weight=weight, solver=GPTQ(), transforms=(Hadamard(),)))
+
+
+def trellis_2bit() -> Recipe:
+    """Bit-shift trellis codes of 2 bits without codebooks, on rotated weights, by a GPTQ-style sweep; 16-bit inputs."""
+    return _trellis(2)
+
+
+def trellis_3bit() -> Recipe:
+    """``trellis-2bit`` with 3 bits per weight."""
+    return _trellis(3)
+
+
+def trellis_4bit() -> Recipe:
+    """``trellis-2bit`` with 4 bits per weight."""
+    return _trellis(4)
+
+
 def of_width(bits: int, inputs: int = 8) -> Recipe:
     """``bits``-bit weights that multiply INT8 inputs as integers: in groups of 64 up to 7 bits, per channel at 8; no prompts.
 
@@ -319,6 +377,11 @@ def viditq_mp_w4a8() -> Search:
     return Search(name="viditq-mp-w4a8", candidates=(four, Recipe(name="viditq-w8a8", rules=rules)), bits=6.0)
 
 
+def vq_auto() -> Search:
+    """Trellis codes of 2, 3 or 4 bits per layer, or INT8 weights, at 3 bits; 16-bit inputs; 100 exchanges."""
+    return Search(name="vq-auto", candidates=(trellis_2bit(), trellis_3bit(), trellis_4bit(), w8a16()), bits=3.0, switch=100)
+
+
 RECIPES = {
     "w8a16": w8a16,
     "w8a8": w8a8,
@@ -340,10 +403,18 @@ RECIPES = {
     "mixdq-w8a8": mixdq_w8a8,
     "mixdq-w4a8": mixdq_w4a8,
     "llm-fp4": llm_fp4,
+    "vqdm-2bit": vqdm_2bit,
+    "vqdm-3bit": vqdm_3bit,
+    "vqdm-4bit": vqdm_4bit,
+    "vq4dit-2bit": vq4dit_2bit,
+    "vq4dit-3bit": vq4dit_3bit,
+    "trellis-2bit": trellis_2bit,
+    "trellis-3bit": trellis_3bit,
+    "trellis-4bit": trellis_4bit,
 }
 
 
-SEARCHES = {"auto": auto, "mixdq-w3.66a16": mixdq_w3_66a16, "viditq-mp-w4a8": viditq_mp_w4a8}
+SEARCHES = {"auto": auto, "mixdq-w3.66a16": mixdq_w3_66a16, "viditq-mp-w4a8": viditq_mp_w4a8, "vq-auto": vq_auto}
 
 
 def search_named(name: str) -> Search:

@@ -122,3 +122,23 @@ def brief_learning(request, monkeypatch):
         return learn(weight, low, high, gram, dataclasses.replace(solver, iterations=min(solver.iterations, 10)))
 
     monkeypatch.setattr(adaround, "_learn", brief)
+
+
+@pytest.fixture(autouse=True)
+def brief_books(request, monkeypatch):
+    """The same of weights of vectors: words are drawn from the weight, and beams are narrow."""
+    if {"methods", "nn", "refine"} & set(request.path.parts) or request.path.name == "test_orderings.py":
+        return
+    from dqtk.methods import solve, vectors
+
+    search = solve.beam_search
+
+    def drawn(x, form, importance=None, beam=8):
+        places = torch.randint(len(x), (form.books, form.words), generator=torch.Generator().manual_seed(0))
+        return (x[places] / 2.0 ** torch.arange(form.books)[:, None, None]).half()
+
+    def brief(weight, spec, inputs, solver, factor=None):
+        return search(weight, spec, inputs, dataclasses.replace(solver, beam=1, rounds=1), factor)
+
+    monkeypatch.setattr(vectors, "learned_books", drawn)
+    monkeypatch.setattr(solve, "beam_search", brief)

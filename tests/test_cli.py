@@ -571,7 +571,7 @@ def test_allocate_with_pictures_for_content(folder, say, tmp_path):
         (["nowhere", "--search", "auto", "--widths", "4"], "--search must stand without --widths, got both"),
         (
             ["nowhere", "--search", "atuo"],
-            "search must be one of auto, mixdq-w3.66a16, viditq-mp-w4a8, got 'atuo'. Did you mean 'auto'",
+            "search must be one of auto, mixdq-w3.66a16, viditq-mp-w4a8, vq-auto, got 'atuo'. Did you mean 'auto'",
         ),
         (["--sensitivity", "a", "--sizes", "a", "--search", "auto"], "--search must come with a MODEL"),
         (["nowhere", "--input-widths", "4", "8"], "--input-widths must come with a budget in BOPs or ms, got 4 bits"),

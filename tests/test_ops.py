@@ -21,7 +21,9 @@ from dqtk.spec import (
     PerToken,
     Smooth,
     TensorSpec,
+    Trellis,
     TwoLevel,
+    VectorCodebook,
 )
 
 
@@ -145,3 +147,19 @@ def test_reports_of_the_trellis_search_say_whether_it_is_slow(monkeypatch):
     monkeypatch.setattr(ops.native, "describe", lambda: (False, "native kernels: no compiler"))
     slow = "Viterbi's search through torch, some hundred times slower (native kernels: no compiler)"
     assert report_of("trellis_search", "cpu") == slow
+
+
+def test_weights_of_vectors_name_their_own_decoding(monkeypatch):
+    words, rings = weight(VectorCodebook()), weight(Trellis())
+    for kind in ("linear", "conv"):
+        assert op_of(LayerSpec(weight=words), kind) == "vectors_only"
+        assert op_of(LayerSpec(weight=rings), kind) == "trellis_only"
+        assert op_of(LayerSpec(weight=words, input=A8), kind) == "emulated"
+    assert report_of("vectors_only", "mps").startswith("words looked up in their books, some output rows at a time")
+    monkeypatch.setattr(ops.native, "describe", lambda: (True, "native (some level)"))
+    assert report_of("trellis_only", "cpu") == "trellis codes decoded, native (some level), then torch's own matmul"
+    monkeypatch.setattr(ops.native, "describe", lambda: (False, "native kernels: no compiler"))
+    text = "trellis codes decoded through torch, then torch's own matmul (native kernels: no compiler)"
+    assert report_of("trellis_only", "cpu") == text
+    monkeypatch.setattr(ops.gpu, "describe", lambda: (True, "Triton kernels"))
+    assert report_of("trellis_only", "cuda") == "trellis codes decoded, Triton kernels, then torch's own matmul"

@@ -35,6 +35,14 @@ GOLDEN = {
     "mixdq-w8a8": "W8 per channel, A8 per tensor asym, split",
     "mixdq-w4a8": "W4 per channel, A8 per tensor asym, split",
     "llm-fp4": "WFP4 per channel, AFP4 per tensor, shift",
+    "vqdm-2bit": "W2 2 x 256 words of 8 per channel, A16, BeamSearch",
+    "vqdm-3bit": "W3 3 x 256 words of 8 per channel, A16, BeamSearch",
+    "vqdm-4bit": "W4 4 x 256 words of 8 per channel, A16, BeamSearch",
+    "vq4dit-2bit": "W2 256 words of 4 per tensor, A16",
+    "vq4dit-3bit": "W3 64 words of 2 per tensor, A16",
+    "trellis-2bit": "W2 trellis of 12 per channel, A16, rotated, GPTQ",
+    "trellis-3bit": "W3 trellis of 12 per channel, A16, rotated, GPTQ",
+    "trellis-4bit": "W4 trellis of 12 per channel, A16, rotated, GPTQ",
 }
 LEARNING = {
     "w4a8",
@@ -46,6 +54,12 @@ LEARNING = {
     "llm-fp4",
     "mixdq-w8a8",
     "mixdq-w4a8",
+    "vqdm-2bit",
+    "vqdm-3bit",
+    "vqdm-4bit",
+    "trellis-2bit",
+    "trellis-3bit",
+    "trellis-4bit",
 }  # from inputs seen on prompts
 OWN_LEARNING = ("w4a8", "fp4", "w4a4-svd", "w4a4-rot")  # not those of papers
 EXACT_TEXT = {
@@ -60,7 +74,7 @@ def test_names_mean_what_they_say(name):
     recipe = recipe_named(name)
     assert recipe.name == name
     assert describe(recipe.main_spec()) == GOLDEN[name]
-    bits = int(re.search(r"\d", name)[0])
+    bits = int(re.search(r"\d(?=bit)|\d", name.removeprefix("vq4dit-"))[0])
     assert recipe.main_spec().weight.bits == bits
     assert recipe.main_spec().needs_inputs == (name in LEARNING)
     assert recipe.main_spec().needs_ranges == (name in RANGES)
@@ -98,7 +112,7 @@ def test_mixdq_rounds_everything_but_the_inputs_of_both_ends(name, load_tiny):
         assert describe(choice.spec) == f"W{bits} per channel, A8 per tensor asym, {token}split"
 
 
-@pytest.mark.parametrize("name", OWN_LEARNING)
+@pytest.mark.parametrize("name", [*OWN_LEARNING, "vqdm-3bit", "trellis-2bit"])
 def test_text_keys_and_values_look_for_a_constant_token(name, load_tiny):
     for choice in dqtk.plan(load_tiny("sdxl"), name).choices:
         text = choice.site.role in ("cross_attn.k", "cross_attn.v")
@@ -114,6 +128,7 @@ SEARCHED = {
     "auto": ["W2", "W3", "W4", "W8"],
     "mixdq-w3.66a16": ["W4", "W4", "W8"],  # of the last rule: quality
     "viditq-mp-w4a8": ["W4", "W8"],
+    "vq-auto": ["W2", "W3", "W4", "W8"],
 }
 
 

@@ -24,7 +24,7 @@ from dqtk.nn.attention import blocks_of, install_blocks, remove_blocks
 from dqtk.numerics.storage import Part, layer_layout, parts_of, stored_name, tensor_name
 from dqtk.plan import AttentionChoice, Choice
 from dqtk.quantize import runtime_layer
-from dqtk.spec import ByLevel, LayerSpec, describe_attention
+from dqtk.spec import VECTORS, ByLevel, LayerSpec, describe_attention
 
 INPUT_SCALE = 8 / 255  # of static inputs: 8 standard deviations of a normal distribution in 8 bits
 
@@ -100,7 +100,7 @@ def in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 def data_free(layer: Any, spec: LayerSpec) -> nn.Module:
     """The runtime layer of a spec for a linear or convolution, with stand-ins for what calibration would find.
 
-    Its kernel, shapes and bytes are those of the real one; its outputs are those of rounding to nearest.
+    Its kernel, shapes and bytes are those of the real one; its outputs are those of rounding to nearest (of vectors: noise).
     """
     plain = timed_as(spec)
     assert plain is not None
@@ -109,6 +109,8 @@ def data_free(layer: Any, spec: LayerSpec) -> nn.Module:
     (n, k), channels = matrix.shape, layer.weight.shape[1]
     tensors: dict[str, Tensor] = {}
     for part in parts_of(plain, channels) or (Part(0, plain, 0, channels),):
+        if isinstance(plain.weight.format, VECTORS):
+            continue  # learning books takes time and changes no speed
         columns = matrix[:, columns_of(part, k, channels)]
         tensors |= {stored_name(name, part.place): tensor for name, tensor in rtn(columns, plain.weight).tensors().items()}
     for name, (shape, dtype) in layer_layout(plain, n, k, channels).items():
@@ -125,8 +127,12 @@ def _stand_in(stored: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor
         return torch.zeros(shape, dtype=dtype)
     if name == "smooth":
         return torch.ones(shape, dtype=dtype)
+    if name == "scale":  # of vectors
+        return torch.full(shape, 0.01, dtype=dtype)
     seeded = torch.Generator().manual_seed(0)
-    if name == "signs":
+    if name in ("signs", "qweight"):
         return torch.randint(0, 256, shape, dtype=dtype, generator=seeded)
+    if name == "codebook":
+        return torch.randn(shape, generator=seeded).to(dtype)
     assert name in ("down", "up"), name
     return (torch.randn(shape, generator=seeded) * 0.01).to(dtype)

@@ -6,12 +6,15 @@ from .attention import attention
 from .block_attention import block_attention, block_attention_reference
 from .conv import conv_int8, conv_int8_reference, from_matrix, to_matrix
 from .decoded import Decoding, decode_reference, decode_weight, linear_decoded
+from .decoding import Decodes, decoding_of
 from .linear import ACTIVATIONS, activated, linear_fp8, linear_int8, linear_int8_reference, linears_int8
-from .trellis import decode_trellis, decode_trellis_reference, encode_trellis, from_tiles, linear_trellis, to_tiles
+from .trellis import TrellisDecoding, decode_trellis, decode_trellis_reference, encode_trellis, linear_trellis
 
 __all__ = [
     "ACTIVATIONS",
+    "Decodes",
     "Decoding",
+    "TrellisDecoding",
     "activated",
     "attention",
     "block_attention",
@@ -22,9 +25,9 @@ __all__ = [
     "decode_trellis",
     "decode_trellis_reference",
     "decode_weight",
+    "decoding_of",
     "encode_trellis",
     "from_matrix",
-    "from_tiles",
     "linear_decoded",
     "linear_fp8",
     "linear_int8",
@@ -34,5 +37,4 @@ __all__ = [
     "op_of",
     "report_of",
     "to_matrix",
-    "to_tiles",
 ]

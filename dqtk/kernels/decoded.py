@@ -62,6 +62,14 @@ class Decoding:
         """In the order of the ops."""
         return self.steps, self.zero, self.group_scale, self.selector, self.levels, self.bits, self.signed
 
+    def weight(self, qweight: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+        """The stored weight [N, K]."""
+        return decode_weight(qweight, *self.arguments(), k, dtype)
+
+    def linear(self, x: Tensor, qweight: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + bias."""
+        return linear_decoded(x, qweight, bias, *self.arguments())
+
 
 def decode_reference(qweight, steps, zero, group_scale, selector, levels, bits, signed, k, dtype) -> Tensor:
     """[N, K] in ``dtype``: the meaning of ``decode_weight``."""

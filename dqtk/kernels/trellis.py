@@ -1,34 +1,46 @@
 """dqtk:: ops of weights that are trellis codes, and the search for these codes. ``numerics/trellis.py`` says what they mean.
 
-A weight is cut into tiles and each tile is a ring: long rings cost little at their seam, tiles of several rows let a solver that
-goes through the columns pass its error on every few columns. ``to_tiles`` and ``from_tiles`` are this layout.
+A weight is cut into tiles and each tile is a ring (``numerics/trellis.py``: ``to_tiles``).
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dqtk import gpu, native
-from dqtk.numerics.trellis import decode, encode, search_inputs, unpack
-from dqtk.spec.trellis import Trellis
+from dqtk.numerics.packing import Packed
+from dqtk.numerics.trellis import TILE, decode, encode, from_tiles, search_inputs, unpack
+from dqtk.spec import TensorSpec, Trellis
 
 from .decoded import linear_in_chunks
 from .straight_through import sum_to_bias
 
 
-def to_tiles(w_NK: Tensor, tile: tuple[int, int]) -> Tensor:
-    """[R, T]: tiles of ``tile`` rows by columns, each row after row, from left to right and then down; filled up with zeros."""
-    rows, columns = tile
-    n, k = w_NK.shape
-    w_NK = F.pad(w_NK, (0, -k % columns, 0, -n % rows))
-    return w_NK.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).transpose(1, 2).flatten(2).flatten(0, 1)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrellisDecoding:
+    """What the ops need beside the codes of a stored weight. scale: float32 [N, 1]."""
 
+    trellis: Trellis
+    scale: Tensor
 
-def from_tiles(x_RT: Tensor, n: int, k: int, tile: tuple[int, int]) -> Tensor:
-    """[n, k]: inverse of ``to_tiles``."""
-    rows, columns = tile
-    across = -(-k // columns)
-    return x_RT.unflatten(0, (-1, across)).unflatten(2, (rows, columns)).transpose(1, 2).flatten(2).flatten(0, 1)[:n, :k]
+    @staticmethod
+    def of(packed: Packed, spec: TensorSpec) -> "TrellisDecoding":
+        assert isinstance(spec.format, Trellis)
+        assert packed.scale is not None
+        return TrellisDecoding(trellis=spec.format, scale=packed.scale)
+
+    def _how(self) -> tuple[int, ...]:
+        return *TILE, self.trellis.state_bits, self.trellis.bits, self.trellis.vector
+
+    def weight(self, qweight: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+        """The stored weight [N, K]."""
+        return decode_trellis(qweight, self.scale, self.scale.shape[0], k, *self._how(), dtype)
+
+    def linear(self, x: Tensor, qweight: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + bias."""
+        return linear_trellis(x, qweight, bias, self.scale, self.scale.shape[0], *self._how())
 
 
 def encode_trellis(x: Tensor, trellis: Trellis, *, weight: Tensor | None = None) -> Tensor:

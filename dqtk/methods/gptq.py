@@ -15,7 +15,7 @@ from torch import Tensor
 from dqtk.calibrate.gather import Inputs
 from dqtk.numerics.packing import Packed
 from dqtk.numerics.weight_grid import WeightGrid, fit_grid
-from dqtk.spec import GPTQ, TensorSpec
+from dqtk.spec import GPTQ, BeamSearch, TensorSpec
 
 from .descent import BLOCK, descended, output_error, ridge
 
@@ -49,13 +49,17 @@ class Factor:
         self.order, self.upper = order, upper
 
     @staticmethod
-    def of(gram: Tensor, solver: GPTQ) -> "Factor":
+    def of(gram: Tensor, solver: GPTQ | BeamSearch, width: int = 1) -> "Factor":
         """Damping is raised tenfold until the matrix is positive definite: an eigenvalue below zero by rounding can ask for it.
+
+        ``width``: of blocks of columns that stay together.
 
         Raises ``ValueError`` for a matrix that is not finite.
         """
         diagonal = gram.diagonal()
-        order = diagonal.argsort(descending=True, stable=True) if solver.act_order else torch.arange(len(gram), device=gram.device)
+        order = torch.arange(len(gram), device=gram.device)
+        if isinstance(solver, BeamSearch) or solver.act_order:
+            order = order.view(-1, width)[diagonal.view(-1, width).sum(dim=1).argsort(descending=True, stable=True)].flatten()
         damped, damping = gram[order][:, order], ridge(gram, solver.damping)
         while math.isfinite(damping):
             damped.diagonal().copy_(diagonal[order] + damping)

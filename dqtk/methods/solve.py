@@ -23,7 +23,9 @@ from dqtk.spec import (
     GPTQ,
     RTN,
     STATIC,
+    VECTORS,
     AdaRound,
+    BeamSearch,
     ConstantToken,
     Float,
     Hadamard,
@@ -39,6 +41,7 @@ from dqtk.spec import (
 )
 
 from .adaround import adaround
+from .beam_search import beam_search
 from .constant_token import token_tensors
 from .format_search import concrete
 from .gptq import Factor, gptq
@@ -47,6 +50,7 @@ from .low_rank import low_rank
 from .rtn import rtn
 from .shortcut_split import columns_of, inputs_of
 from .smooth import smoothing
+from .vectors import nearest_vectors, swept_vectors, width_of
 
 SEARCH_ROWS = 512  # of a weight, evenly: on them smoothing is searched
 FINAL_ROWS = 64  # on them it is judged once more, behind a solver that learns
@@ -106,7 +110,9 @@ def solve(
         assert inputs is not None
         branches = _branches(work, spec, inputs, _input_noise(inputs, spec, shared))
         work = [w - up.float() @ down.float() for w, (down, up) in zip(work, branches, strict=True)]
-    factor = Factor.of(inputs.gram, spec.solver) if isinstance(spec.solver, GPTQ) and inputs is not None else None
+    factor = None
+    if inputs is not None and isinstance(spec.solver, GPTQ | BeamSearch):
+        factor = Factor.of(inputs.gram, spec.solver, width_of(spec.weight))
     solutions = []
     for index, weight in enumerate(work):
         packed = _packed(weight, spec, inputs, factor)
@@ -169,6 +175,8 @@ def _branches(weights: list[Tensor], spec: LayerSpec, inputs: Inputs, noise: Ten
 
 def _packed(weight: Tensor, spec: LayerSpec, inputs: Inputs | None, factor: Factor | None) -> Packed:
     solver = spec.solver
+    if isinstance(spec.weight.format, VECTORS):
+        return _packed_vectors(weight, spec, inputs, factor)
     if isinstance(solver, RTN):
         return rtn(weight, spec.weight)
     assert inputs is not None
@@ -176,6 +184,17 @@ def _packed(weight: Tensor, spec: LayerSpec, inputs: Inputs | None, factor: Fact
         return gptq(weight, spec.weight, inputs, solver, factor)
     assert isinstance(solver, AdaRound)
     return adaround(weight, spec.weight, inputs, solver)
+
+
+def _packed_vectors(weight: Tensor, spec: LayerSpec, inputs: Inputs | None, factor: Factor | None) -> Packed:
+    solver = spec.solver
+    if isinstance(solver, RTN):
+        return nearest_vectors(weight, spec.weight)
+    assert inputs is not None
+    if isinstance(solver, GPTQ):
+        return swept_vectors(weight, spec.weight, inputs, solver, factor)
+    assert isinstance(solver, BeamSearch)
+    return beam_search(weight, spec.weight, inputs, solver, factor)
 
 
 # --- transforms ------------------------------------------------------------------------------------------------------

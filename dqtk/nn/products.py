@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dqtk.kernels import Decoding, conv_int8, decode_weight, from_matrix, linear_decoded, linear_fp8, linear_int8, op_of
+from dqtk.kernels import Decodes, conv_int8, decoding_of, from_matrix, linear_fp8, linear_int8, op_of
 from dqtk.numerics.inputs import round_input
 from dqtk.numerics.packing import Packed
 from dqtk.numerics.storage import BUFFERS, Part, stored_name
+from dqtk.ops import WEIGHT_ONLY
 from dqtk.spec import STATIC, LayerSpec
 
 from .basis import Basis
@@ -50,17 +51,17 @@ class Stored:
         index = module.noise.index(scale.device)
         return scale.index_select(0, index), None if zero is None else zero.index_select(0, index)
 
-    def decoding(self) -> Decoding:
-        """How the stored codes become numbers, as the ops take it."""
+    def decoding(self) -> Decodes:
+        """How the stored codes become numbers."""
         module: Any = self
-        return Decoding.of(Packed(**{name: getattr(module, name) for name in WEIGHT}), self.spec.weight)
+        return decoding_of(Packed(**{name: getattr(module, name) for name in WEIGHT}), self.spec.weight)
 
     def stored_matrix(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The stored weight [N, K] in ``dtype``, in the basis of the transformed input and without the branch."""
         module: Any = self
         if self.learned is not None:
             return self.learned().to(dtype)
-        return decode_weight(module.qweight, *self.decoding().arguments(), module.k, dtype)
+        return self.decoding().weight(module.qweight, module.k, dtype)
 
     def branch(self) -> tuple[Tensor, Tensor]:
         """down [R, K] and up [N, R] of a layer that has them."""
@@ -117,8 +118,8 @@ class LinearProduct(Stored):
             return linear_int8(z, module.qweight, *scales, self.stored_width, smooth, activation, active_from)
         if op == "linear_fp8":
             return linear_fp8(z, module.qweight, module.scale, bias, input_scale)
-        if op == "weight_only":
-            return linear_decoded(z, module.qweight, bias, *self.decoding().arguments())
+        if op in WEIGHT_ONLY:
+            return self.decoding().linear(z, module.qweight, bias)
         if self.spec.input is None:
             return F.linear(z, self.stored_matrix(z.dtype), None if bias is None else bias.to(z.dtype))
         # Rounded numbers and their products are float32, as in kernels, autocast or not.

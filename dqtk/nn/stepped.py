@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dqtk.kernels import Decoding, activated, report_of
+from dqtk.kernels import Decodes, activated, report_of
 from dqtk.numerics.packing import empty
 from dqtk.numerics.storage import BUFFERS, Part, layer_layout, stored_name
 from dqtk.spec import level_edges
@@ -107,7 +107,7 @@ class Stepped:
         """Bits per stored code, of the finest weight."""
         return self._finest.stored_width
 
-    def decoding(self) -> Decoding:
+    def decoding(self) -> Decodes:
         """Of the finest weight."""
         return self._finest.decoding()
 

@@ -19,10 +19,27 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from dqtk.spec import GROUPS, Codebook, E4M3Group, E8M0Group, Int, PerChannel, PerGroup, PerTensor, TensorSpec, TwoLevel
+from dqtk.spec import (
+    GROUPS,
+    Codebook,
+    E4M3Group,
+    E8M0Group,
+    Int,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    TensorSpec,
+    Trellis,
+    TwoLevel,
+    VectorCodebook,
+)
 
 from .affine import code_range, levels, torch_type
 from .floats import e8m0_decode
+from .trellis import TILE, decode, from_tiles
+from .trellis import packed_width as ring_width
+from .trellis import unpack as unpack_states
+from .vectors import words_of
 
 
 def packed_width(bits: int, length: int) -> int:
@@ -99,6 +116,9 @@ class Packed:
     zero: uint8, shape of ``scale``; asymmetric integers only.
     selector: uint8 [N, packed_width(bits, G)], table of each group, ``bits`` as many as the number of tables needs; several
     tables only.
+    codebook: float16 [books, words, length] of vectors. Their codes lie in ``qweight`` uint8 [N, packed_width(code_bits, K /
+    length * books)], those of one vector side by side; ``scale`` is float32 [N, 1] or [1, 1].
+    Of a trellis, ``qweight`` is uint8 [R, ring_width], a ring for each tile (``trellis.to_tiles``), and ``scale`` float32 [N, 1].
     """
 
     qweight: Tensor
@@ -106,6 +126,7 @@ class Packed:
     group_scale: Tensor | None = None
     zero: Tensor | None = None
     selector: Tensor | None = None
+    codebook: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """What is there, by name."""
@@ -119,10 +140,23 @@ Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 def layout(spec: TensorSpec, n: int, k: int) -> Layout:
     """Name -> (shape, dtype) of the tensors of a weight [n, k]: what a checkpoint must have.
 
-    Raises ``ValueError`` if the group size does not divide K.
+    Raises ``ValueError`` if the group size does not divide K, or the length of vectors.
     """
     form, granularity = spec.format, spec.granularity
     num_groups = count_groups(spec, k)
+    if isinstance(form, Trellis):
+        rows, columns = TILE
+        rings = -(-n // rows) * -(-k // columns)
+        return {
+            "qweight": ((rings, ring_width(form, rows * columns)), torch.uint8),
+            "scale": ((n, 1), torch.float32),
+        }
+    if isinstance(form, VectorCodebook):
+        return {
+            "qweight": ((n, packed_width(form.code_bits, count_vectors(form, k) * form.books)), torch.uint8),
+            "scale": ((1, 1) if isinstance(granularity, PerTensor) else (n, 1), torch.float32),
+            "codebook": ((form.books, form.words, form.length), torch.float16),
+        }
     one = (1, 1) if isinstance(granularity, PerTensor | E4M3Group) else (n, num_groups if isinstance(granularity, PerGroup) else 1)
     found: Layout = {"qweight": ((n, stored_width(spec, k)), stored_dtype(spec))}
     if not isinstance(granularity, E8M0Group):
@@ -170,6 +204,13 @@ def count_groups(spec: TensorSpec, k: int) -> int:
     if k % size:
         raise ValueError(f"count_groups: group size must divide the {k} inputs, got {size}. Choose another size.")
     return k // size
+
+
+def count_vectors(form: VectorCodebook, k: int) -> int:
+    """Vectors in a row of K weights. Raises ``ValueError`` if their length does not divide K."""
+    if k % form.length:
+        raise ValueError(f"count_vectors: length must divide the {k} inputs, got {form.length}. Choose another length.")
+    return k // form.length
 
 
 def stored_dtype(spec: TensorSpec) -> torch.dtype:
@@ -241,6 +282,10 @@ def weight_levels(packed: Packed, spec: TensorSpec, k: int) -> Tensor:
 
 def dequantize(packed: Packed, spec: TensorSpec, k: int) -> Tensor:
     """The stored weight as float32 [N, K]."""
+    if isinstance(spec.format, Trellis):
+        return decode_trellis(packed, spec.format, k)
+    if isinstance(spec.format, VectorCodebook):
+        return decode_vectors(packed, spec.format, k)
     if isinstance(spec.granularity, TwoLevel):  # exactly as the integer kernels have it
         assert packed.scale is not None
         return integer_weight(packed.qweight, packed.group_scale, spec.bits, k).float() * packed.scale
@@ -250,6 +295,21 @@ def dequantize(packed: Packed, spec: TensorSpec, k: int) -> Tensor:
     values = values.unflatten(1, (steps.shape[1], -1))
     values = values if packed.zero is None else values - packed.zero[..., None]
     return (values * steps[..., None]).flatten(1)
+
+
+def decode_vectors(packed: Packed, form: VectorCodebook, k: int) -> Tensor:
+    """The stored weight as float32 [N, K]."""
+    assert packed.codebook is not None
+    assert packed.scale is not None
+    codes = unpack(packed.qweight, form.code_bits, count_vectors(form, k) * form.books)
+    return words_of(codes.unflatten(1, (-1, form.books)), packed.codebook) * packed.scale
+
+
+def decode_trellis(packed: Packed, form: Trellis, k: int) -> Tensor:
+    """The stored weight as float32 [N, K]."""
+    assert packed.scale is not None
+    states = unpack_states(packed.qweight, form, TILE[0] * TILE[1])
+    return from_tiles(decode(states, form), packed.scale.shape[0], k, TILE) * packed.scale
 
 
 def max_group_scale(spec: TensorSpec) -> int:

@@ -167,6 +167,26 @@ def decode(states: Tensor, trellis: Trellis) -> Tensor:
     return values(trellis, states.device)[states.long()].flatten(1)
 
 
+# --- tiles -----------------------------------------------------------------------------------------------------------
+
+TILE = (64, 4)  # rows and columns of a stored weight's ring: long rings lose little at their seam, narrow ones pass errors on early
+
+
+def to_tiles(w_NK: Tensor, tile: tuple[int, int]) -> Tensor:
+    """[R, T]: tiles of ``tile`` rows by columns, each row after row, from left to right and then down; filled up with zeros."""
+    rows, columns = tile
+    n, k = w_NK.shape
+    w_NK = F.pad(w_NK, (0, -k % columns, 0, -n % rows))
+    return w_NK.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def from_tiles(x_RT: Tensor, n: int, k: int, tile: tuple[int, int]) -> Tensor:
+    """[n, k]: inverse of ``to_tiles``."""
+    rows, columns = tile
+    across = -(-k // columns)
+    return x_RT.unflatten(0, (-1, across)).unflatten(2, (rows, columns)).transpose(1, 2).flatten(2).flatten(0, 1)[:n, :k]
+
+
 # --- the search ------------------------------------------------------------------------------------------------------
 
 

@@ -76,7 +76,7 @@ def reconstruct(
             teacher = _met(module, path, calls)
         student = _met(module, path, calls)
         file = None if folder is None else folder / f"{name}-{path}.safetensors"
-        lessons = _Lessons(module, module.get_submodule(path), calls, teacher, student)
+        lessons = _Lessons(module, module.get_submodule(path), calls, teacher, student, originals)
         answers = [tensor for met in teacher for tensor in _tensors(met.output)]
         facts = {"model": name, "block": path, "choice": canonical(choice), "start": start_digest(module, answers)}
         lesson = lessons.lesson(mine, choice, seen, unseen, facts)
@@ -96,6 +96,7 @@ class _Lessons:
     calls: Sequence[Call]
     teacher: Sequence[_Met]
     student: Sequence[_Met]
+    originals: Mapping[str, nn.Module]
 
     def error(self, index: int, drop: float = 0.0, draw: torch.Generator | None = None) -> Tensor:
         """Mean squared error of the block's answer in one call."""
@@ -125,6 +126,7 @@ class _Lessons:
             loss=loss,
             judge=lambda: sum(float(self.error(index)) for index in unseen) / len(unseen),
             facts=facts,
+            exact=self.originals,
         )
 
 

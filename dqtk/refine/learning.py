@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from dqtk.checkpoint import digest
 from dqtk.nn import Quantized
-from dqtk.spec import Distill, Refiner
+from dqtk.spec import Distill, Reconstruct, Refiner
 
 from .descent import Descent, Kept, identity_of
 from .rank_decay import Branch
 from .team import ALONE, Team
 from .trained import CODES, DECAYING, FACTORS, SCALES, ZEROS, Trained, training
+from .trained_vectors import LOGITS, TrainedVectors
 
 HELD_OUT = 8  # every eighth run, and at least one, is not learned from
 
@@ -59,22 +60,28 @@ def learn(lesson: Lesson, choice: Refiner, file: Path | None, words: str, progre
         ValueError: a loss that is no number, or a file of another run.
     """
     draw = torch.Generator().manual_seed(choice.seed)
-    with training(lesson.layers, choice.rank, draw) as trained, _learning(lesson.module, lesson.others) as kept:
+    candidates = choice.candidates if isinstance(choice, Reconstruct) else 1
+    how = training(lesson.layers, choice.rank, draw, lesson.exact, candidates)
+    with how as trained, _learning(lesson.module, lesson.others) as kept:
         with torch.no_grad():
             before = lesson.judge()
         decay, batch = (choice.decay, choice.batch) if isinstance(choice, Distill) else (None, 1)
-        for mine in trained.values():
+        levels = [mine for mine in trained.values() if isinstance(mine, Trained)]
+        for mine in levels:
             if isinstance(choice, Distill) and choice.exact_start:
                 mine.begin_at(lesson.exact[mine.path])
             if decay is not None:
                 mine.branch = Branch.of(mine, lesson.exact, decay, choice.iterations)
 
         def begin(iteration: int) -> list[nn.Parameter]:
-            return [number for mine in trained.values() if mine.branch is not None for number in mine.branch.begin(iteration)]
+            return [number for mine in levels if mine.branch is not None for number in mine.branch.begin(iteration)]
+
+        def loss(call: int) -> Tensor:
+            return _with_doubt(lesson.loss(call), trained)
 
         descent = Descent(_groups(lesson, trained, kept, choice), list(kept.values()), choice.iterations, batch, team)
         with torch.enable_grad():
-            descent.run(lesson.loss, file, identity_of(**lesson.facts), words, progress, begin)
+            descent.run(loss, file, identity_of(**lesson.facts), words, progress, begin)
         begin(choice.iterations)
         with torch.no_grad():
             found = Refined(before=before, after=lesson.judge())
@@ -83,6 +90,13 @@ def learn(lesson: Lesson, choice: Refiner, file: Path | None, words: str, progre
         for number in kept.values() if not found.kept else ():
             number.restore()
     return found
+
+
+def _with_doubt(loss: Tensor, trained: Mapping[str, Trained | TrainedVectors]) -> Tensor:
+    """The loss, and as much again where no vector has decided on a word (VQ4DiT's second term, in the unit of the first)."""
+    doubts = [mine.doubt() for mine in trained.values() if isinstance(mine, TrainedVectors)]
+    undecided = [doubt for doubt in doubts if doubt is not None]
+    return loss + loss.detach() * torch.stack(undecided).mean() if undecided else loss
 
 
 def seen_and_unseen(name: str, layers: Mapping[str, Quantized], runs: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -119,10 +133,10 @@ def is_table(module: nn.Module, path: str) -> bool:
 
 
 def _groups(
-    lesson: Lesson, trained: Mapping[str, Trained], kept: Mapping[str, Kept], choice: Refiner
+    lesson: Lesson, trained: Mapping[str, Trained | TrainedVectors], kept: Mapping[str, Kept], choice: Refiner
 ) -> list[tuple[float, dict[str, nn.Parameter]]]:
     """Learning rate -> numbers by name; those whose rate is 0 take no gradient."""
-    rates = {CODES: choice.weight_rate, SCALES: choice.scale_rate}
+    rates = {CODES: choice.weight_rate, LOGITS: choice.weight_rate, SCALES: choice.scale_rate}
     if isinstance(choice, Distill):
         rates |= {ZEROS: choice.zero_rate, FACTORS: choice.branch_rate, DECAYING: choice.decay.rate if choice.decay else 0.0}
     numbers = {f"{path}.{name}": p for path, mine in trained.items() for name, p in mine.parameters.items()}
@@ -131,7 +145,7 @@ def _groups(
     if isinstance(choice, Distill):
         sizes = {name: float(matrix.detach().square().mean().sqrt()) for name, matrix in matrices.items()}
         groups += [(choice.matrix_rate * sizes[name], {name: matrix}) for name, matrix in matrices.items()]
-    for kind in (CODES, SCALES, ZEROS, FACTORS, DECAYING):
+    for kind in (CODES, LOGITS, SCALES, ZEROS, FACTORS, DECAYING):
         mine, rate = {name: p for name, p in numbers.items() if name.rpartition(".")[2] in kind}, rates.get(kind, 0.0)
         groups.append((rate, mine))
         for parameter in mine.values():

@@ -11,22 +11,25 @@ levels (``rank_decay.py``).
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dqtk.kernels import to_matrix
 from dqtk.nn import Quantized
 from dqtk.nn.products import WEIGHT, Stored
 from dqtk.numerics.affine import encode, levels, nearest_level
 from dqtk.numerics.floats import e8m0_decode, step_of
 from dqtk.numerics.packing import Packed, count_groups, pack_codes, selector_bits, unpack, weight_levels
 from dqtk.numerics.storage import stored_name
-from dqtk.spec import Codebook, E8M0Group, Float, Format, Int, TensorSpec, TwoLevel
+from dqtk.spec import VECTORS, Codebook, E8M0Group, Float, Format, Int, TensorSpec, TwoLevel
 
 from .left_over import left_over
 from .rank_decay import DECAYING, Branch
 from .shifts import CODES, ZEROS, Shifts
 from .stored_branch import FACTORS, StoredBranch
+from .trained_vectors import TrainedVectors
 
 SCALES = ("scale",)
 MARGIN = 0.45  # of a step: how far from its code a number may start whose exact place is beyond the cell
@@ -144,19 +147,32 @@ class Trained:
 
 
 @contextmanager
-def training(layers: Mapping[str, Quantized], rank: int | None, draw: torch.Generator) -> Iterator[dict[str, Trained]]:
+def training(
+    layers: Mapping[str, Quantized],
+    rank: int | None,
+    draw: torch.Generator,
+    originals: Mapping[str, nn.Module] | None = None,
+    candidates: int = 1,
+) -> Iterator[dict[str, Trained | TrainedVectors]]:
     """While open, layers (by path) compute with what they learn. Afterwards with what they store.
 
-    A layer whose input is split learns in parts: ``path``, ``path_2`` and so on.
+    A layer whose input is split learns in parts: ``path``, ``path_2`` and so on. ``originals``: the layers before they were
+    quantized, where vectors choose among ``candidates``.
     """
-    learning = {}
+    learning: dict[str, Trained | TrainedVectors] = {}
     for path, layer in layers.items():
         for index, stored in enumerate(_any(layer).parts or (layer,)):
-            learning[stored_name(path, index)] = Trained(layer, stored, index, rank, draw, path)
+            vectors = isinstance(stored.spec.weight.format, VECTORS)
+            if vectors:
+                exact = None if originals is None or path not in originals else _matrix(originals[path])
+                made: Trained | TrainedVectors = TrainedVectors(layer, stored, index, exact, candidates, path)
+            else:
+                made = Trained(layer, stored, index, rank, draw, path)
+            learning[stored_name(path, index)] = made
     try:
         for mine in learning.values():
             served: dict[str, Callable] = {"learned": mine.weight}
-            if mine.kept is not None:
+            if isinstance(mine, Trained) and mine.kept is not None:
                 served["learned_branch"] = mine.kept
             vars(mine.stored).update(served)
         yield learning
@@ -179,6 +195,11 @@ class _Nearest(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return grad, None, None
+
+
+def _matrix(layer: nn.Module) -> Tensor:
+    weight: Any = layer.weight
+    return (weight if weight.ndim == 2 else to_matrix(weight)).detach()
 
 
 def _any(layer):

@@ -35,6 +35,7 @@ from .formats import (
     GROUPS,
     MSE,
     STATIC,
+    VECTORS,
     AbsMax,
     BestFloat,
     Codebook,
@@ -53,12 +54,14 @@ from .formats import (
     Range,
     TensorSpec,
     TwoLevel,
+    VectorCodebook,
 )
 from .frozen import frozen
 from .layer import (
     GPTQ,
     RTN,
     AdaRound,
+    BeamSearch,
     ConstantToken,
     Hadamard,
     LayerSpec,
@@ -71,6 +74,7 @@ from .layer import (
 )
 from .refine import Distill, MostSensitive, OfRoles, RankDecay, Reconstruct, Refiner, Selection
 from .text import canonical, did_you_mean, from_json, to_json
+from .trellis import Trellis
 
 __all__ = [
     "GPTQ",
@@ -78,11 +82,13 @@ __all__ = [
     "MSE",
     "RTN",
     "STATIC",
+    "VECTORS",
     "AbsMax",
     "AdaRound",
     "Adaptive",
     "AttentionMass",
     "AttentionSpec",
+    "BeamSearch",
     "BestFloat",
     "ByLevel",
     "Codebook",
@@ -131,7 +137,9 @@ __all__ = [
     "StaticBlocks",
     "TensorSpec",
     "Transform",
+    "Trellis",
     "TwoLevel",
+    "VectorCodebook",
     "WeightedSum",
     "canonical",
     "describe",

@@ -4,6 +4,7 @@ import math
 from itertools import pairwise
 
 from .frozen import frozen
+from .trellis import Trellis
 
 # --- number formats --------------------------------------------------------------------------------------------------
 
@@ -102,6 +103,48 @@ class Codebook:
     @property
     def bits(self) -> int:
         return (len(self.tables[0]) - 1).bit_length()
+
+
+@frozen
+class VectorCodebook:
+    """Codes that name words: ``length`` consecutive inputs at once, of a weight only. A weight is the sum of one word of each book.
+
+    The books are learned with the layer and stored with it, ``words`` each (a power of two from 4 to 256). One book: vector
+    quantization as in VQ4DiT (Deng et al. 2024, arXiv 2408.17131); several: additive quantization as in VQDM (Egiazarian et al.
+    2024, arXiv 2409.00492). Bits per weight must be whole: books * log2(words) / length, 1 to 8.
+    """
+
+    words: int = 256
+    length: int = 8
+    books: int = 1
+
+    def __post_init__(self) -> None:
+        if self.words not in (4, 8, 16, 32, 64, 128, 256):
+            raise ValueError(
+                f"VectorCodebook: words must be 4, 8, 16 ... 256, got {self.words!r}. Codes have 2 to 8 bits; take more books."
+            )
+        if not (isinstance(self.length, int) and self.length in (1, 2, 4, 8, 16)):
+            raise ValueError(f"VectorCodebook: length must be 1, 2, 4, 8 or 16, got {self.length!r}. The usual ones are 4 and 8.")
+        if not (isinstance(self.books, int) and 1 <= self.books <= 8):
+            raise ValueError(
+                f"VectorCodebook: books must be an integer from 1 to 8, got {self.books!r}. The usual number is 1 to 4."
+            )
+        bits = self.books * self.code_bits
+        if bits % self.length or bits > 8 * self.length:
+            raise ValueError(
+                f"VectorCodebook: books * log2(words) / length must be a whole number of bits from 1 to 8, got {bits} / "
+                f"{self.length}. For example words=256, length=8, books=3, which is 3 bits."
+            )
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of one code."""
+        return (self.words - 1).bit_length()
+
+    @property
+    def bits(self) -> int:
+        """Bits per weight that codes take."""
+        return self.books * self.code_bits // self.length
 
 
 # --- granularities: which numbers share one scale --------------------------------------------------------------------
@@ -239,10 +282,11 @@ class Dynamic:
     """Inputs only: absmax of each token (or of each group of its inputs), found anew at every call. Needs no calibration."""
 
 
-Format = Int | Float | BestFloat | Codebook
+Format = Int | Float | BestFloat | Codebook | VectorCodebook | Trellis
 Granularity = PerTensor | PerLevel | PerChannel | PerToken | PerGroup | TwoLevel | E8M0Group | E4M3Group
 Range = AbsMax | MSE | Dynamic
 STATIC = (PerTensor, PerLevel)  # granularities of an input whose range is calibrated
+VECTORS = (VectorCodebook, Trellis)  # formats whose codes stand for several weights
 GROUPS = (PerGroup, TwoLevel, E8M0Group, E4M3Group)  # granularities with a ``size``
 
 

@@ -10,6 +10,8 @@ from .formats import (
     GROUPS,
     MSE,
     STATIC,
+    VECTORS,
+    AbsMax,
     BestFloat,
     Codebook,
     Dynamic,
@@ -24,8 +26,10 @@ from .formats import (
     PerToken,
     TensorSpec,
     TwoLevel,
+    VectorCodebook,
 )
 from .frozen import frozen
+from .trellis import Trellis
 
 # --- solvers: how codes are chosen. The code is in dqtk/methods, one file each ---------------------------------------
 
@@ -72,7 +76,32 @@ class AdaRound:
             raise ValueError(f"AdaRound: sweeps must be 0 or a positive integer, got {self.sweeps!r}. The usual number is 2.")
 
 
-Solver = RTN | GPTQ | AdaRound
+@frozen
+class BeamSearch:
+    """Words and books in turn, until a round lowers the output error by less than ``tolerance`` (VQDM, arXiv 2409.00492).
+
+    Words by a beam search of ``beam`` sums within each vector, all others fixed; books and scales by least squares. For
+    ``VectorCodebook`` only. rounds: at most. damping: as of ``GPTQ``.
+    """
+
+    beam: int = 8
+    tolerance: float = 0.01
+    rounds: int = 20
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name in ("beam", "rounds"):
+            value = getattr(self, name)
+            if not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"BeamSearch: {name} must be a positive integer, got {value!r}. Use BeamSearch().")
+        if not 0 < self.tolerance < 1 or not 0 < self.damping <= 1:
+            raise ValueError(
+                f"BeamSearch: tolerance must be in (0, 1) and damping in (0, 1], got {self.tolerance!r} and {self.damping!r}. "
+                "Use BeamSearch()."
+            )
+
+
+Solver = RTN | GPTQ | AdaRound | BeamSearch
 
 # --- transforms: changes of basis of the input that keep the function -------------------------------------------------
 
@@ -183,6 +212,13 @@ class LayerSpec:
         self._check_weight()
         if self.input is not None:
             self._check_input(self.input)
+        if isinstance(self.weight.format, VECTORS):
+            self._check_vectors()
+        elif isinstance(self.solver, BeamSearch):
+            raise ValueError(
+                f"LayerSpec: solver must be RTN, GPTQ or AdaRound for {type(self.weight.format).__name__}, got {self.solver}. "
+                "BeamSearch is for VectorCodebook."
+            )
         if isinstance(self.solver, AdaRound) and isinstance(self.weight.format, Codebook):
             raise ValueError(
                 f"LayerSpec: solver must be RTN or GPTQ for a Codebook, got {self.solver}. Its values have no up and down."
@@ -214,7 +250,29 @@ class LayerSpec:
             raise ValueError(f"LayerSpec: weight must be a signed format, got {form.name or form} from 0 up. It is for inputs.")
         _check_format("weight", self.weight)
 
+    def _check_vectors(self) -> None:
+        """What a weight of vectors asks of the rest."""
+        spec, form = self.weight, type(self.weight.format).__name__
+        allowed = (PerChannel,) if isinstance(spec.format, Trellis) else (PerTensor, PerChannel)
+        if not isinstance(spec.granularity, allowed) or spec.range != AbsMax():
+            raise ValueError(
+                f"LayerSpec: weight of {form} must be {' or '.join(kind.__name__ for kind in allowed)} without a range, got "
+                f"{spec.granularity} with {spec.range}. Its scale is the root mean square."
+            )
+        solvers = (RTN, GPTQ, BeamSearch) if isinstance(spec.format, VectorCodebook) else (RTN, GPTQ)
+        if not isinstance(self.solver, solvers):
+            names = " or ".join(kind.__name__ for kind in solvers)
+            raise ValueError(f"LayerSpec: solver must be {names} for {form}, got {self.solver}. Its values have no up and down.")
+        if self.low_rank is not None:
+            raise ValueError(f"LayerSpec: low_rank must be None for {form}, got {self.low_rank}. Take more bits.")
+        if any(isinstance(transform, Smooth) and transform.alpha is None for transform in self.transforms):
+            raise ValueError(f"LayerSpec: Smooth must have an alpha for {form}, got None. Each try would learn a codebook.")
+
     def _check_input(self, spec: TensorSpec) -> None:
+        if isinstance(spec.format, VECTORS):
+            raise ValueError(
+                f"LayerSpec: input must be Int, Float or Codebook, got {spec.format}. Words are learned, and for weights."
+            )
         if isinstance(spec.granularity, PerChannel | TwoLevel):
             raise ValueError(
                 f"LayerSpec: input granularity must be PerToken, PerTensor, PerLevel or a group of inputs, got {spec.granularity}. "
@@ -343,4 +401,8 @@ def _short(tensor: TensorSpec) -> str:
         return f"FP{form.bits} {where}"
     if isinstance(form, Codebook):
         return f"{form.bits} {form.name or 'codebook'} {where}"
+    if isinstance(form, Trellis):
+        return f"{form.bits} trellis of {form.state_bits} {where}"
+    if isinstance(form, VectorCodebook):
+        return f"{form.bits} {'' if form.books == 1 else f'{form.books} x '}{form.words} words of {form.length} {where}"
     return f"{form.bits} {where}" + ("" if form.symmetric else " asym")

@@ -109,8 +109,10 @@ class Reconstruct:
     2102.05426), at all noise levels.
 
     iterations: Adam steps per block, one call each. drop: share of a block's input numbers that are taken from the original model,
-    drawn anew at every step (QDrop, Wei et al. 2022, arXiv 2203.05740); the rest are those of the quantized model. The others are
-    those of ``Distill``.
+    drawn anew at every step (QDrop, Wei et al. 2022, arXiv 2203.05740); the rest are those of the quantized model. candidates:
+    where a weight is words of one book and not transformed, every vector chooses among so many of the words nearest to the
+    original (VQ4DiT, Deng et al. 2024, arXiv 2408.17131, which takes 2); 1: codes of vectors stay. The others are those of
+    ``Distill``.
     """
 
     iterations: int = 100
@@ -120,9 +122,12 @@ class Reconstruct:
     scale_rate: float = 0.001
     bias_rate: float = 0.001
     seed: int = 0
+    candidates: int = 1
 
     def __post_init__(self) -> None:
         _check(self)
+        if not (isinstance(self.candidates, int) and 1 <= self.candidates <= 4):
+            raise ValueError(f"Reconstruct: candidates must be an integer from 1 to 4, got {self.candidates!r}. VQ4DiT takes 2.")
         if not 0 <= self.drop <= 1:
             raise ValueError(f"Reconstruct: drop must be from 0 to 1, got {self.drop!r}. The usual value is 0.5.")
 

@@ -10,12 +10,10 @@ from dqtk.kernels import (
     decode_trellis_reference,
     decoded,
     encode_trellis,
-    from_tiles,
     linear_trellis,
-    to_tiles,
 )
 from dqtk.native import library
-from dqtk.numerics.trellis import MULTIPLIERS, decode, encode, pack, packed_width
+from dqtk.numerics.trellis import MULTIPLIERS, decode, encode, from_tiles, pack, packed_width, to_tiles
 from dqtk.spec.trellis import Trellis
 
 LEVELS = [level.name for level in library.LEVELS]

@@ -1,0 +1,139 @@
+"""Vector quantization beside scalar codes at 2, 3 and 4 bits: same layers, same prompts and seeds, bytes and time to encode.
+
+    python benchmarks/vq.py [MODEL ...] [--num-prompts 8] [--steps 8] [--bits 2 3 4] [--methods WORD ...] [--distill ITERATIONS]
+    python benchmarks/vq.py --since 2026-01-31T09:00   # go on with an interrupted run
+    python benchmarks/vq.py --table
+
+MODEL is a pipeline, or an embedded one with ``-stressed`` behind its name. Every variant quantizes the same linear layers of the
+denoiser with 16-bit inputs (those of benchmarks/methods.py) and learns on the same captions. ``--distill`` measures every variant
+again after so many iterations of ``Distill``. Bits count codes, books, scales and signs of these layers; bytes the whole denoiser
+at 16-bit compute. Seconds are of ``quantize`` alone, on a machine that may be shared: compare them within a run. Appends one JSON
+line per variant to benchmarks/results.jsonl.
+"""
+
+import argparse
+import sys
+import time
+
+import torch
+from methods import CALIBRATION, PROMPTS, bits_of, load, measure, plan_for
+from rows import append, stored
+
+import dqtk
+from dqtk.prompt_sets import read_prompts
+from dqtk.recipes import recipe_named
+from dqtk.report.sizes import bytes_at_16_bit
+from dqtk.resolve import call_kwargs_for
+from dqtk.spec import (
+    GPTQ,
+    MSE,
+    BeamSearch,
+    Distill,
+    Int,
+    LayerSpec,
+    PerChannel,
+    PerGroup,
+    TensorSpec,
+    Trellis,
+    VectorCodebook,
+)
+
+
+def scalars(bits: int, size: int) -> LayerSpec:
+    weight = TensorSpec(format=Int(bits=bits, symmetric=False), granularity=PerGroup(size=size), range=MSE())
+    return LayerSpec(weight=weight, solver=GPTQ())
+
+
+def vectors(solver: GPTQ | BeamSearch, **form: int) -> LayerSpec:
+    return LayerSpec(weight=TensorSpec(format=VectorCodebook(**form), granularity=PerChannel()), solver=solver)
+
+
+ONE_BOOK = {2: {"words": 256, "length": 4}, 3: {"words": 64, "length": 2}, 4: {"words": 256, "length": 2}}
+
+
+def methods(bits: int) -> dict[str, LayerSpec]:
+    """By name."""
+    rings = TensorSpec(format=Trellis(bits=bits), granularity=PerChannel())
+    found = {
+        "int, groups of 64, gptq": scalars(bits, 64),
+        "int, groups of 16, gptq": scalars(bits, 16),
+        "one book, gptq": vectors(GPTQ(), **ONE_BOOK[bits]),
+        "one book, beam search": vectors(BeamSearch(), **ONE_BOOK[bits]),
+        "vqdm": recipe_named(f"vqdm-{bits}bit").main_spec(),
+        "vqdm form, gptq": vectors(GPTQ(), books=bits),
+        "trellis": recipe_named(f"trellis-{bits}bit").main_spec(),
+        "trellis, not rotated": LayerSpec(weight=rings, solver=GPTQ()),
+    }
+    return found if bits == 4 else {"vq4dit": recipe_named(f"vq4dit-{bits}bit").main_spec()} | found
+
+
+def run(model: str, options) -> None:
+    reference, everything = load(model), read_prompts([str(PROMPTS)], None)
+    prompts = everything[: options.num_prompts]
+    steps = {"num_inference_steps": options.steps}
+    plan = plan_for(reference, scalars(4, 64))
+    stats = dqtk.calibrate(reference, everything[CALIBRATION], plan, batch_size=8, call_kwargs=steps, progress=False)
+    for bits in options.bits:
+        for name, spec in methods(bits).items():
+            for iterations in (0, options.distill) if options.distill else (0,):
+                row = {"benchmark": "vq", "model": model, "setting": f"{bits} bit", "method": name, "distilled": iterations}
+                row |= {"num_prompts": len(prompts), "steps": options.steps}
+                done = options.since and any(row.items() <= r.items() and r["created"] >= options.since for r in stored())
+                if done or not any(word in name for word in options.methods):
+                    continue
+                pipe = load(model)
+                refine = Distill(iterations=iterations) if iterations else None
+                start = time.perf_counter()
+                made = plan_for(pipe, spec)
+                dqtk.quantize(pipe, made, stats, refine=refine, progress=False)
+                row["seconds"] = round(time.perf_counter() - start, 1)
+                row |= measure(reference, pipe, prompts, call_kwargs_for(reference) | steps)
+                row |= {"bits_per_weight": bits_of(pipe, made), "bytes": bytes_at_16_bit(pipe.components[made.components[0].name])}
+                print(f"{model:20} {bits} bit {name:24} {iterations or '':5} {said(row)}", flush=True)
+                append(row | {"threads": torch.get_num_threads()})
+
+
+def said(row: dict) -> str:
+    psnr, oracle = row["psnr"], row.get("oracle_change")
+    text = f"{psnr[0]:.1f} ({psnr[1]:.1f} to {psnr[2]:.1f}) | {row['sqnr_same'][0]:.1f} | "
+    text += "" if oracle is None else f"{oracle[0]:+.3f} ({oracle[1]:+.3f} to {oracle[2]:+.3f})"
+    return f"{text} | {row['bits_per_weight']:.2f} | {row['bytes'] / 1e6:.2f} | {row['seconds']:.0f}"
+
+
+def markdown(models: list[str]) -> str:
+    """The newest row of every variant, one table per model."""
+    newest = {
+        (r["model"], r["setting"], r["method"], r["distilled"]): r
+        for r in stored()
+        if r.get("benchmark") == "vq" and r["model"] in models
+    }
+    lines = []
+    for model in models:
+        lines += ["", f"### {model}", "", "| bits | method | PSNR dB | SQNR dB | oracle | bits, all | MB | s |", "|---" * 8 + "|"]
+        for (mine, setting, method, iterations), row in sorted(newest.items()):
+            if mine == model:
+                name = f"{method}, distilled ({iterations})" if iterations else method
+                lines.append(f"| {setting} | {name} | {said(row)} |")
+    return "\n".join(lines[1:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", default=["tiny-pixart", "tiny-sdxl"])
+    parser.add_argument("--num-prompts", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--bits", type=int, nargs="+", choices=(2, 3, 4), default=[2, 3, 4])
+    parser.add_argument("--methods", nargs="+", default=[""], metavar="WORD", help="only methods whose name has one of these words")
+    parser.add_argument("--distill", type=int, default=0, metavar="ITERATIONS", help="measure again after distillation")
+    parser.add_argument("--since", metavar="TIME", help="leave out what was measured since (ISO time), as after an interruption")
+    parser.add_argument("--table", action="store_true", help="measure nothing; print what is in results.jsonl as Markdown")
+    options = parser.parse_args()
+    if options.table:
+        print(markdown(options.models))
+        return
+    for model in options.models:
+        run(model, options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""A layer of vectors while it learns: its scales and, if it has any, its books, with gradients; and which of some words it takes.
+
+    word = stored word + unit * moved          unit: root mean square of the words of a book, so one learning rate serves all layers
+    scale = stored scale * exp(s)
+
+Both are rounded to their stored dtypes in every forward and the derivative of that is passed over, so that storing changes no
+number. (VQDM's second phase trains the same numbers, arXiv 2409.00492, section 3.)
+
+Codes stay, unless vectors of one book are given candidates: the words nearest to the original vector (VQ4DiT, Deng et al. 2024,
+arXiv 2408.17131). A vector then is a mixture of them, by ratios softmax(z) that begin in inverse proportion to the distances;
+where a ratio is above 0.99 the vector has decided, and its ratios take no more gradients. ``doubt`` is what is left to decide, from
+1 down to 0. Without gradients, which is how a refiner judges, and when stored, the word of the largest ratio stands alone.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dqtk.nn.products import WEIGHT, Stored
+from dqtk.numerics.packing import Packed, count_vectors, dequantize, pack, unpack
+from dqtk.numerics.storage import stored_name
+from dqtk.numerics.vectors import words_of
+from dqtk.spec import VectorCodebook
+
+LOGITS = ("logits",)  # names of the numbers that choose
+DECIDED = 0.99
+UNIT = 2.5  # of a ratio's logit, beside ``weight_rate``: 0.02 of it is VQ4DiT's rate
+ROWS = 4096  # vectors that are compared with all words at a time
+
+
+class TrainedVectors:
+    """The learned numbers of one layer of vectors, or of one part of a layer whose input is split.
+
+    parameters: float32 by name: ``scale``, the logarithm of a factor on every scale; where there are books ``moved`` [M, W, D];
+    where vectors choose ``logits`` [V, C]. exact: the original weight [N, K]; candidates: C, of one book and without transforms. path: of the
+    layer.
+    """
+
+    def __init__(self, layer: Any, stored: Stored, index: int, exact: Tensor | None = None, candidates: int = 1, path: str = ""):
+        self.layer, self.stored, self.index, self.path = layer, stored, index, path
+        module: Any = stored
+        packed, spec = Packed(**{name: getattr(stored, name) for name in WEIGHT}), stored.spec.weight
+        assert packed.scale is not None
+        self.start_scale, self.form = packed.scale, spec.format
+        self.parameters = {"scale": nn.Parameter(torch.zeros_like(packed.scale))}
+        self.choices: Tensor | None = None
+        self.start: Tensor | None = None
+        if not isinstance(self.form, VectorCodebook):
+            self.numbers = dequantize(replace(packed, scale=torch.ones_like(packed.scale)), spec, module.k)
+            return
+        assert packed.codebook is not None
+        self.start = packed.codebook.float()
+        codes = unpack(packed.qweight, self.form.code_bits, count_vectors(self.form, module.k) * self.form.books)
+        self.codes = codes.unflatten(1, (-1, self.form.books))
+        self.unit = self.start.square().mean(dim=(1, 2), keepdim=True).sqrt()
+        self.parameters["moved"] = nn.Parameter(torch.zeros_like(self.start))
+        if candidates > 1 and self.form.books == 1 and exact is not None and not stored.spec.transforms:
+            vectors = (exact.float() / packed.scale).reshape(-1, self.form.length)
+            self.choices, distances = _nearest(vectors, self.start[0], self.codes.flatten().long(), candidates)
+            self.start_logits = -distances.clamp(min=1e-6).log()
+            self.parameters["logits"] = nn.Parameter(torch.zeros_like(self.start_logits))
+
+    def codebook(self) -> Tensor | None:
+        """The books as they would be stored; float32 numbers. None of a trellis."""
+        if self.start is None:
+            return None
+        words = self.start + self.unit * self.parameters["moved"]
+        return words + (words.half().float() - words).detach()
+
+    def scale(self) -> Tensor:
+        """The scales, float32, in their shape."""
+        return self.start_scale * self.parameters["scale"].exp()
+
+    def ratios(self) -> Tensor:
+        """float32 [V, C]; 0 and 1 where a vector has decided."""
+        ratio = (self.start_logits + UNIT * self.parameters["logits"]).softmax(dim=1)
+        decided = ratio.detach().amax(dim=1, keepdim=True) > DECIDED
+        return torch.where(decided, (ratio.detach() > DECIDED).float(), ratio)
+
+    def doubt(self) -> Tensor | None:
+        """Scalar: the mean of r (1 - r), 1 where all ratios are equal and 0 where all vectors have decided; None: no choice."""
+        if self.choices is None:
+            return None
+        ratio, count = self.ratios(), self.choices.shape[1]
+        return count**2 / (count - 1) * (ratio * (1 - ratio)).mean()
+
+    def weight(self) -> Tensor:
+        """float32 [N, K]: the numbers that ``packing.dequantize`` finds after ``store``, bit for bit, once gradients are off."""
+        books = self.codebook()
+        if books is None:
+            return self.numbers * self.scale()
+        if self.choices is None or not torch.is_grad_enabled():
+            return words_of(self._codes(), books) * self.scale()
+        mixed = (books[0][self.choices] * self.ratios()[..., None]).sum(dim=1)
+        return mixed.view(len(self.codes), -1) * self.scale()
+
+    def _codes(self) -> Tensor:
+        """uint8 [N, G, M]: those of the largest ratios where vectors choose."""
+        if self.choices is None:
+            return self.codes
+        logits = self.start_logits + UNIT * self.parameters["logits"]
+        return self.choices.gather(1, logits.argmax(dim=1, keepdim=True)).view(self.codes.shape).to(torch.uint8)
+
+    @torch.no_grad()
+    def store(self) -> None:
+        """Put books, scales and chosen codes into the layer."""
+        books = self.codebook()
+        if books is not None:
+            setattr(self.layer, stored_name("codebook", self.index), books.half())
+        if self.choices is not None:
+            assert isinstance(self.form, VectorCodebook)
+            codes = pack(self._codes().flatten(1).to(torch.int16), self.form.code_bits)
+            setattr(self.layer, stored_name("qweight", self.index), codes)
+        setattr(self.layer, stored_name("scale", self.index), self.scale())
+
+
+def _nearest(vectors_VD: Tensor, words_WD: Tensor, code_V: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """int64 [V, num] and float32 [V, num]: the stored word and the nearest others, with their distances."""
+    found, distances = [], []
+    for vectors, code in zip(vectors_VD.split(ROWS), code_V.split(ROWS), strict=True):
+        distance = torch.cdist(vectors, words_WD)
+        mine = distance.gather(1, code[:, None])
+        others = distance.scatter(1, code[:, None], torch.inf).topk(num - 1, largest=False)
+        found.append(torch.cat([code[:, None], others.indices], dim=1))
+        distances.append(torch.cat([mine, others.values], dim=1))
+    return torch.cat(found), torch.cat(distances)

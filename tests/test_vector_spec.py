@@ -1,0 +1,139 @@
+"""Weights of vectors as choices: bits, names, what is refused with which words, what plans make of layers they do not fit."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import dqtk
+from dqtk.numerics.trellis import TILE
+from dqtk.spec import (
+    GPTQ,
+    MSE,
+    RTN,
+    AdaRound,
+    BeamSearch,
+    Dynamic,
+    Hadamard,
+    Int,
+    LayerSpec,
+    LowRank,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    Smooth,
+    TensorSpec,
+    Trellis,
+    VectorCodebook,
+    describe,
+)
+
+WORDS = TensorSpec(format=VectorCodebook(books=3), granularity=PerChannel())
+
+
+@pytest.mark.parametrize(
+    ("form", "bits", "name"),
+    [
+        (VectorCodebook(words=256, length=4), 2, "W2 256 words of 4 per channel"),
+        (VectorCodebook(words=64, length=2), 3, "W3 64 words of 2 per channel"),
+        (VectorCodebook(), 1, "W1 256 words of 8 per channel"),
+        (VectorCodebook(books=4), 4, "W4 4 x 256 words of 8 per channel"),
+        (VectorCodebook(words=16, length=1), 4, "W4 16 words of 1 per channel"),
+        (Trellis(bits=3), 3, "W3 trellis of 12 per channel"),
+    ],
+)
+def test_bits_and_names(form, bits, name):
+    assert form.bits == bits
+    assert describe(LayerSpec(weight=replace(WORDS, format=form))) == f"{name}, A16"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"words": 100}, r"VectorCodebook: words must be 4, 8, 16 \.\.\. 256, got 100\. Codes have 2 to 8 bits; take more books"),
+        ({"words": 512}, "words must be 4, 8"),
+        ({"length": 3}, r"VectorCodebook: length must be 1, 2, 4, 8 or 16, got 3\."),
+        ({"books": 0}, r"VectorCodebook: books must be an integer from 1 to 8, got 0\."),
+        ({"words": 64}, r"whole number of bits from 1 to 8, got 6 / 8\. For example"),
+        ({"length": 1, "books": 2}, r"whole number of bits from 1 to 8, got 16 / 1\."),
+    ],
+)
+def test_formats_refuse(arguments, text):
+    with pytest.raises(ValueError, match=text):
+        VectorCodebook(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        (
+            {"weight": replace(WORDS, granularity=PerGroup())},
+            "weight of VectorCodebook must be PerTensor or PerChannel without a range",
+        ),
+        (
+            {"weight": TensorSpec(format=Trellis(), granularity=PerTensor())},
+            r"weight of Trellis must be PerChannel without a range, got PerTensor\(\)",
+        ),
+        (
+            {"weight": TensorSpec(format=Trellis(), granularity=PerChannel()), "solver": BeamSearch()},
+            r"solver must be RTN or GPTQ for Trellis, got BeamSearch\(",
+        ),
+        ({"weight": replace(WORDS, range=MSE())}, "PerTensor or PerChannel without a range, got .* with MSE"),
+        ({"solver": AdaRound()}, r"solver must be RTN or GPTQ or BeamSearch for VectorCodebook, got AdaRound\(.*no up and down"),
+        ({"low_rank": LowRank()}, r"low_rank must be None for VectorCodebook, got LowRank\(.*Take more bits"),
+        ({"transforms": (Smooth(),)}, "Smooth must have an alpha for VectorCodebook, got None"),
+        ({"input": replace(WORDS, range=Dynamic())}, "input must be Int, Float or Codebook, got VectorCodebook"),
+        (
+            {"weight": TensorSpec(format=Int(bits=4), granularity=PerChannel()), "solver": BeamSearch()},
+            "BeamSearch is for VectorCodebook",
+        ),
+    ],
+)
+def test_layers_refuse(fields, text):
+    with pytest.raises(ValueError, match=text):
+        LayerSpec(**({"weight": WORDS} | fields))
+
+
+@pytest.mark.parametrize("arguments", [{"beam": 0}, {"rounds": 0}, {"tolerance": 1.0}, {"damping": 0.0}, {"beam": 1.5}])
+def test_beam_search_refuses(arguments):
+    with pytest.raises(ValueError, match=r"BeamSearch: .* must be .*, got .*\. Use BeamSearch\(\)"):
+        BeamSearch(**arguments)
+
+
+def test_what_composes():
+    a8 = TensorSpec(format=Int(bits=8), granularity=PerToken(), range=Dynamic())
+    spec = LayerSpec(weight=WORDS, input=a8, solver=BeamSearch(), transforms=(Smooth(alpha=0.5), Hadamard()), correct_bias=True)
+    assert spec.needs_moments
+    assert not LayerSpec(weight=replace(WORDS, granularity=PerTensor())).needs_stats
+
+
+def recipe(spec):
+    return dqtk.Recipe(name="vectors", rules=(dqtk.Rule(spec=spec, why="test"),))
+
+
+def test_layers_whose_channels_vectors_do_not_divide_get_eight_bits_and_say_so():
+    model = nn.Sequential(nn.Linear(24, 8), nn.Linear(20, 8), nn.Conv2d(12, 8, 2), nn.Conv2d(16, 8, 3))
+    for solver in (RTN(), GPTQ(), BeamSearch()):
+        plan = dqtk.plan(model, recipe(LayerSpec(weight=WORDS, solver=solver)))
+        kinds = {choice.site.path: (describe(choice.spec), choice.why) for choice in plan.choices}
+        assert kinds["1"] == ("W8 per channel, A16", "test; 8 bit per channel: vectors of 8 do not divide 20 channels")
+        assert kinds["2"] == ("W8 per channel, A16", "test; 8 bit per channel: vectors of 8 do not divide 12 channels")
+        assert all("x 256 words of 8" in kinds[path][0] for path in ("0", "3"))
+
+
+def test_trellis_codes_want_four_columns():
+    model = nn.Sequential(nn.Linear(22, 8), nn.Linear(20, 8))
+    plan = dqtk.plan(model, recipe(LayerSpec(weight=TensorSpec(format=Trellis(), granularity=PerChannel()))))
+    assert [describe(choice.spec) for choice in plan.choices] == ["W8 per channel, A16", "W2 trellis of 12 per channel, A16"]
+    assert plan.choices[0].why == f"test; 8 bit per channel: vectors of {TILE[1]} do not divide 22 channels"
+    rings = -(-8 // TILE[0]) * (20 // TILE[1])
+    assert plan.choices[1].bytes_after == rings * TILE[0] * TILE[1] * 2 // 8 + 8 * 4
+
+
+def test_planned_bytes_count_codes_books_and_scales():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(64, 32))
+    (choice,) = dqtk.plan(model, recipe(LayerSpec(weight=WORDS))).choices
+    assert choice.bytes_after == 32 * 64 * 3 // 8 + 3 * 256 * 8 * 2 + 32 * 4
