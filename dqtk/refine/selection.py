@@ -18,6 +18,7 @@ from dqtk.spec import MostSensitive, OfRoles, Selection, did_you_mean
 
 from .team import Team
 from .trained import CODES, training
+from .trained_vectors import TrainedVectors
 
 
 def selected(
@@ -58,8 +59,16 @@ def selected(
 
 
 def sensitivities(layers: Mapping[str, Quantized], loss: Callable[[int], Tensor], calls: int, team: Team) -> dict[str, float]:
-    """Mean size of the gradient of the mean error over some calls with respect to a code, by path: error per step of the grid."""
+    """Mean size of the gradient of the mean error over some calls with respect to a code, by path: error per step of the grid.
+
+    Raises ``ValueError`` for vectors, whose codes have no next step.
+    """
     with training(layers, None, torch.Generator()) as trained, torch.enable_grad():
+        if vectors := [mine.path for mine in trained.values() if isinstance(mine, TrainedVectors)]:
+            raise ValueError(
+                f"refine: MostSensitive must be asked of layers whose weights are numbers on a grid, got vectors at {vectors[0]}. "
+                "Name roles with OfRoles."
+            )
         for index in range(team.rank, calls, team.world):
             (loss(index) / calls).backward()
         found = dict.fromkeys(layers, 0.0)

@@ -34,8 +34,8 @@ class TrainedVectors:
     """The learned numbers of one layer of vectors, or of one part of a layer whose input is split.
 
     parameters: float32 by name: ``scale``, the logarithm of a factor on every scale; where there are books ``moved`` [M, W, D];
-    where vectors choose ``logits`` [V, C]. exact: the original weight [N, K]; candidates: C, of one book and without transforms. path: of the
-    layer.
+    where vectors choose ``logits`` [V, C]. exact: the original weight [N, K]; candidates: C, of one book and without transforms.
+    path: of the layer.
     """
 
     def __init__(self, layer: Any, stored: Stored, index: int, exact: Tensor | None = None, candidates: int = 1, path: str = ""):

@@ -37,11 +37,13 @@ from dqtk.spec import (
     OfRoles,
     PerChannel,
     PerGroup,
+    PerTensor,
     RankDecay,
     Reconstruct,
     ShortcutSplit,
     Smooth,
     TensorSpec,
+    VectorCodebook,
 )
 
 W3 = TensorSpec(format=Int(bits=3), granularity=PerGroup(size=32))
@@ -309,6 +311,12 @@ def test_the_most_sensitive_layers():
     _, changed = changed_by(module, quiet, said, choice)
     assert len({name.rpartition(".")[0] for name in changed} - {"blocks.0.to_q"}) == 1  # over a tenth, but at least one layer
     assert "blocks.0.to_q.qweight" not in changed
+
+
+def test_vectors_have_no_sensitivity_per_step():
+    module, _, _, _ = case(LayerSpec(weight=TensorSpec(format=VectorCodebook(words=16, length=2), granularity=PerTensor())))
+    with pytest.raises(ValueError, match=r"MostSensitive must be asked of layers whose weights are numbers.*got vectors at blocks"):
+        sensitivities(quantized_layers(module), lambda turn: torch.zeros(()), 1, ALONE)
 
 
 @pytest.mark.parametrize(
