@@ -16,6 +16,7 @@ from torch import Tensor
 from .sites import Site
 from .spec import (
     RTN,
+    VECTORS,
     AbsMax,
     Dynamic,
     Hadamard,
@@ -42,7 +43,8 @@ def timed_as(spec: LayerSpec | None) -> LayerSpec | None:
     """
     if spec is None:
         return None
-    transforms = tuple(_any_strength(transform) for transform in spec.transforms)
+    searched = not isinstance(spec.weight.format, VECTORS)  # these want a strength
+    transforms = tuple(_any_strength(transform, None if searched else 0.5) for transform in spec.transforms)
     branch = None if spec.low_rank is None else LowRank(rank=spec.low_rank.rank)
     return LayerSpec(
         weight=_any_range(spec.weight),
@@ -53,9 +55,9 @@ def timed_as(spec: LayerSpec | None) -> LayerSpec | None:
     )
 
 
-def _any_strength(transform: Transform) -> Transform:
+def _any_strength(transform: Transform, alpha: float | None) -> Transform:
     if isinstance(transform, Smooth):
-        return Smooth()
+        return Smooth(alpha=alpha)
     return replace(transform, seed=0) if isinstance(transform, Hadamard) else transform
 
 

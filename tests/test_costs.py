@@ -8,7 +8,7 @@ import pytest
 from dqtk.costs import Cost, CostTable, LayerShape, timed_as
 from dqtk.recipes import recipe_named
 from dqtk.sites import Site
-from dqtk.spec import GPTQ, MSE, Hadamard, Int, LayerSpec, LowRank, PerGroup, Smooth, TensorSpec
+from dqtk.spec import GPTQ, MSE, RTN, Hadamard, Int, LayerSpec, LowRank, PerChannel, PerGroup, Smooth, TensorSpec, VectorCodebook
 
 W8A8, W4A8, RTN4 = (recipe_named(name).main_spec() for name in ("w8a8", "w4a8", "w4a8-rtn"))
 FP8 = recipe_named("fp8").main_spec()
@@ -72,6 +72,13 @@ def test_what_can_change_speed_is():
     assert timed_as(replace(changed[3], transforms=(Hadamard(seed=5),))) == keys[3]
     assert timed_as(replace(changed[5], low_rank=LowRank(rank=8, iterations=3, shared=True))) == keys[5]
     assert timed_as(None) is None
+
+
+def test_smoothed_vectors_have_one_key_whatever_the_strength():
+    """Their smoothing cannot be searched, so the key has a strength."""
+    weight = TensorSpec(format=VectorCodebook(books=2), granularity=PerChannel())
+    keys = {timed_as(LayerSpec(weight=weight, solver=s, transforms=(Smooth(alpha=a),))) for s, a in ((RTN(), 0.2), (GPTQ(), 0.7))}
+    assert len(keys) == 1
 
 
 def test_emulated_layers_have_no_time(table):
