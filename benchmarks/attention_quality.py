@@ -13,6 +13,7 @@ import argparse
 import copy
 import sys
 
+import numpy as np
 import torch
 from dqtk.metrics.bootstrap import paired_bootstrap
 from methods import PROMPTS, load
@@ -169,7 +170,7 @@ def score(oracle, frames: list, prompt: str) -> float:
     """What the embedded reader says of a picture, or of the frames of a clip."""
     if oracle is None:
         return 0.0
-    return float(oracle(frames[0] if len(frames) == 1 else frames, prompt).mean)
+    return float(oracle(frames[0] if len(frames) == 1 else np.stack([np.asarray(frame) for frame in frames]), prompt).mean)
 
 
 def interval(values: torch.Tensor) -> list[float | None]:
