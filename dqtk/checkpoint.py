@@ -166,7 +166,7 @@ def replace_layer(module: nn.Module, path: str, layer: nn.Module) -> None:
     holder = module.get_submodule(parent)
     setattr(holder, name, layer)
     fit(holder, layer)
-    share_input([holder.get_submodule(beside) for beside in read_together(module, path)])
+    share_input(holder, [holder.get_submodule(beside) for beside in read_together(module, path)])
     if isinstance(layer, Quantized):
         layer.follow(module)
 

@@ -2,11 +2,14 @@
 
 Modules, names and calls stay the host's: the outputs of the others wait until these are called with the same tensor. Where that
 does not come to pass (a processor gives k another tensor), the first such call ends it for good, and each layer computes alone.
+How they round is looked at whenever the tensors that say it are others.
 
 Outputs wait in one slot, which is taken and put as a whole: two threads that run one model take turns at worst. What is in a slot
 holds its input, so no other tensor can be mistaken for it, and knows its version, so a change in place is seen.
 """
 
+import copy
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,11 +25,12 @@ ROUNDED = ("smooth", "input_scale", "input_zero")
 """Buffers that say how an input is rounded."""
 
 
-def share_input(layers: Sequence[nn.Module]) -> None:
-    """Let layers that read one tensor round it once, if their specs round it alike. Called again when one of them was replaced."""
+def share_input(holder: nn.Module, layers: Sequence[nn.Module]) -> None:
+    """Let layers of a module that read one tensor round it once, if their specs round it alike. Called again when one of them was
+    replaced."""
     members: list[Any] = [layer for layer in layers if _could_share(layer)]
     alike = len({(layer.k, layer.spec.input, layer.spec.transforms, layer.stored_width) for layer in members}) == 1
-    group = SharedInput(members) if len(members) > 1 and alike else None
+    group = SharedInput(holder, members) if len(members) > 1 and alike else None
     for layer in members:
         layer.shared = group
 
@@ -37,13 +41,29 @@ def _could_share(layer: Any) -> bool:
 
 
 class SharedInput:
-    """Layers that read one tensor, and the outputs of those that have not been called with it yet."""
+    """Layers of one module that read one tensor, and the outputs of those that have not been called with it yet.
 
-    def __init__(self, layers: Sequence[Any]):
+    A copy of a model has groups of its own; a layer that is copied without its module has none, nor has what was pickled.
+    """
+
+    def __init__(self, holder: nn.Module, layers: Sequence[Any]):
+        self.holder = weakref.ref(holder)
         self.layers = tuple(layers)
-        self.is_alike: bool | None = None
-        self.seen = False
+        self.is_alike = self.seen = False
+        self.looked_at: list[tuple[Tensor, int]] = []
+        self.broken_off = 0
         self.waiting: tuple[Tensor, int, list[Tensor | None]] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SharedInput | None":
+        holder = memo.get(id(self.holder()))
+        if holder is None:
+            return None
+        memo[id(self)] = made = SharedInput(holder, ())
+        made.layers = copy.deepcopy(self.layers, memo)
+        return made
+
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        return _nothing, ()
 
     def output(self, layer: Any, x: Tensor) -> Tensor | None:
         """What ``layer`` answers to ``x``; None if it has to be computed alone.
@@ -60,21 +80,23 @@ class SharedInput:
             return self._begun(place, x, version)
         held, held_version, outputs = waiting
         y = outputs[place]
-        if held is not x or held_version != version or y is None:
-            self.layers = ()
-            return None
-        self._wait(x, version, [None if i == place else other for i, other in enumerate(outputs)])
-        return y
+        if held is x and held_version == version and y is not None:
+            self._wait(x, version, [None if i == place else other for i, other in enumerate(outputs)])
+            return y
+        if y is None and held is not x and self.broken_off == 0:  # nobody called the others; perhaps the pass was interrupted
+            self.broken_off = 1
+            return self._begun(place, x, version)
+        self.layers = ()
+        return None
 
     def _begun(self, place: int, x: Tensor, version: int) -> Tensor | None:
         """Of the first of the layers, after which the others wait."""
         layers = self.layers
         if any(layer.op != "linear_int8" or layer.qweight.device != x.device for layer in layers):
             return None
-        if self.is_alike is None:
-            self.is_alike = _alike(layers)
+        if not torch.compiler.is_compiling():
+            self._look(layers)
         if not self.is_alike:
-            self.layers = ()
             return None
         first = layers[0]
         stored = [[getattr(layer, name) for layer in layers] for name in ("qweight", "scale", "group_scale", "bias")]
@@ -90,6 +112,22 @@ class SharedInput:
         self.waiting = None if is_last else (x, version, outputs)
         if is_last and not self.seen:
             self.seen = True
+        if is_last and self.broken_off:
+            self.broken_off = 0
+
+    def _look(self, layers: Sequence[Any]) -> None:
+        """Compare how the layers round, where the tensors that say it, or their values, are others than the last time."""
+        tensors = [tensor for layer in layers for name in ROUNDED if (tensor := getattr(layer, name)) is not None]
+        now = [(tensor, 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+        same = len(now) == len(self.looked_at) and all(
+            tensor is other and version == before for (tensor, version), (other, before) in zip(now, self.looked_at, strict=True)
+        )
+        if not same or not now:
+            self.looked_at, self.is_alike = now, _alike(layers)
+
+
+def _nothing() -> None:
+    """What a pickled group becomes."""
 
 
 def _alike(layers: Sequence[Any]) -> bool:

@@ -1,6 +1,7 @@
 """Layers that read one tensor round it once: the same numbers, one call, and an end where the host does not call as expected."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -137,7 +138,6 @@ def test_the_same_smoothing_is_shared_another_is_not(calls):
     assert calls == [3]
     for other in (model, alone):
         attention_of(other).to_k.smooth = attention_of(other).to_k.smooth * 3
-    attention_of(model).to_q.shared.is_alike = None  # as it is before anybody has looked
     assert torch.equal(model(x), alone(x))
     assert calls == [3]
 
@@ -161,6 +161,48 @@ def test_compiles_whole_and_shares_what_was_shared_before():
         assert torch.equal(compiled(x), alone(x))
     assert traced == [0, 1]  # once more for what it knows now, and then no more
     assert attention_of(model).to_q.shared.waiting is None
+
+
+@torch.no_grad()
+def test_other_values_in_the_same_tensors_are_looked_at_again(calls):
+    model, alone = quantized(spec=smoothed_spec())
+    x = torch.randn(1, 5, 64)
+    assert torch.equal(model(x), alone(x))
+    state = alone.state_dict()
+    state["blocks.0.attn.to_v.smooth"] = 2 * state["blocks.0.attn.to_v.smooth"]
+    for other in (model, alone):
+        other.load_state_dict(state)
+    assert torch.equal(model(x), alone(x))
+    assert calls == [3]
+
+
+@torch.no_grad()
+def test_a_pass_that_was_broken_off_ends_nothing(calls):
+    model, alone = quantized()
+    attention_of(model).to_q(torch.randn(1, 5, 64))
+    for _ in range(2):
+        x = torch.randn(1, 5, 64)
+        assert torch.equal(model(x), alone(x))
+    assert calls == [3, 3, 3]
+    for _ in range(4):  # but a host that only ever calls one of them pays for it twice at most
+        attention_of(model).to_q(torch.randn(1, 5, 64))
+    assert calls == [3, 3, 3, 3, 3]
+
+
+@torch.no_grad()
+def test_copies_share_among_themselves(calls):
+    model, alone = quantized()
+    twin = copy.deepcopy(model)
+    layers = (attention_of(twin).to_q, attention_of(twin).to_k, attention_of(twin).to_v)
+    assert all(one is other for one, other in zip(attention_of(twin).to_q.shared.layers, layers, strict=True))
+    x = torch.randn(1, 5, 64)
+    assert torch.equal(twin(x), alone(x))
+    assert calls == [3]
+    single = copy.deepcopy(attention_of(model).to_q)
+    assert single.shared is None
+    again = pickle.loads(pickle.dumps(attention_of(model).to_q))
+    assert again.shared is None
+    assert torch.equal(single(x), again(x))
 
 
 def test_replacing_a_layer_forms_the_group_anew():
