@@ -1,4 +1,4 @@
-"""The generic recipes by name. They speak of roles only, so they fit any denoiser and any text encoder.
+"""Recipes of layers. They speak of roles only, so they fit any denoiser and any text encoder.
 
 Kept at 16 bits: what is small, runs once, or is known to break first: entrance and exit layers, the noise-level embedding, the text
 projection. Modulation layers are a quarter of a Flux, so they are not kept: they get 8-bit weights with 16-bit inputs, which costs
@@ -9,18 +9,15 @@ Recipes of our own that learn from prompts also keep a text token exact that is 
 and changes of basis and rounding of weights do harm there (notebooks/LOG.md).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 
-from .plan import Recipe, Rule
-from .spec import (
+from dqtk.plan import Recipe, Rule
+from dqtk.spec import (
     GPTQ,
     MSE,
     AbsMax,
-    Adaptive,
     AdaRound,
-    AttentionSpec,
     BeamSearch,
     BestFloat,
     ConstantToken,
@@ -37,20 +34,13 @@ from .spec import (
     PerLevel,
     PerTensor,
     PerToken,
-    Recall,
-    Sage,
     ShortcutSplit,
     SiteSpec,
     Smooth,
-    SmoothBoth,
-    SmoothKeys,
-    StaticBlocks,
     TensorSpec,
     Trellis,
     TwoLevel,
     VectorCodebook,
-    did_you_mean,
-    frozen,
 )
 
 KEPT_ROLES = {
@@ -60,11 +50,11 @@ KEPT_ROLES = {
     "text_projection": "kept: entrance of the text features",
 }
 
-_W8 = TensorSpec(format=Int(bits=8), granularity=PerChannel())
+W8 = TensorSpec(format=Int(bits=8), granularity=PerChannel())
 _A8 = TensorSpec(format=Int(bits=8), granularity=PerToken(), range=Dynamic())
 _A8_STATIC = TensorSpec(format=Int(bits=8, symmetric=False), granularity=PerTensor(), range=AbsMax())
 _W4 = TensorSpec(format=Int(bits=4, symmetric=False), granularity=PerGroup(size=64), range=MSE())
-_W4_INTEGER = TensorSpec(format=Int(bits=4), granularity=TwoLevel(size=64), range=AbsMax())
+W4_INTEGER = TensorSpec(format=Int(bits=4), granularity=TwoLevel(size=64), range=AbsMax())
 _WFP8 = TensorSpec(format=Float(), granularity=PerChannel())
 _AFP8 = TensorSpec(format=Float(), granularity=PerToken(), range=Dynamic())
 _AFP8_STATIC = TensorSpec(format=Float(), granularity=PerTensor(), range=AbsMax())
@@ -77,7 +67,7 @@ _A4_GROUP = TensorSpec(format=Int(bits=4), granularity=PerGroup(size=64), range=
 
 
 _TEXT_ROLES = ("cross_attn.k", "cross_attn.v")
-_MODULATION = Rule(roles=("modulation",), spec=LayerSpec(weight=_W8), why="modulation: 8-bit weight, 16-bit input")
+_MODULATION = Rule(roles=("modulation",), spec=LayerSpec(weight=W8), why="modulation: 8-bit weight, 16-bit input")
 _LEARNED_MODULATION = Rule(
     roles=("modulation",),
     spec=LayerSpec(weight=_W4, solver=GPTQ()),
@@ -103,28 +93,28 @@ def _text_token_apart(recipe: Recipe) -> Recipe:
     return replace(recipe, rules=(*before, text, default))
 
 
-def _learned(name: str, spec: LayerSpec) -> Recipe:
+def learned(name: str, spec: LayerSpec) -> Recipe:
     return _text_token_apart(_uniform(name, spec, _LEARNED_MODULATION))
 
 
 def w8a16() -> Recipe:
     """INT8 weights per output channel, 16-bit inputs."""
-    return _uniform("w8a16", LayerSpec(weight=_W8))
+    return _uniform("w8a16", LayerSpec(weight=W8))
 
 
 def w8a8() -> Recipe:
     """INT8 weights per output channel, INT8 inputs per token, found at every call."""
-    return _uniform("w8a8", LayerSpec(weight=_W8, input=_A8))
+    return _uniform("w8a8", LayerSpec(weight=W8, input=_A8))
 
 
 def w8a8_static() -> Recipe:
     """INT8 weights per output channel, INT8 inputs with one calibrated range per tensor: the field's baseline."""
-    return _uniform("w8a8-static", LayerSpec(weight=_W8, input=_A8_STATIC))
+    return _uniform("w8a8-static", LayerSpec(weight=W8, input=_A8_STATIC))
 
 
 def w8a8_levels() -> Recipe:
     """``w8a8-static`` with a range per interval of the noise level where ranges drift: the same kernel, some numbers more."""
-    return _uniform("w8a8-levels", LayerSpec(weight=_W8, input=replace(_A8_STATIC, granularity=PerLevel())))
+    return _uniform("w8a8-levels", LayerSpec(weight=W8, input=replace(_A8_STATIC, granularity=PerLevel())))
 
 
 def w4a16() -> Recipe:
@@ -134,7 +124,7 @@ def w4a16() -> Recipe:
 
 def w4a8_rtn() -> Recipe:
     """INT4 weights in groups of 64 with integer group scales, INT8 inputs per token: one int8 matmul per layer; no prompts."""
-    return _uniform("w4a8-rtn", LayerSpec(weight=_W4_INTEGER, input=_A8))
+    return _uniform("w4a8-rtn", LayerSpec(weight=W4_INTEGER, input=_A8))
 
 
 def w4a8() -> Recipe:
@@ -142,10 +132,10 @@ def w4a8() -> Recipe:
 
     Of the compositions measured at these bytes the best where inputs have outliers (docs/methods/comparison.md).
     """
-    return _learned("w4a8", _integers(_W4_INTEGER))
+    return learned("w4a8", integers(W4_INTEGER))
 
 
-def _integers(weight: TensorSpec) -> LayerSpec:
+def integers(weight: TensorSpec) -> LayerSpec:
     return LayerSpec(weight=weight, input=_A8, solver=GPTQ(), transforms=(Smooth(),))
 
 
@@ -161,7 +151,7 @@ def fp8_static() -> Recipe:
 
 def fp4() -> Recipe:
     """FP4 E2M1 weights in groups of 64 with learned rounding, FP8 inputs per token (as FP4DiT, arXiv 2503.15465)."""
-    return _learned("fp4", LayerSpec(weight=_WFP4, input=_AFP8, solver=AdaRound()))
+    return learned("fp4", LayerSpec(weight=_WFP4, input=_AFP8, solver=AdaRound()))
 
 
 def nvfp4() -> Recipe:
@@ -179,12 +169,12 @@ def mxfp4() -> Recipe:
 def w4a4_svd() -> Recipe:
     """INT4 weights and inputs in groups of 64, smoothed, with a 16-bit branch of rank 32 (SVDQuant, arXiv 2411.05007) and GPTQ."""
     spec = LayerSpec(weight=_W4_GROUP, input=_A4_GROUP, solver=GPTQ(), transforms=(Smooth(),), low_rank=LowRank(rank=32))
-    return _learned("w4a4-svd", spec)
+    return learned("w4a4-svd", spec)
 
 
 def w4a4_rot() -> Recipe:
     """INT4 weights and inputs in groups of 64, rotated by Hadamard matrices, GPTQ."""
-    return _learned("w4a4-rot", LayerSpec(weight=_W4_GROUP, input=_A4_GROUP, solver=GPTQ(), transforms=(Hadamard(),)))
+    return learned("w4a4-rot", LayerSpec(weight=_W4_GROUP, input=_A4_GROUP, solver=GPTQ(), transforms=(Hadamard(),)))
 
 
 def _viditq(name: str, spec: LayerSpec, also_kept: Mapping[str, str]) -> Recipe:
@@ -220,14 +210,14 @@ def viditq_w8a8() -> Recipe:
     The authors' settings for PixArt-Sigma, but weights without a zero point, as integer kernels take them.
     """
     kept = {role: f"kept: {what} of the text, as in the paper" for role, what in zip(_TEXT_ROLES, ("keys", "values"), strict=True)}
-    return _viditq("viditq-w8a8", LayerSpec(weight=_W8, input=_A8), kept)
+    return _viditq("viditq-w8a8", LayerSpec(weight=W8, input=_A8), kept)
 
 
 def _mixdq(name: str, weight: TensorSpec) -> Recipe:
     """MixDQ's static quantization (arXiv 2405.17873) of one width: everything but the inputs of the first and last layer."""
     edges = Rule(
         roles=("patch_embedding", "output_projection"),
-        spec=LayerSpec(weight=_W8),
+        spec=LayerSpec(weight=W8),
         why="8-bit weight, 16-bit input: first and last layer, as in the paper",
     )
     rest = Rule(
@@ -239,7 +229,7 @@ def _mixdq(name: str, weight: TensorSpec) -> Recipe:
 
 def mixdq_w8a8() -> Recipe:
     """INT8 weights per channel, INT8 inputs per tensor, calibrated; constant text token and concatenated inputs apart (MixDQ)."""
-    return _mixdq("mixdq-w8a8", _W8)
+    return _mixdq("mixdq-w8a8", W8)
 
 
 def mixdq_w4a8() -> Recipe:
@@ -257,7 +247,7 @@ def llm_fp4() -> Recipe:
 
 def _vqdm(bits: int) -> Recipe:
     weight = TensorSpec(format=VectorCodebook(books=bits), granularity=PerChannel())
-    return _learned(f"vqdm-{bits}bit", LayerSpec(weight=weight, solver=BeamSearch()))
+    return learned(f"vqdm-{bits}bit", LayerSpec(weight=weight, solver=BeamSearch()))
 
 
 def vqdm_2bit() -> Recipe:
@@ -292,7 +282,7 @@ def vq4dit_3bit() -> Recipe:
 
 def _trellis(bits: int) -> Recipe:
     weight = TensorSpec(format=Trellis(bits=bits), granularity=PerChannel())
-    return _learned(f"trellis-{bits}bit", LayerSpec(weight=weight, solver=GPTQ(), transforms=(Hadamard(),)))
+    return learned(f"trellis-{bits}bit", LayerSpec(weight=weight, solver=GPTQ(), transforms=(Hadamard(),)))
 
 
 def trellis_2bit() -> Recipe:
@@ -327,61 +317,6 @@ def of_width(bits: int, inputs: int = 8) -> Recipe:
     return _uniform(f"w{bits}a{inputs}", LayerSpec(weight=weight, input=given))
 
 
-CONTENT_ROLES = (*(f"cross_attn.{part}" for part in ("q", "k", "v", "out")), "ff.up", "ff.down")
-"""MixDQ's content group: what a picture shows. Everything else is its quality group."""
-
-
-@frozen
-class Search:
-    """A recipe with a budget: what every layer may become, and how many bits per weight all may take (``dqtk allocate --search``).
-
-    bits: stored, on average over all planned layers, kept ones at 16. scores: (group, name of its score). sweep: of the ratio
-    between the groups' budgets. switch: exchanges of levels to try.
-    """
-
-    name: str
-    candidates: tuple[Recipe, ...]
-    bits: float
-    scores: tuple[tuple[str, str], ...] = ()
-    sweep: bool = False
-    switch: int | None = None
-
-
-def auto() -> Search:
-    """Ours: smoothed and learned weights of 2, 3 and 4 bits, or INT8, with INT8 inputs, at 4.5 bits; 100 exchanges."""
-    narrow = [_learned(f"w{bits}a8", _integers(replace(_W4_INTEGER, format=Int(bits=bits)))) for bits in (2, 3)]
-    return Search(name="auto", candidates=(*narrow, w4a8(), w8a8()), bits=4.5, switch=100)
-
-
-def mixdq_w3_66a16() -> Search:
-    """MixDQ (arXiv 2405.17873): weights per channel of 2, 4 or 8 bits in its content group, 4 or 8 elsewhere, at 3.66 bits.
-
-    Content by SSIM of pictures, the ratio of the groups' budgets swept, as in the paper; nothing is kept. Quality layers minimise a
-    sum of noise powers, where the paper maximises one of decibels.
-    """
-    found = []
-    for bits in (2, 4, 8):
-        wide, narrow = (LayerSpec(weight=TensorSpec(format=Int(bits=b), granularity=PerChannel())) for b in (max(bits, 4), bits))
-        rules = (Rule(roles=CONTENT_ROLES, spec=narrow, why="mixdq: content"), Rule(spec=wide, why="mixdq: quality"))
-        found.append(Recipe(name=f"mixdq-w{bits}a16", rules=rules))
-    return Search(name="mixdq-w3.66a16", candidates=tuple(found), bits=3.66, scores=(("content", "ssim"),), sweep=True)
-
-
-def viditq_mp_w4a8() -> Search:
-    """ViDiT-Q's mixed W4A8 (arXiv 2406.02540): ``viditq-w4a8`` with 4 or 8 bits per layer, at 6 bits.
-
-    The authors' plan for PixArt-Sigma was made by hand (8 bits for the feed-forwards and both end blocks); 6 bits are its average.
-    """
-    four = viditq_w4a8()
-    rules = tuple(replace(r, spec=replace(r.spec, weight=_W8)) if isinstance(r.spec, LayerSpec) else r for r in four.rules)
-    return Search(name="viditq-mp-w4a8", candidates=(four, Recipe(name="viditq-w8a8", rules=rules)), bits=6.0)
-
-
-def vq_auto() -> Search:
-    """Trellis codes of 2, 3 or 4 bits per layer, or INT8 weights, at 3 bits; 16-bit inputs; 100 exchanges."""
-    return Search(name="vq-auto", candidates=(trellis_2bit(), trellis_3bit(), trellis_4bit(), w8a16()), bits=3.0, switch=100)
-
-
 RECIPES = {
     "w8a16": w8a16,
     "w8a8": w8a8,
@@ -412,81 +347,3 @@ RECIPES = {
     "trellis-3bit": trellis_3bit,
     "trellis-4bit": trellis_4bit,
 }
-
-
-SEARCHES = {"auto": auto, "mixdq-w3.66a16": mixdq_w3_66a16, "viditq-mp-w4a8": viditq_mp_w4a8, "vq-auto": vq_auto}
-
-
-def search_named(name: str) -> Search:
-    """A recipe with a budget. Raises ``ValueError`` with a suggestion for an unknown name."""
-    if name not in SEARCHES:
-        raise ValueError(f"allocate: search must be one of {', '.join(SEARCHES)}, got {name!r}.{did_you_mean(name, SEARCHES)}")
-    return SEARCHES[name]()
-
-
-DENSITY = 0.5  # where none is given
-
-
-def _paro(density: float, bits: int | None) -> AttentionSpec:
-    """PAROAttention (arXiv 2506.16054): an order per head, static blocks, queries, keys, probabilities and values as integers.
-
-    Probabilities have a scale per row of a block, and 4-bit queries are smoothed too: both are finer than the paper's and free.
-    """
-    codes = None if bits is None else Int(bits=bits)
-    smooth = None if bits is None else SmoothKeys() if bits == 8 else SmoothBoth()
-    return AttentionSpec(order=Recall(), mask=StaticBlocks(density=density), qk=codes, pv=codes, smooth=smooth)
-
-
-def _adaptive(density: float) -> AttentionSpec:
-    """``paro-int8`` with 4 bits where a head's output moves by a twentieth at most, and 16 where 8 move it by more."""
-    return replace(_paro(density, bits=8), smooth=SmoothBoth(), adapt=Adaptive())
-
-
-def _dense(density: float) -> AttentionSpec:
-    """All of it, as it is, by dqtk's own kernel where there is one."""
-    if density != DENSITY:
-        raise ValueError(f"attention: density must be left out for dense, got {density}. Take paro.")
-    return AttentionSpec()
-
-
-def _sage(density: float) -> AttentionSpec:
-    """An installed SageAttention."""
-    if density != DENSITY:
-        raise ValueError(f"attention: density must be left out for sage, got {density}. Take paro-int8.")
-    return AttentionSpec(kernel=Sage())
-
-
-ATTENTION: dict[str, Callable[[float], AttentionSpec]] = {
-    "dense": _dense,
-    "paro": partial(_paro, bits=None),
-    "paro-int8": partial(_paro, bits=8),
-    "paro-int4": partial(_paro, bits=4),
-    "paro-adaptive": _adaptive,
-    "sage": _sage,
-}
-"""How attention is computed, by name; a function of the density. As recipes of their own they leave layers at 16 bits."""
-
-
-def attention_named(name: str, density: float = DENSITY) -> AttentionSpec:
-    """Raises ``ValueError`` with a suggestion for an unknown name."""
-    if name not in ATTENTION:
-        raise ValueError(f"attention: name must be one of {', '.join(ATTENTION)}, got {name!r}.{did_you_mean(name, ATTENTION)}")
-    return ATTENTION[name](density)
-
-
-def recipe_named(name: str) -> Recipe:
-    """A generic recipe. Raises ``ValueError`` with a suggestion for an unknown name, and for one that is a search."""
-    if name in SEARCHES:
-        raise ValueError(
-            f"recipe: name must be of a recipe without a budget, got {name!r}, which measures layers first. "
-            f"dqtk allocate MODEL --search {name} --output plan.json, then dqtk quantize MODEL --plan plan.json "
-            "--stats plan-sensitivity.safetensors; "
-            f"in Python made = dqtk.allocate(pipe, prompts, {name!r}), then dqtk.quantize(pipe, made.plan, made.stats)."
-        )
-    if name in ATTENTION:
-        return Recipe(name=name, rules=(Rule(spec=attention_named(name), why=f"{name}: attention alone"),))
-    if name not in RECIPES:
-        raise ValueError(
-            f"recipe: name must be one of {', '.join(RECIPES)}, got {name!r}.{did_you_mean(name, [*RECIPES, *ATTENTION])}"
-        )
-    return RECIPES[name]()
