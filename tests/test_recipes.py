@@ -61,7 +61,7 @@ LEARNING = {
     "trellis-3bit",
     "trellis-4bit",
 }  # from inputs seen on prompts
-OWN_LEARNING = ("w4a8", "fp4", "w4a4-svd", "w4a4-rot")  # not those of papers
+OWN_LEARNING = ("w4a8", "fp4", "w4a4-svd", "w4a4-rot", *(f"{kind}-{bits}bit" for kind in ("vqdm", "trellis") for bits in (2, 3, 4)))
 EXACT_TEXT = {
     "viditq-w8a8": ("cross_attn.k", "cross_attn.v"),
     "viditq-w4a8-video": ("cross_attn.q", "cross_attn.k", "cross_attn.v", "cross_attn.out"),
@@ -112,7 +112,7 @@ def test_mixdq_rounds_everything_but_the_inputs_of_both_ends(name, load_tiny):
         assert describe(choice.spec) == f"W{bits} per channel, A8 per tensor asym, {token}split"
 
 
-@pytest.mark.parametrize("name", [*OWN_LEARNING, "vqdm-3bit", "trellis-2bit"])
+@pytest.mark.parametrize("name", OWN_LEARNING)
 def test_text_keys_and_values_look_for_a_constant_token(name, load_tiny):
     for choice in dqtk.plan(load_tiny("sdxl"), name).choices:
         text = choice.site.role in ("cross_attn.k", "cross_attn.v")
