@@ -106,7 +106,7 @@ def _allocation(verb: argparse.ArgumentParser) -> None:
         type=_positive,
         nargs="+",
         metavar="BITS",
-        help="of weights, to choose among (2 3 4 8), or columns of the log (2 4 8)",
+        help="of weights, to choose among (2 3 4 5 6 8), or columns of the log (2 4 8)",
     )
     verb.add_argument(
         "--input-widths",
@@ -142,7 +142,10 @@ def _allocation(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument("--sweep", action="store_true", help="try ratios, and take the best by pictures of 8 of the prompts")
     verb.add_argument(
-        "--switch", type=_positive, metavar="N", help="then try N exchanges of levels between layers, judged on calls of their own"
+        "--switch",
+        type=_count,
+        metavar="N",
+        help="then try N exchanges of levels between layers, judged on calls of their own (0: none, whatever the search has)",
     )
     verb.add_argument(
         "--parts",
@@ -234,6 +237,12 @@ def _budget(text: str) -> Budget:
         return parse_budget(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error  # argparse would not show the text of a ValueError
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"value must be a whole number from 0 up, got {text!r}.")
+    return int(text)
 
 
 def _positive(text: str) -> int:

@@ -54,7 +54,7 @@ def explain(plan: Plan, sites: bool = True) -> str:
 
 
 def totals(plan: Plan) -> str:
-    """One line per component and their sum: size against bf16, how many layers got which bits."""
+    """One line per component and their sum: size against bf16, how many layers got which bits; then how attention is computed."""
     sizes = {component.name: plan.sizes(component.name) for component in plan.components}
     bits = {name: Counter(width for c in plan.of(name).choices for width in _widths(c.spec)) for name in sizes}
     if len(sizes) > 1:
@@ -75,7 +75,9 @@ def totals(plan: Plan) -> str:
         ]
         for name, size in sizes.items()
     ]
-    return table(["component", "parameters", "bf16", "quantized", "ratio", "left at 16 bit", "layers"], rows)
+    text = table(["component", "parameters", "bf16", "quantized", "ratio", "left at 16 bit", "layers"], rows)
+    attention = Counter(describe_attention(choice.spec) for choice in plan.attention if choice.spec is not None)
+    return "\n".join([text, *(f"attention: {num} as {how}" for how, num in attention.most_common())])
 
 
 def runs(plan: Plan) -> str:

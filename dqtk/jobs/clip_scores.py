@@ -64,7 +64,7 @@ def unfit_clips(score: Any, pictures: Sequence[Picture], fps: float | None) -> s
     if not mine:
         return f"{score.label} needs prompts of the suite that have it among their dimensions, got none"
     if getattr(score, "needs_fps", False) and fps is None:
-        return f"{score.label} needs the frame rate that the clips are made for, got none; set fps"
+        return f"{score.label} needs the frame rate that the clips are made for, got none; set fps, --fps"
     short = min(len(clip.frames) for clip in mine)
     if short < score.least:
         return f"{score.label} needs at least {score.least} frames, got {short}"

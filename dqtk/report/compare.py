@@ -23,7 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dqtk.calls import call_arguments, check_call_names, denoisers
+from dqtk.calls import call_arguments, check_call_names, denoisers, makes_clips
 from dqtk.sites import find_sites
 
 from . import environment
@@ -162,6 +162,11 @@ def compare(
     by_default = tuple(scores) == DEFAULT_SCORES
     wanted = (*scores, *CLIP_SCORES) if by_default else scores
     image_scores, missing = resolve_scores(wanted, lpips_net=lpips_net, lpips_weights=lpips_weights)
+    if makes_clips(reference) != makes_clips(candidate):
+        raise ValueError(
+            "compare: both pipelines must make pictures, or both clips, got "
+            f"{type(reference).__name__} and {type(candidate).__name__}. Compare a pipeline with what was made from it."
+        )
     for pipe in (reference, candidate):
         check_call_names(pipe, kwargs, "compare: call_kwargs")
     tasks = make_tasks(prompts, seed, seeds_per_prompt)

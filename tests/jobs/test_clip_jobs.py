@@ -191,7 +191,7 @@ def test_what_clips_lack_is_said(clips, pictures, tmp_path):
     metrics = ["dynamic_degree", "appearance_style", "motion_smoothness", "aesthetic_quality", "overall_consistency"]
     said = reasons(evaluate(clean, clean, tmp_path / "a", metrics=metrics, extractors=["tiny-clip", "lucas-kanade"]))
     assert said == {
-        "dynamic_degree[lucas-kanade]": "Dynamic degree needs the frame rate that the clips are made for, got none; set fps",
+        "dynamic_degree[lucas-kanade]": "Dynamic degree needs the frame rate that the clips are made for, got none; set fps, --fps",
         "appearance_style[tiny-clip]": "Appearance style needs the style of every clip, got none for 3, such as 0000-0",
         "motion_smoothness": "Motion smoothness needs an interpolator of frames, such as warp:lucas-kanade, "
         "got tiny-clip, lucas-kanade",

@@ -17,6 +17,7 @@ from dqtk.pipelines.tiny.motion import judge, render, sample_clip
 from dqtk.pipelines.tiny.train_wan_vae import new_wan_vae
 from PIL import Image
 
+import dqtk
 from dqtk.report.clips import MAX_PAGE
 from dqtk.report.compare import compare
 from dqtk.report.film import columns_of, frames_of, sheet_of
@@ -228,3 +229,10 @@ def test_the_player_of_a_notebook_stands_alone():
     assert "http" not in shown
     with pytest.raises(ValueError, match=r"Player: clips must be equally long and of one size, got 3 and 2 frames"):
         Player(before, after[:2])._repr_html_()
+
+
+def test_pictures_are_not_compared_with_clips(load_tiny):
+    with pytest.raises(
+        ValueError, match="must make pictures, or both clips, got PixArtSigmaPipeline and WanPipeline"
+    ):
+        compare(load_tiny("pixart"), dqtk.load("tiny-wan"), ["a"], progress=False)
