@@ -14,7 +14,6 @@ from torch.nn.functional import pad
 
 from dqtk.calibrate.gather import Inputs
 from dqtk.numerics.packing import Packed
-from dqtk.numerics.trellis import TILE
 from dqtk.numerics.vector_grid import VectorGrid, WordGrid, in_units, root_mean_square
 from dqtk.spec import GPTQ, TensorSpec, Trellis, VectorCodebook
 
@@ -37,13 +36,6 @@ def vector_grid(weight: Tensor, spec: TensorSpec, gram: Tensor | None = None) ->
     else:
         importance = importance.expand(-1, weight.shape[1] // form.length)
     return WordGrid(spec=spec, scale=scale, codebook=learned_books(vectors, form, importance.reshape(-1)))
-
-
-def width_of(spec: TensorSpec) -> int:
-    """Columns that are rounded together: 1 unless a weight is made of vectors."""
-    if isinstance(spec.format, Trellis):
-        return TILE[1]
-    return spec.format.length if isinstance(spec.format, VectorCodebook) else 1
 
 
 def nearest_vectors(weight: Tensor, spec: TensorSpec) -> Packed:

@@ -9,9 +9,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dqtk.spec import PerTensor, TensorSpec, VectorCodebook
+from dqtk.spec import PerTensor, TensorSpec, Trellis, VectorCodebook
 
 from .packing import Packed, pack
+from .trellis import TILE
 from .vectors import BEAM, nearest_words, words_of
 
 
@@ -74,6 +75,13 @@ class WordGrid:
 
     def scaled(self, factor: Tensor) -> "WordGrid":
         return replace(self, scale=self.scale * factor)
+
+
+def width_of(spec: TensorSpec) -> int:
+    """Columns that are rounded together: 1 unless a weight is made of vectors."""
+    if isinstance(spec.format, Trellis):
+        return TILE[1]
+    return spec.format.length if isinstance(spec.format, VectorCodebook) else 1
 
 
 def root_mean_square(weight: Tensor, spec: TensorSpec) -> Tensor:
