@@ -228,6 +228,18 @@ def test_a_row_of_zeros_stays_zero_and_leaves_the_others_alone(name, solver, see
     torch.testing.assert_close(got[rest], dequantize_of(alone, spec), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("granularity", [PerChannel(), PerTensor()], ids=str)
+@pytest.mark.parametrize("name", FORMS)
+def test_a_weight_of_zeros_is_zero(name, granularity):
+    if name not in SEARCHED and granularity == PerTensor():
+        return  # there is no such layer
+    spec = spec_of(name, granularity)
+    packed = nearest_vectors(torch.zeros(5, 32), spec)
+    assert not dequantize(packed, spec, 32).any()
+    assert packed.scale is not None
+    assert not packed.scale.any()
+
+
 def test_a_row_whose_codes_point_away_becomes_zero(seeded):
     weight = seeded(4, 32, seed=1)
     grid = vector_grid(weight, spec_of("2 bit, one book"))
