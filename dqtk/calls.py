@@ -67,6 +67,16 @@ def prompt_argument(pipe: Any, prompts: Sequence[str], where: str) -> dict[str, 
     )
 
 
+def final_latents(pipe: Any, prompts: Sequence[str], seed: int, call_kwargs: Mapping[str, Any] | None, where: str) -> Tensor:
+    """float32 [P, ...] on the CPU, of one run with all prompts in a batch; prompt i starts from generator seed + i.
+
+    Raises ``ValueError`` as ``prompt_argument``.
+    """
+    kwargs = call_arguments(pipe, call_kwargs) | {"output_type": "latent", "return_dict": False}
+    generators = [torch.Generator().manual_seed(seed + index) for index in range(len(prompts))]
+    return pipe(**prompt_argument(pipe, prompts, where), generator=generators, **kwargs)[0].float().cpu()
+
+
 def makes_clips(pipe: Any) -> bool:
     """Whether it is a video pipeline, or the class of one: it can be asked for a number of frames."""
     named = _named(pipe if isinstance(pipe, type) else type(pipe))

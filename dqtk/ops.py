@@ -6,7 +6,7 @@ linear_int8, conv_int8   8-bit integer inputs and weights that are int8 numbers 
 linear_fp8    E4M3 inputs per token and E4M3 weights per channel
 emulated      everything else: inputs are rounded, weights decoded, and the product is that of float32 numbers
 
-``report_of`` also knows "block_attention" and "trellis_search", which no layer's spec runs as.
+``report_of`` also knows "trellis_search", which no layer's spec runs as; attention has ``report_of_attention``.
 """
 
 from dqtk import gpu, native

@@ -12,12 +12,11 @@ from typing import Any
 
 from .numerics.hadamard import block_size
 from .numerics.storage import layer_bytes
-from .numerics.trellis import TILE
+from .numerics.vector_grid import width_of
 from .sites import DENOISERS, ROLES, TEXT_ENCODERS, Adapter, AttentionSite, Site, components_of, find_attention, find_sites
 from .spec import (
     GROUPS,
     RTN,
-    VECTORS,
     AttentionSpec,
     ByLevel,
     ConstantToken,
@@ -36,7 +35,6 @@ from .spec import (
     SiteSpec,
     TensorSpec,
     Transform,
-    VectorCodebook,
     canonical,
     describe,
     describe_attention,
@@ -453,10 +451,7 @@ def _fit_block(transform: Transform, site: Site, notes: list[str]) -> Transform:
 
 def _fit_vectors(spec: LayerSpec, site: Site, notes: list[str]) -> LayerSpec:
     """Vectors whose length divides the channels, else 8 bits per channel, rounded to nearest."""
-    form = spec.weight.format
-    if not isinstance(form, VECTORS):
-        return spec
-    length = form.length if isinstance(form, VectorCodebook) else TILE[1]
+    length = width_of(spec.weight)
     if site.channels % length:
         notes.append(f"8 bit per channel: vectors of {length} do not divide {site.channels} channels")
         return replace(spec, weight=TensorSpec(format=Int(bits=8), granularity=PerChannel()), solver=RTN())

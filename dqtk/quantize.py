@@ -25,7 +25,7 @@ from .calibrate.answers import exact_outputs
 from .calibrate.gather import calls_of
 from .calibrate.intervals import settled
 from .calibrate.run import check_model, fingerprint
-from .checkpoint import FORMAT_VERSION, replace_layer, save_module, written_whole
+from .checkpoint import FORMAT_VERSION, quantized_layers, replace_layer, save_module, written_whole
 from .correct.output import check_correctable, correct_output
 from .hosts import backend_of
 from .methods.solve import Solution
@@ -35,6 +35,7 @@ from .plan import Choice, Plan, Recipe, Rule, check_fit, resolve
 from .policy import StepPolicy, combined, fixed_choices
 from .processes import ALONE, Processes, processes
 from .recipes import ATTENTION, attention_named, recipe_named
+from .refine.refinable import check_learners, check_lessons
 from .refine.refine import needs_originals, refined
 from .resolve import adapters, embedded_folder, embedded_names
 from .sites import DENOISERS, Site, components_of, find_attention, find_sites
@@ -189,8 +190,9 @@ def quantize(
     Returns:
         ``target``.
     Raises:
-        ValueError: the plan does not fit the model, statistics are missing, a policy's times cannot be found, or a weight is packed
-            already, NaN, infinite, integer or on the meta device. Nothing was changed then.
+        ValueError: the plan does not fit the model, statistics are missing, a policy's times cannot be found, ``refine`` asks what
+            layers or kept calls cannot give, or a weight is packed already, NaN, infinite, integer or on the meta device. Nothing
+            was changed then.
     """
     made = plan if isinstance(plan, Plan) else _make_plan(target, plan)
     folder = None if checkpoint is None else Path(checkpoint)
@@ -203,6 +205,8 @@ def quantize(
     _check_options(made, max_memory=max_memory, refine=refine, folder=folder, sequential=sequential, world=me.world)
     parts = components_of(target)
     check_fit(made, parts)
+    if refine is not None:
+        _check_learners(made, parts, refine)
     if (made.needs_stats or taught) and stats is None:
         stats = _calibrated(target, made, prompts, folder, me, call_kwargs=call_kwargs, keep_calls=taught, progress=progress)
     work = [choice for choice in made.choices if choice.spec is not None]
@@ -220,6 +224,11 @@ def quantize(
     exact = exact_outputs(students, stats) if stats is not None else {}
     if correct and stats is not None:
         check_correctable(students, stats, exact)
+    if refine is not None and stats is not None:
+        for name in students:
+            check_lessons(
+                name, refine, [c.site.path for c in work if c.site.component == name], calls_of(stats.calls, name), exact[name]
+            )
     kept = None
     if folder is not None and stats is not None and made.needs_stats and not sequential:
         kept = SolvedFolder(folder / "solved", _task(target, made, work, stats), me)
@@ -307,6 +316,15 @@ def _denoisers_among(touched: Iterable[str], parts: Mapping[str, nn.Module]) -> 
             "quantize: correct and refine must be left out where no denoiser of a pipeline is quantized, got one. Leave it out."
         )
     return found
+
+
+def _check_learners(plan: Plan, parts: Mapping[str, nn.Module], refine: Refiner) -> None:
+    """Raises ``ValueError`` for a refiner that asks of layers what they cannot do; it is known before calibration."""
+    for name in dict.fromkeys(choice.site.component for choice in plan.choices):
+        planned = {choice.site.path: choice.spec for choice in plan.of(name).choices if choice.spec is not None}
+        if planned and DENOISERS.fullmatch(name):
+            there = {path: layer.spec for path, layer in quantized_layers(parts[name]).items()}
+            check_learners(name, parts[name], refine, there | planned, planned)
 
 
 def _calibrated(target: Any, plan: Plan, prompts: Sequence[str] | None, folder: Path | None, me: Processes, **how: Any) -> Stats:

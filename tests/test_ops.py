@@ -110,7 +110,6 @@ def test_reports_name_what_runs():
     assert report_of("linear_int8", "mps") == "emulated in floating point"
     assert report_of("linear_fp8", "cpu") == "emulated in floating point"
     assert report_of("emulated", "cuda") == "emulated in floating point"
-    assert report_of("block_attention", "mps") == "live blocks gathered for torch's own attention; integers emulated"
     assert report_of("weight_only", "mps") == "weights decoded to the compute dtype, then torch's own matmul"
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from dqtk.numerics.vector_grid import width_of
 from dqtk.plan import Choice
 from dqtk.sites import Site
 from dqtk.spec import GROUPS, ConstantToken, Hadamard, LayerSpec, ShortcutSplit, Transform
@@ -34,7 +35,7 @@ SAME = 2.0**-6  # of a token's norm: how far rounding in the encoder may move it
 def looked(module: nn.Module, calls: Sequence[Call], work: Sequence[Choice]) -> tuple[list[Choice], dict[str, Tensor]]:
     """The choices of one component with what they look for found or left out, and the constant tokens [K] by ``input_name``.
 
-    Warns (``UserWarning``) of a layer whose parts do not fit its groups.
+    Warns (``UserWarning``) of a layer that stays whole, because its parts do not fit its groups, vectors or branch.
     """
     asked = [choice for choice in work if isinstance(choice.spec, LayerSpec) and choice.spec.looks]
     if not asked:
@@ -66,12 +67,14 @@ def _fits(spec: LayerSpec, site: Site, places: tuple[int, ...]) -> bool:
     widths = [b - a for a, b in pairwise(bounds)]
     granularities = [tensor.granularity for tensor in (spec.weight, spec.input) if tensor is not None]
     steps = [g.size for g in granularities if isinstance(g, GROUPS)]
+    steps.append(width_of(spec.weight))
     steps += [4 for transform in spec.transforms if isinstance(transform, Hadamard)]
     least = 1 if spec.low_rank is None else spec.low_rank.rank
     good = all(width % step == 0 for width in widths for step in steps) and min(widths) >= least
     if not good:
         warnings.warn(
-            f"quantize: {site.id} stays whole: its input is joined of {widths} channels, which its groups or branch do not fit.",
+            f"quantize: {site.id} stays whole: its input is joined of {widths} channels, which its groups, vectors or branch do "
+            "not fit.",
             stacklevel=2,
         )
     return good

@@ -2,6 +2,9 @@
 
 What is measured is the error of the final latents, because an early error is carried and changed by every step behind it. Two
 pipelines are held at once: the original, and the quantized one, whose denoisers serve the calls of one interval at a time.
+
+``refine/influence.py`` needs no quantized model: it adds noise of one power to single steps, and so finds what an error counts
+and not how large it is.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dqtk.calibrate.schedule import run_times, time_at
-from dqtk.calls import call_arguments, denoisers, given_arguments, prompt_argument, time_of
+from dqtk.calls import denoisers, final_latents, given_arguments, time_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,25 +61,21 @@ def sensitive_steps(
         )
     times = run_times(pipe, prompts, call_kwargs)
     bounds = [index / num_intervals for index in range(num_intervals + 1)]
-    exact = final_latents(pipe, prompts, seed, call_kwargs)
+    exact = _latents(pipe, prompts, seed, call_kwargs)
     found = []
     for begin, end in pairwise(bounds):
         with ExitStack() as stack:
             for name, part in denoisers(pipe).items():
                 stack.enter_context(_served(part, theirs[name], _inside(times, begin, end)))
-            got = final_latents(pipe, prompts, seed, call_kwargs)
+            got = _latents(pipe, prompts, seed, call_kwargs)
         found.append(Sensitivity(begin=begin, end=end, error=float((got - exact).square().sum() / exact.square().sum())))
     return sorted(found, key=lambda part: -part.error)
 
 
-def final_latents(pipe: Any, prompts: Sequence[str], seed: int, call_kwargs: Mapping[str, Any] | None) -> Tensor:
+def _latents(pipe: Any, prompts: Sequence[str], seed: int, call_kwargs: Mapping[str, Any] | None) -> Tensor:
     """float32 [P, ...] on the CPU, a run per prompt."""
-    kwargs = call_arguments(pipe, call_kwargs) | {"output_type": "latent", "return_dict": False}
-    found = []
-    for index, prompt in enumerate(prompts):
-        generator = torch.Generator().manual_seed(seed + index)
-        found.append(pipe(**prompt_argument(pipe, [prompt], "sensitive_steps"), generator=generator, **kwargs)[0].float().cpu())
-    return torch.cat(found)
+    runs = (final_latents(pipe, [prompt], seed + i, call_kwargs, "sensitive_steps") for i, prompt in enumerate(prompts))
+    return torch.cat(list(runs))
 
 
 def _inside(times: Sequence[float], begin: float, end: float) -> Callable[[float], bool]:

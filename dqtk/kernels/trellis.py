@@ -3,7 +3,9 @@
 A weight is cut into tiles and each tile is a ring (``numerics/trellis.py``: ``to_tiles``).
 """
 
+import sys
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from torch import Tensor
 from dqtk import gpu, native
 from dqtk.numerics.packing import Packed
 from dqtk.numerics.trellis import TILE, decode, encode, from_tiles, search_inputs, unpack
+from dqtk.ops import report_of
 from dqtk.spec import TensorSpec, Trellis
 
 from .decoded import linear_in_chunks
@@ -46,13 +49,20 @@ class TrellisDecoding:
 def encode_trellis(x: Tensor, trellis: Trellis, *, weight: Tensor | None = None) -> Tensor:
     """``trellis.encode``, the same states, through the native search on a CPU that has one, else through torch.
 
-    ``report_of("trellis_search", device)`` says which. A thread holds T 2^(L - KV) / V bytes while it searches: 4 MiB for a row of
-    256 numbers at L = 16 and 2 bits.
+    ``report_of("trellis_search", device)`` says which; a line on stderr does, once, of torch on a CPU. A thread of the native
+    search holds T 2^(L - KV) / V bytes meanwhile: 4 MiB for a row of 256 numbers at L = 16 and 2 bits.
     """
     library = native.load() if x.device.type == "cpu" else None
     if library is None:
+        if x.device.type == "cpu":
+            _say_slow()
         return encode(x, trellis, weight=weight)
     return native.trellis_search(library, *search_inputs(x, trellis, weight), trellis)
+
+
+@cache
+def _say_slow() -> None:
+    print(f"dqtk: trellis codes are found by {report_of('trellis_search', 'cpu')}", file=sys.stderr)
 
 
 def decode_trellis_reference(packed, scale, n, k, tile_rows, tile_columns, state_bits, bits, vector, dtype) -> Tensor:

@@ -29,12 +29,15 @@ def learned_books(vectors: Tensor, form: VectorCodebook, importance: Tensor | No
     Args:
         vectors: float [V, D].
         form: how many books of how many words.
-        importance: float [V], what a squared error of each counts; None: the same.
+        importance: float [V], what a squared error of each counts; None: the same. Those that count nothing are left out, unless
+            none counts.
         beam: of the search for codes.
     Returns:
         float16 [M, W, D].
     """
     draw = torch.Generator().manual_seed(0)
+    if importance is not None and bool((counted := importance > 0).any()):
+        vectors, importance = vectors[counted], importance[counted]
     if len(vectors) > (most := max(SAMPLE * form.words, LEAST_SAMPLE)):
         some = torch.randperm(len(vectors), generator=draw)[:most].to(vectors.device)
         vectors, importance = vectors[some], None if importance is None else importance[some]

@@ -18,6 +18,7 @@ from dqtk.numerics.hadamard import pack_signs, random_signs, rotate
 from dqtk.numerics.inputs import round_input
 from dqtk.numerics.packing import Packed, dequantize
 from dqtk.numerics.storage import parts_of, stored_name
+from dqtk.numerics.vector_grid import width_of
 from dqtk.numerics.weight_grid import fit_grid
 from dqtk.spec import (
     GPTQ,
@@ -50,7 +51,7 @@ from .low_rank import low_rank
 from .rtn import rtn
 from .shortcut_split import columns_of, inputs_of
 from .smooth import smoothing
-from .vectors import nearest_vectors, swept_vectors, width_of
+from .vectors import nearest_vectors, swept_vectors
 
 SEARCH_ROWS = 512  # of a weight, evenly: on them smoothing is searched
 FINAL_ROWS = 64  # on them it is judged once more, behind a solver that learns

@@ -12,6 +12,7 @@ from torch import Tensor
 from dqtk.kernels import encode_trellis
 from dqtk.numerics.packing import Packed
 from dqtk.numerics.trellis import TILE, decode, from_tiles, pack, to_tiles
+from dqtk.numerics.vector_grid import in_units
 from dqtk.spec import TensorSpec, Trellis
 
 
@@ -40,7 +41,7 @@ class TrellisGrid:
         columns = torch.ones(self.width, device=weight.device) if root is None else root.square().sum(dim=1)
         importance = self.scale.square() * columns.repeat(weight.shape[1] // self.width)
         importance = importance / importance.amax().clamp(min=1e-30)
-        tiles = to_tiles(weight.float() / self.scale, TILE)
+        tiles = to_tiles(in_units(weight, self.scale), TILE)
         states = encode_trellis(tiles, self._form, weight=to_tiles(importance, TILE))
         return states.unflatten(0, (-1, weight.shape[1] // self.width))
 

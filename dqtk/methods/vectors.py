@@ -14,8 +14,7 @@ from torch.nn.functional import pad
 
 from dqtk.calibrate.gather import Inputs
 from dqtk.numerics.packing import Packed
-from dqtk.numerics.trellis import TILE
-from dqtk.numerics.vector_grid import VectorGrid, WordGrid, root_mean_square
+from dqtk.numerics.vector_grid import VectorGrid, WordGrid, in_units, root_mean_square
 from dqtk.spec import GPTQ, TensorSpec, Trellis, VectorCodebook
 
 from .books import learned_books
@@ -30,20 +29,13 @@ def vector_grid(weight: Tensor, spec: TensorSpec, gram: Tensor | None = None) ->
     if isinstance(form, Trellis):
         return TrellisGrid(spec=spec, scale=scale)
     assert isinstance(form, VectorCodebook)
-    vectors = (weight.float() / scale).reshape(-1, form.length)
+    vectors = in_units(weight, scale).reshape(-1, form.length)
     importance = scale.square().expand(len(weight), 1)
     if gram is not None:
         importance = importance * gram.diagonal().float().view(1, -1, form.length).mean(dim=2)
     else:
         importance = importance.expand(-1, weight.shape[1] // form.length)
     return WordGrid(spec=spec, scale=scale, codebook=learned_books(vectors, form, importance.reshape(-1)))
-
-
-def width_of(spec: TensorSpec) -> int:
-    """Columns that are rounded together: 1 unless a weight is made of vectors."""
-    if isinstance(spec.format, Trellis):
-        return TILE[1]
-    return spec.format.length if isinstance(spec.format, VectorCodebook) else 1
 
 
 def nearest_vectors(weight: Tensor, spec: TensorSpec) -> Packed:
@@ -84,14 +76,17 @@ def swept_codes(weight: Tensor, grid: VectorGrid, gram: Tensor, solver: GPTQ, fa
 
 
 def rescaled(weight: Tensor, grid: VectorGrid, codes: Tensor, gram: Tensor | None = None) -> VectorGrid:
-    """The grid with the scales, of each row or of all, under which these codes lose least; by second moments if they are given."""
+    """The grid with the scales, of each row or of all, under which these codes lose least; by second moments if they are given.
+
+    0 where a row of zeros loses less than these codes at any positive scale.
+    """
     values = grid.decode(codes).double()
     moved = values if gram is None else values @ gram.double()
     over, under = ((each * moved).sum(dim=1, keepdim=True) for each in (weight.double(), values))
     if grid.scale.shape[0] == 1:
         over, under = over.sum().view(1, 1), under.sum().view(1, 1)
-    fine = (over > 0) & (under > 0)
-    return grid.scaled(torch.where(fine, over / torch.where(fine, under, 1.0), 1.0).float())
+    fine = under > 0
+    return grid.scaled(torch.where(fine, (over / torch.where(fine, under, 1.0)).clamp(min=0), 1.0).float())
 
 
 def better_codes(weight: Tensor, codes: Tensor, others: Tensor, grid: VectorGrid, gram: Tensor) -> Tensor:

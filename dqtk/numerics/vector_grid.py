@@ -9,9 +9,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dqtk.spec import PerTensor, TensorSpec, VectorCodebook
+from dqtk.spec import PerTensor, TensorSpec, Trellis, VectorCodebook
 
 from .packing import Packed, pack
+from .trellis import TILE
 from .vectors import BEAM, nearest_words, words_of
 
 
@@ -28,7 +29,7 @@ class VectorGrid(Protocol):
 
     @property
     def scale(self) -> Tensor:
-        """float32 [N, 1] or [1, 1]."""
+        """float32 [N, 1] or [1, 1]; 0 of a row of zeros, whose codes then mean zeros whatever they are."""
 
     def encode(self, weight: Tensor, root: Tensor | None = None) -> Tensor:
         """Codes near ``weight`` [N, G * width], every ``width`` columns under the error e root root^T e^T (None: e e^T)."""
@@ -61,7 +62,7 @@ class WordGrid:
         return 1
 
     def encode(self, weight: Tensor, root: Tensor | None = None) -> Tensor:
-        vectors = (weight.float() / self.scale).reshape(-1, self.width)  # a row's scale does not move its nearest words
+        vectors = in_units(weight, self.scale).reshape(-1, self.width)  # a row's scale does not move its nearest words
         return nearest_words(vectors, self.codebook, root, self.beam).view(len(weight), -1, len(self.codebook))
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -76,9 +77,20 @@ class WordGrid:
         return replace(self, scale=self.scale * factor)
 
 
+def width_of(spec: TensorSpec) -> int:
+    """Columns that are rounded together: 1 unless a weight is made of vectors."""
+    if isinstance(spec.format, Trellis):
+        return TILE[1]
+    return spec.format.length if isinstance(spec.format, VectorCodebook) else 1
+
+
 def root_mean_square(weight: Tensor, spec: TensorSpec) -> Tensor:
-    """float32 [N, 1] or [1, 1]: what a weight [N, K] is divided by; 1 where it is zero."""
+    """float32 [N, 1] or [1, 1]: what a weight [N, K] is divided by; 0 where it is zero."""
     square = weight.float().square()
     mean = square.mean().view(1, 1) if isinstance(spec.granularity, PerTensor) else square.mean(dim=1, keepdim=True)
-    scale = mean.sqrt()
-    return torch.where(scale <= 1e-30, torch.ones_like(scale), scale)
+    return mean.sqrt()
+
+
+def in_units(weight: Tensor, scale: Tensor) -> Tensor:
+    """float32 [N, K]: a weight divided by its scales; as it is where a scale is 0."""
+    return weight.float() / torch.where(scale == 0, 1.0, scale)

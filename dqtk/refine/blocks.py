@@ -31,6 +31,7 @@ from dqtk.spec import Reconstruct, canonical
 
 from .descent import call_at
 from .learning import Lesson, Refined, learn, seen_and_unseen, start_digest
+from .refinable import check_learners
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +64,12 @@ def reconstruct(
         folder: for a file per block, from which an interrupted run goes on.
         progress: show bars.
     Raises:
-        ValueError: nothing is quantized, calls of one run, a loss that is no number, or a file of another run.
+        ValueError: nothing is quantized, calls of one run, what ``check_learners`` refuses, a loss that is no number, or a file of
+            another run.
     """
     layers = {path: layer for path, layer in quantized_layers(module).items() if path in originals}
     seen, unseen = seen_and_unseen(name, layers, [call.run for call in calls])
+    check_learners(name, module, choice, {path: layer.spec for path, layer in layers.items()}, originals)
     blocks: dict[str, dict[str, Quantized]] = {}
     for path in counted(module, calls[0], layers):
         blocks.setdefault(repeated_block(path), {})[path] = layers[path]

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dqtk.calibrate.levels import bucket_of
 from dqtk.calibrate.replay import Call, arguments_for, made
 from dqtk.checkpoint import quantized_layers
 from dqtk.nn.correction import output_of
@@ -29,6 +28,7 @@ from dqtk.spec import Distill, canonical
 
 from .descent import call_at, drawn_at
 from .learning import Lesson, Refined, is_matrix, is_table, learn, seen_and_unseen, start_digest
+from .refinable import check_halves, check_learners, counts_of
 from .selection import selected
 from .team import ALONE, Team
 
@@ -59,12 +59,13 @@ def distill(
         progress: show a bar with the time left, and the error before and after.
     Raises:
         ValueError: nothing is quantized, calls of one run, guidance over a call of an odd batch, influence that counts no call,
-            roles that no layer has, a loss that is no number, or a file of another run.
+            what ``check_learners`` refuses, a loss that is no number, or a file of another run.
     """
     layers = quantized_layers(module)
     seen, unseen = seen_and_unseen(name, layers, [call.run for call in calls])
-    counts = _counts(name, calls, choice, (seen, unseen))
-    _check_halves(name, exact, choice)
+    check_learners(name, module, choice, {path: layer.spec for path, layer in layers.items()}, originals or {})
+    counts = counts_of(name, calls, choice, (seen, unseen))
+    check_halves(name, exact, choice)
 
     def loss(turn: int) -> Tensor:
         place = (
@@ -99,27 +100,6 @@ def distill(
             stacklevel=2,
         )
     return found
-
-
-def _counts(name: str, calls: Sequence[Call], choice: Distill, groups: Sequence[Sequence[int]]) -> list[float]:
-    """How much each call's error counts. Raises ``ValueError`` where none of a group does."""
-    num = len(choice.influence)
-    counts = [choice.influence[bucket_of(call.level or 0.0, num)] if num else 1.0 for call in calls]
-    if not all(any(counts[index] for index in group) for group in groups):
-        raise ValueError(
-            f"refine: influence must count some calls of {name}, of those learned from and of those held out, got none. Measure "
-            "it on the schedule of calibration."
-        )
-    return counts
-
-
-def _check_halves(name: str, exact: Sequence[Tensor], choice: Distill) -> None:
-    odd = next((len(y) for y in exact if len(y) % 2), None)
-    if choice.guidance is not None and odd is not None:
-        raise ValueError(
-            f"refine: guidance must be None for calls of {name} that do not hold both halves of guidance, got a batch of {odd}. "
-            "Leave it out."
-        )
 
 
 def error_of(output: Tensor, exact: Tensor, guidance: float | None = None) -> Tensor:

@@ -4,6 +4,9 @@ What an early step does wrong later ones may mend, and of the last one nothing i
 that. So noise of a known power is added to the original's output at one step of a run at a time: the error of the final latents
 over that power is what an error at this level counts. It needs no quantized model. MSFP (arXiv 2505.21591) weighs by the
 scheduler's factor of the noise prediction instead, which says what one step does and nothing of the steps behind it.
+
+``correct/sensitive_steps.py`` asks the other question, how much the error that a quantized model makes in an interval counts: it
+swaps denoisers where this adds noise of one power.
 """
 
 import math
@@ -12,11 +15,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dqtk.calibrate.levels import bucket_of
 from dqtk.calibrate.record import level_of
-from dqtk.calls import call_arguments, denoisers, given_arguments, prompt_argument
+from dqtk.calls import denoisers, final_latents, given_arguments
 from dqtk.nn.correction import output_of, replaced
 
 
@@ -47,11 +50,11 @@ def influence_of(
     if not prompts:
         raise ValueError("influence_of: prompts must hold at least one prompt, got none. Two show most of it.")
     with _disturbed(pipe, None, size, seed) as seen:
-        exact = _latents(pipe, prompts, seed, call_kwargs)
+        exact = final_latents(pipe, prompts, seed, call_kwargs, "influence_of")
     counts: dict[int, list[float]] = {}
     for step, level in enumerate(seen.levels):
         with _disturbed(pipe, step, size, seed) as now:
-            got = _latents(pipe, prompts, seed, call_kwargs)
+            got = final_latents(pipe, prompts, seed, call_kwargs, "influence_of")
         counts.setdefault(bucket_of(level, num_intervals), []).append(float((got - exact).square().sum()) / now.power)
     mean = math.fsum(value for found in counts.values() for value in found) / len(seen.levels)
     nearest = [min(counts, key=lambda bucket: abs(bucket - i)) for i in range(num_intervals)]
@@ -88,10 +91,3 @@ def _disturbed(pipe: Any, step: int | None, size: float, seed: int) -> Iterator[
         for part in denoisers(pipe).values():
             hooks.callback(part.register_forward_hook(hook, with_kwargs=True).remove)
         yield seen
-
-
-def _latents(pipe: Any, prompts: Sequence[str], seed: int, call_kwargs: Mapping[str, Any] | None) -> Tensor:
-    """Final latents float32 [P, ...] on the CPU."""
-    kwargs = call_arguments(pipe, call_kwargs) | {"output_type": "latent", "return_dict": False}
-    generators = [torch.Generator().manual_seed(seed + index) for index in range(len(prompts))]
-    return pipe(**prompt_argument(pipe, list(prompts), "influence_of"), generator=generators, **kwargs)[0].float().cpu()

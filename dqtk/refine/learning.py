@@ -1,7 +1,7 @@
 """What refiners share: which numbers learn, what is judged, and that only what helps is kept."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,7 +99,7 @@ def _with_doubt(loss: Tensor, trained: Mapping[str, Trained | TrainedVectors]) -
     return loss + loss.detach() * torch.stack(undecided).mean() if undecided else loss
 
 
-def seen_and_unseen(name: str, layers: Mapping[str, Quantized], runs: Sequence[int]) -> tuple[list[int], list[int]]:
+def seen_and_unseen(name: str, layers: Collection[str], runs: Sequence[int]) -> tuple[list[int], list[int]]:
     """Which calls, whose runs these are, are learned from and which are held out.
 
     Raises ``ValueError`` where there is nothing to train, or only one run.

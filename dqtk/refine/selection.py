@@ -6,7 +6,7 @@ over some calls says how much a layer's codes could lower the error at once. A l
 norms and tables learn whatever is chosen.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -37,15 +37,7 @@ def selected(
     if choice is None:
         return dict(layers)
     if isinstance(choice, OfRoles):
-        roles = {site.path: site.role for site in find_sites(module, name, adapters().get(type(module).__name__))}
-        found = {roles[path] for path in layers}
-        for role in choice.roles:
-            if role not in found:
-                raise ValueError(
-                    f"refine: OfRoles must name roles of quantized layers of {name} ({', '.join(sorted(found))}), got {role!r}."
-                    f"{did_you_mean(role, found) or ' Leave it out.'}"
-                )
-        return {path: layer for path, layer in layers.items() if roles[path] in choice.roles}
+        return {path: layers[path] for path in paths_of_roles(name, module, layers, choice)}
     assert isinstance(choice, MostSensitive)
     scores = sensitivities(layers, loss, choice.calls, team)
     sizes = {path: layer.n * layer.k for path, layer in layers.items()}  # type: ignore[attr-defined]
@@ -58,6 +50,29 @@ def selected(
     return {path: layer for path, layer in layers.items() if path in chosen}
 
 
+def paths_of_roles(name: str, module: nn.Module, layers: Iterable[str], choice: OfRoles) -> list[str]:
+    """Of these paths of layers that are, or will be, quantized, those with one of the roles. Raises ``ValueError`` for a role that
+    none has."""
+    roles = {site.path: site.role for site in find_sites(module, name, adapters().get(type(module).__name__))}
+    mine = {path: roles[path] for path in layers}
+    found = set(mine.values())
+    for role in choice.roles:
+        if role not in found:
+            raise ValueError(
+                f"refine: OfRoles must name roles of quantized layers of {name} ({', '.join(sorted(found))}), got {role!r}."
+                f"{did_you_mean(role, found) or ' Leave it out.'}"
+            )
+    return [path for path, role in mine.items() if role in choice.roles]
+
+
+def no_steps(path: str) -> ValueError:
+    """That a layer of vectors has no sensitivity per step of a grid."""
+    return ValueError(
+        f"refine: MostSensitive must be asked of layers whose weights are numbers on a grid, got vectors at {path}. "
+        "Name roles with OfRoles."
+    )
+
+
 def sensitivities(layers: Mapping[str, Quantized], loss: Callable[[int], Tensor], calls: int, team: Team) -> dict[str, float]:
     """Mean size of the gradient of the mean error over some calls with respect to a code, by path: error per step of the grid.
 
@@ -65,10 +80,7 @@ def sensitivities(layers: Mapping[str, Quantized], loss: Callable[[int], Tensor]
     """
     with training(layers, None, torch.Generator()) as trained, torch.enable_grad():
         if vectors := [mine.path for mine in trained.values() if isinstance(mine, TrainedVectors)]:
-            raise ValueError(
-                f"refine: MostSensitive must be asked of layers whose weights are numbers on a grid, got vectors at {vectors[0]}. "
-                "Name roles with OfRoles."
-            )
+            raise no_steps(vectors[0])
         for index in range(team.rank, calls, team.world):
             (loss(index) / calls).backward()
         found = dict.fromkeys(layers, 0.0)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dqtk.nn.products import WEIGHT, Stored
 from dqtk.numerics.packing import Packed, count_vectors, dequantize, pack, unpack
 from dqtk.numerics.storage import stored_name
+from dqtk.numerics.vector_grid import in_units
 from dqtk.numerics.vectors import words_of
 from dqtk.spec import VectorCodebook
 
@@ -57,7 +58,7 @@ class TrainedVectors:
         self.unit = self.start.square().mean(dim=(1, 2), keepdim=True).sqrt()
         self.parameters["moved"] = nn.Parameter(torch.zeros_like(self.start))
         if candidates > 1 and self.form.books == 1 and exact is not None and not stored.spec.transforms:
-            vectors = (exact.float() / packed.scale).reshape(-1, self.form.length)
+            vectors = in_units(exact, packed.scale).reshape(-1, self.form.length)
             self.choices, distances = _nearest(vectors, self.start[0], self.codes.flatten().long(), candidates)
             self.start_logits = -distances.clamp(min=1e-6).log()
             self.parameters["logits"] = nn.Parameter(torch.zeros_like(self.start_logits))

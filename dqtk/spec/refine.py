@@ -71,7 +71,8 @@ class Distill:
     much an error counts in each of equal intervals of the noise level's angle; ``refine.influence.influence_of`` measures it.
     Calls are then drawn as often as they count. layers: whose codes, zero points, scales and branches learn; None: of all. decay:
     a branch that helps while learning, and is gone at the end. exact_start: a code begins to move from where the original's weight
-    lies in its cell and not from the middle, so that what was nearly another code becomes one first.
+    lies in its cell and not from the middle, so that what was nearly another code becomes one first. ``MostSensitive``, decay and
+    exact_start are for numbers on a grid, and an error where weights that are vectors learn.
     """
 
     iterations: int = 400
@@ -110,9 +111,9 @@ class Reconstruct:
 
     iterations: Adam steps per block, one call each. drop: share of a block's input numbers that are taken from the original model,
     drawn anew at every step (QDrop, Wei et al. 2022, arXiv 2203.05740); the rest are those of the quantized model. candidates:
-    where a weight is words of one book and not transformed, every vector chooses among so many of the words nearest to the
-    original (VQ4DiT, Deng et al. 2024, arXiv 2408.17131, which takes 2); 1: codes of vectors stay. The others are those of
-    ``Distill``.
+    where weights are words of one book and not transformed (an error for other vectors), every vector chooses among so many of the
+    words nearest to the original (VQ4DiT, Deng et al. 2024, arXiv 2408.17131, which takes 2); 1: codes of vectors stay. The others
+    are those of ``Distill``.
     """
 
     iterations: int = 100

@@ -14,6 +14,7 @@ import dqtk
 from dqtk.calibrate.look import concatenations, first_tokens, looked
 from dqtk.calibrate.replay import Call
 from dqtk.numerics.storage import layer_layout
+from dqtk.numerics.vector_grid import width_of
 from dqtk.plan import Choice
 from dqtk.sites import Site, find_sites, meta
 from dqtk.spec import (
@@ -26,11 +27,14 @@ from dqtk.spec import (
     PerTensor,
     ShortcutSplit,
     TensorSpec,
+    Trellis,
+    VectorCodebook,
 )
 
 CONFIGS = Path(__file__).parents[1] / "data" / "model_configs"
 W8 = TensorSpec(format=Int(bits=8), granularity=PerChannel())
 W4 = TensorSpec(format=Int(bits=4), granularity=PerGroup(size=16))
+PAIRS = VectorCodebook(words=16, length=2)
 STATIC = TensorSpec(format=Int(bits=8, symmetric=False), granularity=PerTensor())
 
 
@@ -220,9 +224,27 @@ def test_answers_stand_in_the_specs():
 
 
 def test_groups_that_do_not_fit_the_parts():
-    with pytest.warns(UserWarning, match="which its groups or branch do not fit"):
+    with pytest.warns(UserWarning, match="which its groups, vectors or branch do not fit"):
         (found,), _ = looked(Joined(), joined_calls(), [choice("layers.direct", ShortcutSplit(), weight=W4)])
     assert found.spec.transforms == ()
+
+
+@pytest.mark.parametrize(
+    ("form", "widths"), [(VectorCodebook(words=16, length=4, books=2), (5, 7)), (Trellis(bits=2), (6, 6))], ids=str
+)
+def test_vectors_that_do_not_fit_the_parts(form, widths):
+    """The whole layer's channels are a multiple, which is all that a plan can see; its layer can still be made."""
+    weight = TensorSpec(format=form, granularity=PerChannel())
+    width = width_of(weight)
+    assert not 12 % width
+    name, kind, shape = ("conv", "conv", (4, 12, 1, 1)) if widths == (5, 7) else ("layers.direct", "linear", (4, 12))
+    with pytest.warns(UserWarning, match=rf"{name} stays whole.*joined of \[{widths[0]}, {widths[1]}\].*vectors or branch do not"):
+        (found,), _ = looked(Joined(), joined_calls(), [choice(name, ShortcutSplit(), weight=weight, shape=shape, kind=kind)])
+    assert found.spec.transforms == ()
+    assert layer_layout(found.spec, 4, 12, 12)
+    (fits,), _ = looked(Joined(), joined_calls(), [choice("layers.direct", ShortcutSplit(), weight=replace(weight, format=PAIRS))])
+    assert fits.spec.transforms == (ShortcutSplit(at=(6,)),)
+    assert layer_layout(fits.spec, 4, 12, 12)
 
 
 def test_a_token_that_is_none_is_left_out():

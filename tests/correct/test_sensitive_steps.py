@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import dqtk
-from dqtk.correct.sensitive_steps import final_latents, sensitive_steps
+from dqtk.calls import final_latents
+from dqtk.correct.sensitive_steps import sensitive_steps
 from dqtk.policy import protecting
 
 TWO = {"num_inference_steps": 2}
@@ -26,9 +27,9 @@ def test_each_interval_alone(load_tiny):
     assert sorted((part.begin, part.end) for part in found) == [(0, 0.5), (0.5, 1)]
     assert found[0].error >= found[1].error > 0
     assert "forward" not in vars(pipe.transformer)
-    exact = final_latents(pipe, PROMPTS, 0, TWO)
+    exact = final_latents(pipe, PROMPTS, 0, TWO, "test")
     whole = sensitive_steps(pipe, quantized(load_tiny), PROMPTS, num_intervals=1, call_kwargs=TWO)
-    everything = error(final_latents(quantized(load_tiny), PROMPTS, 0, TWO), exact)
+    everything = error(final_latents(quantized(load_tiny), PROMPTS, 0, TWO, "test"), exact)
     assert whole[0].error == pytest.approx(everything, rel=0.05)
 
 
@@ -42,4 +43,4 @@ def test_what_cannot_be_ranked(load_tiny):
 def test_the_ranking_makes_a_policy(load_tiny):
     found = sensitive_steps(load_tiny("pixart"), quantized(load_tiny), PROMPTS, num_intervals=2, call_kwargs=TWO)
     policy = protecting([(part.begin, part.end) for part in found[:1]], "w8a8")
-    assert torch.isfinite(final_latents(quantized(load_tiny, policy), PROMPTS, 0, TWO)).all()
+    assert torch.isfinite(final_latents(quantized(load_tiny, policy), PROMPTS, 0, TWO, "test")).all()

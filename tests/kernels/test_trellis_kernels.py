@@ -12,6 +12,7 @@ from dqtk.kernels import (
     encode_trellis,
     linear_trellis,
 )
+from dqtk.kernels import trellis as trellis_kernels
 from dqtk.native import library
 from dqtk.numerics.trellis import MULTIPLIERS, decode, encode, from_tiles, pack, packed_width, to_tiles
 from dqtk.spec.trellis import Trellis
@@ -49,6 +50,18 @@ def threads():
 
 
 # --- the search ------------------------------------------------------------------------------------------------------
+
+
+def test_a_slow_search_says_so_once(environment, capsys):
+    trellis, x = Trellis(state_bits=4, bits=2, vector=1), seeded(2, 16)
+    trellis_kernels._say_slow.cache_clear()
+    environment(DQTK_NATIVE="off")
+    states = [encode_trellis(x, trellis) for _ in range(2)]
+    said = capsys.readouterr().err
+    assert said.startswith("dqtk: trellis codes are found by Viterbi's search through torch, some hundred times slower (")
+    assert "switched off by DQTK_NATIVE" in said
+    assert said.count("\n") == 1
+    assert torch.equal(states[0], encode(x, trellis))
 
 
 @pytest.mark.parametrize("level", LEVELS)

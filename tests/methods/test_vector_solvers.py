@@ -198,8 +198,55 @@ def test_degenerate_inputs_and_weights(name, solver, seeded, stats_of):
         for rows in (x, torch.zeros(20, 32)):
             (found,) = solve([weight], LayerSpec(weight=spec, solver=solver), stats_of(rows))
             assert all(t.isfinite().all() for t in found.tensors.values())
-            if name in SEARCHED and not weight.any():
-                assert not dequantize_of(found, spec).any()
+            zero = ~weight.any(dim=1)
+            assert not dequantize_of(found, spec)[zero].any()
+
+
+@pytest.mark.parametrize("solver", [RTN(), GPTQ(), BeamSearch()], ids=str)
+@pytest.mark.parametrize("name", FORMS)
+def test_a_row_of_zeros_stays_zero_and_leaves_the_others_alone(name, solver, seeded, correlated, stats_of):
+    """Rows are small, as in real layers, and a zero row counts nothing: neither in books nor in the rings that it is a part of."""
+    spec = spec_of(name)
+    if isinstance(spec.format, Trellis) and isinstance(solver, BeamSearch):
+        return  # there is no such layer
+    x = correlated(400, 32)
+    weight = seeded(65, 32, seed=3) * 0.02
+    weight[[5, 40, 64]] = 0
+    (found,) = solve([weight], LayerSpec(weight=spec, solver=solver), stats_of(x))
+    got = dequantize_of(found, spec)
+    assert not got[[5, 40, 64]].any()
+    live = weight.any(dim=1)
+    rest = [row for row in range(65) if live[row]]
+    if isinstance(spec.format, Trellis):  # a full ring is as good as one whose numbers all count
+        error = float((got[rest] - weight[rest]).square().mean() / weight[rest].square().mean())
+        full = seeded(65, 32, seed=3) * 0.02
+        (whole,) = solve([full], LayerSpec(weight=spec, solver=solver), stats_of(x))
+        wanted = float((dequantize_of(whole, spec) - full).square().mean() / full.square().mean())
+        assert error < 1.05 * wanted
+        return
+    (alone,) = solve([weight[rest]], LayerSpec(weight=spec, solver=solver), stats_of(x))
+    torch.testing.assert_close(got[rest], dequantize_of(alone, spec), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("granularity", [PerChannel(), PerTensor()], ids=str)
+@pytest.mark.parametrize("name", FORMS)
+def test_a_weight_of_zeros_is_zero(name, granularity):
+    if name not in SEARCHED and granularity == PerTensor():
+        return  # there is no such layer
+    spec = spec_of(name, granularity)
+    packed = nearest_vectors(torch.zeros(5, 32), spec)
+    assert not dequantize(packed, spec, 32).any()
+    assert packed.scale is not None
+    assert not packed.scale.any()
+
+
+def test_a_row_whose_codes_point_away_becomes_zero(seeded):
+    weight = seeded(4, 32, seed=1)
+    grid = vector_grid(weight, spec_of("2 bit, one book"))
+    codes = grid.encode(torch.cat([weight[:2], -weight[2:]]))
+    scale = rescaled(weight, grid, codes).scale[:, 0]
+    assert (scale > 0).tolist() == [True, True, False, False]
+    assert not scale[2:].any()
 
 
 def dequantize_of(found, spec):

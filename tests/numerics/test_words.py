@@ -104,10 +104,10 @@ def test_bytes_of_golden_codes():
     assert grid.pack(codes).qweight.tolist() == [[0x51, 0x62, 0x73, 0x84]]
 
 
-def test_zeros_keep_a_scale_of_one():
+def test_zeros_have_a_scale_of_zero():
     weight = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
     assert root_mean_square(weight, TensorSpec(format=VectorCodebook(words=4, length=2), granularity=PerChannel())).tolist() == [
-        [1.0],
+        [0.0],
         [pytest.approx(12.5**0.5)],
     ]
 

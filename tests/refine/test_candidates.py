@@ -10,10 +10,12 @@ import dqtk
 from dqtk.calibrate.answers import outputs
 from dqtk.calibrate.replay import Call
 from dqtk.checkpoint import quantized_layers
+from dqtk.methods.solve import solve
 from dqtk.numerics.packing import unpack
+from dqtk.quantize import runtime_layer
 from dqtk.refine.blocks import reconstruct
 from dqtk.refine.trained import training
-from dqtk.spec import Hadamard, LayerSpec, PerTensor, Reconstruct, TensorSpec, VectorCodebook
+from dqtk.spec import Hadamard, LayerSpec, PerChannel, PerTensor, Reconstruct, TensorSpec, VectorCodebook
 
 WORDS = LayerSpec(weight=TensorSpec(format=VectorCodebook(words=16, length=2), granularity=PerTensor()))
 
@@ -126,6 +128,21 @@ def test_others_keep_their_codes(spec):
     with training({"layer": layer}, None, torch.Generator(), {"layer": replaced["blocks.0.up"]}, 2) as learning:
         assert learning["layer"].doubt() is None
         assert "logits" not in learning["layer"].parameters
+
+
+def test_a_row_of_zeros_has_candidates_and_stays_zero():
+    linear = nn.Linear(16, 12).requires_grad_(False)
+    linear.weight[3] = 0
+    words = TensorSpec(format=VectorCodebook(words=4, length=2), granularity=PerChannel())
+    (solution,) = solve([linear.weight], LayerSpec(weight=words))
+    layer = runtime_layer(linear, solution)
+    with training({"layer": layer}, None, torch.Generator(), {"layer": linear}, 2) as learning:
+        mine = learning["layer"]
+        assert mine.start_logits.isfinite().all()
+        mine.weight().square().sum().backward()
+        assert all(number.grad.isfinite().all() for number in mine.parameters.values())
+        mine.store()
+    assert not layer.stored_matrix()[3].any()
 
 
 @pytest.mark.parametrize("num", [0, 5, 2.0])

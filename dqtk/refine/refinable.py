@@ -1,0 +1,96 @@
+"""What a refiner is asked, held against the plan and the calls, before a layer is replaced: a choice that would do nothing for a
+weight is an error, not a choice that is passed over.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from dqtk.calibrate.levels import bucket_of
+from dqtk.calibrate.replay import Call
+from dqtk.spec import VECTORS, Distill, LayerSpec, MostSensitive, OfRoles, Reconstruct, Refiner, SiteSpec, VectorCodebook, describe
+
+from .learning import seen_and_unseen
+from .selection import no_steps, paths_of_roles
+
+
+def check_learners(
+    name: str, module: nn.Module, choice: Refiner, specs: Mapping[str, SiteSpec], originals: Collection[str] = ()
+) -> None:
+    """Whether the layers can learn as the choice has it.
+
+    Args:
+        name: of the denoiser.
+        module: the denoiser, before or after its layers are replaced.
+        choice: which refiner, and how.
+        specs: path -> how a layer is, or will be, quantized.
+        originals: paths of the layers whose unquantized form is at hand.
+    Raises:
+        ValueError: roles that no layer has; ``MostSensitive``, ``decay`` or ``exact_start`` for vectors; ``candidates`` for other
+            weights than words of one book that are not transformed; layers whose unquantized form is asked for and not at hand.
+    """
+    whole = {path: spec for path, spec in specs.items() if isinstance(spec, LayerSpec)}
+    vectors = [path for path, spec in whole.items() if isinstance(spec.weight.format, VECTORS)]
+    if isinstance(choice, Reconstruct):
+        asked = [path for path in vectors if not _chooses(whole[path])] if vectors else list(whole)
+        if choice.candidates > 1 and asked:
+            raise ValueError(
+                "refine: candidates must be 1 for weights other than words of one book without transforms, got "
+                f"{choice.candidates} for {asked[0]} of {name}: {describe(whole[asked[0]])}. Leave it out."
+            )
+        return
+    if isinstance(choice.layers, MostSensitive) and vectors:
+        raise no_steps(vectors[0])
+    learning = paths_of_roles(name, module, specs, choice.layers) if isinstance(choice.layers, OfRoles) else list(specs)
+    for what, value, plain in (("decay", choice.decay, None), ("exact_start", choice.exact_start, False)):
+        if value == plain:
+            continue
+        if mine := [path for path in learning if path in vectors]:
+            raise ValueError(
+                f"refine: {what} must be {plain} for weights that are vectors, which have no next code to move to, got {value} for "
+                f"{mine[0]} of {name}. Leave it out, or name other layers with layers=OfRoles(...)."
+            )
+        if missing := [path for path in learning if path not in originals]:
+            raise ValueError(
+                f"refine: {what} must be {plain} for layers whose unquantized form is not at hand, got {value} for {missing[0]} of "
+                f"{name}. Quantize and refine in one call, or pass the layers that were replaced as originals."
+            )
+
+
+def _chooses(spec: LayerSpec) -> bool:
+    """Whether the vectors of a weight can choose among words."""
+    form = spec.weight.format
+    return isinstance(form, VectorCodebook) and form.books == 1 and not spec.transforms
+
+
+def check_lessons(name: str, choice: Refiner, layers: Collection[str], calls: Sequence[Call], exact: Sequence[Tensor]) -> None:
+    """Whether kept calls and the original's answers [B, ...] to them are what the choice learns from.
+
+    Raises ``ValueError`` for calls of one run, ``influence`` that counts no call and ``guidance`` over a call of an odd batch.
+    """
+    groups = seen_and_unseen(name, layers, [call.run for call in calls])
+    if isinstance(choice, Distill):
+        counts_of(name, calls, choice, groups)
+        check_halves(name, exact, choice)
+
+
+def counts_of(name: str, calls: Sequence[Call], choice: Distill, groups: Sequence[Sequence[int]]) -> list[float]:
+    """How much each call's error counts. Raises ``ValueError`` where none of a group does."""
+    num = len(choice.influence)
+    counts = [choice.influence[bucket_of(call.level or 0.0, num)] if num else 1.0 for call in calls]
+    if not all(any(counts[index] for index in group) for group in groups):
+        raise ValueError(
+            f"refine: influence must count some calls of {name}, of those learned from and of those held out, got none. Measure "
+            "it on the schedule of calibration."
+        )
+    return counts
+
+
+def check_halves(name: str, exact: Sequence[Tensor], choice: Distill) -> None:
+    """Raises ``ValueError`` where ``guidance`` is asked for answers [B, ...] that cannot hold both halves."""
+    odd = next((len(y) for y in exact if len(y) % 2), None)
+    if choice.guidance is not None and odd is not None:
+        raise ValueError(
+            f"refine: guidance must be None for calls of {name} that do not hold both halves of guidance, got a batch of {odd}. "
+            "Leave it out."
+        )
