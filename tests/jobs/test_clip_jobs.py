@@ -161,6 +161,35 @@ def test_evaluating_the_folders_of_a_job_gives_its_numbers(done, tmp_path):
         assert found["wan-w4a8-rtn", name] == pytest.approx(numbers(done)["wan-w4a8-rtn", name][0])
 
 
+def test_models_of_clips_beside_models_of_pictures_are_refused_before_painting(
+    write_job, wan_folder, tiny_folders, tmp_path, monkeypatch
+):
+    pixart, out = str(tiny_folders["pixart"]), tmp_path / "out"
+    says = rf"job: models must all make clips, or all pictures, got clips from {wan_folder} and pictures from {pixart}\."
+    with monkeypatch.context() as patch:
+        patch.setattr("dqtk.jobs.generate.load_pipeline", lambda *a: pytest.fail("loaded a pipeline"))
+        for changes in ({"models": [str(wan_folder), pixart]}, {"models": [pixart], "candidates": {"mine": str(wan_folder)}}):
+            with pytest.raises(ValueError, match=says):
+                run(read_job(write_job(out, **changes)))
+    assert not out.exists()
+
+
+def test_a_mix_that_only_its_samples_show_is_refused_too(write_job, wan_folder, tiny_folders, tmp_path, monkeypatch):
+    """As of pipelines of somebody's own, whose class says nothing."""
+    monkeypatch.setattr("dqtk.jobs.generate.pipeline_class", lambda model: None)
+    changes = {"models": [str(tiny_folders["pixart"]), str(wan_folder)], "prompts": captions(1, seed=5), "recipes": []}
+    with pytest.raises(ValueError, match="got clips from wan and pictures from pixart"):
+        run(read_job(write_job(tmp_path / "out", metrics=["psnr"], extractors=[], **changes)))
+
+
+def test_a_clip_of_one_frame_is_a_picture():
+    from diffusers import WanPipeline
+
+    from dqtk.jobs.generate import _num_frames
+
+    assert [_num_frames(WanPipeline, call) for call in ({}, {"num_frames": 1})] == [81, 1]
+
+
 # --- folders of clips ----------------------------------------------------------------------------------------------------
 
 
