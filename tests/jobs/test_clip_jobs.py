@@ -23,6 +23,7 @@ from PIL import Image
 from dqtk.cli import main
 from dqtk.jobs import asked
 from dqtk.jobs.evaluate import evaluate
+from dqtk.jobs.gates import parse_gate, tripped
 from dqtk.jobs.run import read_results, run
 from dqtk.jobs.spec import read_job
 from dqtk.jobs.vbench_files import first_still
@@ -235,6 +236,28 @@ def test_what_clips_lack_is_said(clips, pictures, tmp_path):
         "subject_consistency[tiny-clip]": "Subject consistency needs clips, got pictures",
         "overall_consistency[frames:tiny-clip]": "Overall consistency by frames:tiny-clip needs clips, got pictures",
     }
+
+
+def test_distances_by_extractors_of_clips_say_why_pictures_have_none(pictures, tmp_path):
+    clean, noisy, tools = pictures("clean"), pictures("noisy", noise=40), ["tiny-clip", "motion:tiny-clip"]
+    gates = [parse_gate("frechet[motion:tiny-clip] > 1")]
+    records = evaluate(clean, noisy, tmp_path / "a", metrics=["frechet"], extractors=tools, gates=gates)
+    (by_clips,) = (r for r in records if r.not_measured is not None)
+    assert by_clips.name == "frechet[motion:tiny-clip]@vs_original(paired)"
+    assert by_clips.not_measured == "Fr\u00e9chet distance by motion:tiny-clip needs clips, got pictures"
+    assert {r.name for r in records if r.value is not None} == {"frechet[tiny-clip]@vs_original(paired)"}
+    assert "was not measured" in tripped(gates, records, ["noisy"])[0]
+    said = reasons(evaluate(clean, noisy, tmp_path / "b", metrics=["frechet"], extractors=tools, unpaired=True))
+    assert said == {"frechet[motion:tiny-clip]@vs_real": by_clips.not_measured}
+
+
+def test_clips_against_references_that_are_pictures(done, write_job, pictures, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(done, out)
+    changes = {"recipes": [], "metrics": ["frechet"], "references": str(pictures("photos"))}
+    records = run(read_job(write_job(out, extractors=["frames:tiny-clip"], **changes)))
+    why = "Fr\u00e9chet distance by frames:tiny-clip needs clips, got references that are pictures"
+    assert [(r.model, r.name, r.not_measured) for r in records] == [("wan", "frechet[frames:tiny-clip]@vs_real", why)]
 
 
 def test_missing_weights_are_told_where_they_would_count(clips, tmp_path, monkeypatch):
