@@ -13,7 +13,7 @@ from torch import nn
 import dqtk
 from dqtk.allocate.probes import CHANGES, OutputSQNR, PictureScore
 from dqtk.calibrate.replay import Call
-from dqtk.calls import by_frames, makes_clips
+from dqtk.calls import by_frames, layouts_of, makes_clips
 from dqtk.checkpoint import quantized_layers
 from dqtk.cli import main
 from dqtk.plan import Plan
@@ -24,6 +24,8 @@ FEW = {"num_inference_steps": 1, "num_frames": 5, "height": 32, "width": 32}
 
 class Frames(nn.Module):
     """Latents [B, C, F, H, W], plus what is the same in all frames and what turns its sign with every frame."""
+
+    config = SimpleNamespace(in_channels=3)
 
     def __init__(self):
         super().__init__()
@@ -65,6 +67,47 @@ def test_where_frames_lie():
         by_frames(ltx, sizes | {"num_frames": 1, "height": 12, "width": 1}, packed)
     with pytest.raises(ValueError, match="frames: latents of UNet must be"):
         by_frames(flux, {"hidden_states": latents[:, :, 0]}, latents[:, :, 0])
+
+
+def test_frames_of_a_class_without_an_adapter_lie_behind_its_channels_or_nobody_knows():
+    latents, unknown = torch.arange(2 * 3 * 4 * 2 * 2.0).view(2, 3, 4, 2, 2), type("Unknown3DModel", (nn.Module,), {})()
+    says = (
+        r"frames: latents of Unknown3DModel must be \[B, C, F, H, W\] with its channels C \(none in its configuration\) .*adapter"
+    )
+    with pytest.raises(ValueError, match=says):
+        by_frames(unknown, {}, latents)
+    unknown.config = SimpleNamespace(in_channels=36, out_channels=3)  # such as of a model that is given a picture beside
+    assert torch.equal(by_frames(unknown, {}, latents)[:, 1], latents[:, :, 1])
+    for other in (latents.movedim(1, -1), latents.movedim(1, 2), latents[:, :, :3]):  # channels elsewhere; and as many frames
+        with pytest.raises(ValueError, match=r"\(in_channels 36, out_channels 3\) and another F, got \["):
+            by_frames(unknown, {}, other)
+
+
+def test_kandinsky_has_its_channels_last():
+    """By the model itself: its frames lie where a change of one frame of noise shows, its tokens are those that it attends over."""
+    from diffusers import Kandinsky5Transformer3DModel
+
+    sizes = {"in_visual_dim": 3, "out_visual_dim": 3, "in_text_dim": 8, "in_text_dim2": 8, "time_dim": 8, "model_dim": 16}
+    blocks = {"ff_dim": 16, "num_text_blocks": 1, "num_visual_blocks": 1, "axes_dims": (2, 2, 4), "patch_size": (1, 2, 2)}
+    torch.manual_seed(0)
+    model = Kandinsky5Transformer3DModel(**sizes, **blocks)
+    latents = torch.randn(2, 5, 4, 6, 3)
+    arguments = {"hidden_states": latents, "encoder_hidden_states": torch.randn(2, 7, 8), "timestep": torch.ones(2)}
+    arguments |= {"pooled_projections": torch.randn(2, 8), "text_rope_pos": torch.arange(7)}
+    arguments |= {"visual_rope_pos": [torch.arange(5), torch.arange(2), torch.arange(3)]}
+    seen = []
+    model.visual_transformer_blocks[0].self_attention.to_query.register_forward_hook(lambda m, a, y: seen.append(a[0].shape[1]))
+    model.text_transformer_blocks[0].self_attention.to_query.register_forward_hook(lambda m, a, y: seen.append(a[0].shape[1]))
+    with torch.no_grad():
+        made = model(**arguments, return_dict=False)
+    output = made[0] if isinstance(made, tuple) else made
+    assert by_frames(model, arguments, output).shape == (2, 5, 4, 6, 3)
+    assert torch.equal(by_frames(model, arguments, latents)[:, 1], latents[:, 1])
+    found = layouts_of(model, arguments)
+    assert set(seen) == set(found) == {30, 7}
+    assert (found[30].frames, found[30].rows, found[30].columns) == (5, 2, 3)
+    with pytest.raises(ValueError, match="tokens of Kandinsky5Transformer3DModel must be in rows"):
+        layouts_of(model, arguments | {"sparse_params": {"to_fractal": True}})
 
 
 _CLASSES = ("WanTransformer3DModel", "CogVideoXTransformer3DModel", "LTXVideoTransformer3DModel", "UNet")
