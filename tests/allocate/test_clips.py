@@ -1,6 +1,7 @@
 """Clips: what of the output and of the frames is scored, and an allocation of the embedded video pipeline from end to end."""
 
 import copy
+import importlib
 import json
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from torch import nn
 
 import dqtk
 from dqtk.allocate.probes import CHANGES, OutputSQNR, PictureScore
+from dqtk.allocate.wishes import check_scored
 from dqtk.calibrate.replay import Call
 from dqtk.calls import by_frames, layouts_of, makes_clips
 from dqtk.checkpoint import quantized_layers
@@ -196,6 +198,29 @@ def test_groups_of_clips_are_measured_each_in_its_own_way(wan, tmp_path):
     }
     with pytest.raises(ValueError, match="a group of clips must be one of text, temporal, spatial, got 'content'"):
         dqtk.allocate(wan, captions, ["w8a8"], "9bits", scores={"content": "ssim"}, ratio=1.0, **how)
+
+
+def test_a_search_for_pictures_is_refused_before_weights_are_read(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.import_module("dqtk.allocate.command"), "load_pipeline", lambda *a: pytest.fail("read weights"))
+    words = ["allocate", "tiny-wan", "--output", str(tmp_path / "plan.json")]
+    assert main([*words, "--search", "mixdq-w3.66a16"]) == 2
+    said = capsys.readouterr().err
+    assert "allocate: the pipeline must make pictures, got one of clips: search mixdq-w3.66a16 is for pictures. Take one of" in said
+    assert "auto, viditq-mp-w4a8, vq-auto, or give scores of text, temporal, spatial." in said
+    scored = ["--widths", "4", "8", "--budget", "6bits", "--score", "content=ssim", "--ratio", "1"]
+    assert main([*words, *scored]) == 2
+    assert "a group of clips must be one of text, temporal, spatial, got 'content'" in capsys.readouterr().err
+
+
+def test_a_search_goes_with_what_it_is_for():
+    own = {"content": "ssim"}
+    check_scored(own, "mixdq-w3.66a16", clips=False)
+    check_scored({"text": "ssim"}, "mixdq-w3.66a16", clips=True)  # scores given beside it
+    for clips in (False, True):
+        check_scored({}, "auto", clips=clips)
+        check_scored({}, None, clips=clips)
+    with pytest.raises(ValueError, match="a group of clips must be one of text, temporal, spatial, got 'content'"):
+        check_scored(own, None, clips=True)
 
 
 @torch.no_grad()
