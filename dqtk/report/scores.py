@@ -160,18 +160,10 @@ def flips(before: Sequence[bool], after: Sequence[bool]) -> Any:
 
 
 def change_interval(before: Sequence[float], after: Sequence[float], prompts: Sequence[int], seed: int) -> Any:
-    """The mean change of yes-or-no verdicts (0 or 1), with its interval: that of ``bootstrap``, or where every prompt changed
-    alike (mostly: none flipped), and resampling would claim certainty, what so many *prompts* can rule out."""
-    from dqtk.metrics.bootstrap import Interval
-    from dqtk.metrics.flips import never_seen_bound
+    """``dqtk.metrics.flips.change_interval``: the mean change of verdicts (0 or 1), which is not certain where none flipped."""
+    from dqtk.metrics.flips import change_interval as interval
 
-    change = [b - a for a, b in zip(before, after, strict=True)]
-    found = bootstrap(change, prompts, seed)
-    if found.low is None or len(set(change)) > 1:
-        return found
-    bound = never_seen_bound(len(set(prompts)))
-    low, high = max(-1.0, found.estimate - bound), min(1.0, found.estimate + bound)
-    return Interval(estimate=found.estimate, low=low, high=high)
+    return interval(before, after, prompts, seed=seed)
 
 
 def rank_warning(num: int, dim: int, num_reference: int) -> str | None:
