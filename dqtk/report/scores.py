@@ -17,6 +17,7 @@ from torch import Tensor
 from dqtk.resolve import scores as scores_in_files
 
 DEFAULT_SCORES = ("psnr", "ssim", "ms_ssim", "lpips")
+FRAMES = 32  # scored at a time: a long clip as float tensors is gigabytes
 CLIP_SCORES = ("frame_changes",)  # beside them, of clips
 
 
@@ -114,6 +115,19 @@ def mean_over_frames(values: Sequence[float], cap: float | None) -> float:
     if len(values) == 1 or all(value == math.inf for value in values):
         return values[0]
     return sum(capped(values, cap)) / len(values)
+
+
+def values_of_frames(name: str, function: Any, num: int, pair_of: Callable[[slice], tuple[Tensor, Tensor]]) -> list[float]:
+    """A pair score of ``num`` pictures or frames, ``FRAMES`` at a time. ``pair_of``: (candidate, reference) of some, float batches
+    [B, 3, H, W] in [0, 1], made when they are asked for.
+
+    Raises ``ValueError`` that names the score's file for anything but one number each.
+    """
+    values: list[float] = []
+    for start in range(0, num, FRAMES):
+        candidate, reference = pair_of(slice(start, min(start + FRAMES, num)))
+        values += one_per_picture(name, function, function(candidate, reference), len(candidate)).tolist()
+    return values
 
 
 def flip_counts(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:

@@ -146,6 +146,21 @@ def test_scores_of_clips(listed):
     assert frames() == pytest.approx(-0.15)
 
 
+def test_frames_of_clips_are_scored_some_at_a_time():
+    sizes = []
+
+    def mad(a, b):
+        sizes.append(len(a))
+        return (a - b).abs().mean((1, 2, 3))
+
+    pipe = Filmer(listed=False)
+    score = PairScore(name="mad", label="", higher_is_better=False, load=lambda: mad)
+    probe = PictureScore(pipe, ["a"] * 2, score, seed=3, batch_size=2, call_kwargs={"num_frames": 20})
+    pipe.step = 0.01
+    assert probe() == pytest.approx(-0.01 * 9.5, abs=1e-6)
+    assert sizes == [32, 8]
+
+
 def test_a_score_of_clips_needs_clips():
     pipe = Filmer(listed=False)
 

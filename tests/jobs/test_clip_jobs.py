@@ -23,6 +23,8 @@ from PIL import Image
 from dqtk.cli import main
 from dqtk.jobs import asked
 from dqtk.jobs.evaluate import evaluate
+from dqtk.jobs.features import read_pictures, score_pairs
+from dqtk.jobs.folders import folder_pictures
 from dqtk.jobs.gates import parse_gate, tripped
 from dqtk.jobs.run import read_results, run
 from dqtk.jobs.spec import read_job
@@ -322,6 +324,20 @@ def test_lossy_frames_and_unequal_lengths_are_refused(clips, tmp_path):
         evaluate(good, short, tmp_path / "b", metrics=["psnr"])
     with pytest.raises(ValueError, match=r"fps must be a positive frame rate, got -1"):
         evaluate(good, good, tmp_path / "c", metrics=["psnr"], fps=-1)
+
+
+def test_frames_of_long_clips_are_scored_some_at_a_time(pictures, tmp_path):
+    mine, theirs = (folder_pictures(pictures(name, noise)) * 8 for name, noise in (("clean", 0), ("noisy", 40)))
+    sizes = []
+
+    def score(a, b):
+        sizes.append(len(a))
+        return psnr(a, b)
+
+    values = score_pairs(tmp_path, "psnr", score, mine, theirs)
+    assert sizes == [32, 32, 8]
+    wanted = psnr(*(read_pictures(side[:9]).float() / 255 for side in (mine, theirs)))
+    assert values == pytest.approx(wanted.tolist() * 8)
 
 
 def test_long_clips_keep_their_order_in_the_shell(clips, tmp_path, capsys):
