@@ -110,8 +110,14 @@ def test_reports_name_what_runs():
     assert report_of("linear_int8", "mps") == "emulated in floating point"
     assert report_of("linear_fp8", "cpu") == "emulated in floating point"
     assert report_of("emulated", "cuda") == "emulated in floating point"
-    assert report_of("block_attention", "mps") == "live blocks gathered for torch's own attention; integers emulated"
     assert report_of("weight_only", "mps") == "weights decoded to the compute dtype, then torch's own matmul"
+
+
+@pytest.mark.parametrize("op", ["block_attention", "linear_int4"])
+def test_only_ops_are_reported(op):
+    """A name that nothing runs as would be said to be emulated."""
+    with pytest.raises(AssertionError, match=op):
+        report_of(op, "cpu")
 
 
 def test_reports_on_cuda_name_triton_or_why_it_does_not_run(monkeypatch):

@@ -18,7 +18,7 @@ from dqtk.resolve import scores as scores_in_files
 
 DEFAULT_SCORES = ("psnr", "ssim", "ms_ssim", "lpips")
 FRAMES = 32  # scored at a time: a long clip as float tensors is gigabytes
-CLIP_SCORES = ("frame_changes",)  # beside them, of clips
+SCORES_OF_CLIPS = ("frame_changes",)  # beside them, of clips
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
