@@ -23,6 +23,7 @@ RESERVED = (
 )  # set for each picture
 TIME_NAMES = ("timestep", "timesteps", "t")
 FRAME_NAMES = ("num_frames", "video_length")
+_CHANNELS = ("in_channels", "out_channels", "in_dim", "out_dim")
 
 
 def call_arguments(pipe: Any, given: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -130,12 +131,15 @@ def layouts_of(module: nn.Module, arguments: Mapping[str, Any], rule: LayoutRule
 
 
 def by_frames(module: nn.Module, arguments: Mapping[str, Any], latents: Tensor) -> Tensor:
-    """Latents of a denoiser's call as [B, F, ...]: [B, C, F, H, W] as its family has it, or packed, [B, F * rows * columns, C].
+    """Latents of a denoiser's call as [B, F, ...]: in the order that its family's adapter says; without one [B, C, F, H, W], where
+    the channels are those of its configuration; or packed, [B, F * rows * columns, C].
 
-    Raises ``ValueError`` where there are no frames.
+    Raises ``ValueError`` where there are no frames, or nobody can say where they lie.
     """
     adapter = adapters().get(type(module).__name__)
     if latents.ndim == 5:
+        if adapter is None:
+            _check_channels(module, latents)
         return latents.movedim(2 if adapter is None else adapter.frame_dim, 1)
     frames = max(layout.frames for layout in layouts_of(module, arguments).values())
     if latents.ndim != 3 or frames < 2 or latents.shape[1] % frames:
@@ -144,6 +148,18 @@ def by_frames(module: nn.Module, arguments: Mapping[str, Any], latents: Tensor) 
             "Pictures have none."
         )
     return latents.unflatten(1, (frames, -1))
+
+
+def _check_channels(module: nn.Module, latents: Tensor) -> None:
+    """Raises ``ValueError`` unless the second dimension alone, and not the third, can be the channels."""
+    config = getattr(module, "config", None)
+    known = {name: value for name in _CHANNELS if (value := getattr(config, name, None)) is not None}
+    if latents.shape[1] not in known.values() or latents.shape[2] in known.values():
+        listed = ", ".join(f"{name} {value}" for name, value in known.items()) or "none in its configuration"
+        raise ValueError(
+            f"frames: latents of {type(module).__name__} must be [B, C, F, H, W] with its channels C ({listed}) and another F, got "
+            f"{list(latents.shape)}. Its family needs an adapter that says where frames lie (Adapter.frame_dim)."
+        )
 
 
 def _of_latents(module: nn.Module, arguments: Mapping[str, Any]) -> list[tuple[int, ...]]:

@@ -376,10 +376,10 @@ def _evaluate(options: argparse.Namespace, command: str) -> int:
     gates = [parse_gate(text) for text in options.fail_if]
     workers = {}
     for text in options.worker:
-        name, equals, command = text.partition("=")
+        name, equals, program = text.partition("=")
         if not equals:
             raise ValueError(f"--worker must be NAME=COMMAND, got {text!r}. For example image_reward='python worker.py'.")
-        workers[name] = command
+        workers[name] = program
     records = evaluate(
         options.reference,
         options.candidate,

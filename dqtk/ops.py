@@ -6,7 +6,7 @@ linear_int8, conv_int8   8-bit integer inputs and weights that are int8 numbers 
 linear_fp8    E4M3 inputs per token and E4M3 weights per channel
 emulated      everything else: inputs are rounded, weights decoded, and the product is that of float32 numbers
 
-``report_of`` also knows "trellis_search", which no layer's spec runs as; attention has ``report_of_attention``.
+``report_of`` also knows "trellis_search", which no layer's spec runs as. What runs for attention ``report_of_attention`` says.
 """
 
 from dqtk import gpu, native
@@ -32,6 +32,8 @@ from dqtk.spec import (
 E4M3 = Float(exponent=4, mantissa=3)
 WEIGHT_ONLY = ("weight_only", "vectors_only", "trellis_only")
 """Ops of layers whose inputs stay as they are."""
+OPS = (*WEIGHT_ONLY, "linear_int8", "conv_int8", "linear_fp8", "emulated", "trellis_search")
+"""What ``report_of`` knows."""
 EMULATED = "emulated in floating point"
 """What ``report_of`` says where nothing serves an op: its pictures are real, its speed is not."""
 
@@ -66,7 +68,8 @@ def _takes_fp8(weight: TensorSpec, given: TensorSpec) -> bool:
 
 
 def report_of(op: str, device: str) -> str:
-    """What runs for an op on a device type such as "cpu", in words."""
+    """What runs for an op on a device type such as "cpu", in words; ``op``: what ``op_of`` says, or "trellis_search"."""
+    assert op in OPS, op
     if op == "vectors_only":
         return "words looked up in their books, some output rows at a time, then torch's own matmul"
     served, by = _kernels(op, device)

@@ -103,7 +103,7 @@ class Adapter:
     keep: (glob on the path, why), sites that recipes leave at 16 bits. reversed_time: the denoiser is given 1 - sigma as its time.
     layouts: (denoiser, arguments of a call by name) -> (frames, rows, columns, text tokens before, and after) of every sequence
     that attends to itself, where they are not simply the latents cut into patches. frame_dim: of the frames of latents
-    [B, C, F, H, W]; 1 where they are [B, F, C, H, W].
+    [B, C, F, H, W]; 1 where they are [B, F, C, H, W] or [B, F, H, W, C].
     """
 
     classes: tuple[str, ...]

@@ -14,6 +14,8 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor
 
+from .bootstrap import Interval, paired_bootstrap
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Flips:
@@ -71,3 +73,21 @@ def flips(reference: Tensor | Sequence[bool], candidate: Tensor | Sequence[bool]
         both_wrong=int((~before & ~after).sum()),
         p_value=float(binomtest(right_to_wrong, discordant).pvalue) if discordant else 1.0,
     )
+
+
+def change_interval(before: Sequence[float], after: Sequence[float], prompts: Sequence[int], *, seed: int = 0) -> Interval:
+    """The mean change of yes-or-no outcomes (0 or 1), with its interval: ``paired_bootstrap``'s, or where all changed alike
+    (mostly: none flipped), and resampling would claim certainty, what so many *prompts* can rule out (``never_seen_bound``).
+
+    Raises ``ValueError`` for outcomes that are neither 0 nor 1, and as ``paired_bootstrap``.
+    """
+    odd = [value for value in (*before, *after) if value not in (0, 1)]
+    if odd:
+        raise ValueError(f"change_interval: outcomes must be 0 or 1, got {odd[0]}. Bootstrap the changes of other numbers.")
+    change = [float(b - a) for a, b in zip(before, after, strict=True)]
+    found = paired_bootstrap(change, prompts, seed=seed)
+    if found.low is None or len(set(change)) > 1:
+        return found
+    bound = never_seen_bound(len(set(prompts)))
+    low, high = max(-1.0, found.estimate - bound), min(1.0, found.estimate + bound)
+    return Interval(estimate=found.estimate, low=low, high=high)

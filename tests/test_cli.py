@@ -565,6 +565,7 @@ def test_allocate_with_pictures_for_content(folder, say, tmp_path):
             ["nowhere", "--score", "content=ssim", "--score", "content=psnr"],
             "--score must be given once for a group, got ssim, psnr",
         ),
+        (["nowhere", "--ratio", "text=0.8", "text=0.9"], "--ratio must be given once for a group, got 0.8, 0.9 for text"),
         (["nowhere", "--ratio", "half"], "--ratio must be a number, or GROUP=NUMBER, got 'half'"),
         (["nowhere", "--ratio", "text=half"], "--ratio must be a number, or GROUP=NUMBER, got 'text=half'"),
         (["FOLDER", "--widths", "1"], "weight bits must be from 2 to 8, got 1"),

@@ -144,6 +144,13 @@ def test_metrics_do_not_know_the_engine():
                 assert not found.startswith("dqtk") or found.startswith("dqtk.metrics"), f"{path} imports {found}"
 
 
+def test_metrics_import_each_other_relatively():
+    """So that the folder works by whatever name it is installed."""
+    for path in modules(METRICS):
+        absolute = [n.module for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom) and not n.level]
+        assert not any((module or "").startswith("dqtk") for module in absolute), f"{path} imports {absolute}"
+
+
 def test_families_know_only_the_words():
     for path in modules(PIPELINES):
         if path.parent != PIPELINES:

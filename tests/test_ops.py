@@ -113,6 +113,13 @@ def test_reports_name_what_runs():
     assert report_of("weight_only", "mps") == "weights decoded to the compute dtype, then torch's own matmul"
 
 
+@pytest.mark.parametrize("op", ["block_attention", "linear_int4"])
+def test_only_ops_are_reported(op):
+    """A name that nothing runs as would be said to be emulated."""
+    with pytest.raises(AssertionError, match=op):
+        report_of(op, "cpu")
+
+
 def test_reports_on_cuda_name_triton_or_why_it_does_not_run(monkeypatch):
     monkeypatch.setattr(ops.gpu, "describe", lambda: (True, "Triton kernels"))
     assert report_of("linear_int8", "cuda") == "integer matmul, Triton kernels"

@@ -20,7 +20,7 @@ from .from_model import allocate
 from .from_plans import Made
 from .groups import Ratios, groups_of
 from .logs import WIDTHS, read_sensitivity, read_sizes
-from .wishes import SEARCHED, check_wishes, judges_among, wanted, wishes_of
+from .wishes import SEARCHED, check_scored, check_wishes, judges_among, wanted, wishes_of
 
 CHOICES = (2, 3, 4, 5, 6, 8)  # weight bits of a model's candidates; without 5 and 6, budgets there lost 2.6 and 4.0 dB
 EMBEDDED = 8  # prompts where none are given: of 24 layers, scores on 4 were out of order at 9, on 8 at 2 (docs/allocation.md)
@@ -76,7 +76,7 @@ def plan_from_model(
     Of several processes all measure, and the first one allocates; the others return None.
     """
     me = processes()
-    options.groups, options.scores = _named(options.group, "--group", "PATTERN"), _scores(options.score)
+    options.groups, options.scores = _named(options.group, "--group", "PATTERN"), _named_once(options.score, "--score", "NAME")
     options.ratio = _ratio(options.ratio)
     candidates = _candidates(options)
     prompts = _check_options(options)
@@ -87,6 +87,7 @@ def plan_from_model(
     sites = make_plan(meta, candidates[0], overrides=keep).choices
     kind = pipeline_class(options.model)
     if kind is not None:
+        check_scored(options.scores, options.search, clips=makes_clips(kind))
         groups_of([choice.site for choice in sites], options.groups, clips=makes_clips(kind))
     around: Any = options.around
     if around is not None:
@@ -182,13 +183,13 @@ def _named(given: Sequence[str], flag: str, what: str) -> dict[str, list[str]]:
 _EXAMPLES = {"--group": "content=*.ff.*", "--score": "content=ssim", "--ratio": "text=0.8"}
 
 
-def _scores(given: Sequence[str]) -> dict[str, str]:
-    """One per group."""
-    named = _named(given, "--score", "NAME")
-    for group, names in named.items():
-        if len(names) > 1:
-            raise ValueError(f"allocate: --score must be given once for a group, got {', '.join(names)} for {group}. Choose one.")
-    return {group: names[0] for group, names in named.items()}
+def _named_once(given: Sequence[str], flag: str, what: str) -> dict[str, str]:
+    """One value per group."""
+    named = _named(given, flag, what)
+    for group, values in named.items():
+        if len(values) > 1:
+            raise ValueError(f"allocate: {flag} must be given once for a group, got {', '.join(values)} for {group}. Choose one.")
+    return {group: values[0] for group, values in named.items()}
 
 
 def _ratio(given: Sequence[str] | None) -> float | Ratios | None:
@@ -198,7 +199,7 @@ def _ratio(given: Sequence[str] | None) -> float | Ratios | None:
     try:
         if len(given) == 1 and "=" not in given[0]:
             return float(given[0])
-        return {group: float(values[-1]) for group, values in _named(given, "--ratio", "NUMBER").items()}
+        return {group: float(value) for group, value in _named_once(given, "--ratio", "NUMBER").items()}
     except ValueError as error:
         if str(error).startswith("allocate"):
             raise

@@ -30,7 +30,7 @@ from dqtk.spec import LayerSpec, canonical, kinds_of
 
 from .budget import Budget
 from .from_plans import Made, Offers
-from .groups import CLIPS, PICTURES, Ratios, check_groups, groups_of
+from .groups import Ratios, check_groups, groups_of
 from .logs import write_sensitivity, write_sizes
 from .parts import MOST, RunParts
 from .prices import shapes_of_a_step
@@ -40,7 +40,7 @@ from .search import exchanged, ranked, swept, table
 from .sensitivity import Sensitivity, dtypes, measure
 from .weights import Counts, weighed, weights_of_parts
 from .whole import Judge, Judged, Layers, OutputNoise, Pictures
-from .wishes import JUDGED, SEARCHED, check_wishes, judges_among, probes_of, scores_of, wanted, wishes_of
+from .wishes import JUDGED, SEARCHED, check_scored, check_wishes, judges_among, probes_of, scores_of, wanted, wishes_of
 
 STEPS = 5  # of every pipeline run whose calls are kept
 LEARNING = "w4a8"  # a recipe that makes calibrate keep calls
@@ -125,8 +125,7 @@ def allocate(
     given |= {"sweep": sweep, "switch": switch, "parts": parts, "weigh": weigh}
     check_wishes(asked, scores=scores or {}, ratio=ratio, **given)
     clips = makes_clips(pipe)
-    names = CLIPS if clips else PICTURES
-    check_groups(scores or {}, names, "clips" if clips else "pictures")
+    check_scored(scores or {}, candidates if isinstance(candidates, str) and candidates in SEARCHES else None, clips=clips)
     loaded = scores_of(scores or {})
     overrides: dict[str, Any] = dict.fromkeys(keep)
     plans = [make_plan(pipe, recipe, overrides=overrides) for recipe in recipes]

@@ -19,6 +19,7 @@ from dqtk.nn.correction import output_of
 
 from .parts import RunParts
 
+_FRAMES = 32  # scored at a time, as by ``report.scores.values_of_frames``, which stands above this room
 LARGEST = 144.5  # dB, 2^-48 of the signal's power: what float32 cannot tell from the signal
 
 
@@ -183,8 +184,10 @@ class PictureScore:
         return None
 
     def _scores(self, found: Tensor, reference: Tensor) -> Tensor:
-        frames = reference.ndim == 5 and not self.whole
-        return self.function(found.flatten(0, 1), reference.flatten(0, 1)) if frames else self.function(found, reference)
+        if reference.ndim != 5 or self.whole:
+            return self.function(found, reference)
+        chunks = zip(*(clips.flatten(0, 1).split(_FRAMES) for clips in (found, reference)), strict=True)
+        return torch.cat([self.function(mine, theirs) for mine, theirs in chunks])
 
     @torch.no_grad()
     def _pictures(self) -> list[Tensor]:

@@ -6,11 +6,11 @@ from typing import Any
 from torch import nn
 
 from dqtk.calibrate import Stats
-from dqtk.recipes import Search
+from dqtk.recipes import SEARCHES, Search, search_named
 from dqtk.resolve import pair_score
 
 from .budget import Budget, parse_budget
-from .groups import Ratios
+from .groups import CLIPS, PICTURES, Ratios, check_groups
 from .parts import MOST, RunParts
 from .probes import VIEWS, WHOLE, OutputSQNR, PictureScore, Probe
 
@@ -34,6 +34,20 @@ def wanted(budget: str | Budget | None) -> Budget:
     if budget is None:
         raise ValueError("allocate: budget must be given where there is no search, got none. For example 4.5bits.")
     return budget if isinstance(budget, Budget) else parse_budget(budget)
+
+
+def check_scored(scores: Mapping[str, Any], search: str | None, *, clips: bool) -> None:
+    """Raises ``ValueError`` for scores of groups that pictures (``clips``: clips) do not have; where a ``search`` brought them, the
+    error names it."""
+    (names, what), (others, other) = ((CLIPS, "clips"), (PICTURES, "pictures"))[:: 1 if clips else -1]
+    own = dict(search_named(search).scores) if search is not None else {}
+    if own and scores == own and set(own) <= set(others):
+        searches = [name for name in SEARCHES if set(dict(search_named(name).scores)) <= set(names)]
+        raise ValueError(
+            f"allocate: the pipeline must make {other}, got one of {what}: search {search} is for {other}. "
+            f"Take one of {', '.join(searches)}, or give scores of {', '.join(names)}."
+        )
+    check_groups(scores, names, what)
 
 
 def check_wishes(

@@ -47,8 +47,9 @@ ORACLE_SCORES = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shown:
-    """A variant and its samples (pictures or clips) in batches. ``original``: name of the variant that it is paired with. ``made``:
-    where and in what it was painted (versions, hardware, dtype, plan_hash); None where nobody knows."""
+    """A variant and its samples in batches: pictures or clips, and what is shown together is of one kind. ``original``: name of the
+    variant that it is paired with. ``made``: where and in what it was painted (versions, hardware, dtype, plan_hash); None where
+    nobody knows."""
 
     name: str
     role: str
@@ -118,6 +119,11 @@ class Measures:
         if score.needs is None:
             return {None: None}
         return {name: e for name, e in self.extractors.items() if serves(score, e)}
+
+
+def needs_clips(score: Any, extractor: str, got: str) -> str:
+    """Why a score has no number by an extractor of clips where there are none."""
+    return f"{score.label} by {extractor} needs clips, got {got}"
 
 
 def has_head(extractor: Any, head: str) -> bool:

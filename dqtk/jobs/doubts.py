@@ -8,7 +8,7 @@ from dqtk.recipes import recipe_named
 from dqtk.report.records import Record
 from dqtk.report.scores import serves
 
-from .asked import ORACLE, ORACLE_SCORES, Measures, Shown, has_head
+from .asked import ORACLE, ORACLE_SCORES, Measures, Shown, has_head, needs_clips
 from .clip_scores import unfit_clips
 from .features import Picture, check_sizes
 
@@ -43,6 +43,8 @@ def unmeasured(
                 continue
             for extractor in asked.lacking(score):
                 yield from ((score, name, "", asked.missing_extractors[extractor]) for name in names([extractor]))
+        if kind == "SetScore" and (paired or real):
+            yield from _without_clips(asked, score, names, shown)
         yield from _lacking(asked, score, names, shown)
         yield from ((score, name, model, why) for model, why in failed.items() for name in names(every))
     for name, score in ORACLE_SCORES.items():
@@ -98,9 +100,7 @@ def _lacking(asked: Measures, score: Any, names: Callable, shown: Sequence[Shown
             if not serves(score, reader):
                 continue
             if not (hasattr(reader, "encode_images") or shown[0].of_clips):
-                yield from (
-                    (score, name, "", f"{score.label} by {extractor} needs clips, got pictures") for name in names([extractor])
-                )
+                yield from ((score, name, "", needs_clips(score, extractor, "pictures")) for name in names([extractor]))
                 continue
             if extractor not in asked.readers():
                 why = f"{score.label} needs an extractor with a text tower, got {extractor}"
@@ -114,6 +114,14 @@ def _lacking(asked: Measures, score: Any, names: Callable, shown: Sequence[Shown
     if headless and asked.extractors and not asked.missing_extractors:
         why = f"{score.label} needs {head} features of an extractor such as inception2015, got {', '.join(asked.extractors)}"
         yield from ((score, name, "", why) for name in names(list(asked.extractors)))
+
+
+def _without_clips(asked: Measures, score: Any, names: Callable, shown: Sequence[Shown]) -> Iterator[tuple[Any, str, str, str]]:
+    """Of a score of sets: extractors of clips that are here, where the samples are pictures."""
+    for extractor, encoder in asked.extractors.items():
+        able = serves(score, encoder) and (score.head is None or has_head(encoder, score.head))
+        if able and not (hasattr(encoder, "encode_images") or shown[0].of_clips):
+            yield from ((score, name, "", needs_clips(score, extractor, "pictures")) for name in names([extractor]))
 
 
 def result_names(asked: Measures, metrics: Sequence[str], *, paired: bool, real: bool) -> list[str]:

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dqtk.report import environment
-from dqtk.report.scores import checked_clip, checked_heads, identity, mean_over_frames, one_per_picture
+from dqtk.report.scores import checked_clip, checked_heads, identity, mean_over_frames, one_per_picture, values_of_frames
 
 from .files import cached_json, key_of, sha256, whole
 
@@ -234,15 +234,22 @@ def score_pairs(
     key = key_of(name, *(picture.sha256 for picture in (*candidate, *reference)))
     num = 1 if whole else len(candidate)
 
-    def make() -> list[float | str]:
-        a, b = (read_pictures(side).float() / 255 for side in (candidate, reference))
+    def pair_of(part: slice) -> tuple[Tensor, Tensor]:
+        a, b = (read_pictures(side[part]).float() / 255 for side in (candidate, reference))
         if a.shape != b.shape:
             raise ValueError(
                 f"pictures of a pair must have one size, got {tuple(a.shape[2:])} in {candidate[0].file} and "
                 f"{tuple(b.shape[2:])} in {reference[0].file}. Compare pictures of one size."
             )
-        found = function(a[None], b[None]) if whole else function(a, b)
-        values = one_per_picture(name.split("|")[0], function, found, num).tolist()
+        return a, b
+
+    def make() -> list[float | str]:
+        short = name.split("|")[0]
+        if whole:
+            a, b = pair_of(slice(None))
+            values = one_per_picture(short, function, function(a[None], b[None]), 1).tolist()
+        else:
+            values = values_of_frames(short, function, num, pair_of)
         if any(math.isnan(value) for value in values):
             raise ValueError(f"{name.split('|')[0]} of {candidate[0].file} and the next must be a number, got NaN. Look at it.")
         return [value if math.isfinite(value) else str(value) for value in values]

@@ -8,7 +8,7 @@ records take their provenance from there, not from the process that computes the
 A variant that paints NaN is not painted further: its manifest says why, and its results are "not measured".
 """
 
-import importlib
+import inspect
 import io
 import shutil
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dqtk.calibrate import calibrate
-from dqtk.calls import call_arguments, check_call_names, denoisers
+from dqtk.calls import FRAME_NAMES, call_arguments, check_call_names, denoisers, makes_clips
 from dqtk.installed import summary
 from dqtk.plan import Plan
 from dqtk.processes import Processes
@@ -30,7 +30,7 @@ from dqtk.report.generate import NotFinite, Task, check_call_kwargs, frame_names
 from dqtk.report.rounding import check_rounding, other_rounding
 from dqtk.report.sizes import pipeline_sizes
 from dqtk.report.trajectory import compute_dtype
-from dqtk.sources import load_pipeline, local_folder, meta_pipeline, stored_dtype
+from dqtk.sources import load_pipeline, local_folder, meta_pipeline, pipeline_class, stored_dtype
 
 from .files import read_json, sha256, write_bytes, write_json
 from .identity import deciding_versions, model_identity, painted_by, texts_identity
@@ -47,17 +47,33 @@ def plans_of(variants: Sequence[Variant]) -> dict[str, Plan]:
 
 
 def check_models(job: Job, variants: Sequence[Variant]) -> None:
-    """Raises ``ValueError`` for a model that is nowhere, and for ``call`` arguments that its pipeline does not name."""
+    """Raises ``ValueError`` for a model that is nowhere, for ``call`` arguments that its pipeline does not name, and for models of
+    pictures beside models of clips."""
+    kinds = {}
     for model in dict.fromkeys(variant.model for variant in variants):
-        kind = _pipeline_class(local_folder(model, weights=False))
+        kind = pipeline_class(model)
         if kind is not None:
             check_call_names(kind, check_call_kwargs(job.call, "job: call"), "job: call")
+            kinds[model] = makes_clips(kind) and _num_frames(kind, job.call) != 1
+    check_kinds(kinds)
 
 
-def _pipeline_class(folder: Path) -> Any:
-    """The class of a saved pipeline; None for one of another library than diffusers."""
-    data = read_json(folder / "model_index.json")
-    return getattr(importlib.import_module("diffusers"), str(data.get("_class_name")), None)
+def _num_frames(kind: Any, call: Mapping[str, Any]) -> Any:
+    """How many frames a video pipeline is asked for, by the call or else by its default; None where nobody says."""
+    parameters = inspect.signature(kind.__call__).parameters
+    defaults = [parameters[name].default for name in FRAME_NAMES if name in parameters]
+    return next(iter([*(call[name] for name in FRAME_NAMES if name in call), *defaults]), None)
+
+
+def check_kinds(of_clips: Mapping[str, bool]) -> None:
+    """Raises ``ValueError`` for models (or variants) of pictures beside those of clips: no score could look at both, so nothing
+    would be comparable. ``of_clips``: name -> whether it makes clips."""
+    if len(set(of_clips.values())) > 1:
+        clips, pictures = (next(name for name, kind in of_clips.items() if kind is wanted) for wanted in (True, False))
+        raise ValueError(
+            f"job: models must all make clips, or all pictures, got clips from {clips} and pictures from {pictures}. "
+            "Write a job for each."
+        )
 
 
 def check_floors(variants: Sequence[Variant], device: Any) -> None:

@@ -206,10 +206,10 @@ def reduce(
         records += worker_records(values, original, context)
         if variant.role != "original":
             records += set_records(values, original.features, asked.of("SetScore"), context, paired=True)
-        if real:
+        if references:
             records += set_records(values, real, asked.of("SetScore"), context, paired=False)
         records += class_records(values, asked.of("ClassScore"), context)
-    for score, name, model, why in unmeasured(asked, shown, bool(real), failed or {}, fps):
+    for score, name, model, why in unmeasured(asked, shown, bool(references), failed or {}, fps):
         records.append(context.record(model, score, name, 0, value=None, not_measured=why))
     return records, found
 

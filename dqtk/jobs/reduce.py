@@ -26,6 +26,7 @@ from dqtk.report.scores import (
     serves,
 )
 
+from .asked import needs_clips
 from .worker_scores import Answers
 
 
@@ -208,16 +209,19 @@ def _mean_record(
 def set_records(
     values: Values, reference: Mapping[tuple[str, str | None], Tensor], scores: Sequence[Any], context: Context, *, paired: bool
 ) -> list[Record]:
-    """Distances of the variant's features to a reference's, per extractor; with a warning where there are too few rows."""
+    """Distances of the variant's features to a reference's, per extractor; with a warning where there are too few rows, or why
+    there is none."""
     found = []
     where = "vs_original(paired)" if paired else "vs_real"
     for (extractor, head), rows in values.features.items():
         others = reference.get((extractor, head))
-        if others is None:
-            continue  # an extractor of clips, and references that are pictures
         num = len(rows)
         for score in (score for score in scores if score.head == head and serves(score, context.extractors[extractor])):
             name = f"{score.name}[{extractor}]@{where}"
+            if others is None:  # an extractor of clips has rows of the one and none of the other
+                why = needs_clips(score, extractor, "references that are pictures")
+                found.append(context.record(values.name, score, name, num, value=None, not_measured=why))
+                continue
             extra: dict[str, Any] = {
                 **context.comparable(score, extractor, to_original=paired),
                 "dim": rows.shape[1],

@@ -16,7 +16,7 @@ from .features import Picture, clip_of
 from .files import read_json, remove_partials, write_json
 from .folders import folder_batches
 from .gates import Gate, check_gates
-from .generate import check_floors, check_models, failure_of, is_done, maker_of, paint, plans_of, quantize_missing
+from .generate import check_floors, check_kinds, check_models, failure_of, is_done, maker_of, paint, plans_of, quantize_missing
 from .layout import Layout, Variant, batches, prompts_of, suite_of, variants
 from .measure import observe, reduce
 from .presets import deviations
@@ -31,8 +31,8 @@ def run(job: Job, gates: Sequence[Gate] = ()) -> list[Record]:
     Args:
         gates: conditions whose names are checked before anything is painted; ``tripped`` judges them afterwards.
     Raises:
-        ValueError: a bad job, or an unknown model, recipe, metric or name of a gate (no folder is claimed then); a folder of
-            another job, a damaged picture, or originals that paint NaN.
+        ValueError: a bad job, an unknown model, recipe, metric or name of a gate, or models of clips beside models of pictures (no
+            folder is claimed then); a folder of another job, a damaged picture, or originals that paint NaN.
     """
     me = processes()
     torch.set_num_threads(job.threads)
@@ -60,6 +60,7 @@ def run(job: Job, gates: Sequence[Gate] = ()) -> list[Record]:
     _check_painted(painted, work, layout, makers)
     suite = {entry.prompt: entry for entry in suite_of(job)}
     shown = [_shown(variant, work, layout, suite) for variant in painted]
+    check_kinds({variant.name: variant.of_clips for variant in shown})  # of pipelines of somebody's own nobody knew beforehand
     asked = fitting(with_oracle(asked, job.metrics, shown), shown)
     observe(asked, shown, references, layout.cache, me, job.fps)
     me.wait()

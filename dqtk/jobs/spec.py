@@ -34,6 +34,7 @@ from dqtk.report.rounding import ROUNDINGS
 from dqtk.spec import did_you_mean
 
 from .presets import filled, preset_named
+from .worker import words_of
 
 DTYPES = ("stored", "float32", "bfloat16", "float16")
 FLOORS = (*DTYPES, *ROUNDINGS)
@@ -133,12 +134,13 @@ class Job:
 
 
 def check_workers(workers: Any, where: str) -> None:
-    """Raises ``ValueError`` for anything but names (letters, digits, _, -) and commands."""
+    """Raises ``ValueError`` for anything but names (letters, digits, _, -) and commands, and for quotes that do not close."""
     for name, command in workers.items():
         if not (isinstance(name, str) and isinstance(command, str) and command.strip() and re.fullmatch(r"[A-Za-z][\w-]*", name)):
             raise ValueError(
                 f"{where} must map names of scores to commands, got {name!r}: {command!r}. For example mine: python worker.py."
             )
+        words_of(command, f"{where}: the command of {name}")
 
 
 class _Strict(yaml.SafeLoader):

@@ -33,6 +33,7 @@ from .files import key_of, sha256
 PROTOCOL = 1
 KINDS = ("pictures", "clips")
 _GREETING = {"name": str, "version": str, "higher_is_better": bool}
+_DIGITS = range(16)  # that may be shown after the point; a float has no more
 _GRACE = 10.0  # seconds between the end of a worker's input and its own
 _TAIL = 12  # lines of its standard error that are shown
 
@@ -62,6 +63,14 @@ class Sample:
     prompt: str | None
 
 
+def words_of(command: str, where: str) -> list[str]:
+    """A command's words, as a shell splits them. Raises ``ValueError`` for quotes that do not close."""
+    try:
+        return shlex.split(command)
+    except ValueError as error:
+        raise ValueError(f"{where} must be words as in a shell, got {command!r}: {error}. Close the quotes.") from None
+
+
 class Worker:
     """A running command; started by ``greeting`` or ``values``, ended by the ``with`` block.
 
@@ -70,7 +79,7 @@ class Worker:
 
     def __init__(self, name: str, command: str, *, timeout: float = 1800.0) -> None:
         self.name, self.timeout = name, timeout
-        self.words = shlex.split(command)
+        self.words = words_of(command, f"worker {name}: command")
         if not self.words:
             raise ValueError(f"worker {name}: command must name a program, got {command!r}. For example: python worker.py.")
         if not timeout > 0:
@@ -91,7 +100,7 @@ class Worker:
     @property
     def identity(self) -> str:
         """What its values are filed under, without starting it: the command, and the contents of the files that it names."""
-        return key_of(*(f"{word} {sha256(Path(word))}" if Path(word).is_file() else word for word in self.words))
+        return key_of(*(f"{word} {sha256(Path(word))}" if _is_file(word) else word for word in self.words))
 
     @property
     def greeting(self) -> Greeting:
@@ -193,6 +202,9 @@ class Worker:
                 raise self._failed(f"greeting must have {key} ({kind.__name__})", repr(data.get(key)))
         if data.get("of") not in KINDS:
             raise self._failed(f"greeting must be of {' or '.join(KINDS)}", repr(data.get("of")))
+        digits = data.get("digits", 4)
+        if not isinstance(digits, int) or isinstance(digits, bool) or digits not in _DIGITS:
+            raise self._failed(f"greeting must have digits from {_DIGITS[0]} to {_DIGITS[-1]}, or none", repr(digits))
         return Greeting(
             name=data["name"],
             version=data["version"],
@@ -200,7 +212,7 @@ class Worker:
             higher_is_better=data["higher_is_better"],
             of=data["of"],
             unit=str(data.get("unit", "")),
-            digits=int(data.get("digits", 4)),
+            digits=digits,
         )
 
     def _died(self, what: str) -> WorkerError:
@@ -221,6 +233,14 @@ class Worker:
         self.close()
         said = " | ".join(line for line in self._said if line.strip())
         return WorkerError(f"worker {self.name}: {must}, got {got}. {remedy}{f'; it said: {said[-600:]}' if said else '.'}")
+
+
+def _is_file(word: str) -> bool:
+    """Whether a word of a command names a file; one that is too long for a name, or holds a zero byte, names none."""
+    try:
+        return Path(word).is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def _listen(stream: IO[str], heard: Callable[[str | None], None]) -> None:

@@ -10,7 +10,7 @@ from .comparison import Comparison, Measure, Row
 from .film import frame_size
 from .markup import folded, number, row, section, table
 from .numbers import DASH, MINUS, TIMES
-from .player import MAX_BYTES, RATE, FrameScore, player_html, stride_of
+from .player import MAX_BYTES, RATE, FrameValues, player_html, stride_of
 from .sections import NAMES, facts_html, png_size
 
 MAX_PAGE = 8 * MAX_BYTES  # of all sheets on a page
@@ -59,7 +59,7 @@ def _card(pair: Row, score: str | None, comparison: Comparison, index: int) -> s
     line = None
     if score is not None:
         unit = next((m.unit for m in comparison.measures if m.name == score), "")
-        line = FrameScore(name=NAMES.get(score, score), values=pair.frame_scores[score], unit=unit)
+        line = FrameValues(name=NAMES.get(score, score), values=pair.frame_scores[score], unit=unit)
     films = [("original", pair.images["reference"]), ("candidate", pair.images["candidate"])]
     size = frame_size(png_size(pair.images["reference"]), pair.num_frames)
     words = f"pair {index}: {pair.prompt}"

@@ -34,7 +34,7 @@ from .measures import curve_of, score_measures, step_measures
 from .ranges import Widths, range_curves, ranges_seen
 from .rounding import check_rounding, other_rounding
 from .rows import Oracle, rows_of
-from .scores import CLIP_SCORES, DEFAULT_SCORES, ImageScore, resolve_scores
+from .scores import DEFAULT_SCORES, SCORES_OF_CLIPS, ImageScore, resolve_scores
 from .sizes import pipeline_sizes
 from .trajectory import Call, StepSums, TrajectoryMismatch, compute_dtype, own_trajectory, recorded, same_inputs
 
@@ -160,7 +160,7 @@ def compare(
     _check(prompts, seeds_per_prompt, batch_size, num_trajectory, seed)
     kwargs = check_call_kwargs(call_arguments(reference, call_kwargs))
     by_default = tuple(scores) == DEFAULT_SCORES
-    wanted = (*scores, *CLIP_SCORES) if by_default else scores
+    wanted = (*scores, *SCORES_OF_CLIPS) if by_default else scores
     image_scores, missing = resolve_scores(wanted, lpips_net=lpips_net, lpips_weights=lpips_weights)
     if makes_clips(reference) != makes_clips(candidate):
         raise ValueError(

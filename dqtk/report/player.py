@@ -27,7 +27,7 @@ _WIDTH, _HEIGHT = 100, 22  # of the line of scores, in units of its own
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FrameScore:
+class FrameValues:
     """Values of one score, a frame each (``inf``: equal), and its name and unit."""
 
     name: str
@@ -66,7 +66,7 @@ def player_html(
     *,
     words: str,
     difference: bool = False,
-    score: FrameScore | None = None,
+    score: FrameValues | None = None,
 ) -> str:
     """Stage and controls. ``films``: names, and sheets as PNG files; ``size``: (width, height) of a frame; ``words``: what is
     shown, for labels; ``difference``: of the first two, beside them."""
@@ -91,7 +91,7 @@ def player_html(
     )
 
 
-def _line(score: FrameScore) -> str:
+def _line(score: FrameValues) -> str:
     """The score over the frames as a small line above the scrubber; frames that are equal leave a gap."""
     finite = [value for value in score.values if math.isfinite(value)]
     if len(finite) < 2:
@@ -142,10 +142,10 @@ class Player:
         script = f"(()=>{{{asset('player.js')}\nwire(document.querySelector('#{name} .player'));}})()"
         return f'<div id="{name}" style="max-width:40rem"><style>{asset("player.css")}</style>{body}<script>{script}</script></div>'
 
-    def _score(self) -> FrameScore | None:
+    def _score(self) -> FrameValues | None:
         """PSNR per frame, for the line above the scrubber."""
         pairs = zip(self.before, self.after, strict=True)
         errors = [
             float(np.square(np.asarray(a.convert("RGB"), dtype=np.float64) - np.asarray(b.convert("RGB"))).mean()) for a, b in pairs
         ]
-        return FrameScore(name="PSNR", values=tuple(10 * math.log10(255**2 / e) if e else math.inf for e in errors), unit="dB")
+        return FrameValues(name="PSNR", values=tuple(10 * math.log10(255**2 / e) if e else math.inf for e in errors), unit="dB")

@@ -13,10 +13,9 @@ from PIL import Image
 from .comparison import OracleScore, Row
 from .film import png_of, sheet_of
 from .generate import Batch, Task, to_tensor
-from .scores import ImageScore, mean_over_frames, one_per_picture
+from .scores import ImageScore, mean_over_frames, one_per_picture, values_of_frames
 
 Oracle = Callable[[Any, str], Any]
-_FRAMES = 32  # scored at a time: a long clip as float tensors is gigabytes
 
 
 def rows_of(batch: list[Task], outputs: Mapping[str, Batch], scores: Sequence[ImageScore], oracle: Oracle | None) -> list[Row]:
@@ -73,11 +72,7 @@ def _values(
         return [one_per_picture(score.name, score.function, score.function(a, b), 1).tolist() for a, b in pairs]
     length = len(reference[0])
     mine, theirs = ([frame for clip in clips for frame in clip] for clips in (candidate, reference))
-    values: list[float] = []
-    step = max(_FRAMES, len(reference)) if length > 1 else len(mine)
-    for start in range(0, len(mine), step):
-        a, b = (to_tensor(frames[start : start + step]) for frames in (mine, theirs))
-        values += one_per_picture(score.name, score.function, score.function(a, b), len(a)).tolist()
+    values = values_of_frames(score.name, score.function, len(mine), lambda part: (to_tensor(mine[part]), to_tensor(theirs[part])))
     return [values[start : start + length] for start in range(0, len(values), length)]
 
 

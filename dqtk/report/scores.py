@@ -17,7 +17,8 @@ from torch import Tensor
 from dqtk.resolve import scores as scores_in_files
 
 DEFAULT_SCORES = ("psnr", "ssim", "ms_ssim", "lpips")
-CLIP_SCORES = ("frame_changes",)  # beside them, of clips
+FRAMES = 32  # scored at a time: a long clip as float tensors is gigabytes
+SCORES_OF_CLIPS = ("frame_changes",)  # beside them, of clips
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,6 +117,19 @@ def mean_over_frames(values: Sequence[float], cap: float | None) -> float:
     return sum(capped(values, cap)) / len(values)
 
 
+def values_of_frames(name: str, function: Any, num: int, pair_of: Callable[[slice], tuple[Tensor, Tensor]]) -> list[float]:
+    """A pair score of ``num`` pictures or frames, ``FRAMES`` at a time. ``pair_of``: (candidate, reference) of some, float batches
+    [B, 3, H, W] in [0, 1], made when they are asked for.
+
+    Raises ``ValueError`` that names the score's file for anything but one number each.
+    """
+    values: list[float] = []
+    for start in range(0, num, FRAMES):
+        candidate, reference = pair_of(slice(start, min(start + FRAMES, num)))
+        values += one_per_picture(name, function, function(candidate, reference), len(candidate)).tolist()
+    return values
+
+
 def flip_counts(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
     """Verdicts (0 or 1) that changed, in both directions, and McNemar's p-value."""
     found = flips([value == 1 for value in before], [value == 1 for value in after])
@@ -160,18 +174,10 @@ def flips(before: Sequence[bool], after: Sequence[bool]) -> Any:
 
 
 def change_interval(before: Sequence[float], after: Sequence[float], prompts: Sequence[int], seed: int) -> Any:
-    """The mean change of yes-or-no verdicts (0 or 1), with its interval: that of ``bootstrap``, or where every prompt changed
-    alike (mostly: none flipped), and resampling would claim certainty, what so many *prompts* can rule out."""
-    from dqtk.metrics.bootstrap import Interval
-    from dqtk.metrics.flips import never_seen_bound
+    """``dqtk.metrics.flips.change_interval``: the mean change of verdicts (0 or 1), which is not certain where none flipped."""
+    from dqtk.metrics.flips import change_interval as interval
 
-    change = [b - a for a, b in zip(before, after, strict=True)]
-    found = bootstrap(change, prompts, seed)
-    if found.low is None or len(set(change)) > 1:
-        return found
-    bound = never_seen_bound(len(set(prompts)))
-    low, high = max(-1.0, found.estimate - bound), min(1.0, found.estimate + bound)
-    return Interval(estimate=found.estimate, low=low, high=high)
+    return interval(before, after, prompts, seed=seed)
 
 
 def rank_warning(num: int, dim: int, num_reference: int) -> str | None:

@@ -7,11 +7,12 @@ differ by what was done to the model. They are paired by their base names, as re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dqtk.metrics.bootstrap import Interval, paired_bootstrap
-from dqtk.metrics.flips import never_seen_bound
-
+from ..bootstrap import Interval, paired_bootstrap
+from ..flips import change_interval
 from .results import Scored
 from .suite import prompt_of_name
+
+_VERDICTS = ("dynamic_degree",)  # dimensions whose videos are 0 or 1 each
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +44,7 @@ def _change(name: str, mine: Mapping[str, float | None], theirs: Mapping[str, fl
     for base, value in mine.items():
         other = theirs.get(base)
         if value is not None and other is not None:
-            pairs[base] = value - other
+            pairs[base] = (other, value)
     if not pairs:
         raise ValueError(
             f"vbench: {name} must have videos of one name in both results, got {len(mine)} and {len(theirs)} without a pair. "
@@ -51,10 +52,10 @@ def _change(name: str, mine: Mapping[str, float | None], theirs: Mapping[str, fl
         )
     prompts = [prompt_of_name(base)[0] for base in pairs]
     places = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
-    interval = paired_bootstrap(list(pairs.values()), [places[prompt] for prompt in prompts], seed=seed)
-    if interval.low is not None and len(set(pairs.values())) == 1 and all(mine[base] in (0.0, 1.0) for base in pairs):
-        # Verdicts that all changed alike (mostly: none flipped): resampling would claim certainty.
-        bound = never_seen_bound(len(places))
-        low, high = max(-1.0, interval.estimate - bound), min(1.0, interval.estimate + bound)
-        interval = Interval(estimate=interval.estimate, low=low, high=high)
+    whose = [places[prompt] for prompt in prompts]
+    before, after = (list(column) for column in zip(*pairs.values(), strict=True))
+    if name in _VERDICTS:
+        interval = change_interval(before, after, whose, seed=seed)
+    else:
+        interval = paired_bootstrap([b - a for a, b in zip(before, after, strict=True)], whose, seed=seed)
     return Change(interval=interval, num_videos=len(pairs), num_unmatched=len(set(mine) | set(theirs)) - len(pairs))

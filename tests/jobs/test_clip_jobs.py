@@ -23,6 +23,9 @@ from PIL import Image
 from dqtk.cli import main
 from dqtk.jobs import asked
 from dqtk.jobs.evaluate import evaluate
+from dqtk.jobs.features import read_pictures, score_pairs
+from dqtk.jobs.folders import folder_pictures
+from dqtk.jobs.gates import parse_gate, tripped
 from dqtk.jobs.run import read_results, run
 from dqtk.jobs.spec import read_job
 from dqtk.jobs.vbench_files import first_still
@@ -161,6 +164,35 @@ def test_evaluating_the_folders_of_a_job_gives_its_numbers(done, tmp_path):
         assert found["wan-w4a8-rtn", name] == pytest.approx(numbers(done)["wan-w4a8-rtn", name][0])
 
 
+def test_models_of_clips_beside_models_of_pictures_are_refused_before_painting(
+    write_job, wan_folder, tiny_folders, tmp_path, monkeypatch
+):
+    pixart, out = str(tiny_folders["pixart"]), tmp_path / "out"
+    says = rf"job: models must all make clips, or all pictures, got clips from {wan_folder} and pictures from {pixart}\."
+    with monkeypatch.context() as patch:
+        patch.setattr("dqtk.jobs.generate.load_pipeline", lambda *a: pytest.fail("loaded a pipeline"))
+        for changes in ({"models": [str(wan_folder), pixart]}, {"models": [pixart], "candidates": {"mine": str(wan_folder)}}):
+            with pytest.raises(ValueError, match=says):
+                run(read_job(write_job(out, **changes)))
+    assert not out.exists()
+
+
+def test_a_mix_that_only_its_samples_show_is_refused_too(write_job, wan_folder, tiny_folders, tmp_path, monkeypatch):
+    """As of pipelines of somebody's own, whose class says nothing."""
+    monkeypatch.setattr("dqtk.jobs.generate.pipeline_class", lambda model: None)
+    changes = {"models": [str(tiny_folders["pixart"]), str(wan_folder)], "prompts": captions(1, seed=5), "recipes": []}
+    with pytest.raises(ValueError, match="got clips from wan and pictures from pixart"):
+        run(read_job(write_job(tmp_path / "out", metrics=["psnr"], extractors=[], **changes)))
+
+
+def test_a_clip_of_one_frame_is_a_picture():
+    from diffusers import WanPipeline
+
+    from dqtk.jobs.generate import _num_frames
+
+    assert [_num_frames(WanPipeline, call) for call in ({}, {"num_frames": 1})] == [81, 1]
+
+
 # --- folders of clips ----------------------------------------------------------------------------------------------------
 
 
@@ -206,6 +238,28 @@ def test_what_clips_lack_is_said(clips, pictures, tmp_path):
         "subject_consistency[tiny-clip]": "Subject consistency needs clips, got pictures",
         "overall_consistency[frames:tiny-clip]": "Overall consistency by frames:tiny-clip needs clips, got pictures",
     }
+
+
+def test_distances_by_extractors_of_clips_say_why_pictures_have_none(pictures, tmp_path):
+    clean, noisy, tools = pictures("clean"), pictures("noisy", noise=40), ["tiny-clip", "motion:tiny-clip"]
+    gates = [parse_gate("frechet[motion:tiny-clip] > 1")]
+    records = evaluate(clean, noisy, tmp_path / "a", metrics=["frechet"], extractors=tools, gates=gates)
+    (by_clips,) = (r for r in records if r.not_measured is not None)
+    assert by_clips.name == "frechet[motion:tiny-clip]@vs_original(paired)"
+    assert by_clips.not_measured == "Fr\u00e9chet distance by motion:tiny-clip needs clips, got pictures"
+    assert {r.name for r in records if r.value is not None} == {"frechet[tiny-clip]@vs_original(paired)"}
+    assert "was not measured" in tripped(gates, records, ["noisy"])[0]
+    said = reasons(evaluate(clean, noisy, tmp_path / "b", metrics=["frechet"], extractors=tools, unpaired=True))
+    assert said == {"frechet[motion:tiny-clip]@vs_real": by_clips.not_measured}
+
+
+def test_clips_against_references_that_are_pictures(done, write_job, pictures, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(done, out)
+    changes = {"recipes": [], "metrics": ["frechet"], "references": str(pictures("photos"))}
+    records = run(read_job(write_job(out, extractors=["frames:tiny-clip"], **changes)))
+    why = "Fr\u00e9chet distance by frames:tiny-clip needs clips, got references that are pictures"
+    assert [(r.model, r.name, r.not_measured) for r in records] == [("wan", "frechet[frames:tiny-clip]@vs_real", why)]
 
 
 def test_missing_weights_are_told_where_they_would_count(clips, tmp_path, monkeypatch):
@@ -270,6 +324,20 @@ def test_lossy_frames_and_unequal_lengths_are_refused(clips, tmp_path):
         evaluate(good, short, tmp_path / "b", metrics=["psnr"])
     with pytest.raises(ValueError, match=r"fps must be a positive frame rate, got -1"):
         evaluate(good, good, tmp_path / "c", metrics=["psnr"], fps=-1)
+
+
+def test_frames_of_long_clips_are_scored_some_at_a_time(pictures, tmp_path):
+    mine, theirs = (folder_pictures(pictures(name, noise)) * 8 for name, noise in (("clean", 0), ("noisy", 40)))
+    sizes = []
+
+    def score(a, b):
+        sizes.append(len(a))
+        return psnr(a, b)
+
+    values = score_pairs(tmp_path, "psnr", score, mine, theirs)
+    assert sizes == [32, 32, 8]
+    wanted = psnr(*(read_pictures(side[:9]).float() / 255 for side in (mine, theirs)))
+    assert values == pytest.approx(wanted.tolist() * 8)
 
 
 def test_long_clips_keep_their_order_in_the_shell(clips, tmp_path, capsys):

@@ -111,6 +111,9 @@ def test_a_worker_that_lets_one_down_is_named(fake, tmp_path, body, says):
         (GREETING | {"higher_is_better": "yes"}, r"greeting must have higher_is_better \(bool\), got 'yes'\."),
         (GREETING | {"of": "sounds"}, r"greeting must be of pictures or clips, got 'sounds'\."),
         ({"protocol": 1}, r"greeting must have name \(str\), got None\."),
+        (GREETING | {"digits": "three"}, r"greeting must have digits from 0 to 15, or none, got 'three'\."),
+        (GREETING | {"digits": -1}, r"greeting must have digits from 0 to 15, or none, got -1\."),
+        (GREETING | {"digits": True}, r"greeting must have digits .*, got True\."),
     ],
 )
 def test_a_greeting_says_what_the_score_is(fake, greeting, says):
@@ -130,6 +133,16 @@ def test_a_program_that_is_not_there_or_dies_at_once():
         Worker("mine", " ")
     with pytest.raises(ValueError, match=r"worker mine: timeout must be above 0 seconds, got 0\."):
         Worker("mine", "true", timeout=0)
+
+
+def test_null_for_digits_is_named(fake):
+    before = "say('" + json.dumps(GREETING | {"digits": None}) + "'); time.sleep(30)"
+    with Worker("mine", fake(NOBODY, before=before)) as worker, pytest.raises(WorkerError, match=r"digits .*, got None\."):
+        _ = worker.greeting
+
+
+def test_a_word_too_long_for_a_file_names_none():
+    assert Worker("mine", f"python -c {'x' * 5000}").identity != Worker("mine", f"python -c {'y' * 5000}").identity
 
 
 def test_pictures_are_not_given_to_a_worker_of_clips(fake, tmp_path):
@@ -215,7 +228,9 @@ def test_values_are_kept_and_a_worker_is_started_for_what_is_missing_only(evalua
 
 def test_a_worker_that_dies_is_a_gap_and_not_a_crash(evaluated, fake, tmp_path):
     dies = fake("say({'id': asked['id'], 'values': [1.0] * n}) if asked['id'] else sys.exit(3)")
-    found = evaluated({"mine": dies, "gone": "/nowhere/python"}, gates=[parse_gate("mine < 0")])
+    odd = fake(NOBODY, GREETING | {"digits": "three"})
+    found = evaluated({"mine": dies, "gone": "/nowhere/python", "odd": odd}, gates=[parse_gate("mine < 0")])
+    assert "greeting must have digits" in found["noisy", "odd"].not_measured
     record = found["noisy", "mine"]
     assert record.value is None
     assert record.not_measured.startswith("worker mine: an answer must be answered, got the end of the program (status 3)")
@@ -232,6 +247,10 @@ def test_names_of_workers_are_checked_before_anything_runs(evaluated, tmp_path):
         ({"psnr": "true"}, r"workers: names must differ from those of scores, got psnr\."),
         ({"a b": "true"}, r"evaluate: workers must map names of scores to commands, got 'a b': 'true'\."),
         ({"mine": " "}, r"evaluate: workers must map names of scores to commands, got 'mine': ' '\."),
+        (
+            {"mine": "a 'b"},
+            r"evaluate: workers: the command of mine must be words as in a shell, got \"a 'b\": No closing quotation\.",
+        ),
     ):
         with pytest.raises(ValueError, match=says):
             evaluated(workers)
@@ -244,6 +263,10 @@ def test_jobs_and_the_command_line_take_workers(pictures, tmp_path, job_file, ca
     assert job.hash == read_job(job_file()).hash  # pictures do not depend on it
     with pytest.raises(ValueError, match="job: workers must map names of scores to commands, got 'x': 3"):
         read_job(job_file(workers={"x": 3}))
+    with pytest.raises(
+        ValueError, match=r"job: workers: the command of x must be words .*: No closing quotation\. Close the quotes"
+    ):
+        read_job(job_file(workers={"x": 'python "worker.py'}))
     a, b = str(pictures("a", num=2)), str(pictures("b", noise=9, num=2))
     words = ["evaluate", a, b, "--metrics", "psnr", "--output", str(tmp_path / "cli")]
     command = shlex.join([sys.executable, str(EXAMPLE), "brightness"])

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from dqtk.metrics.flips import Flips, flips, never_seen_bound
+from dqtk.metrics.bootstrap import paired_bootstrap
+from dqtk.metrics.flips import Flips, change_interval, flips, never_seen_bound
 from scipy.stats import binomtest
 
 
@@ -82,3 +83,19 @@ def test_what_was_never_seen_is_bounded_by_the_number_of_tries():
         assert never_seen_bound(num) == pytest.approx(binomtest(0, num).proportion_ci(0.95).high)
     with pytest.raises(ValueError, match="never_seen_bound: num must be at least 1, got 0"):
         never_seen_bound(0)
+
+
+def test_the_interval_of_a_change_that_all_share_is_what_so_many_prompts_can_rule_out():
+    whose, bound = [0, 0, 1, 1, 2, 2], never_seen_bound(3)
+    same = change_interval([1, 0, 1, 0, 1, 0], [1, 0, 1, 0, 1, 0], whose)
+    assert (same.low, same.estimate, same.high) == (-bound, 0, bound)
+    all_wrong = change_interval([1.0] * 6, [0.0] * 6, whose)
+    assert (all_wrong.low, all_wrong.estimate, all_wrong.high) == (-1, -1, -1 + bound)
+    some = change_interval([1, 0, 1, 0, 1, 0], [1, 0, 0, 0, 0, 1], whose, seed=4)
+    assert some == paired_bootstrap([0.0, 0, -1, 0, -1, 1], whose, seed=4)
+    assert change_interval([1, 0], [1, 0], [7, 7]).low is None  # of one prompt nothing is known
+
+
+def test_the_interval_of_a_change_is_of_outcomes():
+    with pytest.raises(ValueError, match=r"change_interval: outcomes must be 0 or 1, got 0\.5\."):
+        change_interval([1, 0.5], [1, 1], [0, 1])

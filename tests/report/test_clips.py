@@ -24,7 +24,7 @@ from dqtk.report.film import columns_of, frames_of, sheet_of
 from dqtk.report.generate import generate, make_tasks
 from dqtk.report.page import render_page
 from dqtk.report.player import MAX_BYTES, Player, stride_of, thinned
-from dqtk.report.scores import mean_over_frames
+from dqtk.report.scores import mean_over_frames, values_of_frames
 from dqtk.resolve import oracle_for
 
 FRAMES, HEIGHT, WIDTH = 5, 12, 20
@@ -89,6 +89,20 @@ def test_a_picture_keeps_its_value_and_a_frame_its_cap():
     assert mean_over_frames([113.1, math.inf, 40.0], 100.0) == 80.0
     assert mean_over_frames([math.inf, math.inf], 100.0) == math.inf
     assert mean_over_frames([0.5, 1.0], None) == 0.75
+
+
+def test_frames_are_scored_some_at_a_time():
+    frames, sizes = torch.rand(70, 3, 2, 2), []
+
+    def score(a, b):
+        sizes.append(len(a))
+        return (a - b).abs().mean((1, 2, 3))
+
+    found = values_of_frames("mad", score, 70, lambda part: (frames[part], torch.zeros_like(frames[part])))
+    assert sizes == [32, 32, 6]
+    assert found == pytest.approx(frames.mean((1, 2, 3)).tolist())
+    with pytest.raises(ValueError, match=r"metrics: mad .* must return one number per picture, a tensor of shape \[32\], got \[\]"):
+        values_of_frames("mad", lambda a, b: a.mean(), 70, lambda part: (frames[part], frames[part]))
 
 
 def test_words_are_of_clips(projected):

@@ -256,13 +256,15 @@ def test_changes_are_paired_by_name_and_bootstrapped_over_prompts():
 
 
 def test_verdicts_that_never_flipped_are_not_certain():
-    same = scored({f"p{i}-0.mp4": 1.0 for i in range(12)})
-    (change,) = paired_changes(same, same).values()
+    def change(name, value):
+        same = {name: Scored(score=value, videos={f"p{i}-0.mp4": value for i in range(12)})}
+        return paired_changes(same, same)[name].interval
+
     bound = never_seen_bound(12)
-    assert (change.interval.low, change.interval.estimate, change.interval.high) == (-bound, 0, bound)
-    half = scored({f"p{i}-0.mp4": 0.5 for i in range(12)})  # a measured number that did not change did not change
-    (change,) = paired_changes(half, half).values()
-    assert (change.interval.low, change.interval.high) == (0, 0)
+    verdict = change("dynamic_degree", 1.0)
+    assert (verdict.low, verdict.estimate, verdict.high) == (-bound, 0, bound)
+    for name, value in (("scene", 0.5), ("imaging_quality", 1.0)):  # a measured number, 1 or another, that did not change did not
+        assert (change(name, value).low, change(name, value).high) == (0, 0)
 
 
 def test_the_table_says_what_is_missing_and_what_changed(tmp_path, results, capsys):

@@ -1,6 +1,7 @@
 """Clips: what of the output and of the frames is scored, and an allocation of the embedded video pipeline from end to end."""
 
 import copy
+import importlib
 import json
 from types import SimpleNamespace
 
@@ -12,8 +13,9 @@ from torch import nn
 
 import dqtk
 from dqtk.allocate.probes import CHANGES, OutputSQNR, PictureScore
+from dqtk.allocate.wishes import check_scored
 from dqtk.calibrate.replay import Call
-from dqtk.calls import by_frames, makes_clips
+from dqtk.calls import by_frames, layouts_of, makes_clips
 from dqtk.checkpoint import quantized_layers
 from dqtk.cli import main
 from dqtk.plan import Plan
@@ -24,6 +26,8 @@ FEW = {"num_inference_steps": 1, "num_frames": 5, "height": 32, "width": 32}
 
 class Frames(nn.Module):
     """Latents [B, C, F, H, W], plus what is the same in all frames and what turns its sign with every frame."""
+
+    config = SimpleNamespace(in_channels=3)
 
     def __init__(self):
         super().__init__()
@@ -67,6 +71,47 @@ def test_where_frames_lie():
         by_frames(flux, {"hidden_states": latents[:, :, 0]}, latents[:, :, 0])
 
 
+def test_frames_of_a_class_without_an_adapter_lie_behind_its_channels_or_nobody_knows():
+    latents, unknown = torch.arange(2 * 3 * 4 * 2 * 2.0).view(2, 3, 4, 2, 2), type("Unknown3DModel", (nn.Module,), {})()
+    says = (
+        r"frames: latents of Unknown3DModel must be \[B, C, F, H, W\] with its channels C \(none in its configuration\) .*adapter"
+    )
+    with pytest.raises(ValueError, match=says):
+        by_frames(unknown, {}, latents)
+    unknown.config = SimpleNamespace(in_channels=36, out_channels=3)  # such as of a model that is given a picture beside
+    assert torch.equal(by_frames(unknown, {}, latents)[:, 1], latents[:, :, 1])
+    for other in (latents.movedim(1, -1), latents.movedim(1, 2), latents[:, :, :3]):  # channels elsewhere; and as many frames
+        with pytest.raises(ValueError, match=r"\(in_channels 36, out_channels 3\) and another F, got \["):
+            by_frames(unknown, {}, other)
+
+
+def test_kandinsky_has_its_channels_last():
+    """By the model itself: its frames lie where a change of one frame of noise shows, its tokens are those that it attends over."""
+    from diffusers import Kandinsky5Transformer3DModel
+
+    sizes = {"in_visual_dim": 3, "out_visual_dim": 3, "in_text_dim": 8, "in_text_dim2": 8, "time_dim": 8, "model_dim": 16}
+    blocks = {"ff_dim": 16, "num_text_blocks": 1, "num_visual_blocks": 1, "axes_dims": (2, 2, 4), "patch_size": (1, 2, 2)}
+    torch.manual_seed(0)
+    model = Kandinsky5Transformer3DModel(**sizes, **blocks)
+    latents = torch.randn(2, 5, 4, 6, 3)
+    arguments = {"hidden_states": latents, "encoder_hidden_states": torch.randn(2, 7, 8), "timestep": torch.ones(2)}
+    arguments |= {"pooled_projections": torch.randn(2, 8), "text_rope_pos": torch.arange(7)}
+    arguments |= {"visual_rope_pos": [torch.arange(5), torch.arange(2), torch.arange(3)]}
+    seen = []
+    model.visual_transformer_blocks[0].self_attention.to_query.register_forward_hook(lambda m, a, y: seen.append(a[0].shape[1]))
+    model.text_transformer_blocks[0].self_attention.to_query.register_forward_hook(lambda m, a, y: seen.append(a[0].shape[1]))
+    with torch.no_grad():
+        made = model(**arguments, return_dict=False)
+    output = made[0] if isinstance(made, tuple) else made
+    assert by_frames(model, arguments, output).shape == (2, 5, 4, 6, 3)
+    assert torch.equal(by_frames(model, arguments, latents)[:, 1], latents[:, 1])
+    found = layouts_of(model, arguments)
+    assert set(seen) == set(found) == {30, 7}
+    assert (found[30].frames, found[30].rows, found[30].columns) == (5, 2, 3)
+    with pytest.raises(ValueError, match="tokens of Kandinsky5Transformer3DModel must be in rows"):
+        layouts_of(model, arguments | {"sparse_params": {"to_fractal": True}})
+
+
 _CLASSES = ("WanTransformer3DModel", "CogVideoXTransformer3DModel", "LTXVideoTransformer3DModel", "UNet")
 
 
@@ -99,6 +144,21 @@ def test_scores_of_clips(listed):
     pipe.step = 0.1
     assert changes() == pytest.approx(20, abs=1e-4)
     assert frames() == pytest.approx(-0.15)
+
+
+def test_frames_of_clips_are_scored_some_at_a_time():
+    sizes = []
+
+    def mad(a, b):
+        sizes.append(len(a))
+        return (a - b).abs().mean((1, 2, 3))
+
+    pipe = Filmer(listed=False)
+    score = PairScore(name="mad", label="", higher_is_better=False, load=lambda: mad)
+    probe = PictureScore(pipe, ["a"] * 2, score, seed=3, batch_size=2, call_kwargs={"num_frames": 20})
+    pipe.step = 0.01
+    assert probe() == pytest.approx(-0.01 * 9.5, abs=1e-6)
+    assert sizes == [32, 8]
 
 
 def test_a_score_of_clips_needs_clips():
@@ -153,6 +213,29 @@ def test_groups_of_clips_are_measured_each_in_its_own_way(wan, tmp_path):
     }
     with pytest.raises(ValueError, match="a group of clips must be one of text, temporal, spatial, got 'content'"):
         dqtk.allocate(wan, captions, ["w8a8"], "9bits", scores={"content": "ssim"}, ratio=1.0, **how)
+
+
+def test_a_search_for_pictures_is_refused_before_weights_are_read(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.import_module("dqtk.allocate.command"), "load_pipeline", lambda *a: pytest.fail("read weights"))
+    words = ["allocate", "tiny-wan", "--output", str(tmp_path / "plan.json")]
+    assert main([*words, "--search", "mixdq-w3.66a16"]) == 2
+    said = capsys.readouterr().err
+    assert "allocate: the pipeline must make pictures, got one of clips: search mixdq-w3.66a16 is for pictures. Take one of" in said
+    assert "auto, viditq-mp-w4a8, vq-auto, or give scores of text, temporal, spatial." in said
+    scored = ["--widths", "4", "8", "--budget", "6bits", "--score", "content=ssim", "--ratio", "1"]
+    assert main([*words, *scored]) == 2
+    assert "a group of clips must be one of text, temporal, spatial, got 'content'" in capsys.readouterr().err
+
+
+def test_a_search_goes_with_what_it_is_for():
+    own = {"content": "ssim"}
+    check_scored(own, "mixdq-w3.66a16", clips=False)
+    check_scored({"text": "ssim"}, "mixdq-w3.66a16", clips=True)  # scores given beside it
+    for clips in (False, True):
+        check_scored({}, "auto", clips=clips)
+        check_scored({}, None, clips=clips)
+    with pytest.raises(ValueError, match="a group of clips must be one of text, temporal, spatial, got 'content'"):
+        check_scored(own, None, clips=True)
 
 
 @torch.no_grad()
