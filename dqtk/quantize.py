@@ -225,10 +225,7 @@ def quantize(
     if correct and stats is not None:
         check_correctable(students, stats, exact)
     if refine is not None and stats is not None:
-        for name in students:
-            check_lessons(
-                name, refine, [c.site.path for c in work if c.site.component == name], calls_of(stats.calls, name), exact[name]
-            )
+        _check_lessons(students, work, stats, exact, refine)
     kept = None
     if folder is not None and stats is not None and made.needs_stats and not sequential:
         kept = SolvedFolder(folder / "solved", _task(target, made, work, stats), me)
@@ -325,6 +322,16 @@ def _check_learners(plan: Plan, parts: Mapping[str, nn.Module], refine: Refiner)
         if planned and DENOISERS.fullmatch(name):
             there = {path: layer.spec for path, layer in quantized_layers(parts[name]).items()}
             check_learners(name, parts[name], refine, there | planned, planned)
+
+
+def _check_lessons(
+    students: Mapping[str, nn.Module], work: Sequence[Choice], stats: Stats, exact: Mapping[str, Sequence[Tensor]], refine: Refiner
+) -> None:
+    """Raises ``ValueError`` for a refiner that kept calls do not serve. ``exact``: what the original answered to them, by name."""
+    for name, part in students.items():
+        planned = [choice.site.path for choice in work if choice.site.component == name]
+        there = () if isinstance(refine, Reconstruct) else quantized_layers(part)
+        check_lessons(name, refine, {*there, *planned}, calls_of(stats.calls, name), exact[name])
 
 
 def _calibrated(target: Any, plan: Plan, prompts: Sequence[str] | None, folder: Path | None, me: Processes, **how: Any) -> Stats:
