@@ -246,7 +246,5 @@ def test_the_player_of_a_notebook_stands_alone():
 
 
 def test_pictures_are_not_compared_with_clips(load_tiny):
-    with pytest.raises(
-        ValueError, match="must make pictures, or both clips, got PixArtSigmaPipeline and WanPipeline"
-    ):
+    with pytest.raises(ValueError, match="must make pictures, or both clips, got PixArtSigmaPipeline and WanPipeline"):
         compare(load_tiny("pixart"), dqtk.load("tiny-wan"), ["a"], progress=False)
