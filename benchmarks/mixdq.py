@@ -63,8 +63,12 @@ def with_weights(bits: int) -> dqtk.Recipe:
 
 
 def with_wide_inputs() -> dqtk.Recipe:
-    """8-bit weights alone: an input as it is needs no transform."""
-    return changed("mixdq-w8a16", lambda spec: LayerSpec(weight=spec.weight))
+    """8-bit weights alone: an input as it is needs no constant token, weights of unlike halves need scales of their own."""
+
+    def alone(spec: LayerSpec) -> LayerSpec:
+        return LayerSpec(weight=spec.weight, transforms=tuple(t for t in spec.transforms if isinstance(t, ShortcutSplit)))
+
+    return changed("mixdq-w8a16", alone)
 
 
 class World:
