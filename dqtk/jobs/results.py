@@ -107,16 +107,28 @@ def _cell(record: Record | None) -> str:
 
 
 def markdown(cells: tuple[list[str], list[list[str]]], warnings: Sequence[str]) -> str:
-    """A pipe table, and the warnings under it."""
-    head, rows = cells
-    lines = ["| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rows]]
+    """A pipe table with a row per score, aligned to be read in a terminal, and the warnings under it."""
+    head, *rows = by_score(cells)
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    sides = ["<", *[">"] * len(widths[1:])]
+    lines = []
+    for line in (head, rule, *rows):
+        each = (f"{cell:{side}{width}}" for cell, side, width in zip(line, sides, widths, strict=True))
+        lines.append("| " + " | ".join(each) + " |")
     return "\n".join([*lines, "", *(f"- {warning}" for warning in warnings)]) + "\n"
+
+
+def by_score(cells: tuple[list[str], list[list[str]]]) -> list[list[str]]:
+    """Lines of the table with a row per score and a column per variant, the head first."""
+    head, rows = cells
+    (_, *variants), *scores = (list(column) for column in zip(head, *rows, strict=True))
+    return [["score", *variants], *scores]
 
 
 def latex(cells: tuple[list[str], list[list[str]]], warnings: Sequence[str] = ()) -> str:
     """A ``tabular`` with a row per score, as on the page, and the warnings under it in small print; special characters escaped."""
-    head, *rows = ([line[i] for line in (cells[0], *cells[1])] for i in range(len(cells[0])))
-    head[0] = "score"
+    head, *rows = by_score(cells)
     escaped = [" & ".join(_tex(cell) for cell in line) + r" \\" for line in [head, *rows]]
     begin = r"\begin{tabular}{l" + "r" * (len(head) - 1) + "}"
     notes = [rf"\par{{\footnotesize {_tex(warning)}}}" for warning in warnings]
