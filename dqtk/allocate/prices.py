@@ -7,13 +7,12 @@ from typing import Any
 
 from torch import nn
 
+from dqtk.calibrate.answers import outputs
 from dqtk.calibrate.replay import Call
 from dqtk.costs import CostTable, LayerShape, shape_of
 from dqtk.numerics.storage import layer_bytes
 from dqtk.sites import Site
 from dqtk.spec import ByLevel, SiteSpec
-
-from .probes import outputs
 
 FULL = 16  # bits of a weight or an input that stays as it is
 

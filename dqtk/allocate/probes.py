@@ -13,9 +13,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dqtk.calibrate.replay import Call, made
+from dqtk.calibrate.answers import outputs
+from dqtk.calibrate.prefix import Prefix
+from dqtk.calibrate.replay import Call
 from dqtk.calls import by_frames, prompt_argument
-from dqtk.nn.correction import output_of
+from dqtk.quantize import MAX_MEMORY
 
 from .parts import RunParts
 
@@ -64,14 +66,23 @@ class OutputSQNR:
 
     unit, loss = "dB", "noise"
 
-    def __init__(self, parts: Mapping[str, nn.Module], calls: Sequence[Call], run: RunParts | None = None, view: View = WHOLE):
+    def __init__(
+        self,
+        parts: Mapping[str, nn.Module],
+        calls: Sequence[Call],
+        run: RunParts | None = None,
+        view: View = WHOLE,
+        max_memory: int = MAX_MEMORY,
+    ):
         """parts: components by name. calls: as ``dqtk.calibrate`` keeps them. run: its parts, where ``in_parts`` is to be asked.
-        view: what of the output.
+        view: what of the output. max_memory: bytes of each component's blocks' answers that may be kept, so that those in front of
+        a changed layer are not computed again.
 
         Raises ``ValueError`` for a component without calls, and for outputs that are not finite.
         """
         self.parts, self.calls, self.run, self.view, self.name = parts, calls, run, view, view.name
-        self.references = {name: self._outputs(name, part) for name, part in parts.items()}
+        self.prefixes = {name: Prefix(part, self._of(name), max_memory) for name, part in parts.items()}
+        self.references = {name: self._viewed(name, part, self.prefixes[name].exact) for name, part in parts.items()}
         for name, references in self.references.items():
             if not all(bool(torch.isfinite(y).all()) and bool(y.any()) for y in references):
                 raise ValueError(f"allocate: outputs of {name} must be finite and not zero, got others. Load it in float32.")
@@ -112,8 +123,12 @@ class OutputSQNR:
         return [ratio if math.isfinite(ratio) else math.inf for ratio in ratios]
 
     def _outputs(self, component: str, module: nn.Module) -> list[Tensor]:
-        calls = self._of(component)
-        return [self.view.see(module, call, y) for call, y in zip(calls, outputs(module, calls), strict=True)]
+        own = module is self.parts[component]
+        found = self.prefixes[component].outputs() if own else outputs(module, self._of(component))
+        return self._viewed(component, module, found)
+
+    def _viewed(self, component: str, module: nn.Module, found: Sequence[Tensor]) -> list[Tensor]:
+        return [self.view.see(module, call, y) for call, y in zip(self._of(component), found, strict=True)]
 
     def _score(self, ratios: Sequence[float]) -> float:
         return limited(math.fsum(ratios) / len(ratios))
@@ -208,8 +223,3 @@ def noise(approximation: Tensor, reference: Tensor) -> float:
     """Power of the error, as the reference's share."""
     y = reference.double()
     return float((approximation.double() - y).square().sum() / y.square().sum())
-
-
-def outputs(module: nn.Module, calls: Sequence[Call]) -> list[Tensor]:
-    """First output of every call, on the CPU."""
-    return [output_of(found).detach().cpu() for found in made(module, calls)]

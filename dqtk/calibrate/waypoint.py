@@ -12,34 +12,15 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dqtk.checkpoint import digest
 from dqtk.sites import repeated_block
 
+from .stub import Kept, Zeros, answering
+
 Tell = Callable[[str, Tensor], object]  # (path of a layer, its input)
-
-
-class _Zeros:
-    """Like a tensor that was answered."""
-
-    def __init__(self, x: Tensor):
-        self.shape, self.dtype, self.device = x.shape, x.dtype, x.device
-
-    def made(self) -> Tensor:
-        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-
-
-class _Kept:
-    """A tensor that was answered, on the CPU."""
-
-    def __init__(self, x: Tensor):
-        self.copy, self.device = x.detach().to("cpu", copy=True), x.device
-
-    def made(self) -> Tensor:
-        return self.copy.to(self.device, copy=True)
 
 
 class Waypoint:
@@ -113,7 +94,7 @@ class Waypoint:
         with ExitStack() as stubs:
             for path in before if ready else ():
                 answer = self._kept[index] if path == before[-1] else self._zeros[index, path]
-                stubs.enter_context(_answering(self.module.get_submodule(path), answer))
+                stubs.enter_context(answering(self.module.get_submodule(path), answer))
             yield
 
     @contextmanager
@@ -133,9 +114,9 @@ class Waypoint:
                 self._new[index] = None
                 if not all(isinstance(leaf, Tensor | int | float | str | None) for leaf in tree_leaves(output)):
                     return
-                self._zeros[index, path] = tree_map(lambda x: _Zeros(x) if isinstance(x, Tensor) else x, output)
+                self._zeros[index, path] = tree_map(lambda x: Zeros(x) if isinstance(x, Tensor) else x, output)
                 if seen == before and self._fits(output):
-                    self._new[index] = tree_map(lambda x: _Kept(x) if isinstance(x, Tensor) else x, output)
+                    self._new[index] = tree_map(lambda x: Kept(x) if isinstance(x, Tensor) else x, output)
 
             return see
 
@@ -147,7 +128,7 @@ class Waypoint:
     def _fits(self, output: Any) -> bool:
         """Whether there is room for one more answer; if not, no more is kept of this module's calls."""
         copies = [
-            leaf.copy for kept in (self._kept, self._new) for leaf in tree_leaves(list(kept.values())) if isinstance(leaf, _Kept)
+            leaf.copy for kept in (self._kept, self._new) for leaf in tree_leaves(list(kept.values())) if isinstance(leaf, Kept)
         ]
         tensors = [*copies, *(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))]
         if sum(x.numel() * x.element_size() for x in tensors) <= self.limit:
@@ -164,25 +145,5 @@ class Waypoint:
         return max(self._places(watched), default=self.begin)
 
 
-@contextmanager
-def _answering(block: Any, answer: Any) -> Iterator[None]:
-    """While open, the block does not compute when it is called for the first time, but returns this."""
-    own = vars(block).get("forward")
-    compute, answers = block.forward, [answer]
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if not answers:
-            return compute(*args, **kwargs)
-        return tree_map(lambda x: x.made() if isinstance(x, _Zeros | _Kept) else x, answers.pop())
-
-    block.forward = forward
-    try:
-        yield
-    finally:
-        del block.forward
-        if own is not None:
-            block.forward = own
-
-
 def _digests(answer: Any) -> list[Any]:
-    return [digest(leaf.copy) if isinstance(leaf, _Kept) else leaf for leaf in tree_leaves(answer)]
+    return [digest(leaf.copy) if isinstance(leaf, Kept) else leaf for leaf in tree_leaves(answer)]
