@@ -208,10 +208,10 @@ class Worker:
         return Greeting(
             name=data["name"],
             version=data["version"],
-            label=str(data.get("label", data["name"])),
+            label=str(data.get("label") or data["name"]),
             higher_is_better=data["higher_is_better"],
             of=data["of"],
-            unit=str(data.get("unit", "")),
+            unit=str(data.get("unit") or ""),
             digits=digits,
         )
 

@@ -20,23 +20,31 @@ DASH = "\N{EN DASH}"
 def attention_section(plan: Mapping[str, Any] | None) -> str:
     """Densities of heads as bars, over the noise level as a chart, masks as pictures, every attention as a table; empty where no
     attention is in blocks."""
-    found = [each for each in (plan or {}).get("attention", ()) if each.get("kernel")]
+    found = _in_blocks(plan)
+    if not found:
+        return ""
+    known = [each for each in found if each["densities"]]
+    body = _heads(known) + _levels(known) + _masks(known) if known else ""
+    return section("attention", "Attention", attention_words(plan), body + folded("Every attention", _every(found)))
+
+
+def attention_words(plan: Mapping[str, Any] | None) -> str:
+    """How many attentions are in blocks, what they run as, and how much of them is computed; empty without any."""
+    found = _in_blocks(plan)
     if not found:
         return ""
     runs = Counter(each["kernel"] for each in found)
-    words = (
-        f"{plural(len(found), 'attention')} in blocks. Runs as: "
-        + "; ".join(f"{kernel} ({num})" for kernel, num in runs.items())
-        + "."
-    )
-    known = [each for each in found if each["densities"]]
-    body = ""
-    if known:
-        shares = [share for each in known for group in each["densities"] for share in group]
+    words = "; ".join(f"{kernel} ({num})" for kernel, num in runs.items())
+    words = f"{plural(len(found), 'attention')} in blocks. Runs as: {words}."
+    shares = [share for each in found for group in each["densities"] or () for share in group]
+    if shares:
         mean, least, most = (f"{100 * of(shares):.1f}" for of in (fmean, min, max))
         words += f" {mean} % of the blocks are computed, {least} to {most} % by head."
-        body = _heads(known) + _levels(known) + _masks(known)
-    return section("attention", "Attention", words, body + folded("Every attention", _every(found)))
+    return words
+
+
+def _in_blocks(plan: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    return [each for each in (plan or {}).get("attention", ()) if each.get("kernel")]
 
 
 def _heads(known: Sequence[Mapping[str, Any]]) -> str:

@@ -3,6 +3,7 @@
 import textwrap
 from typing import TYPE_CHECKING
 
+from .attention_section import attention_words
 from .numbers import DASH, bytes_text, number_text, range_text, ratio_text
 from .verdict import verdict
 
@@ -40,6 +41,8 @@ def as_text(comparison: "Comparison") -> str:
             lines += _row(f"{pair.name} exact zeros", f"{pair.candidate.zeros:.1%} of the quantized weights")
     for kernel, num in (comparison.plan_summary or {}).get("kernels", {}).items():
         lines += _row("ran", f"{kernel}: {num} layers")
+    if words := attention_words(comparison.plan_summary):
+        lines += _row("attention", words)
     return "\n".join(lines)
 
 

@@ -59,6 +59,11 @@ def test_samples_go_there_and_values_come_back(fake, tmp_path):
     assert process.returncode == 0
 
 
+def test_a_label_or_unit_of_nothing_is_none_at_all(fake):
+    with Worker("mine", fake(NOBODY, greeting=GREETING | {"label": None, "unit": None})) as worker:
+        assert (worker.greeting.label, worker.greeting.unit) == ("fake", "")
+
+
 def test_the_example_measures_brightness(tmp_path):
     with Worker("brightness", shlex.join([sys.executable, str(EXAMPLE), "brightness"])) as worker:
         assert worker.values(samples(tmp_path, 3)) == [0.0, 40.0, 80.0]

@@ -154,6 +154,14 @@ def test_terminal_table_fits_and_says_what_is_missing(made_up):
     assert re.search(r"LPIPS +not measured: no weights here", table)
     assert "transformer in memory" in table
     assert "linear_w4a8: cpu int_mm: 9 layers" in table
+    assert "attention " not in table
+
+
+def test_terminal_table_says_what_attention_computes(made_up):
+    blocks = {"kernel": "block_attention: torch", "densities": [[0.25, 0.35]]}
+    table = made_up(plan_summary={"attention": [blocks, {"id": "dense"}]}).table()
+    said = " ".join(table[table.index("\nattention ") :].split())
+    assert said.startswith("attention 1 attention in blocks. Runs as: block_attention: torch (1). 30.0 % of the blocks are computed")
 
 
 def test_chart_of_few_many_flat_and_missing_values():
