@@ -304,7 +304,20 @@ def _in_blocks(kind: type[nn.Module]) -> type[nn.Module]:
             )
         return out
 
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__, "plain_class": kind})
+    def reduced(self: Any, protocol: Any) -> tuple:
+        """A class that is made here cannot be found by its name: pickle makes it anew."""
+        _, _, *state = plain_reduced(self, protocol)
+        return (_bare, (kind,), *state)
+
+    plain_reduced = kind.__reduce_ex__
+    own = {"forward": forward, "__reduce_ex__": reduced, "__module__": kind.__module__, "plain_class": kind}
+    return type(kind.__name__, (kind,), own)
+
+
+def _bare(kind: type[nn.Module]) -> nn.Module:
+    """An attention in blocks whose attributes are still to be filled, of a plain class."""
+    made = _in_blocks(kind)
+    return made.__new__(made)
 
 
 def blocks_of(module: nn.Module) -> dict[str, Blocks]:

@@ -1,6 +1,8 @@
 """Attention in blocks in whole pipelines: nothing changes where nothing is left out, and everything is saved."""
 
+import copy
 import json
+import pickle
 
 import accelerate
 import diffusers
@@ -86,6 +88,17 @@ def test_saved_and_loaded_by_diffusers(load_tiny, draw, tmp_path, spec):
     assert {path: blocks.spec for path, blocks in blocks_of(again.transformer).items()} == {
         path: blocks.spec for path, blocks in blocks_of(pipe.transformer).items()
     }
+
+
+def test_a_pickled_and_a_deep_copy_answer_the_same(pipe):
+    with_attention(pipe, ORDERED)
+    expected, original = step_of(pipe), pipe.transformer
+    for copied in (pickle.loads(pickle.dumps(original)), copy.deepcopy(original)):
+        pipe.transformer = copied
+        assert type(copied) is type(original)
+        assert blocks_of(copied).keys() == blocks_of(original).keys()
+        assert all(blocks_of(copied)[path] is not blocks for path, blocks in blocks_of(original).items())
+        assert torch.equal(step_of(pipe), expected)
 
 
 def test_an_edited_configuration_is_refused(load_tiny, tmp_path):
