@@ -159,7 +159,7 @@ class Blocks(nn.Module):
             return self._live(layout, q.device)
         guard = guards(layout, spec.block).to(q.device)
         if isinstance(spec.mask, PooledBlocks):
-            return pack(pooled(q, k, order, guard, spec.block, scale, spec.mask.density))[None]
+            return pack(pooled(q, k, order, guard, spec.block, scale, spec.mask.density, mask))[None]
         return pack(above(q, k, order, guard, spec.block, scale, spec.mask.threshold, mask))[None]
 
     def _heads(self, heads: tuple[int, ...], device: torch.device) -> Tensor:

@@ -68,24 +68,67 @@ def radial(layout: Layout, order: int, block: Sequence[int], density: float) -> 
     return largest(-cost, guards(layout, block), density)
 
 
-def pooled(q: Tensor, k: Tensor, index: Tensor | None, guard: Tensor, block: Sequence[int], scale: float, density: float) -> Tensor:
+def pooled(
+    q: Tensor,
+    k: Tensor,
+    index: Tensor | None,
+    guard: Tensor,
+    block: Sequence[int],
+    scale: float,
+    density: float,
+    mask: Tensor | None = None,
+) -> Tensor:
     """bool [H, R, C]: guards, and in every row of blocks the largest of softmax(mean query times mean key), as a share of the row.
 
     Args:
         q, k: [B, H, N, D]; samples share the choice. index: int [H, N] or None: the token at every place.
         guard: bool [R, C].
+        mask: bool or float, broadcastable to [B, H, N, N], in the original order; or None. Keys that no query sees have no part in
+            means; a block counts as the share of its pairs that are seen, each with the weight that a float mask gives it.
     """
-    means = []
-    for given, size in ((q, block[0]), (k - k.mean(2, keepdim=True), block[1])):
-        x = given.float()
-        if index is not None:
-            x = x.gather(2, index.long()[None, :, :, None].expand_as(x))
-        pad = -x.shape[2] % size
-        number = F.pad(torch.ones(x.shape[2], device=x.device), (0, pad)).unflatten(0, (-1, size)).sum(1)
-        means.append(F.pad(x, (0, 0, 0, pad)).unflatten(2, (-1, size)).sum(3) / number[:, None])
-    expected = (means[0] @ means[1].transpose(2, 3) * scale).softmax(-1).mean(0)
+    seen = None if mask is None else _weights(mask)
+    of_keys = torch.ones(1, 1, k.shape[2], device=k.device) if seen is None else (seen > 0).any(2).float()
+    of_keys = of_keys.expand(k.shape[0], k.shape[1], -1)
+    centred = k.float() - _mean(k.float(), of_keys, k.shape[2])
+    weights = torch.ones_like(of_keys), of_keys
+    means = [
+        _mean(_in_order(x.float(), index), _in_order(w[..., None], index)[..., 0], size)
+        for x, w, size in zip((q, centred), weights, block, strict=True)
+    ]
+    expected = means[0] @ means[1].transpose(2, 3) * scale
+    if seen is not None:
+        expected = expected + _shares(seen, index, block, k.shape[1]).log()
+    expected = expected.softmax(-1).nan_to_num(0).mean(0)
     chosen = expected.topk(max(1, round(density * guard.shape[1])), dim=-1).indices
     return torch.zeros_like(expected, dtype=torch.bool).scatter(-1, chosen, True) | guard
+
+
+def _weights(mask: Tensor) -> Tensor:
+    """float32 [B or 1, H or 1, N or 1, N]: what every pair's exponential is multiplied by."""
+    whole = mask[(None,) * (4 - mask.ndim)]
+    return whole.float() if whole.dtype == torch.bool else whole.float().exp()
+
+
+def _in_order(x: Tensor, index: Tensor | None) -> Tensor:
+    """x [B, H, N, D] with the token at every place."""
+    return x if index is None else x.gather(2, index.long()[None, :, :, None].expand_as(x))
+
+
+def _mean(x: Tensor, weights: Tensor, size: int) -> Tensor:
+    """[B, H, blocks, D]: weighted means of x [B, H, N, D] over blocks of tokens; 0 where weights [B, H, N] are."""
+    pad = -x.shape[2] % size
+    sums = F.pad(x * weights[..., None], (0, 0, 0, pad)).unflatten(2, (-1, size)).sum(3)
+    return sums / F.pad(weights, (0, pad)).unflatten(2, (-1, size)).sum(3).clamp(min=1e-12)[..., None]
+
+
+def _shares(seen: Tensor, index: Tensor | None, block: Sequence[int], heads: int) -> Tensor:
+    """[B or 1, H, R or 1, C]: mean weight of every block's pairs."""
+    found = seen.expand(-1, heads, -1, -1)
+    for axis, size in ((3, block[1]), (2, block[0])):
+        if found.shape[axis] > 1:
+            moved = _in_order(found.transpose(2, axis), index)
+            found = _mean(moved, torch.ones_like(moved[..., 0]), size).transpose(2, axis)
+    return found
 
 
 def above(

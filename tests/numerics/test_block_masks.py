@@ -103,6 +103,44 @@ def test_pooled_blocks_follow_the_attention():
     assert torch.equal(again, keep)  # the same tokens, read in an order that puts them back
 
 
+@pytest.mark.parametrize("kind", ["bool", "float"])
+@pytest.mark.parametrize("ordered", [False, True])
+def test_pooled_blocks_do_not_look_at_keys_that_no_query_sees(kind, ordered):
+    draw = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, 3, 128, 8, generator=draw) for _ in range(2))
+    index = torch.stack([torch.randperm(128, generator=draw) for _ in range(3)]) if ordered else None
+    seen = torch.rand(1, 1, 1, 128, generator=draw) < 0.5
+    if not ordered:
+        seen[..., 32:48] = False  # a whole block
+    mask = seen if kind == "bool" else torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
+    free = torch.zeros(8, 8, dtype=torch.bool)
+    keep = pooled(q, k, index, free, (16, 16), 1.0, 3 / 8, mask)
+    other = torch.where(seen.transpose(2, 3), k, 9 * torch.randn(k.shape, generator=draw))
+    assert torch.equal(pooled(q, other, index, free, (16, 16), 1.0, 3 / 8, mask), keep)
+    assert not torch.equal(pooled(q, other, index, free, (16, 16), 1.0, 3 / 8), keep)
+    assert int(keep.sum()) == 3 * 8 * 3
+    if not ordered:
+        assert not keep[..., 2].any()
+
+
+def test_pooled_blocks_count_the_pairs_that_are_seen():
+    draw = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 2, 64, 8, generator=draw) for _ in range(2))
+    index = torch.stack([torch.randperm(64, generator=draw) for _ in range(2)])
+    apart = torch.rand(1, 2, 4, 4, generator=draw) < 0.5
+    apart[..., 0] = True
+    place = torch.argsort(index, dim=1)  # of every token
+    whole = apart.repeat_interleave(16, 2).repeat_interleave(16, 3)[0]
+    mask = torch.stack([head[at][:, at] for head, at in zip(whole, place, strict=True)])[None]
+    keep = pooled(q, k, index, torch.zeros(4, 4, dtype=torch.bool), (16, 16), 1.0, 0.25, mask)
+    assert bool((keep <= apart[0]).all())
+    nothing = pooled(q, k, index, torch.eye(4, dtype=torch.bool), (16, 16), 1.0, 0.25, torch.zeros(64, 64, dtype=torch.bool))
+    assert bool(nothing.diagonal(dim1=1, dim2=2).all())
+    assert pooled(q, k, None, torch.eye(4, dtype=torch.bool), (16, 16), 1.0, 0.25, torch.ones(64, 64)).equal(
+        pooled(q, k, None, torch.eye(4, dtype=torch.bool), (16, 16), 1.0, 0.25)
+    )  # the same weight for all
+
+
 def test_a_mask_is_carried_to_a_larger_grid():
     source, target = Layout(1, 16, 16), Layout(1, 32, 32)
     keep = torch.eye(16, dtype=torch.bool)

@@ -161,7 +161,9 @@ def test_terminal_table_says_what_attention_computes(made_up):
     blocks = {"kernel": "block_attention: torch", "densities": [[0.25, 0.35]]}
     table = made_up(plan_summary={"attention": [blocks, {"id": "dense"}]}).table()
     said = " ".join(table[table.index("\nattention ") :].split())
-    assert said.startswith("attention 1 attention in blocks. Runs as: block_attention: torch (1). 30.0 % of the blocks are computed")
+    assert said.startswith(
+        "attention 1 attention in blocks. Runs as: block_attention: torch (1). 30.0 % of the blocks are computed"
+    )
 
 
 def test_chart_of_few_many_flat_and_missing_values():
