@@ -1,7 +1,8 @@
 """The loop that refiners share: Adam with a rate that rises briefly and then falls to zero, resumable to the same bits.
 
 Everything that an iteration does is a function of its number: which calls it takes, and its rates. So a file of the learned
-numbers, Adam's moments and the number of iterations is all that resuming needs.
+numbers, Adam's moments and the number of iterations is all that resuming needs. What else changes while it runs (codes that move in
+steps) is kept in the same file, which is written when nothing is halfway.
 
 Processes that learn together share the calls of every iteration, and each takes the same step with the mean of their gradients. One
 process or several: only the order of sums differs.
@@ -12,6 +13,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -72,7 +74,7 @@ class Descent:
     """Adam over groups of named numbers.
 
     groups: rate -> name -> parameter, float32. kept: those of them that stand for parameters of the host. batch: calls per
-    iteration. team: who shares them.
+    iteration. team: who shares them. held: what ``after`` changes in place, by name.
     """
 
     def __init__(
@@ -82,8 +84,10 @@ class Descent:
         iterations: int,
         batch: int = 1,
         team: Team = ALONE,
+        held: Mapping[str, Tensor] = MappingProxyType({}),
     ):
         self.kept, self.iterations, self.batch, self.team, self.done = kept, iterations, batch, team, 0
+        self.held = held
         self.named = {name: parameter for _, mine in groups for name, parameter in mine.items()}
         self.rates = [rate for rate, _ in groups]
         self.adam = torch.optim.Adam([{"params": list(mine.values()), "lr": rate} for rate, mine in groups])
@@ -96,6 +100,8 @@ class Descent:
         words: str,
         progress: bool,
         begin: Callable[[int], Sequence[nn.Parameter]] = lambda iteration: (),
+        after: Callable[[int], None] = lambda done: None,
+        pace: int = 1,
     ) -> None:
         """All iterations that are left.
 
@@ -106,12 +112,15 @@ class Descent:
             words: for the bar.
             progress: show a bar with the time left.
             begin: called with every iteration before it; the numbers that it has put anew, whose moments are forgotten.
+            after: called with the number of iterations done, before the file is written.
+            pace: iterations after which there is nothing halfway; the file is only written then, and at the end.
         Raises:
             ValueError: a loss that is no number, or a file of another run.
         """
         if file is not None and file.exists():
             self._load(file, identity)
-        every, writes = max(1, self.iterations // SAVES), file is not None and self.team.rank == 0
+        every = math.ceil(max(1, self.iterations // SAVES) / pace) * pace
+        writes = file is not None and self.team.rank == 0
         shown = progress and self.team.rank == 0
         with tqdm(total=self.iterations, initial=self.done, desc=words, unit="step", disable=not shown) as bar:
             while self.done < self.iterations:
@@ -119,6 +128,7 @@ class Descent:
                     self.adam.state.pop(parameter, None)
                 loss = self._step(loss_of)
                 self.done += 1
+                after(self.done)
                 bar.update()
                 if self.done % every == 0 or self.done == self.iterations:
                     bar.set_postfix_str(f"loss {loss:.3g}", refresh=False)
@@ -160,6 +170,7 @@ class Descent:
             state = self.adam.state.get(parameter, {})
             tensors[f"{name}|learned"] = parameter.detach()
             tensors |= {f"{name}|{what}": state[what] for what in ("step", "exp_avg", "exp_avg_sq") if what in state}
+        tensors |= {f"{name}|held": tensor for name, tensor in self.held.items()}
         partial = file.with_name(f".{file.name}.partial")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -193,6 +204,8 @@ class Descent:
                     self.adam.state[parameter] = {
                         what: tensor if what == "step" else tensor.to(parameter.device) for what, tensor in found.items()
                     }
+            for name, tensor in self.held.items():
+                tensor.copy_(stored.get_tensor(f"{name}|held"))
             self.done = int(facts["done"])
         for mine in self.kept:
             mine.push()

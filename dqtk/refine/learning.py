@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from dqtk.nn import Quantized
 from dqtk.spec import Distill, Reconstruct, Refiner
 
 from .descent import Descent, Kept, identity_of
+from .discrete import Steps
 from .rank_decay import Branch
 from .team import ALONE, Team
 from .trained import CODES, DECAYING, FACTORS, SCALES, ZEROS, Trained, training
@@ -79,9 +81,14 @@ def learn(lesson: Lesson, choice: Refiner, file: Path | None, words: str, progre
         def loss(call: int) -> Tensor:
             return _with_doubt(lesson.loss(call), trained)
 
-        descent = Descent(_groups(lesson, trained, kept, choice), list(kept.values()), choice.iterations, batch, team)
+        steps = None
+        if isinstance(choice, Distill) and choice.discrete is not None:
+            steps = Steps(trained, choice.discrete, lesson.loss, batch, team)
+        more: dict[str, Any] = {} if steps is None else {"after": steps.after, "pace": steps.choice.every}
+        held = {} if steps is None else steps.held
+        descent = Descent(_groups(lesson, trained, kept, choice), list(kept.values()), choice.iterations, batch, team, held)
         with torch.enable_grad():
-            descent.run(loss, file, identity_of(**lesson.facts), words, progress, begin)
+            descent.run(loss, file, identity_of(**lesson.facts), words, progress, begin, **more)
         begin(choice.iterations)
         with torch.no_grad():
             found = Refined(before=before, after=lesson.judge())

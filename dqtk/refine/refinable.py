@@ -8,7 +8,19 @@ from torch import Tensor, nn
 
 from dqtk.calibrate.levels import bucket_of
 from dqtk.calibrate.replay import Call
-from dqtk.spec import VECTORS, Distill, LayerSpec, MostSensitive, OfRoles, Reconstruct, Refiner, SiteSpec, VectorCodebook, describe
+from dqtk.spec import (
+    VECTORS,
+    Distill,
+    LayerSpec,
+    MostSensitive,
+    OfRoles,
+    Reconstruct,
+    Refiner,
+    SiteSpec,
+    Trellis,
+    VectorCodebook,
+    describe,
+)
 
 from .learning import seen_and_unseen
 from .selection import no_steps, paths_of_roles
@@ -26,8 +38,9 @@ def check_learners(
         specs: path -> how a layer is, or will be, quantized.
         originals: paths of the layers whose unquantized form is at hand.
     Raises:
-        ValueError: roles that no layer has; ``MostSensitive``, ``decay`` or ``exact_start`` for vectors; ``candidates`` for other
-            weights than words of one book that are not transformed; layers whose unquantized form is asked for and not at hand.
+        ValueError: roles that no layer has; ``MostSensitive``, ``decay`` or ``exact_start`` for vectors; ``discrete`` for trellises
+            or where no words learn; ``candidates`` for other weights than words of one book that are not transformed; layers whose
+            unquantized form is asked for and not at hand.
     """
     whole = {path: spec for path, spec in specs.items() if isinstance(spec, LayerSpec)}
     vectors = [path for path, spec in whole.items() if isinstance(spec.weight.format, VECTORS)]
@@ -42,6 +55,8 @@ def check_learners(
     if isinstance(choice.layers, MostSensitive) and vectors:
         raise no_steps(vectors[0])
     learning = paths_of_roles(name, module, specs, choice.layers) if isinstance(choice.layers, OfRoles) else list(specs)
+    if choice.discrete is not None:
+        _check_words(name, {path: whole[path].weight.format for path in learning if path in whole})
     for what, value, plain in (("decay", choice.decay, None), ("exact_start", choice.exact_start, False)):
         if value == plain:
             continue
@@ -55,6 +70,20 @@ def check_learners(
                 f"refine: {what} must be {plain} for layers whose unquantized form is not at hand, got {value} for {missing[0]} of "
                 f"{name}. Quantize and refine in one call, or pass the layers that were replaced as originals."
             )
+
+
+def _check_words(name: str, forms: Mapping[str, object]) -> None:
+    """Whether discrete steps have words to change, and nothing learns whose codes they would have to pass over."""
+    if ring := next((path for path, form in forms.items() if isinstance(form, Trellis)), None):
+        raise ValueError(
+            f"refine: discrete must be None for trellises, whose codes are walks and have no other word to change to, got one at "
+            f"{ring} of {name}. Leave it out, or name other layers with layers=OfRoles(...)."
+        )
+    if not any(isinstance(form, VectorCodebook) for form in forms.values()):
+        raise ValueError(
+            f"refine: discrete must be None where no weights that are words of books learn, got none among {len(forms)} layers of "
+            f"{name}. Leave it out: codes of numbers learn at weight_rate."
+        )
 
 
 def _chooses(spec: LayerSpec) -> bool:

@@ -6,12 +6,14 @@
 Both are rounded to their stored dtypes in every forward and the derivative of that is passed over, so that storing changes no
 number. (VQDM's second phase trains the same numbers, arXiv 2409.00492, section 3.)
 
-Codes stay, unless vectors of one book are given candidates: the words nearest to the original vector (VQ4DiT, Deng et al. 2024,
-arXiv 2408.17131). A vector then is a mixture of them, by ratios softmax(z) that begin in inverse proportion to the distances;
-where a ratio is above 0.99 the vector has decided, and its ratios take no more gradients. ``doubt`` is what is left to decide, from
-1 down to 0. Without gradients, which is how a refiner judges, and when stored, the word of the largest ratio stands alone.
+Codes stay, unless steps change them (``discrete.py``), or vectors of one book are given candidates: the words nearest to the
+original vector (VQ4DiT, Deng et al. 2024, arXiv 2408.17131). A vector then is a mixture of them, by ratios softmax(z) that begin in
+inverse proportion to the distances; where a ratio is above 0.99 the vector has decided, and its ratios take no more gradients.
+``doubt`` is what is left to decide, from 1 down to 0. Without gradients, which is how a refiner judges, and when stored, the word
+of the largest ratio stands alone.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -35,8 +37,8 @@ class TrainedVectors:
     """The learned numbers of one layer of vectors, or of one part of a layer whose input is split.
 
     parameters: float32 by name: ``scale``, the logarithm of a factor on every scale; where there are books ``moved`` [M, W, D];
-    where vectors choose ``logits`` [V, C]. exact: the original weight [N, K]; candidates: C, of one book and without transforms.
-    path: of the layer.
+    where vectors choose ``logits`` [V, C]. codes: uint8 [N, G, M], of words. watch: is told every gradient [N, K] of their decoded
+    weight. exact: the original weight [N, K]; candidates: C, of one book and without transforms. path: of the layer.
     """
 
     def __init__(self, layer: Any, stored: Stored, index: int, exact: Tensor | None = None, candidates: int = 1, path: str = ""):
@@ -48,13 +50,14 @@ class TrainedVectors:
         self.parameters = {"scale": nn.Parameter(torch.zeros_like(packed.scale))}
         self.choices: Tensor | None = None
         self.start: Tensor | None = None
+        self.watch: Callable[[Tensor], None] | None = None
         if not isinstance(self.form, VectorCodebook):
             self.numbers = dequantize(replace(packed, scale=torch.ones_like(packed.scale)), spec, module.k)
             return
         assert packed.codebook is not None
         self.start = packed.codebook.float()
         codes = unpack(packed.qweight, self.form.code_bits, count_vectors(self.form, module.k) * self.form.books)
-        self.codes = codes.unflatten(1, (-1, self.form.books))
+        self.codes = codes.unflatten(1, (-1, self.form.books)).clone()  # codes of 8 bits are the buffer itself
         self.unit = self.start.square().mean(dim=(1, 2), keepdim=True).sqrt()
         self.parameters["moved"] = nn.Parameter(torch.zeros_like(self.start))
         if candidates > 1 and self.form.books == 1 and exact is not None and not stored.spec.transforms:
@@ -93,7 +96,8 @@ class TrainedVectors:
         if books is None:
             return self.numbers * self.scale()
         if self.choices is None or not torch.is_grad_enabled():
-            return words_of(self._codes(), books) * self.scale()
+            weight = words_of(self._codes(), books) * self.scale()
+            return weight if self.watch is None or not torch.is_grad_enabled() else _watched(weight, self.watch)
         mixed = (books[0][self.choices] * self.ratios()[..., None]).sum(dim=1)
         return mixed.view(len(self.codes), -1) * self.scale()
 
@@ -106,15 +110,21 @@ class TrainedVectors:
 
     @torch.no_grad()
     def store(self) -> None:
-        """Put books, scales and chosen codes into the layer."""
+        """Put books, scales and codes into the layer."""
         books = self.codebook()
         if books is not None:
             setattr(self.layer, stored_name("codebook", self.index), books.half())
-        if self.choices is not None:
-            assert isinstance(self.form, VectorCodebook)
+        if isinstance(self.form, VectorCodebook):
             codes = pack(self._codes().flatten(1).to(torch.int16), self.form.code_bits)
             setattr(self.layer, stored_name("qweight", self.index), codes)
         setattr(self.layer, stored_name("scale", self.index), self.scale())
+
+
+def _watched(weight: Tensor, watch: Callable[[Tensor], None]) -> Tensor:
+    """The weight, whose gradient is told, even where no book or scale takes one."""
+    weight = weight if weight.requires_grad else weight.requires_grad_()
+    weight.register_hook(lambda gradient: watch(gradient.detach()))
+    return weight
 
 
 def _nearest(vectors_VD: Tensor, words_WD: Tensor, code_V: Tensor, num: int) -> tuple[Tensor, Tensor]:

@@ -72,7 +72,7 @@ from .layer import (
     Transform,
     without,
 )
-from .refine import Distill, MostSensitive, OfRoles, RankDecay, Reconstruct, Refiner, Selection
+from .refine import DiscreteSteps, Distill, MostSensitive, OfRoles, RankDecay, Reconstruct, Refiner, Selection
 from .text import canonical, did_you_mean, from_json, to_json
 from .trellis import Trellis
 
@@ -93,6 +93,7 @@ __all__ = [
     "ByLevel",
     "Codebook",
     "ConstantToken",
+    "DiscreteSteps",
     "Distill",
     "Dynamic",
     "E4M3Group",

@@ -55,6 +55,25 @@ class RankDecay:
 
 
 @frozen
+class DiscreteSteps:
+    """Words of vectors (``VectorCodebook``) change too: a few at a time, from book to book's other word (the V step of PV-Tuning,
+    Malinovskii et al. 2024, arXiv 2405.14852, which changes 1 % at most).
+
+    share: of every layer's vectors, at most, that a step gives another word. every: iterations between steps; their gradients say
+    which vectors and words. calls: the next ones, on which a step must lower the error, or fewer vectors are tried.
+    """
+
+    share: float = 0.01
+    every: int = 10
+    calls: int = 4
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"DiscreteSteps: share must be above 0 and at most 1, got {self.share!r}. PV-Tuning takes 0.01.")
+        _check_counts(self, "every", "calls")
+
+
+@frozen
 class Distill:
     """Train codes, scales, biases and norms of the whole denoiser on what the original answered to the calls of calibration.
 
@@ -72,7 +91,8 @@ class Distill:
     Calls are then drawn as often as they count. layers: whose codes, zero points, scales and branches learn; None: of all. decay:
     a branch that helps while learning, and is gone at the end. exact_start: a code begins to move from where the original's weight
     lies in its cell and not from the middle, so that what was nearly another code becomes one first. ``MostSensitive``, decay and
-    exact_start are for numbers on a grid, and an error where weights that are vectors learn.
+    exact_start are for numbers on a grid, and an error where weights that are vectors learn. discrete: words of vectors change, an
+    error where trellises learn or no words do; None: vectors keep their words. Numbers on a grid need no such steps.
     """
 
     iterations: int = 400
@@ -90,6 +110,7 @@ class Distill:
     layers: Selection | None = None
     decay: RankDecay | None = None
     exact_start: bool = False
+    discrete: DiscreteSteps | None = None
 
     def __post_init__(self) -> None:
         _check(self)
@@ -101,6 +122,11 @@ class Distill:
             raise ValueError(
                 f"Distill: influence must be numbers from 0 up, not all 0, got {self.influence!r}. "
                 "Measure it: refine.influence.influence_of."
+            )
+        if self.discrete is not None and self.discrete.every > self.iterations:
+            raise ValueError(
+                f"Distill: every of discrete must be at most the {self.iterations} iterations, got {self.discrete.every}. No step "
+                "would be made."
             )
 
 
