@@ -34,6 +34,7 @@ WEIGHT_ONLY = ("weight_only", "vectors_only", "trellis_only")
 """Ops of layers whose inputs stay as they are."""
 OPS = (*WEIGHT_ONLY, "linear_int8", "conv_int8", "linear_fp8", "emulated", "trellis_search")
 """What ``report_of`` knows."""
+_CODES = {"vectors_only": "words looked up in their books", "trellis_only": "trellis codes decoded"}
 EMULATED = "emulated in floating point"
 """What ``report_of`` says where nothing serves an op: its pictures are real, its speed is not."""
 
@@ -70,8 +71,6 @@ def _takes_fp8(weight: TensorSpec, given: TensorSpec) -> bool:
 def report_of(op: str, device: str) -> str:
     """What runs for an op on a device type such as "cpu", in words; ``op``: what ``op_of`` says, or "trellis_search"."""
     assert op in OPS, op
-    if op == "vectors_only":
-        return "words looked up in their books, some output rows at a time, then torch's own matmul"
     served, by = _kernels(op, device)
     why = f" ({by})" if by and not served else ""
     if op == "weight_only":
@@ -80,8 +79,8 @@ def report_of(op: str, device: str) -> str:
         if served:
             return f"weights decoded to the compute dtype, {by}, then torch's own matmul"
         return f"weights decoded to the compute dtype, then torch's own matmul{why}"
-    if op == "trellis_only":
-        return f"trellis codes decoded{f', {by}' if served else ' through torch'}, then torch's own matmul{'' if served else why}"
+    if op in _CODES:
+        return f"{_CODES[op]}{f', {by}' if served else ' through torch'}, then torch's own matmul{'' if served else why}"
     if op == "trellis_search":
         return f"Viterbi's search, {by}" if served else f"Viterbi's search through torch, some hundred times slower{why}"
     if op in ("linear_int8", "conv_int8") and device in ("cpu", "cuda"):
@@ -128,4 +127,4 @@ def _kernels(op: str, device: str) -> tuple[bool, str]:
     """Whether kernels of dqtk's own serve an op there, and which (or why none)."""
     if device == "cpu":
         return native.describe()
-    return gpu.describe() if device == "cuda" and op in ("linear_int8", "weight_only", "trellis_only") else (False, "")
+    return gpu.describe() if device == "cuda" and op in ("linear_int8", *WEIGHT_ONLY) else (False, "")

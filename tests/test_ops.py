@@ -161,7 +161,7 @@ def test_weights_of_vectors_name_their_own_decoding(monkeypatch):
         assert op_of(LayerSpec(weight=words), kind) == "vectors_only"
         assert op_of(LayerSpec(weight=rings), kind) == "trellis_only"
         assert op_of(LayerSpec(weight=words, input=A8), kind) == "emulated"
-    assert report_of("vectors_only", "mps").startswith("words looked up in their books, some output rows at a time")
+    assert report_of("vectors_only", "mps") == "words looked up in their books through torch, then torch's own matmul"
     monkeypatch.setattr(ops.native, "describe", lambda: (True, "native (some level)"))
     assert report_of("trellis_only", "cpu") == "trellis codes decoded, native (some level), then torch's own matmul"
     monkeypatch.setattr(ops.native, "describe", lambda: (False, "native kernels: no compiler"))

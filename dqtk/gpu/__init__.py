@@ -22,6 +22,7 @@ __all__ = [
     "TYPES",
     "block_attention",
     "decode_trellis",
+    "decode_vectors",
     "describe",
     "forget",
     "linear_decoded",
@@ -108,3 +109,10 @@ def decode_trellis(packed: Tensor, scale: Tensor | None, n: int, k: int, *how) -
     if not takes(tile_rows, tile_columns, trellis, dtype):
         return None
     return decode_trellis(packed, scale, n, k, (tile_rows, tile_columns), trellis, dtype)
+
+
+def decode_vectors(qweight: Tensor, codebook: Tensor, scale: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+    """``vectors.decode_vectors``, of arguments as the op has them; ``dtype`` one of ``TYPES``."""
+    from .vectors import decode_vectors
+
+    return decode_vectors(qweight, codebook, scale, k, dtype)

@@ -1,10 +1,9 @@
 """dqtk:: ops of layers whose weights alone are rounded: decode to the compute dtype, then torch's own matmul.
 
-On the CPU the linear op decodes some output rows at a time into memory that it uses again, so that a weight is never expanded as a
-whole. The decoded numbers equal ``packing.dequantize`` bit for bit; several small matmuls may round otherwise than a large one.
+On the CPU the linear op never expands a weight as a whole (``on_cpu.py``). The decoded numbers equal ``packing.dequantize`` bit for
+bit.
 """
 
-import threading
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +15,8 @@ from dqtk.numerics.floats import values_of
 from dqtk.numerics.packing import Packed, group_steps, integer_weight, unpack
 from dqtk.spec import Codebook, Float, Int, TensorSpec, TwoLevel
 
+from .on_cpu import linear_on_cpu
 from .straight_through import sum_to_bias
-
-CHUNK_BYTES = 4 << 20  # decoded at a time: in the last cache of most CPUs, and few parallel regions where cores are busy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,7 +109,7 @@ def _(qweight, steps, zero, group_scale, selector, levels, bits, signed, k, dtyp
     library = native.load()
     if library is None or dtype not in native.TYPES:
         return decode_reference(qweight, steps, zero, group_scale, selector, levels, bits, signed, k, dtype)
-    decoder = native.Decoder(library, qweight, steps, zero, group_scale, selector, levels, bits, signed, k)
+    decoder = native.weight_decoder(library, qweight, steps, zero, group_scale, selector, levels, bits, signed, k)
     return decoder.rows(0, torch.empty((qweight.shape[0], k), dtype=dtype))
 
 
@@ -140,14 +138,12 @@ def linear_decoded(
 
 @linear_decoded.register_kernel("cpu")
 def _(x, qweight, bias, steps, zero, group_scale, selector, levels, bits, signed):
-    k, n, library = x.shape[-1], qweight.shape[0], native.load()
-    rows = x.reshape(-1, k)
-    if library is None or x.dtype not in native.TYPES or rows.shape[0] == 0:
+    k, library = x.shape[-1], native.load()
+    if library is None or x.dtype not in native.TYPES or x.numel() == 0:
         weight = decode_reference(qweight, steps, zero, group_scale, selector, levels, bits, signed, k, x.dtype)
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype)).contiguous()
-    decoder = native.Decoder(library, qweight, steps, zero, group_scale, selector, levels, bits, signed, k)
-    y = decoder.linear_few(rows, bias) if rows.shape[0] <= native.FEW_ROWS else linear_in_chunks(decoder, rows, bias)
-    return y.view(*x.shape[:-1], n)
+    decoder = native.weight_decoder(library, qweight, steps, zero, group_scale, selector, levels, bits, signed, k)
+    return linear_on_cpu(decoder, x, bias)
 
 
 @linear_decoded.register_kernel("cuda")
@@ -159,38 +155,6 @@ def linear_decoded_on_cuda(x, qweight, bias, steps, zero, group_scale, selector,
         return y.view(*x.shape[:-1], qweight.shape[0])
     weight = decode_reference(*stored, x.shape[-1], x.dtype)
     return F.linear(x, weight, None if bias is None else bias.to(x.dtype)).contiguous()
-
-
-_room = threading.local()  # memory of decoded rows, kept for the next call: fresh pages cost as much as decoding into them
-
-
-def _rows_of_memory(length: int, k: int, dtype: torch.dtype) -> Tensor:
-    """Uninitialized [length, K]; the same memory at every call of a thread unless it must be larger than ``CHUNK_BYTES``."""
-    size = length * k * dtype.itemsize
-    if size > CHUNK_BYTES:
-        return torch.empty((length, k), dtype=dtype)
-    if not hasattr(_room, "bytes"):
-        with torch.inference_mode(False):
-            _room.bytes = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
-    return _room.bytes[:size].view(dtype).view(length, k)
-
-
-def linear_in_chunks(decoder: native.Decoder | native.TrellisDecoder, x_TK: Tensor, bias: Tensor | None) -> Tensor:
-    """[T, N] = x W^T + bias, a multiple of 64 rows of W decoded at a time, or all that are left."""
-    (t, k), n, dtype = x_TK.shape, decoder.n, x_TK.dtype
-    length = max(64, CHUNK_BYTES // (k * dtype.itemsize) // 64 * 64)
-    bias = None if bias is None else bias.to(dtype)
-    if length >= n:
-        return F.linear(x_TK, decoder.rows(0, _rows_of_memory(n, k, dtype)), bias)
-    y, room = torch.empty((t, n), dtype=dtype), _rows_of_memory(length, k, dtype)
-    for first in range(0, n, length):
-        out = y[:, first : first + length]
-        weight = decoder.rows(first, room[: out.shape[1]]).t()
-        if bias is None:
-            torch.mm(x_TK, weight, out=out)
-        else:
-            torch.addmm(bias[first : first + length], x_TK, weight, out=out)
-    return y
 
 
 @linear_decoded.register_fake

@@ -17,7 +17,7 @@ from dqtk.numerics.trellis import TILE, decode, encode, from_tiles, search_input
 from dqtk.ops import report_of
 from dqtk.spec import TensorSpec, Trellis
 
-from .decoded import linear_in_chunks
+from .on_cpu import linear_on_cpu
 from .straight_through import sum_to_bias
 
 
@@ -102,7 +102,7 @@ def _(packed, scale, n, k, tile_rows, tile_columns, state_bits, bits, vector, dt
     if library is None or dtype not in native.TYPES:
         return decode_trellis_reference(packed, scale, n, k, tile_rows, tile_columns, state_bits, bits, vector, dtype)
     trellis = Trellis(state_bits=state_bits, bits=bits, vector=vector)
-    decoder = native.TrellisDecoder(library, packed, scale, n, k, (tile_rows, tile_columns), trellis)
+    decoder = native.trellis_decoder(library, packed, scale, n, k, (tile_rows, tile_columns), trellis)
     return decoder.rows(0, torch.empty((n, k), dtype=dtype))
 
 
@@ -145,13 +145,12 @@ def linear_trellis(
 def _(x, packed, bias, scale, n, tile_rows, tile_columns, state_bits, bits, vector):
     assert 64 % tile_rows == 0
     k, library = x.shape[-1], native.load()
-    rows = x.reshape(-1, k)
-    if library is None or x.dtype not in native.TYPES or rows.shape[0] == 0:
+    if library is None or x.dtype not in native.TYPES or x.numel() == 0:
         weight = decode_trellis_reference(packed, scale, n, k, tile_rows, tile_columns, state_bits, bits, vector, x.dtype)
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype)).contiguous()
     trellis = Trellis(state_bits=state_bits, bits=bits, vector=vector)
-    decoder = native.TrellisDecoder(library, packed, scale, n, k, (tile_rows, tile_columns), trellis)
-    return linear_in_chunks(decoder, rows, bias).view(*x.shape[:-1], n)
+    decoder = native.trellis_decoder(library, packed, scale, n, k, (tile_rows, tile_columns), trellis)
+    return linear_on_cpu(decoder, x, bias)
 
 
 @linear_trellis.register_kernel("cuda")

@@ -1,15 +1,16 @@
 """Kernels of the CPU in C++, compiled at first use: ``load`` gives them or None, ``describe`` says which, or why none."""
 
-from .calls import FEW_ROWS, TYPES, Decoder, IntegerLayer, attention, block_attention, conv_int8, linear_int8, takes_blocks
+from .calls import IntegerLayer, attention, block_attention, conv_int8, linear_int8, takes_blocks, weight_decoder
+from .decoder import FEW_ROWS, TYPES, Decoder
 from .library import cpu_flags, describe, load
-from .trellis import TrellisDecoder, trellis_search
+from .trellis import trellis_decoder, trellis_search
+from .vectors import vector_decoder
 
 __all__ = [
     "FEW_ROWS",
     "TYPES",
     "Decoder",
     "IntegerLayer",
-    "TrellisDecoder",
     "attention",
     "block_attention",
     "conv_int8",
@@ -18,5 +19,8 @@ __all__ = [
     "linear_int8",
     "load",
     "takes_blocks",
+    "trellis_decoder",
     "trellis_search",
+    "vector_decoder",
+    "weight_decoder",
 ]

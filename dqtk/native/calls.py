@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-FEW_ROWS = 2  # of inputs, which are multiplied with every row of weights as soon as it is decoded
+from .decoder import TYPES, Decoder
+
 ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2}
 _Int, _Wide, _Pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 
@@ -276,48 +276,32 @@ def _in_chunks(sparse: bool, block_k: int) -> bool:
     return not sparse or block_k % 64 == 0
 
 
-class Decoder:
-    """A stored weight, ready to be decoded in parts. Arguments as the dqtk::decode_weight op has them."""
-
-    def __init__(self, library: ctypes.CDLL, qweight, steps, zero, group_scale, selector, levels, bits: int, signed: bool, k: int):
-        n = qweight.shape[0]
-        self.library, self.n, self.k = library, n, k
-        qweight, steps, zero, group_scale, selector, levels = self.kept = (
-            qweight.contiguous(),
-            _dense(steps),
-            _dense(zero, torch.uint8),
-            _dense(group_scale, torch.uint8),
-            _dense(selector, torch.uint8),
-            _dense(levels),
-        )
-        groups = (steps if group_scale is None else group_scale).shape[1]
-        selector_bits = 0 if levels is None else (levels.shape[0] - 1).bit_length()
-        raw = qweight.dtype != torch.uint8
-        self.decoding = _Decoding(
-            _Weight(
-                _address(qweight), qweight.stride(0), n, k, 0 if raw else bits, int(signed), _address(group_scale), k // groups
-            ),
-            _address(steps),
-            _address(zero),
-            steps.shape[1] if steps.shape[0] > 1 else 0,
-            int(steps.shape[1] > 1),
-            _address(levels),
-            _address(selector),
-            0 if selector is None else selector.stride(0),
-            selector_bits,
-            torch.get_num_threads(),
-        )
-
-    def rows(self, first: int, out: Tensor) -> Tensor:
-        """``out`` [R, K], float32, bfloat16 or float16 and contiguous, filled with the rows from ``first`` on."""
-        count, kind = _Wide(out.shape[0]), _Int(TYPES[out.dtype])
-        self.library.dqtk_decode(ctypes.byref(self.decoding), _Wide(first), count, kind, _Pointer(_address(out)))
-        return out
-
-    def linear_few(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """[T, N] = x W^T + bias for ``x`` [T, K] of at most ``FEW_ROWS`` rows, float32, bfloat16 or float16; sums in float32."""
-        x, bias = x.contiguous(), _dense(bias)
-        y, kind = torch.empty((x.shape[0], self.n), dtype=x.dtype), _Int(TYPES[x.dtype])
-        pointers = _Pointer(_address(x)), _Wide(x.shape[0]), _Pointer(_address(bias)), kind, _Pointer(_address(y))
-        self.library.dqtk_linear_few(ctypes.byref(self.decoding), *pointers)
-        return y
+def weight_decoder(
+    library: ctypes.CDLL, qweight, steps, zero, group_scale, selector, levels, bits: int, signed: bool, k: int
+) -> Decoder:
+    """A weight [N, K] of a code per number. Arguments as the dqtk::decode_weight op has them."""
+    n = qweight.shape[0]
+    kept = qweight, steps, zero, group_scale, selector, levels = (
+        qweight.contiguous(),
+        _dense(steps),
+        _dense(zero, torch.uint8),
+        _dense(group_scale, torch.uint8),
+        _dense(selector, torch.uint8),
+        _dense(levels),
+    )
+    groups = (steps if group_scale is None else group_scale).shape[1]
+    selector_bits = 0 if levels is None else (levels.shape[0] - 1).bit_length()
+    raw = qweight.dtype != torch.uint8
+    decoding = _Decoding(
+        _Weight(_address(qweight), qweight.stride(0), n, k, 0 if raw else bits, int(signed), _address(group_scale), k // groups),
+        _address(steps),
+        _address(zero),
+        steps.shape[1] if steps.shape[0] > 1 else 0,
+        int(steps.shape[1] > 1),
+        _address(levels),
+        _address(selector),
+        0 if selector is None else selector.stride(0),
+        selector_bits,
+        torch.get_num_threads(),
+    )
+    return Decoder(library=library, kind="weight", weight=decoding, n=n, k=k, kept=kept)

@@ -2,8 +2,7 @@
 //
 // weight = (level - zero) * step, in float32, then rounded: the operations and the order of packing.dequantize. A code of up to four
 // bits has at most 16 weights in a group, so these are computed once per group and looked up.
-//
-// One or two rows of inputs are multiplied here too: a decoded row of weights is used while the nearest cache still holds it.
+#include "few.h"
 #include "weights.h"
 
 namespace dqtk {
@@ -128,86 +127,17 @@ void decode_rows(const Decoding& d, int64_t first, int64_t count, T* out) {
     for_each(d.threads, count, grain, [&](int64_t i) { decode_row(d, first + i, out + i * d.weight.k); });
 }
 
-// --- products with a few rows -------------------------------------------------------------------------------------------
-
-constexpr int MOST_ROWS = 2;  // from three on a matmul of decoded rows is as fast (measured on Zen 4)
-constexpr int LANES = 16;
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef uint16_t Shorts __attribute__((vector_size(2 * LANES)));
-typedef uint32_t Integers __attribute__((vector_size(4 * LANES)));
-
-inline Floats lanes(const float* in) {
-    Floats out;
-    std::memcpy(&out, in, sizeof out);
-    return out;
-}
-
-inline Floats lanes(const bfloat16* in) {
-    Shorts narrow;
-    std::memcpy(&narrow, in, sizeof narrow);
-    const Integers wide = __builtin_convertvector(narrow, Integers) << 16;
-    Floats out;
-    std::memcpy(&out, &wide, sizeof out);
-    return out;
-}
-
-inline Floats lanes(const float16* in) {
-    float out[LANES];
-    widen(in, out, LANES);
-    return lanes(out);
-}
-
-// out [R] = x [R, k] times a row of weights; rows of x and the row of weights are followed by zeros up to whole vectors.
-template <int R, class T>
-void dot(const T* weights, const float* x, int64_t stride, int64_t k, float* out) {
-    Floats sums[R][2] = {};
-    for (int64_t i = 0; i < k; i += 2 * LANES) {
-        const Floats a = lanes(weights + i), b = lanes(weights + i + LANES);
-#pragma GCC unroll 2
-        for (int r = 0; r < R; r++) {
-            sums[r][0] += a * lanes(x + r * stride + i);
-            sums[r][1] += b * lanes(x + r * stride + i + LANES);
-        }
-    }
-    for (int r = 0; r < R; r++) {
-        const Floats sum = sums[r][0] + sums[r][1];
-        out[r] = 0;
-        for (int j = 0; j < LANES; j++) out[r] += sum[j];
-    }
-}
-
-// y [rows, n] = x [rows, k] W^T + bias, summed in float32.
-template <class T>
-void linear_few(const Decoding& d, const T* x, int64_t rows, const float* bias, T* y) {
-    thread_local Scratch inputs_room;
-    const int64_t k = d.weight.k, n = d.weight.n, width = (k + 2 * LANES - 1) / (2 * LANES) * (2 * LANES);
-    float* inputs = inputs_room.get<float>(rows * width);
-    for (int64_t r = 0; r < rows; r++) {
-        widen(x + r * k, inputs + r * width, k);
-        std::fill(inputs + r * width + k, inputs + (r + 1) * width, 0.0f);
-    }
-    for_each(d.threads, n, std::max<int64_t>(1, 16384 / k), [&](int64_t i) {
-        thread_local Scratch weights_room;
-        T* weights = weights_room.get<T>(width);
-        decode_row(d, i, weights);
-        std::memset(static_cast<void*>(weights + k), 0, size_t(width - k) * sizeof(T));
-        float out[MOST_ROWS];
-        if (rows == 1) dot<1>(weights, inputs, width, k, out);
-        else dot<2>(weights, inputs, width, k, out);
-        for (int64_t r = 0; r < rows; r++) narrow(bias ? out[r] + bias[i] : out[r], y[r * n + i]);
-    });
-}
-
 }  // namespace dqtk
 
 // ``x`` [rows, k] and ``y`` [rows, n] of one type, up to two rows.
-EXPORT void dqtk_linear_few(const dqtk::Decoding* d, const void* x, int64_t rows, const float* bias, int32_t type, void* y) {
+EXPORT void dqtk_weight_few(const dqtk::Decoding* d, const void* x, int64_t rows, const float* bias, int32_t type, void* y) {
     dqtk::with_type(type, [&](auto element) {
         using T = decltype(element);
-        dqtk::linear_few(*d, static_cast<const T*>(x), rows, bias, static_cast<T*>(y));
+        const auto decode = [&](int64_t first, int64_t, int64_t, T* out) { dqtk::decode_row(*d, first, out); };
+        dqtk::few::multiply(d->threads, d->weight.n, d->weight.k, 1, static_cast<const T*>(x), rows, bias, static_cast<T*>(y), decode);
     });
 }
 
-EXPORT void dqtk_decode(const dqtk::Decoding* d, int64_t first, int64_t count, int32_t type, void* out) {
+EXPORT void dqtk_weight_decode(const dqtk::Decoding* d, int64_t first, int64_t count, int32_t type, void* out) {
     dqtk::with_type(type, [&](auto element) { dqtk::decode_rows(*d, first, count, static_cast<decltype(element)*>(out)); });
 }

@@ -29,7 +29,18 @@ from pathlib import Path
 
 import torch
 
-SOURCES = ("base.h", "weights.h", "int8.cpp", "decode.cpp", "trellis.cpp", "attention.h", "attention.cpp", "block_attention.cpp")
+SOURCES = (
+    "base.h",
+    "weights.h",
+    "few.h",
+    "int8.cpp",
+    "decode.cpp",
+    "trellis.cpp",
+    "vectors.cpp",
+    "attention.h",
+    "attention.cpp",
+    "block_attention.cpp",
+)
 COMPILERS = ("c++", "g++", "clang++")
 # No fused multiply-add: products must round as torch's do. No errno, no traps: they would keep rounding out of vector code.
 EXACT = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")

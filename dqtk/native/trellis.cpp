@@ -9,7 +9,7 @@
 //
 // Both sides are read and written in order; S minima and S errors are all that a step costs. Sums are those of the reference, in
 // its order, so that both find the same paths. A thread holds two rows of costs and one byte per suffix and step.
-#include "base.h"
+#include "few.h"
 
 #include <limits>
 #include <type_traits>
@@ -248,9 +248,10 @@ inline uint32_t history(const uint8_t* ring, int64_t count) {
     return bits;
 }
 
-// States of ``steps`` steps, each V times, and of up to seven more. 8 steps (4 of 8 bits) and the 16 bits before lie in one word.
-template <int B, int V>
-void windows(const uint8_t* ring, int64_t steps, uint32_t mask, uint8_t* room, int32_t* states) {
+// Calls ``found(t, states)`` with the states of steps t to t + STEPS of a ring, the last time of some behind its end too. Eight steps
+// (4 of 8 bits) and the 16 bits before them lie in one word.
+template <int B, class Found>
+void windows(const uint8_t* ring, int64_t steps, uint32_t mask, uint8_t* room, Found&& found) {
     constexpr int STEPS = B == 8 ? 4 : 8, BYTES = STEPS * B / 8;
     const int64_t bytes = (steps * B + 7) / 8;
     const uint32_t before = history(ring, steps * B);
@@ -261,13 +262,13 @@ void windows(const uint8_t* ring, int64_t steps, uint32_t mask, uint8_t* room, i
         uint64_t word;
         std::memcpy(&word, room, 8);
         word = __builtin_bswap64(word);
-        int32_t found[STEPS];
-        for (int i = 0; i < STEPS; i++) found[i] = int32_t(uint32_t(word >> (48 - (i + 1) * B)) & mask);
-        for (int i = 0; i < STEPS * V; i++) states[t * V + i] = found[i / V];
+        uint32_t states[STEPS];
+        for (int i = 0; i < STEPS; i++) states[i] = uint32_t(word >> (48 - (i + 1) * B)) & mask;
+        found(t, states);
     }
 }
 
-// What states stand for: the operations of trellis.values_of, in its order.
+// What states stand for: the operations of trellis.values_of, in its order. Up to a multiple of 16 of them are written.
 template <int V>
 void values_of(const Rings& r, const int32_t* states, float* out, int64_t count) {
     constexpr int GROUP = 16;
@@ -283,38 +284,98 @@ void values_of(const Rings& r, const int32_t* states, float* out, int64_t count)
         }
 }
 
-// The tiles of tile row ``i`` to ``out``, where the weight's row ``first`` stands; rows from ``end`` on are left out.
-template <int B, int V, class T>
-void decode_tiles(const Rings& r, int64_t i, int64_t first, int64_t end, T* out) {
-    thread_local Scratch states_room, values_room, rounded_room, bits_room;
-    const int64_t length = r.tile_rows * r.tile_columns, across = (r.k + r.tile_columns - 1) / r.tile_columns;
-    int32_t* states = states_room.get<int32_t>(length + 32);
-    float* numbers = values_room.get<float>(length + 32);
-    T* rounded = rounded_room.get<T>(length);
+// Of states whose values are looked up: the nearest cache holds so many. AVX512 computes sixteen at a time, which is left as it was
+// until somebody has timed a table there.
+#if defined(__AVX512F__)
+constexpr int TABLE_BITS = 0;
+#else
+constexpr int TABLE_BITS = 12;
+#endif
+
+// The values of all states, [2^state_bits, V]; null where there are too many.
+template <int V>
+const float* table_of(const Rings& r) {
+    thread_local Scratch values_room, states_room;
+    if (r.state_bits > TABLE_BITS) return nullptr;
+    const int64_t count = int64_t(V) << r.state_bits;
+    float* values = values_room.get<float>(count + 16);
+    int32_t* states = states_room.get<int32_t>(count + 16);
+    for (int64_t i = 0; i < count; i++) states[i] = int32_t(i / V);
+    values_of<V>(r, states, values, count);
+    return values;
+}
+
+// The ``length`` numbers of a ring, and some of no meaning behind them.
+template <int B, int V>
+void decode_ring(const Rings& r, const float* table, const uint8_t* ring, int64_t length, float* out) {
+    thread_local Scratch states_room, bits_room;
     uint8_t* bits = bits_room.get<uint8_t>(r.stride + 32);
-    for (int64_t j = 0; j < across; j++) {
-        windows<B, V>(r.bits + (i * across + j) * r.stride, length / V, (uint32_t(1) << r.state_bits) - 1, bits, states);
-        values_of<V>(r, states, numbers, length);
-        const int64_t column = j * r.tile_columns, columns = std::min(r.tile_columns, r.k - column), top = i * r.tile_rows;
-        for (int64_t row = top; r.scale && row < std::min(top + r.tile_rows, end); row++) {
-            const float scale = r.scale[row * r.scale_step];
-            float* part = numbers + (row - top) * r.tile_columns;
-            for (int64_t c = 0; c < r.tile_columns; c++) part[c] *= scale;
+    const uint32_t mask = (uint32_t(1) << r.state_bits) - 1;
+    constexpr int STEPS = B == 8 ? 4 : 8;
+    if (table)
+        return windows<B>(ring, length / V, mask, bits, [&](int64_t t, const uint32_t* states) __attribute__((always_inline)) {
+            for (int i = 0; i < STEPS; i++) std::memcpy(out + (t + i) * V, table + states[i] * V, V * sizeof(float));
+        });
+    int32_t* found = states_room.get<int32_t>(length + 32);
+    windows<B>(ring, length / V, mask, bits, [&](int64_t t, const uint32_t* states) __attribute__((always_inline)) {
+        for (int i = 0; i < STEPS * V; i++) found[t * V + i] = int32_t(states[i / V]);
+    });
+    values_of<V>(r, found, out, length);
+}
+
+// The tiles of tile row ``i`` to ``out``, where the weight's row ``first`` stands, rows ``pitch`` apart; those from ``end`` on are
+// left out. Narrow tiles are joined before they are written: whole lines of the cache at a time.
+template <int B, int V, class T>
+void decode_tiles(const Rings& r, const float* table, int64_t i, int64_t first, int64_t end, int64_t pitch, T* out) {
+    thread_local Scratch numbers_room, joined_room;
+    const int64_t columns = r.tile_columns, length = r.tile_rows * columns, across = (r.k + columns - 1) / columns;
+    const int64_t group = std::max<int64_t>(1, 32 / columns), width = group * columns, top = i * r.tile_rows;
+    float* numbers = numbers_room.get<float>(length + 32);
+    float* joined = joined_room.get<float>(length * group + 32);
+    for (int64_t j = 0; j < across; j += group) {
+        const int64_t parts = std::min(group, across - j), column = j * columns, count = std::min(parts * columns, r.k - column);
+        for (int64_t part = 0; part < parts; part++) {
+            const uint8_t* ring = r.bits + (i * across + j + part) * r.stride;
+            decode_ring<B, V>(r, table, ring, length, group == 1 ? joined : numbers);
+            float* to = joined + part * columns;
+            if (columns == 4)
+                for (int64_t row = 0; row < r.tile_rows; row++) std::memcpy(to + row * width, numbers + row * 4, 16);
+            else if (group > 1)
+                for (int64_t row = 0; row < r.tile_rows; row++)
+                    std::copy_n(numbers + row * columns, columns, to + row * width);
         }
-        narrow(numbers, rounded, length);
-        for (int64_t row = top; row < std::min(top + r.tile_rows, end); row++)
-            std::memcpy(out + (row - first) * r.k + column, rounded + (row - top) * r.tile_columns, size_t(columns) * sizeof(T));
+        for (int64_t row = top; row < std::min(top + r.tile_rows, end); row++) {
+            float* from = joined + (row - top) * width;
+            const float scale = r.scale ? r.scale[row * r.scale_step] : 1.0f;
+            for (int64_t c = 0; c < count; c++) from[c] *= scale;
+            narrow(from, out + (row - first) * pitch + column, count);
+        }
     }
 }
 
 template <int B, int V>
 void decode_rings(const Rings& r, int64_t first, int64_t count, int32_t type, void* out) {
     const int64_t top = first / r.tile_rows, tiles = (count + r.tile_rows - 1) / r.tile_rows;
+    const float* table = table_of<V>(r);
     with_type(type, [&](auto element) {
         using T = decltype(element);
         const int64_t grain = std::max<int64_t>(1, 16384 / (r.k * r.tile_rows));
-        const auto decode = [&](int64_t i) { decode_tiles<B, V>(r, top + i, first, first + count, static_cast<T*>(out)); };
-        for_each(r.threads, tiles, grain, decode);
+        for_each(r.threads, tiles, grain, [&](int64_t i) {
+            decode_tiles<B, V>(r, table, top + i, first, first + count, r.k, static_cast<T*>(out));
+        });
+    });
+}
+
+// A row of tiles at a time: its rows share their rings.
+template <int B, int V>
+void multiply_few(const Rings& r, const void* x, int64_t rows, const float* bias, int32_t type, void* y) {
+    const float* table = table_of<V>(r);
+    with_type(type, [&](auto element) {
+        using T = decltype(element);
+        const auto decode = [&](int64_t first, int64_t count, int64_t pitch, T* out) {
+            decode_tiles<B, V>(r, table, first / r.tile_rows, first, first + count, pitch, out);
+        };
+        few::multiply(r.threads, r.n, r.k, r.tile_rows, static_cast<const T*>(x), rows, bias, static_cast<T*>(y), decode);
     });
 }
 
@@ -342,5 +403,12 @@ EXPORT void dqtk_trellis_search(const dqtk::Search* s) {
 EXPORT void dqtk_trellis_decode(const dqtk::Rings* r, int64_t first, int64_t count, int32_t type, void* out) {
     dqtk::with_step(r->step_bits, r->vector, [&](auto bits, auto numbers) {
         dqtk::decode_rings<bits, numbers>(*r, first, count, type, out);
+    });
+}
+
+// ``x`` [rows, k] and ``y`` [rows, n] of one type, up to two rows.
+EXPORT void dqtk_trellis_few(const dqtk::Rings* r, const void* x, int64_t rows, const float* bias, int32_t type, void* y) {
+    dqtk::with_step(r->step_bits, r->vector, [&](auto bits, auto numbers) {
+        dqtk::multiply_few<bits, numbers>(*r, x, rows, bias, type, y);
     });
 }

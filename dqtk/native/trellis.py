@@ -8,7 +8,7 @@ from torch import Tensor
 from dqtk.numerics.trellis import curve, multipliers, num_steps, packed_width, values
 from dqtk.spec.trellis import Trellis
 
-from .calls import TYPES
+from .decoder import Decoder
 
 _Int, _Wide, _Pointer, _Float = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 
@@ -52,37 +52,26 @@ def trellis_search(library: ctypes.CDLL, x: Tensor, weight: Tensor | None, trell
     return states
 
 
-class TrellisDecoder:
-    """A weight [N, K] of rings, ready to be decoded in parts. Arguments as the dqtk::decode_trellis op has them."""
-
-    def __init__(
-        self, library: ctypes.CDLL, packed: Tensor, scale: Tensor | None, n: int, k: int, tile: tuple[int, int], trellis: Trellis
-    ):
-        self.library, self.n, self.k, self.tile_rows = library, n, k, tile[0]
-        assert packed.shape == (-(-n // tile[0]) * -(-k // tile[1]), packed_width(trellis, tile[0] * tile[1]))
-        packed = packed.contiguous()
-        scale = None if scale is None else scale.to(torch.float32).contiguous()
-        self.kept = packed, scale
-        self.rings = _Rings(
-            packed.data_ptr(),
-            None if scale is None else scale.data_ptr(),
-            packed.shape[1],
-            n,
-            k,
-            *tile,
-            int(scale is not None and scale.numel() > 1),
-            (_Float * 4)(*curve(trellis)),
-            (_Int * 2)(*multipliers(trellis)),
-            trellis.state_bits,
-            trellis.step_bits,
-            trellis.vector,
-            torch.get_num_threads(),
-        )
-
-    def rows(self, first: int, out: Tensor) -> Tensor:
-        """``out`` [R, K], float32, bfloat16 or float16 and contiguous, filled with the rows from ``first``, a tile's first, on."""
-        assert first % self.tile_rows == 0
-        assert first + out.shape[0] <= self.n
-        count, kind = _Wide(out.shape[0]), _Int(TYPES[out.dtype])
-        self.library.dqtk_trellis_decode(ctypes.byref(self.rings), _Wide(first), count, kind, _Pointer(out.data_ptr()))
-        return out
+def trellis_decoder(
+    library: ctypes.CDLL, packed: Tensor, scale: Tensor | None, n: int, k: int, tile: tuple[int, int], trellis: Trellis
+) -> Decoder:
+    """A weight [N, K] of rings. Arguments as the dqtk::decode_trellis op has them."""
+    assert packed.shape == (-(-n // tile[0]) * -(-k // tile[1]), packed_width(trellis, tile[0] * tile[1]))
+    packed = packed.contiguous()
+    scale = None if scale is None else scale.to(torch.float32).contiguous()
+    rings = _Rings(
+        packed.data_ptr(),
+        None if scale is None else scale.data_ptr(),
+        packed.shape[1],
+        n,
+        k,
+        *tile,
+        int(scale is not None and scale.numel() > 1),
+        (_Float * 4)(*curve(trellis)),
+        (_Int * 2)(*multipliers(trellis)),
+        trellis.state_bits,
+        trellis.step_bits,
+        trellis.vector,
+        torch.get_num_threads(),
+    )
+    return Decoder(library=library, kind="trellis", weight=rings, n=n, k=k, step=tile[0], kept=(packed, scale))

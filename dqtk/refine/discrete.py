@@ -1,5 +1,5 @@
 """Steps of codes: a few vectors get another word, those whose change promises most (the linearized V step of PV-Tuning, Malinovskii
-et al. 2024, arXiv 2405.14852, algorithm 3), while books, scales and all else learn in between.
+et al. 2024, arXiv 2405.14852, in its small subspace), while books, scales and all else learn in between.
 
 A step goes from the decoded weights w to the nearest words to w - e H^-1 g: g their gradient, H an estimate of the curvature, e the
 length. Of each vector it is just long enough to change its code; which word that is, and how long, is the largest of
@@ -80,25 +80,31 @@ class Gathered:
 
 
 def _promises(gathered: Gathered, books_MWD: Tensor, scale: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """float32 [N, K / D]: s of every vector's best change; and its book and word."""
+    """float32 [N, K / D]: s of every vector's best change, in a unit of the layer's; and its book and word."""
     codes, length = gathered.mine.codes, gathered.length
     n, vectors, num_books = codes.shape
-    curvature = gathered.rows * scale  # [N, 1]; s in the unit of words
+    total, rows, blocks = (_relative(sums) for sums in (gathered.total, gathered.rows, gathered.blocks))
+    curvature = rows * scale  # [N, 1]; s in the unit of words
     counts = (curvature > 0).expand(n, 1)
     best = torch.zeros(n, vectors, device=codes.device)
     book, word = (torch.zeros(n, vectors, dtype=torch.int64, device=codes.device) for _ in range(2))
     chunk = max(1, NUMBERS // (n * books_MWD.shape[1]))
     for start in range(0, vectors, chunk):
         some = slice(start, start + chunk)
-        g = gathered.total.unflatten(1, (-1, length))[:, some]
+        g = total.unflatten(1, (-1, length))[:, some]
         for index in range(num_books):
-            found, to = _best_words(g, gathered.blocks[some], books_MWD[index], codes[:, some, index].long())
+            found, to = _best_words(g, blocks[some], books_MWD[index], codes[:, some, index].long())
             found = torch.where(counts, found / torch.where(counts, curvature, 1.0), 0.0)
             better = found > best[:, some]
             best[:, some] = torch.where(better, found, best[:, some])
             book[:, some] = torch.where(better, index, book[:, some])
             word[:, some] = torch.where(better, to, word[:, some])
     return best, (book, word)
+
+
+def _relative(sums: Tensor) -> Tensor:
+    """To the largest of them: powers of small gradients leave float32."""
+    return sums / sums.abs().amax().clamp(min=torch.finfo(sums.dtype).tiny)
 
 
 def _best_words(g_NCD: Tensor, blocks_CDD: Tensor, words_WD: Tensor, code_NC: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dqtk.gpu import attention, attention_rows, decoded, device, integer, tiles, trellis
+from dqtk.gpu import attention, attention_rows, decoded, device, integer, tiles, trellis, vectors
 
 SMALLEST = 99 << 10  # bytes of shared memory of a thread block, capabilities 8.6 and 8.9
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma"}
@@ -194,3 +194,11 @@ def test_trellis(capability, dtype):
     made = compiled(trellis._decode, capability, f"*u8 *fp32 *{dtype} i32 i32 i32 i32 fp32 fp32 fp32 fp32 fp32", constants)
     assert is_exact(made)
     assert "div.rn.f32" in made.asm["ptx"]
+
+
+@pytest.mark.parametrize("capability", TENSOR_CORES)
+@pytest.mark.parametrize(("dtype", "bits", "length", "books"), [("fp32", 8, 8, 3), ("bf16", 6, 2, 1), ("fp16", 7, 1, 1)])
+def test_words(capability, dtype, bits, length, books):
+    constants = {"BITS": bits, "WORDS": 1 << bits, "LENGTH": length, "BOOKS": books, "SCALE_STEP": 1}
+    constants["VECTORS"] = vectors.BLOCK // length
+    assert is_exact(compiled(vectors._decode, capability, f"*u8 *fp16 *fp32 *{dtype} i32 i32 i32", constants))

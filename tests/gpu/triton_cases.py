@@ -23,7 +23,9 @@ from dqtk.kernels.block_attention import block_attention_on_cuda, block_attentio
 from dqtk.kernels.decoded import decode_reference, linear_decoded_on_cuda
 from dqtk.kernels.linear import linear_int8_on_cuda, linear_int8_reference, linears_int8_on_cuda
 from dqtk.kernels.trellis import decode_trellis_on_cuda, decode_trellis_reference, linear_trellis_on_cuda
+from dqtk.kernels.vectors import decode_vectors_on_cuda, decode_vectors_reference, linear_vectors_on_cuda
 from dqtk.numerics.packing import pack
+from dqtk.numerics.packing import packed_width as code_width
 from dqtk.numerics.trellis import MULTIPLIERS, packed_width
 from dqtk.spec.trellis import Trellis
 
@@ -325,6 +327,39 @@ def trellises_multiply(device: str) -> None:
     expected = x.double() @ weight.double().T + bias.bfloat16().double()
     torch.testing.assert_close(y.cpu().double(), expected, rtol=1e-2, atol=1e-2)
     assert decode_trellis_on_cuda(*moved((packed[:0], None, 0, 40, *how[1:], torch.bfloat16), device)).shape == (0, 40)
+
+
+def words(n: int, k: int, num: int, length: int, books: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Any bytes are codes; and books."""
+    width = code_width((num - 1).bit_length(), k // length * books)
+    return integers(0, 256, n, width).to(torch.uint8), seeded(books, num, length, seed=3).half()
+
+
+FORMS = ((256, 8, 3), (256, 4, 1), (64, 2, 1), (256, 16, 2), (128, 1, 1), (32, 1, 1), (16, 4, 3), (8, 1, 2), (4, 2, 5))
+
+
+@case
+def words_equal_reference(device: str) -> None:
+    """Of every width of codes, filled up rows and parts of a program too."""
+    for i, form in enumerate(FORMS):
+        for j, (n, k) in enumerate(((1, 16), (7, 48), (5, 1104))):
+            stored = *words(n, k, *form), seeded(*((n, 1), (1, 1))[(i + j) % 2]), k, DTYPES[(i + j) % 3]
+            y, expected = decode_vectors_on_cuda(*moved(stored, device)), decode_vectors_reference(*stored)
+            assert (y.dtype, y.is_contiguous()) == (expected.dtype, True), (form, n, k)
+            assert torch.equal(y.cpu(), expected), (form, n, k)
+    stored = *words(0, 16, *FORMS[0]), seeded(0, 1), 16, torch.float32
+    assert decode_vectors_on_cuda(*moved(stored, device)).shape == (0, 16)
+
+
+@case
+def words_multiply(device: str) -> None:
+    for dtype in (torch.bfloat16, torch.float64):  # the latter through torch
+        x, bias, stored = seeded(2, 5, 48).to(dtype), seeded(33, seed=4), (*words(33, 48, *FORMS[0]), seeded(33, 1))
+        y = linear_vectors_on_cuda(*moved((x, stored[0], bias, *stored[1:]), device))
+        weight = decode_vectors_reference(*stored, 48, dtype)
+        expected = x.double() @ weight.double().T + bias.to(dtype).double()
+        torch.testing.assert_close(y.cpu().double(), expected, rtol=1e-2, atol=1e-2)
+        assert y.dtype == dtype
 
 
 @case

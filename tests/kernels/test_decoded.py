@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dqtk.kernels import Decoding, decode_weight, decoded, linear_decoded
+from dqtk.kernels import Decoding, decode_weight, linear_decoded, on_cpu
 from dqtk.methods.rtn import rtn
 from dqtk.numerics.codebook import bitmod, nf4
 from dqtk.numerics.packing import dequantize
@@ -73,7 +73,7 @@ def test_linear(spec, shape, dtype):
 @pytest.mark.parametrize("bias", [True, False])
 def test_output_rows_in_chunks(bias, monkeypatch):
     """As soon as a weight is larger than the memory for decoded rows; the last chunk is shorter."""
-    monkeypatch.setattr(decoded, "CHUNK_BYTES", 64 * 96 * 4)
+    monkeypatch.setattr(on_cpu, "CHUNK_BYTES", 64 * 96 * 4)
     spec = TensorSpec(format=Int(bits=4, symmetric=False), granularity=PerGroup(size=32))
     packed, how = stored(spec, 150, 96)
     x, b = seeded(2, 9, 96), seeded(150) if bias else None

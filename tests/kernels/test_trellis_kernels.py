@@ -8,9 +8,9 @@ from dqtk import native
 from dqtk.kernels import (
     decode_trellis,
     decode_trellis_reference,
-    decoded,
     encode_trellis,
     linear_trellis,
+    on_cpu,
 )
 from dqtk.kernels import trellis as trellis_kernels
 from dqtk.native import library
@@ -167,7 +167,7 @@ def test_parts_of_a_weight(built, threads):
     packed, how = stored(trellis, 402, 520, tile)
     scale = seeded(402, 1)
     whole = decode_trellis(packed, scale, 402, 520, *how, torch.bfloat16)
-    decoder = native.TrellisDecoder(library.load(), packed, scale, 402, 520, tile, trellis)
+    decoder = native.trellis_decoder(library.load(), packed, scale, 402, 520, tile, trellis)
     for first, last in ((0, 402), (64, 128), (400, 402), (4, 7)):
         assert torch.equal(decoder.rows(first, torch.empty(last - first, 520, dtype=torch.bfloat16)), whole[first:last])
 
@@ -188,7 +188,7 @@ def test_linear(trellis, shape, dtype):
 
 
 def test_linear_in_chunks(monkeypatch):
-    monkeypatch.setattr(decoded, "CHUNK_BYTES", 64 * 70 * 4)
+    monkeypatch.setattr(on_cpu, "CHUNK_BYTES", 64 * 70 * 4)
     packed, how = stored(FEW[1], 150, 70, (16, 16))
     x, bias = seeded(5, 70), seeded(150)
     weight = decode_trellis_reference(packed, None, 150, 70, *how, torch.float32)

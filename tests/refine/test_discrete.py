@@ -136,8 +136,9 @@ def test_a_step_changes_at_most_the_share_of_each_layers_vectors(name, share):
     torch.testing.assert_close(layer(torch.ones(1, 32)), learned, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-12])
 @pytest.mark.parametrize("form", [ONE, TWO], ids=str)
-def test_the_shortest_steps_to_other_words_are_taken(form):
+def test_the_shortest_steps_to_other_words_are_taken(form, size):
     layer = quantized(words(form))
     gradients = []
     with training({"layer": layer}, None, torch.Generator()) as learning:
@@ -146,12 +147,12 @@ def test_the_shortest_steps_to_other_words_are_taken(form):
         add = mine.watch
 
         def watch(gradient):
-            gradients.append(gradient.double())
+            gradients.append(gradient.double() / size)
             add(gradient)
 
         mine.watch = watch
         for _ in range(DRAWS):
-            layer(torch.randn(9, 32)).square().sum().backward()
+            (size * layer(torch.randn(9, 32)).square().sum()).backward()
         (found,) = [each.moves(10) for each in steps.gathered]
         books, scale = mine.codebook().detach().double(), mine.scale().detach().double()
         g = torch.stack(gradients)
