@@ -72,7 +72,7 @@ from .layer import (
     Transform,
     without,
 )
-from .refine import Distill, MostSensitive, OfRoles, RankDecay, Reconstruct, Refiner, Selection
+from .refine import Distill, FinalLatents, MostSensitive, OfRoles, RankDecay, Reconstruct, Refiner, Selection
 from .text import canonical, did_you_mean, from_json, to_json
 from .trellis import Trellis
 
@@ -97,6 +97,7 @@ __all__ = [
     "Dynamic",
     "E4M3Group",
     "E8M0Group",
+    "FinalLatents",
     "Fixed",
     "Float",
     "Format",

@@ -55,6 +55,26 @@ class RankDecay:
 
 
 @frozen
+class FinalLatents:
+    """What was learned is kept where pictures confirm it: where the pipeline's final latents for these prompts, which should not be
+    those of calibration, are nearer to the original's than before.
+
+    prompts: at least one; each is a run of the pipeline before it is quantized and two afterwards. seed: prompt i starts from
+    generator seed + i.
+    """
+
+    prompts: tuple[str, ...]
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.prompts or not all(isinstance(prompt, str) for prompt in self.prompts):
+            raise ValueError(
+                f"FinalLatents: prompts must be a tuple of at least one text, got {self.prompts!r}. Eight that calibration has not "
+                "seen show most of it."
+            )
+
+
+@frozen
 class Distill:
     """Train codes, scales, biases and norms of the whole denoiser on what the original answered to the calls of calibration.
 
@@ -72,7 +92,8 @@ class Distill:
     Calls are then drawn as often as they count. layers: whose codes, zero points, scales and branches learn; None: of all. decay:
     a branch that helps while learning, and is gone at the end. exact_start: a code begins to move from where the original's weight
     lies in its cell and not from the middle, so that what was nearly another code becomes one first. ``MostSensitive``, decay and
-    exact_start are for numbers on a grid, and an error where weights that are vectors learn.
+    exact_start are for numbers on a grid, and an error where weights that are vectors learn. judge: what decides whether what was
+    learned is kept; None: the error on calls that were held out.
     """
 
     iterations: int = 400
@@ -90,6 +111,7 @@ class Distill:
     layers: Selection | None = None
     decay: RankDecay | None = None
     exact_start: bool = False
+    judge: FinalLatents | None = None
 
     def __post_init__(self) -> None:
         _check(self)
