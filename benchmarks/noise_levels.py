@@ -2,21 +2,24 @@
 care for what sees the level only, distillation, another precision in some steps.
 
     python benchmarks/noise_levels.py [MODEL ...] [--only ranges correction placement temporal distillation policy]
-        [--variants WORD ...] [--num-prompts 16] [--steps 8 20 50] [--schedulers own ddim]
+        [--variants WORD ...] [--num-prompts 16] [--steps 8 20 50] [--schedulers own ddim] [--state FOLDER]
 
 MODEL is a pipeline, or an embedded one with ``-stressed`` behind its name. Everything is calibrated once, at 20 steps of the
 pipeline's own scheduler, on 16 other captions (distillation, and what it is judged against: 32, most calls kept where errors count
-most), and then judged at other numbers of steps and with another scheduler. Error: mean
-square between final latents of the same prompt and noise, as the original's share; ``gain``: mean over prompts of the logarithm
-(base 10) of the first variant's error over this one's, with its interval (0.3: half the error). Policies protect a tenth of the
-steps: the first or last ones, or those that ``sensitive_steps`` finds on two calibration captions. Their cost, as the first
-variant's share: the mean product of weight and input bits over a run, and the stored bytes. Appends JSON lines to results.jsonl.
+most; ``--state``: a folder from which that goes on after an interruption), and then judged at other numbers of steps and with
+another scheduler. Error: mean square between final latents of the same prompt and noise, as the original's share; ``gain``: mean
+over prompts of the logarithm (base 10) of the first variant's error over this one's, with its interval (0.3: half the error).
+Policies protect a tenth of the steps: the first or last ones, or those that ``sensitive_steps`` finds on two calibration captions.
+Their cost, as the first variant's share: the mean product of weight and input bits over a run, and the stored bytes. Appends JSON
+lines to results.jsonl.
 """
 
 import argparse
 import inspect
+import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler
@@ -43,6 +46,7 @@ STEPS = 20  # of calibration
 ONE = "w8a8-static"
 CORRECTED, DISTILLED = ", corrected", ", distilled"
 MORE = slice(134, 166)  # captions of distillation
+FRESH = 32  # the first caption that distillation is judged on: settings were chosen on those before it and on the last of all
 PAIRED = ("correction", "distillation")  # every second variant is judged against the one before
 
 
@@ -73,13 +77,19 @@ def distillation() -> dict[str, LayerSpec]:
     return {name + more: spec for name, spec in specs.items() for more in ("", DISTILLED)}
 
 
-def taught(model: str, captions: list[str], iterations: int) -> tuple[Distill, ByDrift]:
+def taught(model: str, captions: list[str], iterations: int, folder: Path | None) -> tuple[Distill, ByDrift]:
     """How to distill, and which calls to learn from: of the guided output, as errors count in the final latents.
 
     Bounded: white noise, with which that is measured, is mended better in early steps than what quantization does (the lab log).
     """
-    pipe = load(model)
-    counts = influence_of(pipe, captions[:1], call_kwargs={"num_inference_steps": STEPS})
+    pipe, file = load(model), None if folder is None else folder / "influence.json"
+    if file is not None and file.exists():
+        counts = tuple(json.loads(file.read_text()))
+    else:
+        counts = influence_of(pipe, captions[:1], call_kwargs={"num_inference_steps": STEPS // 2})
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(counts))
     guidance = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
     bounded = tuple(min(max(count, 1.0), 4.0) for count in counts)
     return Distill(iterations=iterations, guidance=guidance, influence=bounded), ByDrift(moved=counts, floor=0.1)
@@ -181,10 +191,13 @@ def cost(pipe) -> dict[str, float]:
     return {"bops": products / weights, "bytes": stored}
 
 
-def quantized(model: str, recipes: dict[str, dqtk.Recipe | LayerSpec], captions: list[str], iterations: int) -> dict:
-    """Pipelines by name, from calibration at ``STEPS`` steps with its own scheduler."""
+def quantized(
+    model: str, recipes: dict[str, dqtk.Recipe | LayerSpec], captions: list[str], iterations: int, folder: Path | None
+) -> dict:
+    """Pipelines by name, from calibration at ``STEPS`` steps with its own scheduler. ``folder``: of distillation."""
     made, stats = {}, {}
-    lesson, placement = taught(model, captions, iterations) if any(name.endswith(DISTILLED) for name in recipes) else (None, None)
+    distills = any(name.endswith(DISTILLED) for name in recipes)
+    lesson, placement = taught(model, captions, iterations, folder) if distills else (None, None)
     for name, recipe in recipes.items():
         pipe = load(model)
         plan = plan_for(pipe, recipe) if isinstance(recipe, LayerSpec) else dqtk.plan(pipe, recipe)
@@ -193,17 +206,21 @@ def quantized(model: str, recipes: dict[str, dqtk.Recipe | LayerSpec], captions:
             kwargs = {"num_inference_steps": STEPS}
             batch = 2 if isinstance(recipe, LayerSpec) else 4  # of training too: an iteration is a call
             how = {"batch_size": batch, "call_kwargs": kwargs, "keep_calls": corrects, "progress": False}
+            if folder is not None:
+                how["output"] = folder / f"calls-{plan.hash}.safetensors"
             where = {"placement": placement} if placement else placed(name, pipe, captions) if kind[2] else {}
             stats[kind] = dqtk.calibrate(pipe, captions, plan, **how, **where)
         used = stats[kind] if plan.needs_stats or corrects else None
         refine = lesson if name.endswith(DISTILLED) else None
-        made[name] = dqtk.quantize(pipe, plan, used, correct=corrects, refine=refine, progress=False)
+        state = None if folder is None else folder / plan.hash
+        made[name] = dqtk.quantize(pipe, plan, used, correct=corrects, refine=refine, checkpoint=state, progress=False)
     return made
 
 
 def run(model: str, comparison: str, options) -> None:
     everything = read_prompts([str(PROMPTS)], None)
-    prompts = everything[: options.num_prompts]
+    first = FRESH if comparison == "distillation" else 0
+    prompts = everything[first : first + options.num_prompts]
     reference = load(model)
     own = reference.scheduler
     captions = everything[MORE if comparison == "distillation" else CALIBRATION]
@@ -211,7 +228,8 @@ def run(model: str, comparison: str, options) -> None:
         made = policies(model, captions)
     else:
         recipes = {name: r for name, r in COMPARISONS[comparison]().items() if any(word in name for word in options.variants)}
-        made = quantized(model, recipes, captions, options.iterations)
+        folder = options.state / model if options.state and comparison == "distillation" else None
+        made = quantized(model, recipes, captions, options.iterations, folder)
     base = cost(next(iter(made.values()))) if comparison == "policy" else {}
     for steps in options.steps:
         for scheduler in options.schedulers:
@@ -238,6 +256,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=(*COMPARISONS, "policy"), default=[*COMPARISONS, "policy"])
     parser.add_argument("--variants", nargs="+", default=[""], metavar="WORD", help="only variants with one of these in their name")
     parser.add_argument("--iterations", type=int, default=Distill().iterations, help="of distillation")
+    parser.add_argument("--state", type=Path, metavar="FOLDER", help="where distillation goes on from when it is interrupted")
     options = parser.parse_args()
     for model in options.models:
         for comparison in options.only:

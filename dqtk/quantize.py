@@ -35,8 +35,9 @@ from .plan import Choice, Plan, Recipe, Rule, check_fit, resolve
 from .policy import StepPolicy, combined, fixed_choices
 from .processes import ALONE, Processes, processes
 from .recipes import ATTENTION, attention_named, recipe_named
+from .refine.judge import Painter
 from .refine.refinable import check_learners, check_lessons
-from .refine.refine import needs_originals, refined
+from .refine.refine import needs_originals, needs_pictures, refined
 from .resolve import adapters, embedded_folder, embedded_names
 from .sites import DENOISERS, Site, components_of, find_attention, find_sites
 from .solved import SolvedFolder, calibrate_together
@@ -175,7 +176,8 @@ def quantize(
         plan: a plan, or a recipe (name) to plan with.
         stats: calibration result or its file; needed by plans with static inputs and by what learns from inputs.
         prompts: calibrate with these when ``stats`` is missing.
-        call_kwargs: pipeline arguments for calibrating and for the times of a run, over those that its family needs.
+        call_kwargs: pipeline arguments for calibrating, for the times of a run and for a judge on pictures, over those that its
+            family needs.
         sequential: solvers that learn from inputs see those of the model as it is quantized so far, not of the original. Inputs
             that are NaN are then found when their block's turn comes; the blocks before it stay quantized.
         max_memory: bytes that the second moments of inputs may take at a time; more means fewer replays of the kept calls.
@@ -226,6 +228,8 @@ def quantize(
         check_correctable(students, stats, exact)
     if refine is not None and stats is not None:
         _check_lessons(students, work, stats, exact, refine)
+    painted = needs_pictures(refine)
+    painter = None if painted is None else Painter(target, painted, call_kwargs, me)
     kept = None
     if folder is not None and stats is not None and made.needs_stats and not sequential:
         kept = SolvedFolder(folder / "solved", _task(target, made, work, stats), me)
@@ -244,7 +248,8 @@ def quantize(
         if refine is not None and stats is not None:
             for name, part in students.items():
                 calls = calls_of(stats.calls, name)
-                refined(part, refine, calls, exact[name], originals[name], name=name, folder=folder, progress=progress, team=me)
+                teaching: dict[str, Any] = {"name": name, "folder": folder, "progress": progress, "painter": painter, "team": me}
+                refined(part, refine, calls, exact[name], originals[name], **teaching)
         if correct and stats is not None:
             for name, part in students.items():
                 correct_output(part, stats, name, exact[name])

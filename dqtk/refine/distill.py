@@ -7,7 +7,7 @@ before it is quantized: while the student learns, no second model is held. It do
 
 Objective: mean squared error of what the scheduler sees over the kept calls: the output, or with ``guidance`` the two halves put
 together as the pipeline does. With ``influence`` calls count as their errors do in the final latents; they are drawn that often.
-Some calibration runs are held out; what does not lower the error on them is not kept.
+Some calibration runs are held out; what does not lower the error on them, or on pictures (``judge.py``), is not kept.
 
 Processes share the calls of an iteration (``descent.py``), and those of the judge.
 """
@@ -27,6 +27,7 @@ from dqtk.nn.correction import output_of
 from dqtk.spec import Distill, canonical
 
 from .descent import call_at, drawn_at
+from .judge import Painter
 from .learning import Lesson, Refined, is_matrix, is_table, learn, seen_and_unseen, start_digest
 from .refinable import check_halves, check_learners, counts_of
 from .selection import selected
@@ -42,6 +43,7 @@ def distill(
     originals: Mapping[str, nn.Module] | None = None,
     name: str = "model",
     file: Path | None = None,
+    painter: Painter | None = None,
     team: Team = ALONE,
     progress: bool = True,
 ) -> Refined:
@@ -55,17 +57,20 @@ def distill(
         originals: the layers that were replaced, by path; asked for by ``decay`` and ``exact_start`` only.
         name: of the denoiser, in words and in the file.
         file: written while it runs and continued from if it exists; the result is then the same to the bit.
+        painter: made of the original pipeline; asked for by ``judge`` only.
         team: processes that each have the same module, calls and answers; all end with the same numbers.
         progress: show a bar with the time left, and the error before and after.
     Raises:
         ValueError: nothing is quantized, calls of one run, guidance over a call of an odd batch, influence that counts no call,
-            what ``check_learners`` refuses, a loss that is no number, or a file of another run.
+            what ``check_learners`` refuses, a judge without a painter, a loss that is no number, or a file of another run.
     """
     layers = quantized_layers(module)
     seen, unseen = seen_and_unseen(name, layers, [call.run for call in calls])
     check_learners(name, module, choice, {path: layer.spec for path, layer in layers.items()}, originals or {})
     counts = counts_of(name, calls, choice, (seen, unseen))
     check_halves(name, exact, choice)
+    if choice.judge is not None and painter is None:
+        raise ValueError(f"refine: judge must be None where {name} stands in no pipeline, got {choice.judge}. Use dqtk.quantize.")
 
     def loss(turn: int) -> Tensor:
         place = (
@@ -86,17 +91,18 @@ def distill(
         module=module,
         others=lambda path, parameter: not is_table(module, path) and (choice.matrix_rate > 0 or not is_matrix(module, path)),
         loss=loss,
-        judge=judge,
+        judge=judge if painter is None else painter.error,
         facts={"model": name, "choice": canonical(choice), "calls": len(calls), "start": start_digest(module, exact)},
         exact=originals or {},
     )
     found = learn(lesson, choice, file, f"distill {name}", progress, team)
+    where = "on calls that it has not seen" if painter is None else "of final latents"
     if progress and team.rank == 0:
-        tqdm.write(f"distill {name}: error on calls it has not seen {found.before:.3e} -> {found.after:.3e}")
+        tqdm.write(f"distill {name}: error {where} {found.before:.3e} -> {found.after:.3e}")
     if not found.kept:
         warnings.warn(
-            f"quantize: distillation of {name} lowers no error on calls that it has not seen ({found.before:.3e} -> "
-            f"{found.after:.3e}); the model stays as it was. Calibrate with more prompts, or lower the rates.",
+            f"quantize: distillation of {name} lowers no error {where} ({found.before:.3e} -> {found.after:.3e}); the model stays "
+            "as it was. Calibrate with more prompts, or lower the rates.",
             stacklevel=2,
         )
     return found

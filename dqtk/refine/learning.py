@@ -26,7 +26,7 @@ HELD_OUT = 8  # every eighth run, and at least one, is not learned from
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Refined:
-    """Mean squared error on calls that were held out, before and after learning."""
+    """Error on what was held out, before and after learning."""
 
     before: float
     after: float

@@ -72,7 +72,7 @@ from .layer import (
     Transform,
     without,
 )
-from .refine import DiscreteSteps, Distill, MostSensitive, OfRoles, RankDecay, Reconstruct, Refiner, Selection
+from .refine import DiscreteSteps, Distill, FinalLatents, MostSensitive, OfRoles, RankDecay, Reconstruct, Refiner, Selection
 from .text import canonical, did_you_mean, from_json, to_json
 from .trellis import Trellis
 
@@ -98,6 +98,7 @@ __all__ = [
     "Dynamic",
     "E4M3Group",
     "E8M0Group",
+    "FinalLatents",
     "Fixed",
     "Float",
     "Format",

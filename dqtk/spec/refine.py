@@ -56,7 +56,7 @@ class RankDecay:
 
 @frozen
 class DiscreteSteps:
-    """Words of vectors (``VectorCodebook``) change too: a few at a time, from book to book's other word (the V step of PV-Tuning,
+    """Words of vectors (``VectorCodebook``) change too: a few at a time get another word of the same book (the V step of PV-Tuning,
     Malinovskii et al. 2024, arXiv 2405.14852, which changes 1 % at most).
 
     share: of every layer's vectors, at most, that a step gives another word. every: iterations between steps; their gradients say
@@ -71,6 +71,26 @@ class DiscreteSteps:
         if not 0 < self.share <= 1:
             raise ValueError(f"DiscreteSteps: share must be above 0 and at most 1, got {self.share!r}. PV-Tuning takes 0.01.")
         _check_counts(self, "every", "calls")
+
+
+@frozen
+class FinalLatents:
+    """What was learned is kept where pictures confirm it: where the pipeline's final latents for these prompts, which should not be
+    those of calibration, are nearer to the original's than before.
+
+    prompts: at least one; each is a run of the pipeline before it is quantized and two afterwards. seed: prompt i starts from
+    generator seed + i.
+    """
+
+    prompts: tuple[str, ...]
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.prompts or not all(isinstance(prompt, str) for prompt in self.prompts):
+            raise ValueError(
+                f"FinalLatents: prompts must be a tuple of at least one text, got {self.prompts!r}. Eight that calibration has not "
+                "seen show most of it."
+            )
 
 
 @frozen
@@ -91,8 +111,9 @@ class Distill:
     Calls are then drawn as often as they count. layers: whose codes, zero points, scales and branches learn; None: of all. decay:
     a branch that helps while learning, and is gone at the end. exact_start: a code begins to move from where the original's weight
     lies in its cell and not from the middle, so that what was nearly another code becomes one first. ``MostSensitive``, decay and
-    exact_start are for numbers on a grid, and an error where weights that are vectors learn. discrete: words of vectors change, an
-    error where trellises learn or no words do; None: vectors keep their words. Numbers on a grid need no such steps.
+    exact_start are for numbers on a grid, and an error where weights that are vectors learn. judge: what decides whether what was
+    learned is kept; None: the error on calls that were held out. discrete: words of vectors change, an error where trellises learn
+    or no words do; None: vectors keep their words. Numbers on a grid need no such steps.
     """
 
     iterations: int = 400
@@ -110,6 +131,7 @@ class Distill:
     layers: Selection | None = None
     decay: RankDecay | None = None
     exact_start: bool = False
+    judge: FinalLatents | None = None
     discrete: DiscreteSteps | None = None
 
     def __post_init__(self) -> None:

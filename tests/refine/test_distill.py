@@ -17,7 +17,7 @@ from dqtk.refine.descent import call_at, rate_at
 from dqtk.refine.distill import distill
 from dqtk.refine.learning import Refined
 from dqtk.resolve import call_kwargs_for
-from dqtk.spec import Distill, Dynamic, Int, LayerSpec, PerGroup, RankDecay, Reconstruct, TensorSpec
+from dqtk.spec import Distill, Dynamic, FinalLatents, Int, LayerSpec, PerGroup, RankDecay, Reconstruct, TensorSpec
 
 W3A4 = LayerSpec(
     weight=TensorSpec(format=Int(bits=3), granularity=PerGroup(size=32)),
@@ -199,13 +199,13 @@ def test_every_call_has_its_turn_and_rates_end_at_zero():
 
 # --- a pipeline ------------------------------------------------------------------------------------------------------
 
-PROMPTS = ["a large red circle on a plain blue background", "two small green squares", "a yellow digit 7", "three blue triangles"]
+PROMPTS = ("a large red circle on a plain blue background", "two small green squares", "a yellow digit 7", "three blue triangles")
 
 
 @pytest.mark.parametrize(
     ("name", "dtype", "choice"),
     [
-        ("pixart", torch.bfloat16, Distill(iterations=6, weight_rate=0.5)),
+        ("pixart", torch.bfloat16, Distill(iterations=6, weight_rate=0.5, judge=FinalLatents(prompts=PROMPTS[2:3]))),
         (
             "pixart",
             torch.float32,
@@ -222,7 +222,7 @@ def test_a_refined_pipeline_is_saved_and_loaded(load_tiny, draw, tmp_path, monke
     kwargs = call_kwargs_for(pipe) | {"num_inference_steps": 2}
     stats = dqtk.calibrate(pipe, PROMPTS[:2], plan, call_kwargs=kwargs, batch_size=1, keep_calls=True, progress=False)
     plain = dqtk.quantize(copy.deepcopy(pipe), plan, progress=False)
-    dqtk.quantize(pipe, plan, stats, refine=choice, checkpoint=tmp_path / "state", progress=False)
+    dqtk.quantize(pipe, plan, stats, refine=choice, call_kwargs=kwargs, checkpoint=tmp_path / "state", progress=False)
     before, after = (quantized_layers(p.components[component]) for p in (plain, pipe))
     assert any(not torch.equal(before[path].qweight, layer.qweight) for path, layer in after.items())
     dqtk.save(pipe, tmp_path / "saved")
