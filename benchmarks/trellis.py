@@ -1,12 +1,15 @@
 """Trellis codes on Gaussian numbers: what they lose beside other quantizers and the bound, and how fast they are found and decoded.
 
-    python benchmarks/trellis.py [--only quality | speed] [--numbers 65536] [--threads 2]
+    python benchmarks/trellis.py [--only quality | speed | encode] [--numbers 65536] [--threads 2]
 
 quality   mean squared error of independent normal numbers (their variance in the sample made 1), as such and times 2^2R: 1 is the
           best code that there can be (rate-distortion theory). Rings of 256 numbers, bits counted whole. "random": 4096 normal
           numbers as the table, searched in the same way, their spread the best of five.
 speed     microseconds per number for the search, through torch in one thread and native; gigabytes of bfloat16 per second for
           decoding [576, 1152] in tiles of 16 x 16 and row by row. The least of some rounds.
+encode    seconds of the solver (recipe trellis-2bit: rotation, sweep with second moments, descent) for one block of DiT-XL/2, and
+          for half the outputs of every layer; by layer, and what memory rises by meanwhile. Weights are normal, inputs correlate
+          by 0.9^|i - j|. The whole model is 28 times a block.
 
 Appends JSON lines to benchmarks/results.jsonl.
 """
@@ -14,14 +17,19 @@ Appends JSON lines to benchmarks/results.jsonl.
 import argparse
 import math
 import time
+from collections.abc import Callable
 
 import torch
 from rows import append
 from torch import Tensor
 
 from dqtk import native
+from dqtk.bench.memory import rise
+from dqtk.calibrate.gather import Inputs
 from dqtk.kernels import decode_trellis, decode_trellis_reference, encode_trellis
+from dqtk.methods.solve import solve
 from dqtk.numerics.trellis import decode, encode, packed_width
+from dqtk.recipes import recipe_named
 from dqtk.spec.trellis import Trellis
 
 LENGTH = 256  # numbers of a ring
@@ -128,19 +136,76 @@ def speed(threads: int) -> None:
         append(row | {"search_microseconds": microseconds, "decode_gigabytes": gigabytes, "kernels": native.describe()[1]})
 
 
+# --- a whole block ---------------------------------------------------------------------------------------------------
+
+HIDDEN, BLOCKS = 1152, 28  # of DiT-XL/2
+LAYERS = {  # name -> inputs and outputs; those of one name share their input
+    "qkv": (HIDDEN, (HIDDEN,) * 3),
+    "out": (HIDDEN, (HIDDEN,)),
+    "ff.up": (HIDDEN, (4 * HIDDEN,)),
+    "ff.down": (4 * HIDDEN, (HIDDEN,)),
+    "modulation": (HIDDEN, (6 * HIDDEN,)),
+}
+
+
+def correlated_inputs(k: int) -> Inputs:
+    """Second moments 0.9^|i - j|, and a few rows that have them."""
+    at = torch.arange(k, dtype=torch.float64)
+    gram = 0.9 ** (at[:, None] - at).abs()
+    noise = torch.randn(256, k, generator=torch.Generator().manual_seed(1))
+    rows = [noise[:, 0]]
+    for i in range(1, k):
+        rows.append(0.9 * rows[-1] + math.sqrt(1 - 0.9**2) * noise[:, i])
+    x = torch.stack(rows, 1)
+    return Inputs(gram=gram, mean=x.mean(0), sample=x, low=x.amin(0), high=x.amax(0), peaks=x[:8], count=len(x))
+
+
+def encode_seconds(share: int, clock: Callable[[], float]) -> dict[str, float]:
+    """Of every input's layers; ``share``: every layer has so many times fewer outputs."""
+    spec, found = recipe_named("trellis-2bit").main_spec(), {}
+    for name, (k, outputs) in LAYERS.items():
+        inputs = correlated_inputs(k)
+        drawn = torch.Generator().manual_seed(0)
+        weights = [torch.randn(n // share, k, generator=drawn) / math.sqrt(k) for n in outputs]
+        start = clock()
+        solve(weights, spec, inputs)
+        found[name] = clock() - start
+        print(f"  {name}: {found[name]:.1f} s", flush=True)
+    return found
+
+
+def encode_block(threads: int) -> None:
+    clock = time.process_time if threads == 1 else time.perf_counter  # others on the machine disturb the former least
+    for share in (1, 2):
+        found: dict[str, float] = {}
+        peak = rise(lambda found=found, share=share: found.update(encode_seconds(share, clock)), torch.device("cpu"))
+        weights = sum(k * n // share for k, outputs in LAYERS.values() for n in outputs)
+        total = sum(found.values())
+        rounded = {name: round(value, 2) for name, value in found.items()}
+        name = "a block" if share == 1 else "half of a block"
+        print(f"\n{name}, {weights / 1e6:.1f} M weights: {total:.1f} s, memory rises by {peak / 2**30:.2f} GiB")
+        print(f"  {rounded}; {total / weights * 1e6:.2f} microseconds per weight", flush=True)
+        row = {"benchmark": "trellis encode", "recipe": "trellis-2bit", "hidden": HIDDEN, "weights": weights, "seconds": rounded}
+        row |= {"seconds_block": round(total, 2), "bytes_risen": peak, "threads": threads}
+        row |= {"clock": clock.__name__, "kernels": native.describe()[1]}
+        append(row | ({"hours_model": round(BLOCKS * total / 3600, 3)} if share == 1 else {}))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=["quality", "speed"])
+    parser.add_argument("--only", choices=["quality", "speed", "encode"])
     parser.add_argument("--numbers", type=int, default=65536, help="of the sample; a multiple of 256")
     parser.add_argument("--threads", type=int, default=1, help="beside one thread, these; wrong where others use the cores")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     native.load()
     with torch.inference_mode():
-        if options.only != "speed":
+        if options.only in (None, "quality"):
             quality(options.numbers)
-        if options.only != "quality":
+        if options.only in (None, "speed"):
             speed(options.threads)
+        if options.only in (None, "encode"):
+            encode_block(options.threads)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,9 @@ def parser() -> argparse.ArgumentParser:
         "--refine-batch", type=_positive, metavar="N", help="calls per iteration of --refine distill; processes share them"
     )
     quant.add_argument(
+        "--candidates", type=_positive, metavar="N", help="words among which vectors choose, with --refine blocks (VQ4DiT takes 2)"
+    )
+    quant.add_argument(
         "--checkpoint", type=Path, metavar="FOLDER", help="for what takes long: an interrupted run goes on, and processes share it"
     )
     quant.add_argument("--max-memory", type=float, default=2, metavar="GIB", help="of input statistics (%(default)s)")
@@ -56,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     generate = verbs.add_parser("generate", help="write one PNG per prompt, or per frame of a clip")
     generate.add_argument("model", metavar="MODEL")
     _sampling(generate)
+    generate.add_argument("--keep-decoded", metavar="SIZE", help="keep decoded weights in memory, up to SIZE such as 2GiB: faster")
     generate.add_argument("--output", type=Path, required=True, help="folder for the pictures; new or empty")
 
     compare = verbs.add_parser("compare", help="same prompts and seeds through two pipelines: scores, sizes, times, a page")
@@ -228,6 +232,7 @@ def _speed(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--repeats", type=_positive, metavar="N", default=7, help="rounds (%(default)s)")
     verb.add_argument("--threads", type=_positive, metavar="N", help="torch's threads (default: torch's own choice)")
     verb.add_argument("--device", help="such as cpu or cuda:1 (default: the CUDA device if there is one)")
+    verb.add_argument("--keep-decoded", metavar="SIZE", help="also with decoded weights kept in memory, up to SIZE such as 2GiB")
     verb.add_argument("--layers", action="store_true", help="also every distinct layer by itself: the cost table")
     verb.add_argument("--output", type=Path, help="also write all of it as JSON; a new file")
 

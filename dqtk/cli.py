@@ -23,9 +23,10 @@ from .calibrate import Stats
 from .calibrate import calibrate as run_calibrate
 from .calls import call_arguments, denoisers
 from .checkpoint import check_output, written_whole
-from .explain import totals
+from .explain import human, totals
 from .installed import installed_plan, summary
 from .native.library import converts_bfloat16
+from .nn import keep_decoded
 from .plan import Plan, Recipe, Rule
 from .processes import processes
 from .prompt_sets import read_prompts
@@ -202,6 +203,8 @@ def _quantize(options: argparse.Namespace, command: str) -> None:
         raise ValueError("--iterations must come with --refine, got it without. Nothing else trains.")
     if options.refine != "distill" and options.refine_batch:
         raise ValueError("--refine-batch must come with --refine distill, got it without. Blocks take one call at a time.")
+    if options.refine != "blocks" and options.candidates:
+        raise ValueError("--candidates must come with --refine blocks, got it without. Words are chosen block by block.")
     if options.stream and options.checkpoint:
         raise ValueError("--checkpoint must be left out with --stream, which keeps what is done beside its output, got both.")
     if options.plan is None:
@@ -251,7 +254,7 @@ def _quantize_in_memory(options: argparse.Namespace, plan: Plan) -> None:
     memory = int(options.max_memory * 2**30)
     more = {} if options.iterations is None else {"iterations": options.iterations}
     refine: Refiner | None = Distill(batch=options.refine_batch or 1, **more) if options.refine == "distill" else None
-    refine = Reconstruct(**more) if options.refine == "blocks" else refine
+    refine = Reconstruct(candidates=options.candidates or 1, **more) if options.refine == "blocks" else refine
     trained: dict[str, Any] = {"correct": options.correct, "refine": refine, "checkpoint": options.checkpoint}
     quantize(pipe, plan, stats, sequential=options.sequential, max_memory=memory, **trained)
     if me.first:
@@ -280,6 +283,9 @@ def _generate(options: argparse.Namespace, command: str) -> None:
     _check_writable(options.output, "generate")
     prompts = read_prompts(options.prompts, options.num_prompts)
     pipe = load_pipeline(options.model, options.dtype, find_device(options.device))
+    if options.keep_decoded is not None:
+        kept = keep_decoded(pipe, options.keep_decoded)
+        print(f"decoded weights kept: {human(kept.num_bytes)}, of {len(kept.paths)} layers; {len(kept.left)} found no room")
     tasks = make_tasks(prompts, options.seed, 1)
     lines = []
     with written_whole(options.output, "generate") as folder:
@@ -362,7 +368,8 @@ def _bench(options: argparse.Namespace, command: str) -> None:
         step = record_step(
             load_pipeline(options.model, options.dtype, device), **sides, num_frames=options.num_frames, batch=options.batch
         )
-        found = bench_step(step, options.recipes, repeats=options.repeats, layers=options.layers, model=options.model)
+        how: dict[str, Any] = {"repeats": options.repeats, "layers": options.layers, "kept_decoded": options.keep_decoded}
+        found = bench_step(step, options.recipes, **how, model=options.model)
     print(found.table())
     if options.output is not None:
         _write_json(options.output, found.to_json() | {"command": command})

@@ -219,6 +219,7 @@ def set_weight(folder, value):
             ["--recipe", "w8a8", "--refine", "blocks", "--refine-batch", "2"],
             "--refine-batch must come with --refine distill, got it",
         ),
+        (["--recipe", "w8a8", "--refine", "distill", "--candidates", "2"], "--candidates must come with --refine blocks, got it"),
     ],
 )
 def test_words(shell, folder, tmp_path, words, says):

@@ -24,7 +24,7 @@ from dqtk.cli import main, parser
 from dqtk.costs import CostTable
 from dqtk.plan import Plan
 
-LEARNING = ["--correct", "--refine", "--iterations", "--refine-batch", "--checkpoint"]
+LEARNING = ["--correct", "--refine", "--iterations", "--refine-batch", "--candidates", "--checkpoint"]
 PLANNING = ["--attention", "--density", "--keep", "--recipe", "--set", "--text-encoders"]
 SAMPLING = ["--batch-size", "--device", "--dtype", "--guidance", "--num-prompts", "--prompts", "--seed", "--steps"]
 BENCH = ["--batch", "--height", "--num-frames", "--repeats", "--size", "--threads", "--width"]
@@ -54,9 +54,9 @@ GOLDEN_FLAGS = {
     "quantize": sorted(
         ["MODEL", *PLANNING, *SAMPLING, *LEARNING, "--plan", "--stats", "--sequential", "--max-memory", "--stream", "--output"]
     ),
-    "generate": sorted(["MODEL", *SAMPLING, "--output"]),
+    "generate": sorted(["MODEL", *SAMPLING, "--keep-decoded", "--output"]),
     "compare": sorted(["REFERENCE", "CANDIDATE", *SAMPLING, "--output", "--floor", "--lpips-weights"]),
-    "bench": sorted(["MODEL", "--recipes", *BENCH, "--dtype", "--device", "--layers", "--output"]),
+    "bench": sorted(["MODEL", "--recipes", *BENCH, "--dtype", "--device", "--keep-decoded", "--layers", "--output"]),
     "evaluate": sorted(["A", "B", "--metrics", "--extractors", "--unpaired", "--worker", "--fps", "--output", "--fail-if"]),
     "run": sorted(["JOB", "--presets", "--fail-if"]),
 }
@@ -169,6 +169,17 @@ def test_quantize_then_generate_then_explain(folder, say, tmp_path):
     assert text == plan.explain() + "\n"
     assert plan.hash in text
     assert main(["explain", str(out), "--keep", "*"]) == 2
+
+
+def test_generate_keeps_decoded_weights_and_says_so(folder, say, tmp_path):
+    out, words = tmp_path / "w4a16", ["--prompts", "a red circle", "--steps", 1]
+    say("quantize", folder, "--recipe", "w4a16", "--output", out)
+    say("generate", out, *words, "--output", tmp_path / "decoded")
+    text = say("generate", out, *words, "--keep-decoded", "1GiB", "--output", tmp_path / "kept")
+    assert re.match(r"decoded weights kept: [\d.]+ MB, of \d+ layers; 0 found no room\n", text)
+    pictures = [torch.tensor(list(Image.open(next((tmp_path / name).glob("*.png"))).tobytes())) for name in ("decoded", "kept")]
+    assert (pictures[0].int() - pictures[1].int()).abs().max() <= 2
+    assert main(["generate", str(out), *map(str, words), "--keep-decoded", "much", "--output", str(tmp_path / "no")]) == 2
 
 
 def test_clips_are_quantized_generated_and_evaluated_frame_by_frame(say, tmp_path):

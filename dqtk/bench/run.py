@@ -16,6 +16,9 @@ from tqdm import tqdm
 from dqtk.checkpoint import quantized_layers
 from dqtk.costs import CostTable, LayerShape
 from dqtk.installed import installed_plan, num_parameters
+from dqtk.nn import keep_decoded, kept_weights
+from dqtk.nn.kept import size_of
+from dqtk.ops import WEIGHT_ONLY, op_of
 from dqtk.plan import Choice, Plan, Recipe
 from dqtk.quantize import plan as make_plan
 from dqtk.report.environment import hardware, now, versions
@@ -28,7 +31,7 @@ from .layers import half_of, is_emulated, measure_costs, name_of
 from .memory import NotMeasured, available, rise
 from .step import Profile, Step, profile, record_step
 from .timing import Spread, interleaved, times_faster, waiter
-from .variants import check_attention, in_dtype, is_quantized, quantized, unpacked
+from .variants import check_attention, in_dtype, is_quantized, quantized, shared_copy, unpacked
 
 DATA_FREE = "codes rounded to nearest without data; speed and size do not depend on their values"
 # Transforms that are asked for and then left out where calibration does not find what they are for.
@@ -48,7 +51,7 @@ class Row:
     weight_bytes: as they lie in memory. working_bytes: what a step takes beside them; None where the system does not say
     (``note``). outside: share of the step outside the layers that the recipe quantizes. roofline: least time of those layers by the
     ceilings, over their time. kernels: what ran -> layers. emulated: layers without a kernel here; where there are any, nothing
-    of the variant is timed.
+    of the variant is timed. kept_bytes: of decoded weights among weight_bytes (``nn.keep_decoded``).
     """
 
     name: str
@@ -63,6 +66,7 @@ class Row:
     roofline: float | None = None
     kernels: dict[str, int] = field(default_factory=dict)
     emulated: int = 0
+    kept_bytes: int = 0
     note: str = ""
 
     @property
@@ -120,6 +124,7 @@ def bench_model(
     batch: int = 1,
     repeats: int = 7,
     layers: bool = False,
+    kept_decoded: int | str | None = None,
     model: str = "",
     progress: bool = True,
 ) -> Bench:
@@ -131,13 +136,15 @@ def bench_model(
         height, width, num_frames, batch: as ``record_step``.
         repeats: rounds.
         layers: also measure every distinct layer by itself, as a cost table.
+        kept_decoded: budget of ``nn.keep_decoded``; every recipe whose layers decode their weights is timed with it too.
         model: name, for the table.
         progress: show a bar.
     Raises:
         ValueError: recipes and pipeline do not fit, unknown names, sizes that the pipeline does not take.
     """
     step = record_step(pipe, height=height, width=width, num_frames=num_frames, batch=batch)
-    return bench_step(step, recipes, repeats=repeats, layers=layers, model=model, progress=progress)
+    how: dict[str, Any] = {"repeats": repeats, "layers": layers, "kept_decoded": kept_decoded}
+    return bench_step(step, recipes, **how, model=model, progress=progress)
 
 
 def bench_step(
@@ -146,11 +153,12 @@ def bench_step(
     *,
     repeats: int = 7,
     layers: bool = False,
+    kept_decoded: int | str | None = None,
     model: str = "",
     progress: bool = True,
 ) -> Bench:
     """``bench_model`` for a recorded step: the pipeline's other parts may be gone."""
-    work = _Work.of(step, recipes, repeats)
+    work = _Work.of(step, recipes, repeats, None if kept_decoded is None else size_of(kept_decoded))
     groups = work.groups()
     costs = work.num_costs if layers else 0
     with tqdm(total=work.num_runs(groups) + costs, desc="bench", unit="step", disable=not progress) as bar, torch.no_grad():
@@ -209,19 +217,29 @@ class _Work:
     notes: dict[str, str] = field(default_factory=dict)
     profiles: dict[str, list[Profile]] = field(default_factory=dict)
     kernels: dict[str, dict[str, int]] = field(default_factory=dict)
+    kept: dict[str, int] = field(default_factory=dict)
 
     @staticmethod
-    def of(step: Step, recipes: Sequence[str | Recipe], repeats: int) -> "_Work":
+    def of(step: Step, recipes: Sequence[str | Recipe], repeats: int, budget: int | None) -> "_Work":
         plans, half = _plans(step, recipes), half_of(step.dtype)
         plain = unpacked(step.module) if is_quantized(step.module) else step.module
         builders: dict[str, Callable[[], nn.Module]] = {
             name_of(half): lambda: in_dtype(plain, half),
             _FLOAT32: lambda: in_dtype(plain, torch.float32),
         }
-        work = _Work(step, plans, repeats, name_of(half), builders)
+        work = _Work(step, {}, repeats, name_of(half), builders)
         for name, plan in plans.items():
+            work.plans[name] = plan
             if not work.emulated(plan):
                 builders[name] = _builder(step.module, plan)
+                if budget is not None and _decodes(plan):
+                    work.kept[f"{name}, kept"] = budget
+                    work.plans[f"{name}, kept"] = plan
+                    builders[f"{name}, kept"] = _keeping(builders[name], budget)
+        if budget is not None and not work.kept:
+            raise ValueError(
+                "bench: kept_decoded must stand with a recipe whose layers decode their weights, got none. For example w4a16."
+            )
         return work
 
     def emulated(self, plan: Plan) -> list[Choice]:
@@ -244,7 +262,8 @@ class _Work:
         if name in (self.half, _FLOAT32):
             here = name == name_of(self.step.dtype) and not quantized_layers(self.step.module)
             return 0 if here else parameters * (4 if name == _FLOAT32 else 2)
-        return sum(choice.bytes_after for choice in self.plans[name].choices if choice.spec is not None)
+        own = sum(choice.bytes_after for choice in self.plans[name].choices if choice.spec is not None)
+        return own + self.kept.get(name, 0)
 
     def num_runs(self, groups: Sequence[Sequence[str]]) -> int:
         rounds = sum(len(group) * (1 + self.repeats) for group in groups)
@@ -266,6 +285,7 @@ class _Work:
                 continue  # the 16-bit variant of a later group
             self.times[name] = times[name]
             self.weights[name] = bytes_in_memory(module)
+            self.kept[name] = sum(weight.nbytes for weight in kept_weights(module))
             try:
                 self.working[name] = rise(runs[name], self.step.device)
             except NotMeasured as reason:
@@ -312,6 +332,7 @@ class _Work:
             outside=Spread.of([found.outside for found in profiles]).median,
             roofline=self._roofline(name, ceilings),
             kernels=self.kernels[name],
+            kept_bytes=self.kept[name],
             note=self.notes.get(name, ""),
         )
 
@@ -385,3 +406,20 @@ def _builder(module: nn.Module, plan: Plan) -> Callable[[], nn.Module]:
     if is_quantized(module):
         return lambda: module
     return lambda: quantized(module, plan.choices, plan.attention)
+
+
+def _decodes(plan: Plan) -> bool:
+    """Whether layers of a plan decode what they multiply with."""
+    kinds = ((spec, choice.site.kind) for choice in plan.choices for spec in kinds_of(choice.spec))
+    return any(op_of(spec, kind) in WEIGHT_ONLY for spec, kind in kinds)
+
+
+def _keeping(build: Callable[[], nn.Module], budget: int) -> Callable[[], nn.Module]:
+    """Makes a copy of a variant that keeps decoded weights."""
+
+    def made() -> nn.Module:
+        module = shared_copy(build())
+        keep_decoded(module, budget)
+        return module
+
+    return made

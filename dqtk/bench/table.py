@@ -63,6 +63,7 @@ def _ratio(spread: Spread | None) -> str:
 def _notes(rows: tuple[Row, ...]) -> list[str]:
     """What ran in each variant, and what the table cannot say."""
     lines = [f"{row.name}: {num} x {kernel}" for row in rows for kernel, num in row.kernels.items()]
+    lines += [f"{row.name}: {human(row.kept_bytes)} of its weights are decoded ones" for row in rows if row.kept_bytes]
     lines += [f"{row.name}: {row.note}" for row in rows if row.note]
     if any(not row.paired for row in rows):
         lines.append(

@@ -2,7 +2,20 @@
 
 from dqtk.numerics.storage import BUFFERS
 
+from .kept import KeptDecoded, keep_decoded, kept_weights
 from .layers import QuantConv1d, QuantConv2d, QuantConv3d, Quantized, QuantLinear, runtime_class
 from .stepped import Stepped
 
-__all__ = ["BUFFERS", "QuantConv1d", "QuantConv2d", "QuantConv3d", "QuantLinear", "Quantized", "Stepped", "runtime_class"]
+__all__ = [
+    "BUFFERS",
+    "KeptDecoded",
+    "QuantConv1d",
+    "QuantConv2d",
+    "QuantConv3d",
+    "QuantLinear",
+    "Quantized",
+    "Stepped",
+    "keep_decoded",
+    "kept_weights",
+    "runtime_class",
+]

@@ -30,6 +30,7 @@ from .lazy_weight import LazyWeight, read_only
 from .noise import following
 from .products import ConvPart, ConvProduct, LinearPart, LinearProduct, Stored, joined
 
+KEPT = "decoded once and kept in memory, then torch's own matmul"
 STEPPED: dict[type, Any] = {}
 """Runtime class -> its subclass for a layer whose precision depends on the noise level (``stepped.py`` fills it)."""
 
@@ -65,6 +66,7 @@ class Quantized(Stored):
     def fill(self, tensors: Mapping[str, Tensor], bias: Tensor | None) -> None:
         """Put the solver's result in place: exactly the buffers that the spec has, in their shapes and dtypes."""
         module: Any = self
+        self.release_kept()
         for name in module.stored:
             wanted, given = getattr(module, name), tensors.get(name)
             assert (wanted is None) == (given is None), name
@@ -73,6 +75,12 @@ class Quantized(Stored):
                 setattr(module, name, given)
         if bias is not None:
             module.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+
+    def release_kept(self) -> None:
+        """Let go of decoded weights (``keep_decoded``)."""
+        module: Any = self
+        for stored in (module, *module.parts):
+            stored.kept = None
 
     @property
     def edges(self) -> tuple[float, ...]:
@@ -136,7 +144,7 @@ class Quantized(Stored):
         base = base_class(type(self))
         new: Any = base.__new__(base)
         nn.Module.__init__(new)
-        skip = ("spec", "n", "k", "shared", "basis", "noise", "taps", "parts", "stored")
+        skip = ("spec", "n", "k", "shared", "basis", "noise", "taps", "parts", "stored", "kept")
         new.__dict__.update({name: value for name, value in vars(module).items() if not name.startswith("_") and name not in skip})
         if isinstance(new, nn.modules.conv._ConvNd):
             padding: Any = new.padding
@@ -149,6 +157,9 @@ class Quantized(Stored):
         """What runs, in words: ``linear_int8: integer matmul through torch._int_mm``."""
         module: Any = self
         said = f"{self.op}: {report_of(self.op, module.qweight.device.type)}"
+        kept = [stored for stored in module.parts or (self,) if stored.kept_matrix(self.compute_dtype) is not None]
+        if kept:
+            said = f"{self.op}: {KEPT}" if len(kept) == max(1, len(module.parts)) else f"{said} ({len(kept)} parts: {KEPT})"
         return f"{said}, summed over {len(module.parts)} parts of the input" if module.parts else said
 
     def _apply(self, fn, recurse: bool = True):
@@ -161,7 +172,15 @@ class Quantized(Stored):
             moved = getattr(module, name)
             if moved.dtype != tensor.dtype:
                 setattr(module, name, tensor.to(moved.device))
+        for stored in (module, *module.parts):
+            kept = stored.kept
+            if kept is not None and not (kept.matrix.dtype == self.compute_dtype and kept.is_that_of(stored)):
+                stored.kept = None
         return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.release_kept()
+        nn.Module._load_from_state_dict(self, *args)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         module: Any = self

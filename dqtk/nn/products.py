@@ -23,6 +23,45 @@ from .basis import Basis
 WEIGHT = tuple(Packed.__slots__)  # type: ignore[attr-defined]
 
 
+class KeptWeight:
+    """A decoded weight [N, K] that stays in memory (``kept.py``), and the tensors that it was decoded from, with their versions.
+
+    A copy of a layer keeps none, nor does what was pickled.
+    """
+
+    __slots__ = ("matrix", "sources")
+
+    def __init__(self, matrix: Tensor, sources: tuple[tuple[str, Tensor | None, int], ...]):
+        self.matrix, self.sources = matrix, sources
+
+    @staticmethod
+    def of(stored: Any, matrix: Tensor) -> "KeptWeight":
+        """What a layer or part decodes to now."""
+        tensors = [(name, getattr(stored, name)) for name in WEIGHT]
+        return KeptWeight(matrix, tuple((name, tensor, _version(tensor)) for name, tensor in tensors))
+
+    def is_that_of(self, stored: Any) -> bool:
+        """Whether the codes are still those that it was decoded from, where they were."""
+        return self.matrix.device == stored.qweight.device and all(
+            getattr(stored, name) is tensor and _version(tensor) == version for name, tensor, version in self.sources
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        return _nothing, ()
+
+
+def _version(tensor: Tensor | None) -> int:
+    """How often a tensor was written to; tensors of inference mode do not count it."""
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
+
+
+def _nothing() -> None:
+    """What a pickled ``KeptWeight`` becomes."""
+
+
 class Stored:
     """Buffers and what they decode to. ``spec``, ``basis``, ``n`` and ``k`` say what they are."""
 
@@ -33,6 +72,8 @@ class Stored:
     """The stored weight while it learns (``refine/trained.py``), float32 [N, K]; no kernel computes with it."""
     learned_branch: Callable[[], tuple[Tensor, Tensor]] | None = None
     """The stored branch while it learns, down [R, K] and up [N, R]."""
+    kept: KeptWeight | None = None
+    """What the codes decode to, where ``keep_decoded`` asked for it."""
 
     def input_tables(self) -> tuple[Tensor | None, Tensor | None]:
         """``input_scale`` and ``input_zero`` [1] for the call in progress.
@@ -62,6 +103,16 @@ class Stored:
         if self.learned is not None:
             return self.learned().to(dtype)
         return self.decoding().weight(module.qweight, module.k, dtype)
+
+    def kept_matrix(self, dtype: torch.dtype) -> Tensor | None:
+        """What is kept of the stored weight in ``dtype``, not to be written to; None: decode. Lets go of what no longer holds."""
+        kept = self.kept
+        if kept is None:
+            return None
+        if not torch.compiler.is_compiling() and not kept.is_that_of(self):
+            self.kept = None
+            return None
+        return kept.matrix if kept.matrix.dtype == dtype and self.learned is None else None
 
     def branch(self) -> tuple[Tensor, Tensor]:
         """down [R, K] and up [N, R] of a layer that has them."""
@@ -119,6 +170,9 @@ class LinearProduct(Stored):
         if op == "linear_fp8":
             return linear_fp8(z, module.qweight, module.scale, bias, input_scale)
         if op in WEIGHT_ONLY:
+            kept = self.kept_matrix(z.dtype)
+            if kept is not None:
+                return F.linear(z, kept, None if bias is None else bias.to(z.dtype))
             return self.decoding().linear(z, module.qweight, bias)
         if self.spec.input is None:
             return F.linear(z, self.stored_matrix(z.dtype), None if bias is None else bias.to(z.dtype))
@@ -147,7 +201,8 @@ class ConvProduct(Stored):
             return conv_int8(x, module.qweight, *scales, self.stored_width, kernel, *where)
         conv = (F.conv1d, F.conv2d, F.conv3d)[len(kernel) - 1]
         dtype = x.dtype if self.spec.input is None else torch.float32
-        weight = from_matrix(self.stored_matrix(dtype), kernel)
+        matrix = self.kept_matrix(dtype)
+        weight = from_matrix(self.stored_matrix(dtype) if matrix is None else matrix, kernel)
         bias = None if module.bias is None else module.bias.to(dtype)
         if self.spec.input is None:
             return conv(x, weight, bias, *where)

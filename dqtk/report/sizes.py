@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from dqtk.nn import Quantized
+from dqtk.nn import Quantized, kept_weights
 from dqtk.numerics.storage import is_stored
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".msgpack", ".h5", ".onnx", ".gguf")
@@ -34,10 +34,11 @@ class ComponentSize:
 def bytes_in_memory(module: nn.Module) -> int:
     """Bytes of all parameters and buffers as stored, each storage counted once (tied weights share one).
 
-    What a quantized layer keeps (codes, scales, what stayed 16-bit) counts as it lies there; activations and scratch do not.
+    What a quantized layer keeps (codes, scales, what stayed 16-bit, decoded weights) counts as it lies there; activations and
+    scratch do not.
     """
     seen: dict[tuple, int] = {}
-    for tensor in (*module.parameters(), *module.buffers()):
+    for tensor in (*module.parameters(), *module.buffers(), *kept_weights(module)):
         for part in _plain(tensor):
             storage = part.untyped_storage()
             key = (str(part.device), storage.data_ptr()) if storage.data_ptr() else ("meta", id(part))
@@ -54,6 +55,7 @@ def bytes_at_16_bit(module: nn.Module) -> int:
             kept = isinstance(part, Quantized) and is_stored(name)
             if tensor.is_floating_point() and tensor.element_size() > 2 and not kept and not _inner_names(tensor):
                 seen[id(tensor)] = tensor.numel() * (tensor.element_size() - 2)
+    seen |= {id(weight): weight.nbytes - 2 * weight.numel() for weight in kept_weights(module)}
     return stored - sum(seen.values())
 
 

@@ -1,6 +1,7 @@
 """A whole bench on an untrained pipeline, with a clock that the test turns: arithmetic, sizes, and what is left out."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,10 +11,16 @@ from dqtk.bench import bench_model, bench_step, record_step, run
 from dqtk.bench.memory import NotMeasured
 from dqtk.bench.variants import in_dtype
 from dqtk.costs import CostTable
+from dqtk.nn import kept_weights
+from dqtk.recipes import recipe_named
 from dqtk.report.sizes import bytes_in_memory
 from dqtk.spec import ConstantToken, without
 
-SECONDS = {"bfloat16": 6.0, "float32": 12.0, "w8a8": 2.0, "w4a8": 3.0}
+SECONDS = {"bfloat16": 6.0, "float32": 12.0, "w8a8": 2.0, "w4a8": 3.0, "w4a16": 8.0, "w4a16, kept": 6.5, "integers": 2.0}
+INTEGERS = dqtk.Recipe(
+    name="integers",
+    rules=(dqtk.Rule(pattern="*.attn1.to_q", spec=recipe_named("w8a8").main_spec(), why="test"), dqtk.Rule(spec=None, why="test")),
+)
 
 
 @pytest.fixture
@@ -139,6 +146,38 @@ def test_a_quantized_pipeline_is_timed_as_it_is(load_tiny, fixed_times, monkeypa
     assert found.rows[2].weight_bytes < found.rows[0].weight_bytes < found.rows[1].weight_bytes
     with pytest.raises(ValueError, match="layers are quantized already"):
         bench_model(pipe, ["w4a8"], repeats=1, progress=False)
+
+
+def test_decoded_weights_that_are_kept(step, fixed_times):
+    """A row more for every recipe that decodes, with its memory; none for integer layers alone, and the other rows keep nothing."""
+    found = bench_step(step, ["w4a16", INTEGERS], repeats=1, kept_decoded="1GiB", progress=False)
+    rows = {row.name: row for row in found.rows}
+    assert list(rows) == ["bfloat16", "float32", "w4a16", "w4a16, kept", "integers"]
+    kept = rows["w4a16, kept"]
+    assert kept.kept_bytes > 0
+    assert kept.weight_bytes == rows["w4a16"].weight_bytes + kept.kept_bytes
+    assert {row.kept_bytes for name, row in rows.items() if name != "w4a16, kept"} == {0}
+    assert kept.disk_bytes == rows["w4a16"].disk_bytes
+    assert any("decoded once and kept in memory" in kernel for kernel in kept.kernels)
+    assert not any("kept" in kernel for kernel in rows["w4a16"].kernels)
+    assert re.search(r"w4a16, kept: [\d.]+ [kM]B of its weights are decoded ones", found.table())
+    assert kept_weights(step.module) == []
+
+
+def test_a_budget_bounds_what_is_kept(step, fixed_times):
+    found = bench_step(step, ["w4a16"], repeats=1, kept_decoded=100_000, progress=False)
+    assert 0 < found.rows[3].kept_bytes <= 100_000
+    with pytest.raises(ValueError, match="kept_decoded must stand with a recipe whose layers decode their weights, got none"):
+        bench_step(step, [INTEGERS], kept_decoded="1GiB", progress=False)
+
+
+def test_a_quantized_pipeline_keeps_nothing_behind_a_bench(load_tiny, fixed_times):
+    pipe = load_tiny("pixart", torch.bfloat16)
+    dqtk.quantize(pipe, "w4a16", progress=False)
+    found = bench_model(pipe, repeats=1, kept_decoded="1GiB", progress=False)
+    assert [row.name for row in found.rows] == ["bfloat16", "float32", "w4a16", "w4a16, kept"]
+    assert found.rows[3].kept_bytes > 0 == found.rows[2].kept_bytes
+    assert kept_weights(pipe.transformer) == []
 
 
 def test_without_recipes_there_is_nothing_to_compare(step):

@@ -173,7 +173,7 @@ def test_parts_of_a_weight(built, threads):
 
 
 @pytest.mark.parametrize("trellis", FEW, ids=str)
-@pytest.mark.parametrize("shape", [(70,), (0, 70), (2, 3, 70)], ids=str)
+@pytest.mark.parametrize("shape", [(70,), (2, 70), (0, 70), (2, 3, 70)], ids=str)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 def test_linear(trellis, shape, dtype):
     packed, how = stored(trellis, 33, 70, (16, 16))
