@@ -13,8 +13,8 @@ gradients of the calls since the last step (the factors of Shampoo and K-FAC, wi
 the N K of the summed gradient, and no rate: only ratios within a layer count. Under H = 1 the columns with the largest inputs come
 first, where the curvature is largest too.
 
-How many change is tried: at most a share, on calls that the gradients have not seen; where their error does not fall, a quarter of
-them, and so on. The next step begins with four times what the last one kept.
+How many change is tried: at most a share, on the next calls; where their error does not fall by more than the standard error of its
+mean, a quarter of them, and so on. The next step begins with four times what the last one kept.
 """
 
 import math
@@ -178,7 +178,7 @@ class Steps:
         part = float(self.part)
         for _ in range(TRIES):
             undos = [each.take(part) for each in moves]
-            if self._judged(done) < before:
+            if falls_by_more_than_chance(self._judged(done) - before):
                 self.part.fill_(min(1.0, part / FEWER))
                 return
             for undo in undos:
@@ -186,10 +186,15 @@ class Steps:
             part *= FEWER
         self.part.fill_(max(LEAST, part))
 
-    def _judged(self, done: int) -> float:
-        """Sum of the errors in the next calls, the same in every process."""
-        total = torch.zeros(1, dtype=torch.float64)
+    def _judged(self, done: int) -> Tensor:
+        """float64 [calls]: errors in the next calls, the same in every process."""
+        found = torch.zeros(self.choice.calls, dtype=torch.float64)
         for place in range(self.team.rank, self.choice.calls, self.team.world):
-            total += self.error(done * self.batch + place).detach().double().cpu()
-        self.team.add(total)
-        return float(total)
+            found[place] = self.error(done * self.batch + place).detach().double().cpu()
+        self.team.add(found)
+        return found
+
+
+def falls_by_more_than_chance(change: Tensor) -> bool:
+    """Whether errors that changed so [C] fall in the mean by more than the standard error of it."""
+    return float(change.mean()) < -float(change.std(correction=0)) / math.sqrt(max(1, len(change) - 1))

@@ -60,12 +60,13 @@ class DiscreteSteps:
     Malinovskii et al. 2024, arXiv 2405.14852, which changes 1 % at most).
 
     share: of every layer's vectors, at most, that a step gives another word. every: iterations between steps; their gradients say
-    which vectors and words. calls: the next ones, on which a step must lower the error, or fewer vectors are tried.
+    which vectors and words. calls: the next ones, on which a step must lower the error by more than its standard error, or fewer
+    vectors are tried.
     """
 
     share: float = 0.01
     every: int = 10
-    calls: int = 4
+    calls: int = 8
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:

@@ -20,7 +20,7 @@ from dqtk.numerics.packing import unpack
 from dqtk.quantize import runtime_layer
 from dqtk.refine import distill as distill_module
 from dqtk.refine.descent import call_at
-from dqtk.refine.discrete import FEWER, TRIES, Steps
+from dqtk.refine.discrete import FEWER, TRIES, Steps, falls_by_more_than_chance
 from dqtk.refine.distill import distill
 from dqtk.refine.team import ALONE
 from dqtk.refine.trained import training
@@ -203,6 +203,14 @@ def test_fewer_are_tried_where_the_error_does_not_fall_and_none_is_kept():
         steps.after(2)
         assert 0 < int((mine.codes != before).sum()) < 5
         assert float(steps.part) == FEWER ** (TRIES - 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "falls"),
+    [([-1.0], True), ([0.0], False), ([-1.0, -0.9, -1.1], True), ([-4.0, 1.0, 1.0, 1.0], False), ([1.0, 1.0], False)],
+)
+def test_one_call_that_gains_much_does_not_outweigh_those_that_lose(change, falls):
+    assert falls_by_more_than_chance(torch.tensor(change)) is falls
 
 
 # --- the whole -------------------------------------------------------------------------------------------------------
