@@ -40,10 +40,17 @@ def call_at(iteration: int, num: int, seed: int) -> int:
     return int(torch.randperm(num, generator=draw)[place])
 
 
-def drawn_at(iteration: int, weights: Sequence[float], seed: int) -> int:
-    """Which call is taken when, drawn as often as it weighs; some may come before all have been."""
+def drawn_at(turn: int, weights: Sequence[float], seed: int, batch: int = 1) -> int:
+    """Which call is taken when, drawn as often as it weighs; some may come before all have been.
+
+    The ``batch`` turns of an iteration lie at equal distances along the weights: where calls are in the order of levels, every
+    iteration sees all parts of a run, and none is worked on while the others are out of sight.
+    """
+    iteration, place = divmod(turn, batch)
     draw = torch.Generator().manual_seed(seed * 1_000_003 + iteration)
-    return int(torch.multinomial(torch.tensor(weights, dtype=torch.float64), 1, generator=draw))
+    ends = torch.tensor(weights, dtype=torch.float64).cumsum(0)
+    mark = (place + torch.rand((), generator=draw, dtype=torch.float64)) / batch * ends[-1]
+    return int(torch.searchsorted(ends, mark.clamp(max=ends[-1] * (1 - 1e-12)), right=True))
 
 
 class Kept:

@@ -6,7 +6,8 @@ and both halves of guidance, and weights that move on their own grid and are rou
 before it is quantized: while the student learns, no second model is held. It does not follow the student's own trajectories.
 
 Objective: mean squared error of what the scheduler sees over the kept calls: the output, or with ``guidance`` the two halves put
-together as the pipeline does. With ``influence`` calls count as their errors do in the final latents; they are drawn that often.
+together as the pipeline does. With ``influence`` calls count as their errors do in the final latents; they are drawn that often,
+those of one iteration from all parts of a run.
 Some calibration runs are held out; what does not lower the error on them, or on pictures (``judge.py``), is not kept.
 
 Processes share the calls of an iteration (``descent.py``), and those of the judge.
@@ -72,10 +73,12 @@ def distill(
     if choice.judge is not None and painter is None:
         raise ValueError(f"refine: judge must be None where {name} stands in no pipeline, got {choice.judge}. Use dqtk.quantize.")
 
+    if choice.influence:
+        seen = sorted(seen, key=lambda i: calls[i].level or 0.0)
+
     def loss(turn: int) -> Tensor:
-        place = (
-            drawn_at(turn, [counts[i] for i in seen], choice.seed) if choice.influence else call_at(turn, len(seen), choice.seed)
-        )
+        weights = [counts[i] for i in seen]
+        place = drawn_at(turn, weights, choice.seed, choice.batch) if choice.influence else call_at(turn, len(seen), choice.seed)
         return error_of(output_of(module(**arguments_for(module, calls[seen[place]]))), exact[seen[place]], choice.guidance)
 
     def judge() -> float:

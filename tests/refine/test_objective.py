@@ -37,6 +37,18 @@ def test_calls_are_drawn_as_often_as_they_count():
     assert drawn[:50] != [drawn_at(iteration, weights, seed=2) for iteration in range(50)]
 
 
+def test_the_calls_of_an_iteration_come_from_all_levels():
+    """Four levels of five calls, the first counting as much as the others together: half of every batch is of it."""
+    weights = [0.6] * 5 + [0.2] * 15
+    for iteration in range(50):
+        levels = [drawn_at(iteration * 6 + place, weights, seed=2, batch=6) // 5 for place in range(6)]
+        assert levels == sorted(levels)
+        assert [levels.count(level) for level in range(4)] == [3, 1, 1, 1]
+    drawn = [drawn_at(turn, weights, seed=2, batch=6) for turn in range(6000)]
+    assert [drawn.count(index) / 6000 for index in (0, 4, 5, 19)] == pytest.approx([0.1, 0.1, 1 / 30, 1 / 30], abs=0.02)
+    assert {drawn_at(turn, [0.0, 1.0, 0.0], seed=0, batch=3) for turn in range(30)} == {1}
+
+
 def test_only_calls_that_count_are_learned_from_and_judged():
     module, given, exact, _ = case(runs=12)
     quiet = [torch.full_like(y, torch.nan) if call.level == 0.9 else y for call, y in zip(given, exact, strict=True)]
