@@ -19,8 +19,10 @@ from dqtk.spec import LayerSpec
 
 from .timing import interleaved, waiter
 
+Methods = dict[tuple[str, str], Callable[[], Any]]
 INTEGER = "int8"
 _SIDES = {"cpu": 2048, "cuda": 8192}
+_SMALL, _LONGEST = 256, 2.0  # side of a first try; seconds that one product may take
 _MOVED = {"cpu": 2**27, "cuda": 2**30}  # bytes: several times the last cache
 
 
@@ -53,29 +55,51 @@ def measure_ceilings(
     Args:
         device: where.
         dtype: the 16-bit dtype.
-        side: of the square matrices; None: 2048 on the CPU, 8192 on CUDA.
+        side: of the square matrices; None: 2048 on the CPU, 8192 on CUDA, half of that and so on down to 256 where one of the
+            products would take more than two seconds (bfloat16 on a CPU without units for it).
         repeats: of which the best counts.
     """
-    side = side or _SIDES.get(device.type, 2048)
-    x, w = (torch.randn(side, side, device=device) for _ in range(2))
-    half, half_w = x.to(dtype), w.to(dtype)
-    codes, scale = (w * 20).clamp(-127, 127).to(torch.int8), torch.ones(side, 1, device=device)
-    left = codes.clone()
+    side = side or _fitting(device, dtype)
     numbers = torch.ones(_MOVED.get(device.type, 2**27) // 8, device=device)
-    target, name = torch.empty_like(numbers), str(dtype).removeprefix("torch.")
-    methods: dict[tuple[str, str], Callable[[], Any]] = {
-        ("float32", "torch"): lambda: F.linear(x, w),
-        (name, "torch"): lambda: F.linear(half, half_w),
-        (INTEGER, "torch._int_mm"): lambda: torch._int_mm(left, codes.T),
-        (INTEGER, "dqtk, rounding of its input included"): lambda: linear_int8(half, codes, scale, None, None, None, None, 8),
+    target = torch.empty_like(numbers)
+    methods = _products(device, dtype, side) | {
         ("bandwidth", "copy"): lambda: target.copy_(numbers),
         ("bandwidth", "read"): lambda: numbers.sum(),
     }
     work = {"copy": 2 * numbers.nbytes, "read": numbers.nbytes}
-    times = interleaved({"|".join(key): call for key, call in methods.items()}, repeats, wait=waiter(device))
+    times = _timed(methods, repeats, device)
     best: dict[str, tuple[float, str]] = {}
-    for what, how in methods:
-        rate = work.get(how, 2 * side**3) / min(times[f"{what}|{how}"])
+    for (what, how), each in times.items():
+        rate = work.get(how, 2 * side**3) / min(each)
         best[what] = max(best.get(what, (0.0, "")), (rate, how))
     rates = {what: rate for what, (rate, _) in best.items() if what != "bandwidth"}
     return Ceilings(rates=rates, bandwidth=best["bandwidth"][0], by={what: how for what, (_, how) in best.items()})
+
+
+def _products(device: torch.device, dtype: torch.dtype, side: int) -> Methods:
+    """Of square matrices, by what is multiplied and how."""
+    x, w = (torch.randn(side, side, device=device) for _ in range(2))
+    half, half_w = x.to(dtype), w.to(dtype)
+    codes, scale = (w * 20).clamp(-127, 127).to(torch.int8), torch.ones(side, 1, device=device)
+    left, name = codes.clone(), str(dtype).removeprefix("torch.")
+    return {
+        ("float32", "torch"): lambda: F.linear(x, w),
+        (name, "torch"): lambda: F.linear(half, half_w),
+        (INTEGER, "torch._int_mm"): lambda: torch._int_mm(left, codes.T),
+        (INTEGER, "dqtk, rounding of its input included"): lambda: linear_int8(half, codes, scale, None, None, None, None, 8),
+    }
+
+
+def _fitting(device: torch.device, dtype: torch.dtype) -> int:
+    """The side of matrices none of whose products takes long, by what small ones take."""
+    side, times = _SIDES.get(device.type, 2048), _timed(_products(device, dtype, _SMALL), 1, device)
+    slowest = max(min(each) for each in times.values())
+    while side > _SMALL and slowest * (side / _SMALL) ** 3 > _LONGEST:
+        side //= 2
+    return side
+
+
+def _timed(methods: Methods, repeats: int, device: torch.device) -> dict[tuple[str, str], list[float]]:
+    """Seconds of every method, in rounds."""
+    times = interleaved({"|".join(key): call for key, call in methods.items()}, repeats, wait=waiter(device))
+    return {key: times["|".join(key)] for key in methods}

@@ -42,7 +42,8 @@ class Prefix:
     def __init__(self, module: nn.Module, calls: Sequence[Call], limit: int):
         """limit: bytes of answers that may be kept; calls beyond it are made in full."""
         self.module, self.calls, self.trusted = module, calls, True
-        self._left, self._were, self._seen = limit, _tensors(module), []
+        self._left, self._were = limit, _tensors(module)
+        self._seen: list[_Seen] = []
         self._checked: set[tuple[str, ...]] = {()}
         self.exact: list[Tensor] = []
         for call in calls:

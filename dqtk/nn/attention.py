@@ -306,17 +306,16 @@ def _in_blocks(kind: type[nn.Module]) -> type[nn.Module]:
 
     def reduced(self: Any, protocol: Any) -> tuple:
         """A class that is made here cannot be found by its name: pickle makes it anew."""
-        _, _, *state = plain_reduced(self, protocol)
-        return (_bare, (kind,), *state)
+        return (_bare, (kind,), *plain_reduced(self, protocol)[2:])
 
-    plain_reduced = kind.__reduce_ex__
+    plain_reduced: Any = kind.__reduce_ex__
     own = {"forward": forward, "__reduce_ex__": reduced, "__module__": kind.__module__, "plain_class": kind}
     return type(kind.__name__, (kind,), own)
 
 
 def _bare(kind: type[nn.Module]) -> nn.Module:
     """An attention in blocks whose attributes are still to be filled, of a plain class."""
-    made = _in_blocks(kind)
+    made: Any = _in_blocks(kind)  # type: ignore[arg-type]  # mypy says that types do not hash
     return made.__new__(made)
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dqtk.bench import ceilings
 from dqtk.bench.ceilings import Ceilings, measure_ceilings
 from dqtk.costs import LayerShape
 from dqtk.recipes import recipe_named
@@ -38,3 +39,10 @@ def test_bytes_at_the_bandwidth():
     assert KNOWN.seconds(one, None, torch.bfloat16) == pytest.approx((200 * 128 * 2 + moved) / 1e9)
     stored = 200 * 128 / 2 + 200 * 128 / 64 + 200 * 4  # codes, group scales, channel scales
     assert KNOWN.seconds(one, w4a8, torch.bfloat16) == pytest.approx((stored + moved) / 1e9)
+
+
+@pytest.mark.parametrize(("seconds", "side"), [(1e-5, 2048), (0.003, 2048), (0.005, 1024), (0.1, 512), (9.0, 256)])
+def test_matrices_are_smaller_where_a_product_would_take_long(monkeypatch, seconds, side):
+    small = {("bfloat16", "torch"): [seconds, 2 * seconds], ("float32", "torch"): [seconds / 100]}
+    monkeypatch.setattr(ceilings, "_timed", lambda methods, repeats, device: small)
+    assert ceilings._fitting(torch.device("cpu"), torch.bfloat16) == side
