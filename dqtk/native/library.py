@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -44,6 +45,7 @@ SOURCES = (
 COMPILERS = ("c++", "g++", "clang++")
 # No fused multiply-add: products must round as torch's do. No errno, no traps: they would keep rounding out of vector code.
 EXACT = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+LONGEST = 1800  # seconds that a compiler may take for a file, on a busy machine
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-w", *EXACT)
 
 
@@ -180,20 +182,30 @@ def _version(command: tuple[str, ...]) -> str:
 
 
 def _build(command: list[str], path: Path) -> None:
-    print(f"dqtk: compiling native kernels into {path.parent} (once, up to a minute)", file=sys.stderr)
+    print(f"dqtk: compiling native kernels into {path.parent} (once, a minute or two)", file=sys.stderr)
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(prefix="build-", dir=path.parent) as folder:
+        with tempfile.TemporaryDirectory(prefix="build-", dir=path.parent) as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
             made = Path(folder) / "library.so"
-            sources = [str(Path(__file__).parent / name) for name in SOURCES if name.endswith(".cpp")]
-            done = subprocess.run([*command, *sources, "-o", str(made)], capture_output=True, text=True, timeout=300, check=False)
-            if done.returncode != 0 or not made.is_file():
-                lines = done.stderr.strip().splitlines() or ["nothing"]
-                said = next((line for line in lines if "error" in line), lines[0])
-                raise Unavailable(f"the compiler {command[0]} failed with status {done.returncode} and said: {said}")
+            sources = [Path(__file__).parent / name for name in SOURCES if name.endswith(".cpp")]
+            objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
+            pairs = zip(sources, objects, strict=True)
+            steps = [pool.submit(_run, [*command, "-c", str(source), "-o", made_of]) for source, made_of in pairs]
+            for step in steps:
+                step.result()
+            _run([*command, *objects, "-o", str(made)])
             os.replace(made, path)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"cannot build in {path.parent}: {error}. Set DQTK_CACHE_DIR to a folder that can be written") from error
+
+
+def _run(command: list[str]) -> None:
+    """Raises ``Unavailable`` with the compiler's first error."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST, check=False)
+    if done.returncode != 0 or not Path(command[-1]).is_file():
+        lines = done.stderr.strip().splitlines() or ["nothing"]
+        said = next((line for line in lines if "error" in line), lines[0])
+        raise Unavailable(f"the compiler {command[0]} failed with status {done.returncode} and said: {said}")
 
 
 def _level() -> Level:
