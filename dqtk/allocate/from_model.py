@@ -150,7 +150,7 @@ def allocate(
         rest = None if rest is None else answered(rest, modules, seen)
         if parts is not None:
             _check_parts(run, seen)
-        probes = probes_of(there, loaded, modules, seen, run, pipe, prompts, how)
+        probes = probes_of(there, loaded, modules, seen, run, pipe, prompts, how, around=rest is not None)
         layers = Layers(modules) if me.first and (sweep or switch) else None
         found = _measured(pipe, plans, seen, probes, mine, where, rest, layers, me, progress=progress)
         if not me.first:

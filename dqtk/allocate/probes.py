@@ -73,15 +73,18 @@ class OutputSQNR:
         run: RunParts | None = None,
         view: View = WHOLE,
         max_memory: int = MAX_MEMORY,
+        beside: "OutputSQNR | None" = None,
     ):
         """parts: components by name. calls: as ``dqtk.calibrate`` keeps them. run: its parts, where ``in_parts`` is to be asked.
         view: what of the output. max_memory: bytes of each component's blocks' answers that may be kept, so that those in front of
-        a changed layer are not computed again.
+        a changed layer are not computed again; 0 where other modules are scored (around a plan). beside: another view of the same
+        calls, whose answers serve this one too.
 
         Raises ``ValueError`` for a component without calls, and for outputs that are not finite.
         """
         self.parts, self.calls, self.run, self.view, self.name = parts, calls, run, view, view.name
-        self.prefixes = {name: Prefix(part, self._of(name), max_memory) for name, part in parts.items()}
+        made = {} if beside is None else beside.prefixes
+        self.prefixes = made or {name: Prefix(part, self._of(name), max_memory) for name, part in parts.items()}
         self.references = {name: self._viewed(name, part, self.prefixes[name].exact) for name, part in parts.items()}
         for name, references in self.references.items():
             if not all(bool(torch.isfinite(y).all()) and bool(y.any()) for y in references):

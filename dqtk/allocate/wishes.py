@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from dqtk.calibrate import Stats
+from dqtk.quantize import MAX_MEMORY
 from dqtk.recipes import SEARCHES, Search, search_named
 from dqtk.resolve import pair_score
 
@@ -125,6 +126,7 @@ def probes_of(
     pipe: Any,
     prompts: Sequence[str] | None,
     how: Mapping[str, Any],
+    around: bool = False,
 ) -> dict[str, Probe]:
     """Group -> what measures it: the denoiser's output where no score is given; equal ones are one probe.
 
@@ -133,12 +135,15 @@ def probes_of(
         scores: of ``scores_of``.
         parts, stats, run: as of ``OutputSQNR``.
         pipe, prompts, how: as of ``PictureScore``; needed for scores of pictures.
+        around: whether layers are scored in copies of the parts, for which nothing is kept.
     """
     made: dict[Any, Probe] = {}
     for score in dict.fromkeys(scores.get(group, WHOLE.name) for group in groups):
         if isinstance(score, str):
             # Parts of a run are weighed by what noise of the whole output does; that of another view is not the same noise.
-            made[score] = OutputSQNR(parts, stats.calls, run if score == WHOLE.name else None, VIEWS[score])
+            beside = next((probe for probe in made.values() if isinstance(probe, OutputSQNR)), None)
+            mine = run if score == WHOLE.name else None
+            made[score] = OutputSQNR(parts, stats.calls, mine, VIEWS[score], 0 if around else MAX_MEMORY, beside)
         else:
             assert prompts is not None  # check_wishes
             other = next((probe for probe in made.values() if isinstance(probe, PictureScore)), None)

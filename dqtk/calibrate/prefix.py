@@ -3,16 +3,18 @@
 A call is a sequence: a block that it has left before it first comes to the changed layer cannot know of the change. So of every
 call the answers of all blocks are kept, and while a layer is changed the model's own forward runs with those blocks answering at
 once: half of a model in the mean, when its layers are changed one by one. What has changed is seen by looking (other modules,
-other tensors, tensors written to), not told. Blocks that write to what they are given would break this; so the first call is made
-in full as well whenever other blocks are left out than before, and unless both give the same bits, calls are made in full from
-then on.
+other tensors, writes that torch counts), not told. Blocks that write to what they are given, or hand each other something aside,
+would break this; so a call is made in full as well whenever other blocks are left out than before, or of other sizes, and unless
+both give the same bits, calls are made in full from then on, and a warning says so.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -21,7 +23,7 @@ from dqtk.nn.correction import output_of
 from dqtk.sites import repeated_block
 
 from .replay import Call, made
-from .stub import Kept, answering, copied
+from .stub import MISFITS, answering, copied, plain
 
 
 @dataclass(slots=True)
@@ -44,7 +46,7 @@ class Prefix:
         self.module, self.calls, self.trusted = module, calls, True
         self._left, self._were = limit, _tensors(module)
         self._seen: list[_Seen] = []
-        self._checked: set[tuple[str, ...]] = {()}
+        self._checked: set[tuple[tuple[str, ...], torch.Size]] = set()
         self.exact: list[Tensor] = []
         for call in calls:
             with self._recording():
@@ -66,22 +68,32 @@ class Prefix:
 
     def _again(self, index: int, call: Call, changed: Sequence[str]) -> Tensor:
         paths = self.left_out(index, changed)
+        case = tuple(paths), self.exact[index].shape
+        if not paths or case in self._checked:
+            return self._shortened(index, call, paths)
+        self._checked.add(case)
+        full = _output(self.module, call)
+        try:
+            same = digest(self._shortened(index, call, paths)) == digest(full)
+        except MISFITS:
+            same = False
+        if not same:
+            self.trusted, self._seen = False, []
+            warnings.warn(
+                f"dqtk: blocks of {type(self.module).__name__} depend on each other's calls; all are computed", stacklevel=2
+            )
+        return full
+
+    def _shortened(self, index: int, call: Call, paths: Sequence[str]) -> Tensor:
         with ExitStack() as stubs:
             for path in paths:
                 stubs.enter_context(answering(self.module.get_submodule(path), self._seen[index].answers[path]))
-            found = _output(self.module, call)
-        if index or tuple(paths) in self._checked:
-            return found
-        self._checked.add(tuple(paths))
-        full = _output(self.module, call)
-        if digest(full) != digest(found):
-            self.trusted, self._seen = False, []
-        return full
+            return _output(self.module, call)
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
-        """While open, one call is made, and what is to be known of it is kept."""
-        seen, before = _Seen(), self._left
+        """While open, one call is made, and what is to be known of it is kept: all answers, or none if there is no room."""
+        seen, left = _Seen(), self._left
 
         def begins(path: str) -> Callable:
             def see(block: nn.Module, args: Any) -> None:
@@ -91,10 +103,15 @@ class Prefix:
 
         def ends(path: str) -> Callable:
             def see(block: nn.Module, args: Any, output: Any) -> None:
-                answer = copied(output) if path not in seen.ended else None  # a block that is called twice answers twice
+                nonlocal left
+                again = path in seen.ended  # a block that is called twice answers twice
                 seen.ended[path] = len(seen.begun) + len(seen.ended)
-                seen.answers[path] = answer
-                self._left -= _size(answer)
+                seen.answers.pop(path, None)
+                left -= _size(output)
+                if left < 0:
+                    seen.answers.clear()
+                elif plain(output) and not again:
+                    seen.answers[path] = copied(output)
 
             return see
 
@@ -105,9 +122,8 @@ class Prefix:
                 if "." in path and path == repeated_block(path):
                     hooks.callback(part.register_forward_hook(ends(path)).remove)
             yield
-        seen.answers = {path: answer for path, answer in seen.answers.items() if answer is not None}
-        if self._left < 0:
-            self._left, seen.answers = before, {}
+        if left >= 0:
+            self._left = left
         self._seen.append(seen)
 
     def _changed(self) -> list[str]:
@@ -140,8 +156,7 @@ def _first(begun: dict[str, int], path: str) -> int:
 
 
 def _size(answer: Any) -> int:
-    copies = [leaf.copy for leaf in tree_leaves(answer) if isinstance(leaf, Kept)]
-    return sum(copy.numel() * copy.element_size() for copy in copies)
+    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(answer) if isinstance(leaf, Tensor))
 
 
 def _output(module: nn.Module, call: Call) -> Tensor:

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+MISFITS = RuntimeError, ValueError, TypeError, LookupError, AttributeError
+"""What a model may raise whose blocks hand each other more than their answers."""
+
 
 class Zeros:
     """Like a tensor that was answered."""
@@ -29,11 +32,19 @@ class Kept:
         return self.copy.to(self.device, copy=True)
 
 
-def copied(answer: Any) -> Any | None:
-    """What a block answered, to be kept; None where that is something else than tensors and plain numbers."""
-    if not all(isinstance(leaf, Tensor | int | float | str | None) for leaf in tree_leaves(answer)):
-        return None
+def plain(answer: Any) -> bool:
+    """Whether what a block answered is made of tensors and plain numbers alone, so that it can be kept."""
+    return all(isinstance(leaf, Tensor | int | float | str | None) for leaf in tree_leaves(answer))
+
+
+def copied(answer: Any) -> Any:
+    """What a block answered, to be kept."""
     return tree_map(lambda x: Kept(x) if isinstance(x, Tensor) else x, answer)
+
+
+def zeros(answer: Any) -> Any:
+    """Zeros like what a block answered."""
+    return tree_map(lambda x: Zeros(x) if isinstance(x, Tensor) else x, answer)
 
 
 @contextmanager

@@ -13,12 +13,12 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from dqtk.checkpoint import digest
 from dqtk.sites import repeated_block
 
-from .stub import Kept, Zeros, answering
+from .stub import MISFITS, Kept, answering, copied, plain, zeros
 
 Tell = Callable[[str, Tensor], object]  # (path of a layer, its input)
 
@@ -65,7 +65,7 @@ class Waypoint:
             with self._beginning(index), self._recording(index, watched):
                 make(lambda path, x: again.append((path, digest(x))))
             same = (again, _digests(self._new.get(index))) == (full, _digests(kept))
-        except (RuntimeError, ValueError, TypeError, IndexError):  # of a model that zeros do not fit
+        except MISFITS:
             same = False
         self._new[index] = kept
         if not same:
@@ -112,11 +112,11 @@ class Waypoint:
             def see(block: nn.Module, args: Any, output: Any) -> None:
                 seen.append(path)
                 self._new[index] = None
-                if not all(isinstance(leaf, Tensor | int | float | str | None) for leaf in tree_leaves(output)):
+                if not plain(output):
                     return
-                self._zeros[index, path] = tree_map(lambda x: Zeros(x) if isinstance(x, Tensor) else x, output)
+                self._zeros[index, path] = zeros(output)
                 if seen == before and self._fits(output):
-                    self._new[index] = tree_map(lambda x: Kept(x) if isinstance(x, Tensor) else x, output)
+                    self._new[index] = copied(output)
 
             return see
 

@@ -7,8 +7,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
+from dqtk.calibrate import prefix as prefixes
 from dqtk.calibrate.prefix import Prefix
 from dqtk.calibrate.replay import Call, arguments_for
+from dqtk.calibrate.stub import copied
 
 PLENTY = 2**30
 
@@ -81,7 +83,7 @@ def test_blocks_in_front_of_a_changed_layer_do_not_run(path, expected):
     assert same(prefix.exact, in_full(module, made))
     before, (parent, _, name) = module.get_submodule(path), path.rpartition(".")
     setattr(module.get_submodule(parent), name, nn.Linear(before.in_features, before.out_features))
-    for compared in (1, 0):  # the first call once more in full, when it is the first time
+    for compared in (3, 0):  # calls of every size once more in full, when it is the first time
         found, times = ran(module, prefix)
         assert times == [num + compared * (0 in expected) for num in expected]
         assert same(found, in_full(module, made))
@@ -110,15 +112,50 @@ def test_a_weight_that_is_written_to_is_seen():
     assert not same(found, prefix.exact)
 
 
-def test_a_block_that_writes_to_its_input_ends_it():
-    module, made = Chain(spoils=1), calls()
-    prefix = Prefix(module, made, PLENTY)
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_block_that_writes_to_its_input_ends_it(turned):
+    module, made = Chain(spoils=1), calls()[:: -1 if turned else 1]
+    small = 5 * made[-1].kwargs["x"].numel() * 4
+    prefix = Prefix(module, made, small if turned else PLENTY)  # turned: only the last call's answers have room
     module.blocks[3].up = nn.Linear(8, 16)
-    assert same(prefix.outputs(), in_full(module, made))
+    with pytest.warns(UserWarning, match="blocks of Chain depend on each other's calls; all are computed"):
+        assert same(prefix.outputs(), in_full(module, made))
     assert not prefix.trusted
     found, times = ran(module, prefix)
     assert times == [3, 3, 3, 3, 3]
     assert same(found, in_full(module, made))
+
+
+class Aside(nn.Module):
+    """Blocks that hand something on which is no answer."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks, self.notes = nn.ModuleList(nn.Linear(8, 8) for _ in range(3)), {}
+        first = self.blocks[0].forward
+        self.blocks[0].forward = lambda x: self.note(first(x))
+
+    def note(self, x):
+        self.notes["first"] = 2.0
+        return x
+
+    def forward(self, x):
+        self.notes.clear()
+        x = self.blocks[1](self.blocks[0](x)) * self.notes["first"]
+        return (self.blocks[2](x),)
+
+
+def test_a_model_that_cannot_do_without_its_blocks_computes_them():
+    module, made = Aside(), calls()
+    prefix = Prefix(module, made, PLENTY)
+    with torch.no_grad():
+        module.blocks[2].weight.mul_(2)
+    with pytest.warns(UserWarning, match="blocks of Aside"):
+        found = prefix.outputs()
+    bias = module.blocks[2].bias.detach()
+    for y, exact in zip(found, prefix.exact, strict=True):
+        torch.testing.assert_close(y, 2 * (exact - bias) + bias)
+    assert same(prefix.outputs(), found)
 
 
 def test_a_block_that_comes_twice_always_runs():
@@ -131,10 +168,15 @@ def test_a_block_that_comes_twice_always_runs():
     assert same(found, in_full(module, made))
 
 
-def test_calls_that_do_not_fit_are_made_in_full():
-    module, made = Chain(), calls()
-    one = 5 * made[0].kwargs["x"].numel() * 4  # answers of five blocks in the first call
+@pytest.mark.parametrize("turned", [False, True])
+def test_calls_that_do_not_fit_are_made_in_full(turned, monkeypatch):
+    module, made = Chain(), calls()[:: -1 if turned else 1]
+    one = 5 * made[-1 if turned else 0].kwargs["x"].numel() * 4  # answers of five blocks in the smallest call
+    copies = []
+    monkeypatch.setattr(prefixes, "copied", lambda answer: copies.append(answer.nbytes) or copied(answer))
     prefix = Prefix(module, made, one)
+    assert sum(copies[-5 if turned else 0 : None if turned else 5]) == one
+    assert sum(copies) <= (3 * one if turned else one)  # no more than fits, of each call
     module.out = nn.Linear(8, 8)
     prefix.outputs()
     found, times = ran(module, prefix)
