@@ -71,7 +71,7 @@ def keep_decoded(target: Any, budget: int | str) -> KeptDecoded:
     Returns:
         What is kept, and what is not.
     Raises:
-        ValueError: a budget that is none; layers that none is for, or that an offload hook moves at every call.
+        ValueError: a budget that is no size; a model without layers that decode; layers that an offload hook moves at every call.
     """
     room = size_of(budget)
     modules = (target,) if isinstance(target, nn.Module) else tuple(denoisers(target).values())

@@ -86,7 +86,7 @@ def pooled(
         mask: bool or float, broadcastable to [B, H, N, N], in the original order; or None. Keys that no query sees have no part in
             means; a block counts as the share of its pairs that are seen, each with the weight that a float mask gives it.
     """
-    seen = None if mask is None else _weights(mask)
+    seen = None if mask is None else _weights(mask, k.shape[2])
     of_keys = torch.ones(1, 1, k.shape[2], device=k.device) if seen is None else (seen > 0).any(2).float()
     of_keys = of_keys.expand(k.shape[0], k.shape[1], -1)
     centred = k.float() - _mean(k.float(), of_keys, k.shape[2])
@@ -97,15 +97,17 @@ def pooled(
     ]
     expected = means[0] @ means[1].transpose(2, 3) * scale
     if seen is not None:
-        expected = expected + _shares(seen, index, block, k.shape[1]).log()
-    expected = expected.softmax(-1).nan_to_num(0).mean(0)
+        shares = _shares(seen, index, block, k.shape[1])
+        hidden = ~(shares > 0).any(-1, keepdim=True)  # rows that see nothing choose as if they saw all alike
+        expected = (expected + shares.log()).masked_fill(hidden, 0.0)
+    expected = expected.softmax(-1).mean(0)
     chosen = expected.topk(max(1, round(density * guard.shape[1])), dim=-1).indices
     return torch.zeros_like(expected, dtype=torch.bool).scatter(-1, chosen, True) | guard
 
 
-def _weights(mask: Tensor) -> Tensor:
+def _weights(mask: Tensor, num: int) -> Tensor:
     """float32 [B or 1, H or 1, N or 1, N]: what every pair's exponential is multiplied by."""
-    whole = mask[(None,) * (4 - mask.ndim)]
+    whole = mask[(None,) * (4 - mask.ndim)].expand(-1, -1, -1, num)
     return whole.float() if whole.dtype == torch.bool else whole.float().exp()
 
 
@@ -123,7 +125,7 @@ def _mean(x: Tensor, weights: Tensor, size: int) -> Tensor:
 
 def _shares(seen: Tensor, index: Tensor | None, block: Sequence[int], heads: int) -> Tensor:
     """[B or 1, H, R or 1, C]: mean weight of every block's pairs."""
-    found = seen.expand(-1, heads, -1, -1)
+    found = seen if index is None else seen.expand(-1, heads, -1, -1)
     for axis, size in ((3, block[1]), (2, block[0])):
         if found.shape[axis] > 1:
             moved = _in_order(found.transpose(2, axis), index)

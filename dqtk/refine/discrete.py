@@ -1,5 +1,5 @@
-"""Steps of codes: a few vectors get another word, those whose change promises most (the linearized V step of PV-Tuning, Malinovskii
-et al. 2024, arXiv 2405.14852, in its small subspace), while books, scales and all else learn in between.
+"""Steps of codes: a few vectors get another word, those that need the shortest step for it (the linearized V step of PV-Tuning,
+Malinovskii et al. 2024, arXiv 2405.14852, in its small subspace), while books, scales and all else learn in between.
 
 A step goes from the decoded weights w to the nearest words to w - e H^-1 g: g their gradient, H an estimate of the curvature, e the
 length. Of each vector it is just long enough to change its code; which word that is, and how long, is the largest of
@@ -8,10 +8,11 @@ length. Of each vector it is just long enough to change its code; which word tha
 
 and of a layer's vectors those with the shortest steps change: a step promises g d + d H d^T / 2 < 0 wherever s is above the true
 curvature in the unit of H. PV-Tuning takes Adam's root of dense second moments for H, one length for all, and the vectors that
-it moves most. Here H = rows x blocks: the mean square gradient of a row, times the second moments of a vector's columns, over the
-gradients of the calls since the last step (the factors of Shampoo and K-FAC, within a vector). They need (N + K D) numbers beside
-the N K of the summed gradient, and no rate: only ratios within a layer count. Under H = 1 the columns with the largest inputs come
-first, where the curvature is largest too.
+it it moves most. Here H = rows x blocks: the mean square gradient of a row, times the second moments of a vector's columns, over the
+gradients of the calls since the last step (the factors of Shampoo and K-FAC, within a vector). Rows are damped as there, by their
+mean, or those that matter least would have the shortest steps. These are (N + K D) numbers beside the N K of the summed gradient,
+and no rate: only ratios within a layer count. Under H = 1 the columns with the largest inputs come first, where the curvature is
+largest too.
 
 How many change is tried: at most a share, on the next calls; where their error does not fall by more than the standard error of its
 mean, a quarter of them, and so on. The next step begins with four times what the last one kept.
@@ -33,6 +34,7 @@ TRIES = 3  # shares that a step tries, each a quarter of the one before
 FEWER = 0.25
 LEAST = 1e-4  # of the largest share: where tries begin at least
 NUMBERS = 2**22  # in one table of promises
+DAMPING = 1.0  # of a row's curvature, as the mean row's share
 NEAR = 1e-6  # of the sizes of two words: curvature below it is rounding
 
 
@@ -84,7 +86,7 @@ def _promises(gathered: Gathered, books_MWD: Tensor, scale: Tensor) -> tuple[Ten
     codes, length = gathered.mine.codes, gathered.length
     n, vectors, num_books = codes.shape
     total, rows, blocks = (_relative(sums) for sums in (gathered.total, gathered.rows, gathered.blocks))
-    curvature = rows * scale  # [N, 1]; s in the unit of words
+    curvature = (rows + DAMPING * rows.mean()) * scale  # [N, 1]; s in the unit of words
     counts = (curvature > 0).expand(n, 1)
     best = torch.zeros(n, vectors, device=codes.device)
     book, word = (torch.zeros(n, vectors, dtype=torch.int64, device=codes.device) for _ in range(2))

@@ -161,6 +161,7 @@ def training(
     """
     learning: dict[str, Trained | TrainedVectors] = {}
     for path, layer in layers.items():
+        layer.release_kept()  # compiled code would go on with what was decoded before
         for index, stored in enumerate(_any(layer).parts or (layer,)):
             vectors = isinstance(stored.spec.weight.format, VECTORS)
             if vectors:

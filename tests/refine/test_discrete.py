@@ -157,6 +157,7 @@ def test_the_shortest_steps_to_other_words_are_taken(form, size):
         books, scale = mine.codebook().detach().double(), mine.scale().detach().double()
         g = torch.stack(gradients)
         rows = g.square().sum(dim=(0, 2))
+        rows = rows + rows.mean()
         wanted = []
         for n in range(12):
             for j in range(32 // form.length):
@@ -175,6 +176,19 @@ def test_the_shortest_steps_to_other_words_are_taken(form, size):
         order = sorted(best, key=lambda vector: -best[vector][0])[:10]
         assert found.vector.tolist() == order
         assert [(int(b), int(w)) for b, w in zip(found.book, found.word, strict=True)] == [best[v][1:] for v in order]
+
+
+def test_outputs_that_hardly_matter_are_not_changed_first():
+    layer, matters = quantized(words(ONE)), torch.ones(12)
+    matters[6:] = 1e-3
+    with training({"layer": layer}, None, torch.Generator()) as learning:
+        steps = Steps(learning, DiscreteSteps(share=0.1, every=99), lambda _: torch.zeros(()), 1, ALONE)
+        for _ in range(DRAWS):
+            (layer(torch.randn(9, 32)) * matters).square().sum().backward()
+        (found,) = [each.moves(10) for each in steps.gathered]
+    vectors = 32 // ONE.length
+    assert len(found.vector) == 10
+    assert int((found.vector < 6 * vectors).sum()) >= 9
 
 
 def test_fewer_are_tried_where_the_error_does_not_fall_and_none_is_kept():
