@@ -8,7 +8,7 @@ length. Of each vector it is just long enough to change its code; which word tha
 
 and of a layer's vectors those with the shortest steps change: a step promises g d + d H d^T / 2 < 0 wherever s is above the true
 curvature in the unit of H. PV-Tuning takes Adam's root of dense second moments for H, one length for all, and the vectors that
-it it moves most. Here H = rows x blocks: the mean square gradient of a row, times the second moments of a vector's columns, over the
+it moves most. Here H = rows x blocks: the mean square gradient of a row, times the second moments of a vector's columns, over the
 gradients of the calls since the last step (the factors of Shampoo and K-FAC, within a vector). Rows are damped as there, by their
 mean, or those that matter least would have the shortest steps. These are (N + K D) numbers beside the N K of the summed gradient,
 and no rate: only ratios within a layer count. Under H = 1 the columns with the largest inputs come first, where the curvature is
