@@ -30,7 +30,7 @@ def _rows_of_memory(length: int, k: int, dtype: torch.dtype) -> Tensor:
     size = length * k * dtype.itemsize
     if size > CHUNK_BYTES:
         return torch.empty((length, k), dtype=dtype)
-    if not hasattr(_room, "bytes"):
+    if not hasattr(_room, "bytes") or _room.bytes.numel() < size:
         with torch.inference_mode(False):
             _room.bytes = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
     return _room.bytes[:size].view(dtype).view(length, k)
