@@ -83,8 +83,10 @@ class OutputSQNR:
         Raises ``ValueError`` for a component without calls, and for outputs that are not finite.
         """
         self.parts, self.calls, self.run, self.view, self.name = parts, calls, run, view, view.name
-        made = {} if beside is None else beside.prefixes
-        self.prefixes = made or {name: Prefix(part, self._of(name), max_memory) for name, part in parts.items()}
+        if beside is None:
+            self.prefixes: dict[str, Prefix] = {n: Prefix(part, self._of(n), max_memory) for n, part in parts.items()}
+        else:
+            self.prefixes = beside.prefixes
         self.references = {name: self._viewed(name, part, self.prefixes[name].exact) for name, part in parts.items()}
         for name, references in self.references.items():
             if not all(bool(torch.isfinite(y).all()) and bool(y.any()) for y in references):
