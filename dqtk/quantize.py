@@ -184,7 +184,7 @@ def quantize(
         correct: correct the denoisers' outputs by a gain and a shift per noise level and channel, where calls that they were not
             fitted on confirm them (``correct/output.py``).
         refine: train the quantized denoisers on what the original answers to the kept calls (``refine/``), as a whole or block by
-            block, before ``correct``; kept only where calls that were not learned from confirm it.
+            block, before ``correct``; kept only where calls that were not learned from, or a judge, confirm it.
         checkpoint: folder for what takes long: the calibration, layers that learned from inputs, the state of ``refine``. An
             interrupted run goes on from it, with the same result. Processes of ``torchrun`` or ``accelerate launch`` that are
             given the same folder share the layers and the calls of distillation, and each ends with the whole.
