@@ -79,8 +79,8 @@ class FinalLatents:
     """What was learned is kept where pictures confirm it: where the pipeline's final latents for these prompts, which should not be
     those of calibration, are nearer to the original's than before.
 
-    prompts: at least one; each is a run of the pipeline before it is quantized and two more per denoiser. seed: prompt i starts from
-    generator seed + i.
+    prompts: at least one; each is a run of the pipeline before it is quantized and two more per denoiser. seed: prompt i starts
+    from generator seed + i.
     """
 
     prompts: tuple[str, ...]
