@@ -74,7 +74,7 @@ def launched():
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", num]
         command = [str(word) for word in (*command, "-m", "dqtk", *words)]
         one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=400, env=one_thread)
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=one_thread)
         assert ran.returncode == 0, ran.stderr[-3000:]
         return ran.stdout
 

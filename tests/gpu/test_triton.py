@@ -30,7 +30,7 @@ def interpreted():
     """Case -> what went wrong under the interpreter, or nothing."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "DQTK_TRITON": ""}
     command = [sys.executable, "-W", "error", str(HERE / "triton_cases.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500, check=False)
     assert done.stdout, done.stderr
     return json.loads(done.stdout)
 
