@@ -129,6 +129,7 @@ class _Lessons:
             loss=loss,
             judge=lambda: sum(float(self.error(index)) for index in unseen) / len(unseen),
             facts=facts,
+            num_calls=len(seen),
             exact=self.originals,
         )
 

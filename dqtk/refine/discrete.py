@@ -157,8 +157,11 @@ class Steps:
         error: Callable[[int], Tensor],
         batch: int,
         team: Team,
+        num_calls: int,
     ):
+        """num_calls: different ones that are learned from; no more of them judge a step."""
         self.choice, self.error, self.batch, self.team = choice, error, batch, team
+        self.judges = min(choice.calls, num_calls)
         words = {path: mine for path, mine in trained.items() if isinstance(mine, TrainedVectors) and mine.start is not None}
         self.gathered = [Gathered(mine) for mine in words.values()]
         for mine in self.gathered:
@@ -190,13 +193,13 @@ class Steps:
 
     def _judged(self, done: int) -> Tensor:
         """float64 [calls]: errors in the next calls, the same in every process."""
-        found = torch.zeros(self.choice.calls, dtype=torch.float64)
-        for place in range(self.team.rank, self.choice.calls, self.team.world):
+        found = torch.zeros(self.judges, dtype=torch.float64)
+        for place in range(self.team.rank, self.judges, self.team.world):
             found[place] = self.error(done * self.batch + place).detach().double().cpu()
         self.team.add(found)
         return found
 
 
 def falls_by_more_than_chance(change: Tensor) -> bool:
-    """Whether errors that changed so [C] fall in the mean by more than the standard error of it."""
-    return float(change.mean()) < -float(change.std(correction=0)) / math.sqrt(max(1, len(change) - 1))
+    """Whether errors that changed so [C] fall in the mean by more than the standard error of it; one alone never tells."""
+    return len(change) > 1 and float(change.mean()) < -float(change.std()) / math.sqrt(len(change))

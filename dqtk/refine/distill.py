@@ -96,6 +96,7 @@ def distill(
         loss=loss,
         judge=judge if painter is None else painter.error,
         facts={"model": name, "choice": canonical(choice), "calls": len(calls), "start": start_digest(module, exact)},
+        num_calls=len(seen),
         exact=originals or {},
     )
     found = learn(lesson, choice, file, f"distill {name}", progress, team)

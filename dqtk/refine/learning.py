@@ -43,7 +43,8 @@ class Lesson:
 
     layers: quantized ones whose codes and scales learn, by path. module: what they stand in. others: whether a parameter of it, by
     name, learns too. loss: number of a call -> scalar. judge: error on what is held out, the same in every process. facts: what a
-    file of the run must belong to. exact: path -> the layer before it was quantized, where something learns from it.
+    file of the run must belong to. num_calls: different ones that the loss is of. exact: path -> the layer before it was quantized,
+    where something learns from it.
     """
 
     layers: Mapping[str, Quantized]
@@ -52,6 +53,7 @@ class Lesson:
     loss: Callable[[int], Tensor]
     judge: Callable[[], float]
     facts: Mapping[str, object]
+    num_calls: int
     exact: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
@@ -83,7 +85,7 @@ def learn(lesson: Lesson, choice: Refiner, file: Path | None, words: str, progre
 
         steps = None
         if isinstance(choice, Distill) and choice.discrete is not None:
-            steps = Steps(trained, choice.discrete, lesson.loss, batch, team)
+            steps = Steps(trained, choice.discrete, lesson.loss, batch, team, lesson.num_calls)
         more: dict[str, Any] = {} if steps is None else {"after": steps.after, "pace": steps.choice.every}
         held = {} if steps is None else steps.held
         descent = Descent(_groups(lesson, trained, kept, choice), list(kept.values()), choice.iterations, batch, team, held)

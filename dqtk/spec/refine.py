@@ -72,6 +72,8 @@ class DiscreteSteps:
         if not 0 < self.share <= 1:
             raise ValueError(f"DiscreteSteps: share must be above 0 and at most 1, got {self.share!r}. PV-Tuning takes 0.01.")
         _check_counts(self, "every", "calls")
+        if self.calls < 2:
+            raise ValueError("DiscreteSteps: calls must be at least 2, got 1. One error cannot be told from chance.")
 
 
 @frozen

@@ -115,9 +115,10 @@ def quantized(spec):
 @pytest.mark.parametrize("share", [0.05, 0.3])
 def test_a_step_changes_at_most_the_share_of_each_layers_vectors(name, share):
     layer = quantized(LAYERS[name])
-    errors = iter([1.0, 0.5])  # before, after
+    errors = iter([1.0, 1.0, 0.5, 0.5])  # before, after
     with training({"layer": layer}, None, torch.Generator()) as learning:
-        steps = Steps(learning, DiscreteSteps(share=share, every=DRAWS, calls=1), lambda _: torch.tensor(next(errors)), 1, ALONE)
+        choice = DiscreteSteps(share=share, every=DRAWS, calls=2)
+        steps = Steps(learning, choice, lambda _: torch.tensor(next(errors)), 1, ALONE, 9)
         before = {path: mine.codes.clone() for path, mine in learning.items()}
         for done in range(1, DRAWS + 1):
             layer(torch.randn(9, 32)).square().sum().backward()
@@ -143,7 +144,7 @@ def test_the_shortest_steps_to_other_words_are_taken(form, size):
     gradients = []
     with training({"layer": layer}, None, torch.Generator()) as learning:
         mine = learning["layer"]
-        steps = Steps(learning, DiscreteSteps(share=0.1, every=99), lambda _: torch.zeros(()), 1, ALONE)
+        steps = Steps(learning, DiscreteSteps(share=0.1, every=99), lambda _: torch.zeros(()), 1, ALONE, 9)
         add = mine.watch
 
         def watch(gradient):
@@ -182,7 +183,7 @@ def test_outputs_that_hardly_matter_are_not_changed_first():
     layer, matters = quantized(words(ONE)), torch.ones(12)
     matters[6:] = 1e-3
     with training({"layer": layer}, None, torch.Generator()) as learning:
-        steps = Steps(learning, DiscreteSteps(share=0.1, every=99), lambda _: torch.zeros(()), 1, ALONE)
+        steps = Steps(learning, DiscreteSteps(share=0.1, every=99), lambda _: torch.zeros(()), 1, ALONE, 9)
         for _ in range(DRAWS):
             (layer(torch.randn(9, 32)) * matters).square().sum().backward()
         (found,) = [each.moves(10) for each in steps.gathered]
@@ -201,7 +202,7 @@ def test_fewer_are_tried_where_the_error_does_not_fall_and_none_is_kept():
             return torch.tensor(1.0)
 
         before = mine.codes.clone()
-        steps = Steps(learning, DiscreteSteps(share=0.5, every=1, calls=2), judge, 3, ALONE)
+        steps = Steps(learning, DiscreteSteps(share=0.5, every=1, calls=4), judge, 3, ALONE, 2)
         layer(torch.randn(9, 32)).square().sum().backward()
         steps.after(1)
         assert torch.equal(mine.codes, before)
@@ -221,7 +222,7 @@ def test_fewer_are_tried_where_the_error_does_not_fall_and_none_is_kept():
 
 @pytest.mark.parametrize(
     ("change", "falls"),
-    [([-1.0], True), ([0.0], False), ([-1.0, -0.9, -1.1], True), ([-4.0, 1.0, 1.0, 1.0], False), ([1.0, 1.0], False)],
+    [([-1.0], False), ([0.0], False), ([-1.0, -0.9, -1.1], True), ([-4.0, 1.0, 1.0, 1.0], False), ([1.0, 1.0], False)],
 )
 def test_one_call_that_gains_much_does_not_outweigh_those_that_lose(change, falls):
     assert falls_by_more_than_chance(torch.tensor(change)) is falls
@@ -326,6 +327,7 @@ def test_layers_without_words_are_refused(spec, said):
         (lambda: DiscreteSteps(share=0), "DiscreteSteps: share must be above 0 and at most 1, got 0. PV-Tuning takes 0.01"),
         (lambda: DiscreteSteps(every=0), "DiscreteSteps: every must be a positive integer, got 0"),
         (lambda: DiscreteSteps(calls=1.5), "DiscreteSteps: calls must be a positive integer, got 1.5"),
+        (lambda: DiscreteSteps(calls=1), "DiscreteSteps: calls must be at least 2, got 1. One error cannot be told from chance"),
         (
             lambda: Distill(iterations=5, discrete=DiscreteSteps(every=6)),
             "Distill: every of discrete must be at most the 5 iterations, got 6",
