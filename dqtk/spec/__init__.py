@@ -72,7 +72,18 @@ from .layer import (
     Transform,
     without,
 )
-from .refine import DiscreteSteps, Distill, FinalLatents, MostSensitive, OfRoles, RankDecay, Reconstruct, Refiner, Selection
+from .refine import (
+    DiscreteSteps,
+    Distill,
+    FinalLatents,
+    MostSensitive,
+    OfRoles,
+    RankDecay,
+    Reconstruct,
+    Refiner,
+    Selection,
+    WholeRuns,
+)
 from .text import canonical, did_you_mean, from_json, to_json
 from .trellis import Trellis
 
@@ -143,6 +154,7 @@ __all__ = [
     "TwoLevel",
     "VectorCodebook",
     "WeightedSum",
+    "WholeRuns",
     "canonical",
     "describe",
     "describe_attention",
