@@ -21,8 +21,8 @@ Noise counts alike at all noise levels; with ``--weigh`` in each quarter of a ru
 captions.
 
 Layers are scored on 4 captions (``--scored``), plans judged on 8 others, and everything here is then measured on prompts that
-neither saw: PSNR against the original's picture of the same prompt and noise, its gain over ``uniform`` (paired), the oracle's
-change. Appends JSON lines to results.jsonl; seconds are not measured.
+neither saw: PSNR against the original's picture of the same prompt and noise, its gain over ``uniform`` and over ``one program``
+(paired), the oracle's change. Appends JSON lines to results.jsonl; seconds are not measured.
 """
 
 import argparse
@@ -190,6 +190,7 @@ def run(model: str, options, work: Path) -> None:
     num_weights = sum(choice.site.num_weights for choice in world.plans[4].choices)
     for bits in left:
         low, high = around(bits)
+        one = None
         for variant, picked in answers(world, bits).items():
             row = fixed | {"bits": bits, "variant": variant}
             if picked is None:
@@ -207,7 +208,10 @@ def run(model: str, options, work: Path) -> None:
                 row["sqnr_search"] = round(-10 * float(torch.tensor(world.search(picked)).log10()), 3)
             row["psnr"], row["oracle_change"] = interval(judged.psnr), interval(judged.oracle)
             row["gain"] = interval(judged.psnr - uniform[low].psnr)
-            said = f"PSNR {row['psnr']} gain {row['gain']} oracle {row['oracle_change']} {row['stored_bits']} bits stored"
+            one = judged if variant == ONE else one
+            row |= {"gain_over_one": interval(judged.psnr - one.psnr)} if one is not None and one is not judged else {}
+            over = f" over one program {row['gain_over_one']}" if "gain_over_one" in row else ""
+            said = f"PSNR {row['psnr']} gain {row['gain']}{over} oracle {row['oracle_change']} {row['stored_bits']} bits stored"
             print(f"{model:22} {bits:5} {variant:22} {said}", flush=True)
             append(row)
 
