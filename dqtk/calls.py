@@ -68,19 +68,14 @@ def prompt_argument(pipe: Any, prompts: Sequence[str], where: str) -> dict[str, 
     )
 
 
-def final_latents(
-    pipe: Any, prompts: Sequence[str], seed: int, call_kwargs: Mapping[str, Any] | None, where: str, *, gradients: bool = False
-) -> Tensor:
+def final_latents(pipe: Any, prompts: Sequence[str], seed: int, call_kwargs: Mapping[str, Any] | None, where: str) -> Tensor:
     """float32 [P, ...] on the CPU, of one run with all prompts in a batch; prompt i starts from generator seed + i.
 
-    ``gradients``: run what the pipeline's ``torch.no_grad`` wraps, so that they can flow through guidance and scheduler. Raises
-    ``ValueError`` as ``prompt_argument``.
+    Raises ``ValueError`` as ``prompt_argument``.
     """
     kwargs = call_arguments(pipe, call_kwargs) | {"output_type": "latent", "return_dict": False}
     generators = [torch.Generator().manual_seed(seed + index) for index in range(len(prompts))]
-    paint = type(pipe).__call__
-    paint = inspect.unwrap(paint) if gradients else paint
-    return paint(pipe, **prompt_argument(pipe, prompts, where), generator=generators, **kwargs)[0].float().cpu()
+    return pipe(**prompt_argument(pipe, prompts, where), generator=generators, **kwargs)[0].float().cpu()
 
 
 def makes_clips(pipe: Any) -> bool:

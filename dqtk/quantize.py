@@ -35,8 +35,9 @@ from .plan import Choice, Plan, Recipe, Rule, check_fit, resolve
 from .policy import StepPolicy, combined, fixed_choices
 from .processes import ALONE, Processes, processes
 from .recipes import ATTENTION, attention_named, recipe_named
+from .refine.judge import Painter
 from .refine.refinable import check_learners, check_lessons
-from .refine.refine import needs_originals, painted, refined
+from .refine.refine import needs_originals, needs_pictures, refined
 from .resolve import adapters, embedded_folder, embedded_names
 from .sites import DENOISERS, Site, components_of, find_attention, find_sites
 from .solved import SolvedFolder, calibrate_together
@@ -227,7 +228,8 @@ def quantize(
         check_correctable(students, stats, exact)
     if refine is not None and stats is not None:
         _check_lessons(students, work, stats, exact, refine)
-    pictures = painted(refine, target, call_kwargs, me)
+    painted = needs_pictures(refine)
+    painter = None if painted is None else Painter(target, painted, call_kwargs, me)
     kept = None
     if folder is not None and stats is not None and made.needs_stats and not sequential:
         kept = SolvedFolder(folder / "solved", _task(target, made, work, stats), me)
@@ -246,7 +248,7 @@ def quantize(
         if refine is not None and stats is not None:
             for name, part in students.items():
                 calls = calls_of(stats.calls, name)
-                teaching: dict[str, Any] = {"name": name, "folder": folder, "progress": progress, "pictures": pictures, "team": me}
+                teaching: dict[str, Any] = {"name": name, "folder": folder, "progress": progress, "painter": painter, "team": me}
                 refined(part, refine, calls, exact[name], originals[name], **teaching)
         if correct and stats is not None:
             for name, part in students.items():

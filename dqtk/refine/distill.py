@@ -3,11 +3,11 @@
 Of EfficientDM (He et al. 2023, arXiv 2310.03270) it takes the data, the original's trajectories from noise over all noise levels
 and both halves of guidance, and weights that move on their own grid and are rounded in every forward, so that merging is exact
 (``trained.py``). Every small number beside them learns too: biases, norms, modulation tables. The original's answers are found
-before it is quantized: while the student learns, no second model is held.
+before it is quantized: while the student learns, no second model is held. It does not follow the student's own trajectories.
 
 Objective: mean squared error of what the scheduler sees over the kept calls: the output, or with ``guidance`` the two halves put
 together as the pipeline does. With ``influence`` calls count as their errors do in the final latents; they are drawn that often,
-those of one iteration from all parts of a run. With ``runs`` it is that of whole runs of the pipeline (``whole_runs.py``).
+those of one iteration from all parts of a run.
 Some calibration runs are held out; what does not lower the error on them, or on pictures (``judge.py``), is not kept.
 
 Processes share the calls of an iteration (``descent.py``), and those of the judge.
@@ -33,7 +33,6 @@ from .learning import Lesson, Refined, is_matrix, is_table, learn, seen_and_unse
 from .refinable import check_halves, check_learners, counts_of
 from .selection import selected
 from .team import ALONE, Team
-from .whole_runs import Runs
 
 
 def distill(
@@ -46,7 +45,6 @@ def distill(
     name: str = "model",
     file: Path | None = None,
     painter: Painter | None = None,
-    runs: Runs | None = None,
     team: Team = ALONE,
     progress: bool = True,
 ) -> Refined:
@@ -61,29 +59,24 @@ def distill(
         name: of the denoiser, in words and in the file.
         file: written while it runs and continued from if it exists; the result is then the same to the bit.
         painter: made of the original pipeline; asked for by ``judge`` only.
-        runs: likewise, by ``runs``.
         team: processes that each have the same module, calls and answers; all end with the same numbers.
         progress: show a bar with the time left, and the error before and after.
     Raises:
         ValueError: nothing is quantized, calls of one run, guidance over a call of an odd batch, influence that counts no call,
-            what ``check_learners`` refuses, a judge or runs without a pipeline, one that cannot be differentiated, a loss that is
-            no number, or a file of another run.
+            what ``check_learners`` refuses, a judge without a painter, a loss that is no number, or a file of another run.
     """
     layers = quantized_layers(module)
     seen, unseen = seen_and_unseen(name, layers, [call.run for call in calls])
     check_learners(name, module, choice, {path: layer.spec for path, layer in layers.items()}, originals or {})
     counts = counts_of(name, calls, choice, (seen, unseen))
     check_halves(name, exact, choice)
-    for what, asked, given in (("judge", choice.judge, painter), ("runs", choice.runs, runs)):
-        if asked is not None and given is None:
-            raise ValueError(f"refine: {what} must be None where {name} stands in no pipeline, got {asked}. Use dqtk.quantize.")
+    if choice.judge is not None and painter is None:
+        raise ValueError(f"refine: judge must be None where {name} stands in no pipeline, got {choice.judge}. Use dqtk.quantize.")
 
     if choice.influence:
         seen = sorted(seen, key=lambda i: calls[i].level or 0.0)
 
     def loss(turn: int) -> Tensor:
-        if runs is not None:
-            return runs.loss(call_at(turn, len(runs), choice.seed), module)
         weights = [counts[i] for i in seen]
         place = drawn_at(turn, weights, choice.seed, choice.batch) if choice.influence else call_at(turn, len(seen), choice.seed)
         return error_of(output_of(module(**arguments_for(module, calls[seen[place]]))), exact[seen[place]], choice.guidance)
@@ -102,13 +95,8 @@ def distill(
         others=lambda path, parameter: not is_table(module, path) and (choice.matrix_rate > 0 or not is_matrix(module, path)),
         loss=loss,
         judge=judge if painter is None else painter.error,
-        facts={
-            "model": name,
-            "choice": canonical(choice),
-            "calls": len(calls),
-            "start": start_digest(module, exact if runs is None else [*exact, *runs.exact]),
-        },
-        num_calls=len(seen) if runs is None else len(runs),
+        facts={"model": name, "choice": canonical(choice), "calls": len(calls), "start": start_digest(module, exact)},
+        num_calls=len(seen),
         exact=originals or {},
     )
     found = learn(lesson, choice, file, f"distill {name}", progress, team)

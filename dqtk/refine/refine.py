@@ -1,20 +1,17 @@
 """The one place that picks a refiner, by the type of the choice."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
 from dqtk.calibrate.replay import Call
-from dqtk.spec import Distill, Reconstruct, Refiner
+from dqtk.spec import Distill, FinalLatents, Reconstruct, Refiner
 
 from .blocks import reconstruct
 from .distill import distill
 from .judge import Painter
 from .team import ALONE, Team
-from .whole_runs import Runs
 
 
 def needs_originals(choice: Refiner | None) -> bool:
@@ -22,20 +19,9 @@ def needs_originals(choice: Refiner | None) -> bool:
     return isinstance(choice, Reconstruct) or (isinstance(choice, Distill) and (choice.decay is not None or choice.exact_start))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Painted:
-    """What a pipeline painted before its first layer was replaced: to judge by, and to learn from; None: not asked for."""
-
-    judge: Painter | None = None
-    runs: Runs | None = None
-
-
-def painted(choice: Refiner | None, pipe: Any, call_kwargs: Mapping[str, Any] | None, team: Team = ALONE) -> Painted:
-    """Let a pipeline that is not yet quantized paint what a refiner asks for. Raises ``ValueError`` where it paints nothing."""
-    if not isinstance(choice, Distill):
-        return Painted()
-    judge = None if choice.judge is None else Painter(pipe, choice.judge, call_kwargs, team)
-    return Painted(judge=judge, runs=None if choice.runs is None else Runs(pipe, choice.runs, call_kwargs))
+def needs_pictures(choice: Refiner | None) -> FinalLatents | None:
+    """What the pipeline must paint before its first layer is replaced, and again when it has learned."""
+    return choice.judge if isinstance(choice, Distill) else None
 
 
 def refined(
@@ -48,7 +34,7 @@ def refined(
     name: str,
     folder: Path | None,
     progress: bool,
-    pictures: Painted = Painted(),
+    painter: Painter | None = None,
     team: Team = ALONE,
 ) -> None:
     """Train a quantized denoiser in place.
@@ -62,13 +48,14 @@ def refined(
         name: of the denoiser.
         folder: for files from which an interrupted run goes on.
         progress: show bars.
-        pictures: what the original pipeline painted for this choice.
+        painter: made of the original pipeline, where ``needs_pictures``.
         team: processes that learn together; block reconstruction is left to one.
     """
     if isinstance(choice, Distill):
         file = None if folder is None else folder / f"{name}.safetensors"
-        how: dict[str, Any] = {"name": name, "file": file, "team": team, "progress": progress}
-        distill(module, calls, exact, choice, originals=originals, painter=pictures.judge, runs=pictures.runs, **how)
+        distill(
+            module, calls, exact, choice, originals=originals, name=name, file=file, painter=painter, team=team, progress=progress
+        )
     else:
         assert isinstance(choice, Reconstruct)
         reconstruct(module, originals, calls, choice, name=name, folder=folder, progress=progress)

@@ -72,18 +72,7 @@ from .layer import (
     Transform,
     without,
 )
-from .refine import (
-    DiscreteSteps,
-    Distill,
-    FinalLatents,
-    MostSensitive,
-    OfRoles,
-    RankDecay,
-    Reconstruct,
-    Refiner,
-    Selection,
-    WholeRuns,
-)
+from .refine import DiscreteSteps, Distill, FinalLatents, MostSensitive, OfRoles, RankDecay, Reconstruct, Refiner, Selection
 from .text import canonical, did_you_mean, from_json, to_json
 from .trellis import Trellis
 
@@ -154,7 +143,6 @@ __all__ = [
     "TwoLevel",
     "VectorCodebook",
     "WeightedSum",
-    "WholeRuns",
     "canonical",
     "describe",
     "describe_attention",

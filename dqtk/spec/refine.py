@@ -89,28 +89,11 @@ class FinalLatents:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_prompts(self)
-
-
-@frozen
-class WholeRuns:
-    """The error is that of whole runs of the pipeline and not of calls: of the final latents, from the same noise, as a share of
-    the original's (its mean logarithm). Gradients flow back through guidance, scheduler and the student's own steps, so what is
-    wrong alike in all of them counts as it adds up (back-propagation through sampling: DRaFT, Clark et al. 2023, arXiv 2309.17400).
-
-    prompts: to learn from, at least one; each is a run of the pipeline before it is quantized, and one, forward and backward, per
-    turn. seed: prompt i starts from generator seed + i. last: steps at the end of a run that gradients flow through; None: all.
-    recompute: whether each call is computed again on the way back, so that the activations of one are held and not of all.
-    """
-
-    prompts: tuple[str, ...]
-    seed: int = 1_000_003
-    last: int | None = None
-    recompute: bool = True
-
-    def __post_init__(self) -> None:
-        _check_prompts(self)
-        _check_counts(self, "last")
+        if not self.prompts or not all(isinstance(prompt, str) for prompt in self.prompts):
+            raise ValueError(
+                f"FinalLatents: prompts must be a tuple of at least one text, got {self.prompts!r}. Eight that calibration has not "
+                "seen show most of it."
+            )
 
 
 @frozen
@@ -133,8 +116,7 @@ class Distill:
     lies in its cell and not from the middle, so that what was nearly another code becomes one first. ``MostSensitive``, decay and
     exact_start are for numbers on a grid, and an error where weights that are vectors learn. judge: what decides whether what was
     learned is kept; None: the error on calls that were held out. discrete: words of vectors change, an error where trellises learn
-    or no words do; None: vectors keep their words. Numbers on a grid need no such steps. runs: learn from whole runs of the
-    pipeline and not from calls; ``batch`` then counts runs, and a judge must say what is kept.
+    or no words do; None: vectors keep their words. Numbers on a grid need no such steps.
     """
 
     iterations: int = 400
@@ -154,7 +136,6 @@ class Distill:
     exact_start: bool = False
     judge: FinalLatents | None = None
     discrete: DiscreteSteps | None = None
-    runs: WholeRuns | None = None
 
     def __post_init__(self) -> None:
         _check(self)
@@ -166,11 +147,6 @@ class Distill:
             raise ValueError(
                 f"Distill: influence must be numbers from 0 up, not all 0, got {self.influence!r}. "
                 "Measure it: refine.influence.influence_of."
-            )
-        if self.runs is not None and (self.judge is None or self.guidance is not None or self.influence):
-            raise ValueError(
-                "Distill: with runs, judge must be given, and guidance and influence left out, which a run has by itself; got "
-                f"{self.judge}, {self.guidance} and {self.influence}. Judge on prompts that runs does not learn from."
             )
         if self.discrete is not None and self.discrete.every > self.iterations:
             raise ValueError(
@@ -214,14 +190,6 @@ Refiner = Distill | Reconstruct
 def _check(choice: Distill | Reconstruct) -> None:
     _check_counts(choice, "iterations", "rank")
     _check_rates(choice, "weight_rate", "scale_rate", "bias_rate")
-
-
-def _check_prompts(choice: FinalLatents | WholeRuns) -> None:
-    if not choice.prompts or not all(isinstance(prompt, str) for prompt in choice.prompts):
-        raise ValueError(
-            f"{type(choice).__name__}: prompts must be a tuple of at least one text, got {choice.prompts!r}. Eight that "
-            "calibration has not seen show most of it."
-        )
 
 
 def _check_counts(choice: object, *names: str) -> None:
