@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .numerics.hadamard import block_size
+from .numerics.packing import stored_bytes
 from .numerics.storage import layer_bytes
 from .numerics.vector_grid import width_of
 from .sites import DENOISERS, ROLES, TEXT_ENCODERS, Adapter, AttentionSite, Site, components_of, find_attention, find_sites
@@ -35,6 +36,7 @@ from .spec import (
     SiteSpec,
     TensorSpec,
     Transform,
+    VectorCodebook,
     canonical,
     describe,
     describe_attention,
@@ -49,6 +51,7 @@ from .spec import (
 FORMAT_VERSION = 1
 
 MAX_LEARNED_INPUTS = 16384  # of a layer: its second moments take 2 GiB
+MANY_WORDS = 256  # of a book: above, small layers would be smaller at 8 bits
 
 
 @frozen
@@ -450,12 +453,17 @@ def _fit_block(transform: Transform, site: Site, notes: list[str]) -> Transform:
 
 
 def _fit_vectors(spec: LayerSpec, site: Site, notes: list[str]) -> LayerSpec:
-    """Vectors whose length divides the channels, else 8 bits per channel, rounded to nearest."""
-    length = width_of(spec.weight)
+    """Vectors whose length divides the channels, and whose books are worth it; else 8 bits per channel, rounded to nearest."""
+    length, form = width_of(spec.weight), spec.weight.format
     if site.channels % length:
         notes.append(f"8 bit per channel: vectors of {length} do not divide {site.channels} channels")
-        return replace(spec, weight=TensorSpec(format=Int(bits=8), granularity=PerChannel()), solver=RTN())
-    return spec
+    elif (
+        isinstance(form, VectorCodebook) and form.words > MANY_WORDS and stored_bytes(spec.weight, site.n, site.k) > site.n * site.k
+    ):
+        notes.append(f"8 bit per channel: with its own {form.words} words of {length} the layer would take more")
+    else:
+        return spec
+    return replace(spec, weight=TensorSpec(format=Int(bits=8), granularity=PerChannel()), solver=RTN())
 
 
 def _fit_group(tensor: TensorSpec, site: Site, otherwise: str, notes: list[str]) -> TensorSpec:

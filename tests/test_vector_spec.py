@@ -41,6 +41,8 @@ WORDS = TensorSpec(format=VectorCodebook(books=3), granularity=PerChannel())
         (VectorCodebook(), 1, "W1 256 words of 8 per channel"),
         (VectorCodebook(books=4), 4, "W4 4 x 256 words of 8 per channel"),
         (VectorCodebook(words=16, length=1), 4, "W4 16 words of 1 per channel"),
+        (VectorCodebook(words=4096, length=6), 2, "W2 4096 words of 6 per channel"),
+        (VectorCodebook(words=65536, length=8), 2, "W2 65536 words of 8 per channel"),
         (Trellis(bits=3), 3, "W3 trellis of 12 per channel"),
     ],
 )
@@ -52,9 +54,13 @@ def test_bits_and_names(form, bits, name):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"words": 100}, r"VectorCodebook: words must be 4, 8, 16 \.\.\. 256, got 100\. Codes have 2 to 8 bits; take more books"),
-        ({"words": 512}, "words must be 4, 8"),
-        ({"length": 3}, r"VectorCodebook: length must be 1, 2, 4, 8 or 16, got 3\."),
+        (
+            {"words": 100},
+            r"VectorCodebook: words must be 4, 8, 16 \.\.\. 65536, got 100\. Codes have 2 to 16 bits; take more books",
+        ),
+        ({"words": 131072}, "words must be 4, 8"),
+        ({"length": 5}, r"VectorCodebook: length must be 1, 2, 3, 4, 6, 8, 12 or 16, got 5\."),
+        ({"words": 512, "length": 4}, r"whole number of bits from 1 to 8, got 9 / 4\."),
         ({"books": 0}, r"VectorCodebook: books must be an integer from 1 to 8, got 0\."),
         ({"words": 64}, r"whole number of bits from 1 to 8, got 6 / 8\. For example"),
         ({"length": 1, "books": 2}, r"whole number of bits from 1 to 8, got 16 / 1\."),
@@ -130,6 +136,19 @@ def test_trellis_codes_want_four_columns():
     assert plan.choices[0].why == f"test; 8 bit per channel: vectors of {TILE[1]} do not divide 22 channels"
     rings = -(-8 // TILE[0]) * (20 // TILE[1])
     assert plan.choices[1].bytes_after == rings * TILE[0] * TILE[1] * 2 // 8 + 8 * 4
+
+
+def test_a_layer_that_its_own_words_would_outweigh_gets_eight_bits_and_says_so():
+    form = VectorCodebook(words=4096, length=6)
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(192, 192), nn.Linear(1152, 1152))
+    small, large = dqtk.plan(model, recipe(LayerSpec(weight=replace(WORDS, format=form)))).choices
+    assert (describe(small.spec), small.why) == (
+        "W8 per channel, A16",
+        "test; 8 bit per channel: with its own 4096 words of 6 the layer would take more",
+    )
+    assert describe(large.spec) == "W2 4096 words of 6 per channel, A16"
+    assert large.bytes_after == 1152 * 1152 * 2 // 8 + 4096 * 6 * 2 + 1152 * 4  # a code takes 12 bits
 
 
 def test_planned_bytes_count_codes_books_and_scales():

@@ -14,6 +14,7 @@ ROUNDS = 1  # of choosing every book's word anew
 CHUNK = 32  # of a table of scores
 HUGE = 1e30  # the distance of what must not be chosen
 SCORES = 2**18  # numbers in one table of scores: 1 MiB stays in cache
+LEAST_ROWS = 16  # vectors in one table, however many words there are
 
 
 def words_of(codes: Tensor, codebook: Tensor) -> Tensor:
@@ -34,22 +35,23 @@ def nearest_words(x: Tensor, codebook: Tensor, root: Tensor | None = None, beam:
         codebook: float [M, W, D].
         root: [D, E] with A = root root^T; None: the plain distance.
         beam: sums that are followed from book to book; one book needs none.
-        start: uint8 [R, M], codes to begin with; what is found is never worse.
+        start: [R, M], codes to begin with; what is found is never worse.
     Returns:
-        uint8 [R, M]. Exact for one book.
+        [R, M], uint8 of up to 256 words, else int32. Exact for one book.
     """
     x, books = x.float(), codebook.float()
     if root is not None:
         x, books = x @ root.float(), books @ root.float()
+    dtype = torch.uint8 if books.shape[1] <= 256 else torch.int32
     if len(books) == 1:
-        num = max(1, SCORES // books.shape[1])
+        num = max(LEAST_ROWS, SCORES // books.shape[1])
         words = books[0]
         scores = (torch.addmm(words.square().sum(1), part, words.T, alpha=-2) for part in x.split(num))  # less |x|^2
-        return torch.cat([each.argmin(dim=1, keepdim=True).to(torch.uint8) for each in scores])
-    num = max(1, SCORES // (books.shape[1] * beam))
+        return torch.cat([each.argmin(dim=1, keepdim=True).to(dtype) for each in scores])
+    num = max(LEAST_ROWS, SCORES // (books.shape[1] * beam))
     starts = [None] * len(x.split(num)) if start is None else start.long().split(num)
     tables = [torch.cat([-2 * w.T, w.square().sum(1)[None], torch.ones(1, len(w), device=w.device)]) for w in books]
-    return torch.cat([_searched(*part, books, tables, beam) for part in zip(x.split(num), starts, strict=True)]).to(torch.uint8)
+    return torch.cat([_searched(*part, books, tables, beam) for part in zip(x.split(num), starts, strict=True)]).to(dtype)
 
 
 def _searched(x_RD: Tensor, start_RM: Tensor | None, books_MWD: Tensor, tables: list[Tensor], beam: int) -> Tensor:

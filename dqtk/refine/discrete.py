@@ -78,7 +78,8 @@ class Gathered:
         strength, vector = best.flatten().topk(num)
         vector = vector[strength > 0]
         book, word = (found.flatten()[vector] for found in place)
-        return Moves(codes=self.mine.codes.view(-1, self.mine.codes.shape[2]), vector=vector, book=book, word=word.to(torch.uint8))
+        codes = self.mine.codes.view(-1, self.mine.codes.shape[2])
+        return Moves(codes=codes, vector=vector, book=book, word=word.to(codes.dtype))
 
 
 def _promises(gathered: Gathered, books_MWD: Tensor, scale: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:

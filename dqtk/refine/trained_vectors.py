@@ -37,8 +37,9 @@ class TrainedVectors:
     """The learned numbers of one layer of vectors, or of one part of a layer whose input is split.
 
     parameters: float32 by name: ``scale``, the logarithm of a factor on every scale; where there are books ``moved`` [M, W, D];
-    where vectors choose ``logits`` [V, C]. codes: uint8 [N, G, M], of words. watch: is told every gradient [N, K] of their decoded
-    weight. exact: the original weight [N, K]; candidates: C, of one book and without transforms. path: of the layer.
+    where vectors choose ``logits`` [V, C]. codes: [N, G, M], of words, as ``unpack`` gives them. watch: is told every gradient
+    [N, K] of their decoded weight. exact: the original weight [N, K]; candidates: C, of one book and without transforms. path: of
+    the layer.
     """
 
     def __init__(self, layer: Any, stored: Stored, index: int, exact: Tensor | None = None, candidates: int = 1, path: str = ""):
@@ -102,11 +103,11 @@ class TrainedVectors:
         return mixed.view(len(self.codes), -1) * self.scale()
 
     def _codes(self) -> Tensor:
-        """uint8 [N, G, M]: those of the largest ratios where vectors choose."""
+        """[N, G, M]: those of the largest ratios where vectors choose."""
         if self.choices is None:
             return self.codes
         logits = self.start_logits + UNIT * self.parameters["logits"]
-        return self.choices.gather(1, logits.argmax(dim=1, keepdim=True)).view(self.codes.shape).to(torch.uint8)
+        return self.choices.gather(1, logits.argmax(dim=1, keepdim=True)).view(self.codes.shape).to(self.codes.dtype)
 
     @torch.no_grad()
     def store(self) -> None:
@@ -115,7 +116,7 @@ class TrainedVectors:
         if books is not None:
             setattr(self.layer, stored_name("codebook", self.index), books.half())
         if isinstance(self.form, VectorCodebook):
-            codes = pack(self._codes().flatten(1).to(torch.int16), self.form.code_bits)
+            codes = pack(self._codes().flatten(1), self.form.code_bits)
             setattr(self.layer, stored_name("qweight", self.index), codes)
         setattr(self.layer, stored_name("scale", self.index), self.scale())
 

@@ -83,6 +83,9 @@ def test_the_least_scores_are_found_chunk_by_chunk(length):
         VectorCodebook(words=64, length=2),
         VectorCodebook(books=3),
         VectorCodebook(words=4, length=1),
+        VectorCodebook(words=4096, length=6),
+        VectorCodebook(words=512, length=6, books=2),
+        VectorCodebook(words=65536, length=4),
     ],
     ids=str,
 )
