@@ -139,6 +139,12 @@ def _planned(
             f"quantize: a streamed plan must leave attention alone, got recipe {plan.recipe!r}, which does not. Quantize in memory."
         )
     check_fit(plan, components_of(target))
+    if plan.books:
+        raise ValueError(
+            "quantize: a streamed plan must have books of each layer's own, got books that layers share: "
+            f"{', '.join(group for _, group in plan.books)}. They are learned on all these layers: quantize in memory, or "
+            "with group=None."
+        )
     open_ = next((c for c in plan.choices if isinstance(c.spec, ByLevel) and not c.spec.edges), None)
     if open_ is not None:
         raise ValueError(

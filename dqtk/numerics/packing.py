@@ -123,8 +123,9 @@ class Packed:
     zero: uint8, shape of ``scale``; asymmetric integers only.
     selector: uint8 [N, packed_width(bits, G)], table of each group, ``bits`` as many as the number of tables needs; several
     tables only.
-    codebook: float16 [books, words, length] of vectors. Their codes lie in ``qweight`` uint8 [N, packed_width(code_bits, K /
-    length * books)], those of one vector side by side; ``scale`` is float32 [N, 1] or [1, 1].
+    codebook: float16 [books, words, length] of vectors, which no layer stores whose books are shared (``nn/books.py``). Their codes
+    lie in ``qweight`` uint8 [N, packed_width(code_bits, K / length * books)], those of one vector side by side; ``scale`` is
+    float32 [N, 1] or [1, 1].
     Of a trellis, ``qweight`` is uint8 [R, ring_width], a ring for each tile (``trellis.to_tiles``), and ``scale`` float32 [N, 1].
     """
 
@@ -159,11 +160,11 @@ def layout(spec: TensorSpec, n: int, k: int) -> Layout:
             "scale": ((n, 1), torch.float32),
         }
     if isinstance(form, VectorCodebook):
-        return {
+        stored: Layout = {
             "qweight": ((n, packed_width(form.code_bits, count_vectors(form, k) * form.books)), torch.uint8),
             "scale": ((1, 1) if isinstance(granularity, PerTensor) else (n, 1), torch.float32),
-            "codebook": ((form.books, form.words, form.length), torch.float16),
         }
+        return stored if form.group is not None else stored | {"codebook": (book_shape(form), torch.float16)}
     one = (1, 1) if isinstance(granularity, PerTensor | E4M3Group) else (n, num_groups if isinstance(granularity, PerGroup) else 1)
     found: Layout = {"qweight": ((n, stored_width(spec, k)), stored_dtype(spec))}
     if not isinstance(granularity, E8M0Group):
@@ -177,6 +178,11 @@ def layout(spec: TensorSpec, n: int, k: int) -> Layout:
     if isinstance(form, Codebook) and len(form.tables) > 1:
         found["selector"] = ((n, packed_width(selector_bits(form), num_groups)), torch.uint8)
     return found
+
+
+def book_shape(form: VectorCodebook) -> tuple[int, int, int]:
+    """Of the tensor that holds the books, of one layer or of a group: float16."""
+    return form.books, form.words, form.length
 
 
 def selector_bits(form: Codebook) -> int:
