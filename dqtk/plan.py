@@ -150,6 +150,10 @@ class Plan:
     choices: tuple[Choice, ...]
     attention: tuple[AttentionChoice, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Raises ``ValueError`` for a group of layers whose shared books would have two forms."""
+        _ = self.books
+
     @property
     def decisions(self) -> "tuple[Choice | AttentionChoice, ...]":
         """Choices of layers, then of attentions."""
@@ -346,9 +350,7 @@ def resolve(
             raise ValueError(
                 "plan: attention must be left out for a model that has none with a processor, got a rule for it. Remove it."
             )
-    made = Plan(recipe=recipe.name, components=components, choices=choices, attention=attention)
-    assert all(ROLE not in group for _, group in made.books)  # raises for two forms of one group
-    return made
+    return Plan(recipe=recipe.name, components=components, choices=choices, attention=attention)
 
 
 def check_fit(plan: Plan, parts: Mapping[str, Any], where: str = "quantize") -> None:

@@ -191,7 +191,7 @@ def _shared_book(spec: LayerSpec, books: Mapping[str, Tensor]) -> Tensor | None:
     if form.group not in books:
         raise ValueError(
             f"solve: books of group {form.group!r} must be learned before the layers that share them, got books of "
-            f"{sorted(books) or 'no group'}. Shared books are for dqtk.quantize in memory; leave group out elsewhere."
+            f"{sorted(books) or 'no group'}. They are learned by dqtk.quantize; leave group out elsewhere."
         )
     return books[form.group]
 

@@ -22,8 +22,8 @@ class Books(nn.Module):
     def make(self, form: VectorCodebook, device: torch.device | str) -> None:
         """Room for the books of a group, where there is none. Raises ``ValueError`` for another form under the same name."""
         shape = book_shape(form)
-        if _buffer(form.group) not in self._buffers:
-            self.register_buffer(_buffer(form.group), torch.empty(shape, dtype=torch.float16, device=device))
+        if buffer_name(form.group) not in self._buffers:
+            self.register_buffer(buffer_name(form.group), torch.empty(shape, dtype=torch.float16, device=device))
         elif tuple(self.stored(form.group).shape) != shape:
             raise ValueError(
                 f"{NAME}: layers of group {form.group!r} must share books of {tuple(self.stored(form.group).shape)}, got {shape}. "
@@ -34,15 +34,15 @@ class Books(nn.Module):
         """Put learned books [books, words, length] in the place that ``make`` made."""
         place = self.stored(group)
         assert (codebook.shape, codebook.dtype) == (place.shape, place.dtype), group
-        setattr(self, _buffer(group), codebook.to(place.device))
+        setattr(self, buffer_name(group), codebook.to(place.device))
 
     def groups(self) -> tuple[str, ...]:
         """Names of the groups."""
-        return tuple(name.removeprefix(_buffer("")) for name in self._buffers)
+        return tuple(name.removeprefix(buffer_name("")) for name in self._buffers)
 
     def stored(self, group: str | None) -> Tensor:
         """The tensor that is stored; where an offloading hook has taken it away, an empty one."""
-        return getattr(self, _buffer(group))
+        return getattr(self, buffer_name(group))
 
     def forward(self, group: str | Tensor) -> Tensor:
         """float16 [books, words, length]. A call, so that offloading hooks bring the tensor first. A tensor is passed on: a root
@@ -59,7 +59,8 @@ class Books(nn.Module):
         return self
 
 
-def _buffer(group: str | None) -> str:
+def buffer_name(group: str | None) -> str:
+    """Name of the tensor of a group's books in the module."""
     assert group is not None
     return f"book_{group}"
 
