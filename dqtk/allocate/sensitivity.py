@@ -172,8 +172,8 @@ def check_own_books(plan: Plan) -> None:
     shared = next((group for _, group in plan.books), None)
     if shared is not None:
         raise ValueError(
-            f"allocate: layers of recipe {plan.recipe!r} must have books of their own, got books that group {shared!r} shares. What "
-            "one layer costs and loses would depend on the others. Leave group out."
+            f"allocate: layers of recipe {plan.recipe!r} must have books of their own, got books that group {shared!r} shares. "
+            "What one layer costs and loses would depend on the others. Leave group out."
         )
 
 
