@@ -20,6 +20,7 @@ from dqtk.methods.format_search import concrete
 from dqtk.methods.rtn import rtn
 from dqtk.methods.shortcut_split import columns_of
 from dqtk.methods.solve import Solution
+from dqtk.nn import forget_books
 from dqtk.nn.attention import blocks_of, install_blocks, remove_blocks
 from dqtk.numerics.storage import Part, layer_layout, parts_of, stored_name, tensor_name
 from dqtk.plan import AttentionChoice, Choice
@@ -75,6 +76,7 @@ def unpacked(module: nn.Module) -> nn.Module:
     remove_blocks(made)
     for path, layer in quantized_layers(made).items():
         replace_layer(made, path, layer.plain())
+    forget_books(made)
     return made
 
 

@@ -61,7 +61,8 @@ class SharedVectors:
         """float16 [books, words, length] of every group."""
         found = {}
         for group, drawn in self.drawn.items():
-            vectors, importance = (torch.cat([each[part] for each in drawn]) for part in (0, 1))
+            device = drawn[0][0].device
+            vectors, importance = (torch.cat([each[part].to(device) for each in drawn]) for part in (0, 1))
             found[group] = learned_books(vectors, self.forms[group], importance)
         return found
 
