@@ -303,7 +303,9 @@ class _Part:
         layers = [(choice, part) for choice, part in layers if shared_forms(part)]
         vectors = SharedVectors((part, choice.site.num_weights) for choice, part in layers)
         for choice, part in layers:
-            vectors.add(self._matrix(choice, device), part, choice.site.channels)
+            matrix = self._matrix(choice, device)
+            check_numbers(choice.site.id, matrix, None)
+            vectors.add(matrix, part, choice.site.channels)
         return {group: book.cpu() for group, book in vectors.books().items()}
 
     def _matrix(self, choice: Choice, device: torch.device) -> Tensor:

@@ -90,7 +90,7 @@ def _repeated(codes_RBM: Tensor, book: int) -> Tensor:
 
 def _first_least(scores_RW: Tensor) -> Tensor:
     """int64 [R, 1]: place of the least score. Of many words chunk by chunk: torch's least of a row is vectorized, its place is not
-    (4096 words: a third of the time of the whole search, Zen 4, one thread)."""
+    (4096 words: a third of the time of the whole search on a Xeon, one thread)."""
     if scores_RW.shape[1] < MANY:
         return scores_RW.argmin(dim=1, keepdim=True)
     chunks = scores_RW.unflatten(1, (-1, CHUNK))
