@@ -265,6 +265,7 @@ def bits_of(pipe, plan: dqtk.Plan) -> float:
     sites = [c.site for c in plan.choices if c.spec is not None]
     layers = [pipe.components[component.name].get_submodule(site.path) for site in sites]
     taken = sum(bytes_at_16_bit(layer) for layer in layers) - sum(2 * site.n for site in sites if site.bias)
+    taken += plan.book_bytes(component.name)
     return round(8 * taken / sum(site.num_weights for site in sites), 3)
 
 

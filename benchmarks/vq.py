@@ -17,6 +17,7 @@ import argparse
 import copy
 import sys
 import time
+from typing import Any
 
 import torch
 from methods import CALIBRATION, PROMPTS, bits_of, load, measure, plan_for
@@ -50,10 +51,11 @@ def scalars(bits: int, size: int) -> LayerSpec:
     return LayerSpec(weight=weight, solver=GPTQ())
 
 
-def vectors(solver: GPTQ | BeamSearch, **form: int) -> LayerSpec:
+def vectors(solver: GPTQ | BeamSearch, **form: Any) -> LayerSpec:
     return LayerSpec(weight=TensorSpec(format=VectorCodebook(**form), granularity=PerChannel()), solver=solver)
 
 
+SHARED = {2: {"words": 4096, "length": 6}, 3: {"words": 512, "length": 3}, 4: {"words": 4096, "length": 3}}
 ONE_BOOK = {2: {"words": 256, "length": 4}, 3: {"words": 64, "length": 2}, 4: {"words": 256, "length": 2}}
 
 
@@ -65,6 +67,9 @@ def methods(bits: int) -> dict[str, LayerSpec]:
         "int, groups of 16, gptq": scalars(bits, 16),
         "one book, gptq": vectors(GPTQ(), **ONE_BOOK[bits]),
         "one book, beam search": vectors(BeamSearch(), **ONE_BOOK[bits]),
+        "one book per role, gptq": vectors(GPTQ(), **ONE_BOOK[bits], group="{role}"),
+        "one book for all, gptq": vectors(GPTQ(), **ONE_BOOK[bits], group="all"),
+        "one large book for all, gptq": vectors(GPTQ(), **SHARED[bits], group="all"),
         "vqdm": recipe_named(f"vqdm-{bits}bit").main_spec(),
         "vqdm form, gptq": vectors(GPTQ(), books=bits),
         "trellis": recipe_named(f"trellis-{bits}bit").main_spec(),

@@ -27,6 +27,7 @@ from .spec import (
     Smooth,
     TensorSpec,
     Transform,
+    VectorCodebook,
     canonical,
     describe,
     from_json,
@@ -64,6 +65,8 @@ def _any_strength(transform: Transform, alpha: float | None) -> Transform:
 def _any_range(tensor: TensorSpec) -> TensorSpec:
     if isinstance(tensor.granularity, PerLevel):  # one number is looked up before the kernel that ``PerTensor`` runs
         tensor = replace(tensor, granularity=PerTensor())
+    if isinstance(tensor.format, VectorCodebook):  # words are looked up alike, whoever holds them
+        tensor = replace(tensor, format=replace(tensor.format, group=None))
     return tensor if isinstance(tensor.range, Dynamic) else replace(tensor, range=AbsMax())
 
 

@@ -33,7 +33,7 @@ from .checkpoint import (
     replace_layer,
     verify_files,
 )
-from .nn import Quantized
+from .nn import Books, Quantized, forget_books
 from .nn.activated import FUSED, fuses
 from .nn.attention import check_packages, remove_blocks
 from .nn.correction import remove_correction
@@ -106,7 +106,8 @@ class DqtkQuantizer(DiffusersQuantizer):
 
     def check_if_quantized_param(self, model, param_value, param_name: str, state_dict, **kwargs) -> bool:
         path, _, name = param_name.rpartition(".")
-        return is_stored(name) and isinstance(model.get_submodule(path), Quantized)
+        holder = model.get_submodule(path)
+        return isinstance(holder, Books) or (is_stored(name) and isinstance(holder, Quantized))
 
     def check_quantized_param_shape(self, param_name: str, current_param, loaded_param) -> None:
         raise ValueError(
@@ -152,6 +153,7 @@ class DqtkQuantizer(DiffusersQuantizer):
             replace_layer(model, path, layer.plain())
         remove_blocks(model)
         remove_correction(model)
+        forget_books(model)
         forget(model)
         forget_steps(model)
         # diffusers leaves the entry in the config, and a plain model saved with it cannot be loaded.

@@ -5,7 +5,7 @@ from typing import Any
 
 from .ops import op_of, report_of, report_of_attention
 from .plan import Plan
-from .spec import SiteSpec, describe, describe_attention, kinds_of, weights_of
+from .spec import SiteSpec, describe, describe_attention, kinds_of, shared_forms, weights_of
 
 
 def human(num_bytes: float) -> str:
@@ -76,8 +76,17 @@ def totals(plan: Plan) -> str:
         for name, size in sizes.items()
     ]
     text = table(["component", "parameters", "bf16", "quantized", "ratio", "left at 16 bit", "layers"], rows)
+    books = [f"{name}: {_book(plan, name, group)}" for name, group in plan.books]
     attention = Counter(describe_attention(choice.spec) for choice in plan.attention if choice.spec is not None)
-    return "\n".join([text, *(f"attention: {num} as {how}" for how, num in attention.most_common())])
+    return "\n".join([text, *books, *(f"attention: {num} as {how}" for how, num in attention.most_common())])
+
+
+def _book(plan: Plan, component: str, group: str) -> str:
+    """One line on a book that layers share; its bytes are in the totals and in no site."""
+    form = plan.books[component, group]
+    sharing = [c for c in plan.of(component).choices if any(form.group == group for form in shared_forms(c.spec))]
+    size = human(2 * form.books * form.words * form.length)
+    return f"books {group}: {form.books} of {form.words} words of {form.length}, {size} shared by {len(sharing)} layers"
 
 
 def runs(plan: Plan) -> str:

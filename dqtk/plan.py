@@ -6,16 +6,19 @@ and specs), not the words that explain them.
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .numerics.hadamard import block_size
+from .numerics.packing import book_shape, stored_bytes
 from .numerics.storage import layer_bytes
 from .numerics.vector_grid import width_of
 from .sites import DENOISERS, ROLES, TEXT_ENCODERS, Adapter, AttentionSite, Site, components_of, find_attention, find_sites
 from .spec import (
     GROUPS,
+    ROLE,
     RTN,
     AttentionSpec,
     ByLevel,
@@ -35,6 +38,7 @@ from .spec import (
     SiteSpec,
     TensorSpec,
     Transform,
+    VectorCodebook,
     canonical,
     describe,
     describe_attention,
@@ -42,6 +46,7 @@ from .spec import (
     each_of,
     from_json,
     frozen,
+    shared_forms,
     to_json,
     without,
 )
@@ -49,6 +54,7 @@ from .spec import (
 FORMAT_VERSION = 1
 
 MAX_LEARNED_INPUTS = 16384  # of a layer: its second moments take 2 GiB
+MANY_WORDS = 256  # of a book: above, small layers would be smaller at 8 bits
 
 
 @frozen
@@ -111,7 +117,7 @@ class Choice:
 
     @property
     def bytes_after(self) -> int:
-        """Everything that the layer stores, or the 16-bit weight."""
+        """Everything that the layer stores itself (shared books: ``Plan.book_bytes``), or the 16-bit weight."""
         if self.spec is None:
             return self.bytes_before
         return layer_bytes(self.spec, self.site.n, self.site.k, self.site.channels)
@@ -144,6 +150,10 @@ class Plan:
     choices: tuple[Choice, ...]
     attention: tuple[AttentionChoice, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Raises ``ValueError`` for a group of layers whose shared books would have two forms."""
+        _ = self.books
+
     @property
     def decisions(self) -> "tuple[Choice | AttentionChoice, ...]":
         """Choices of layers, then of attentions."""
@@ -156,6 +166,25 @@ class Plan:
         sites += [[c.site.id, "attention", canonical(c.spec)] for c in self.attention]
         text = json.dumps(sites, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def books(self) -> dict[tuple[str, str], VectorCodebook]:
+        """The books that layers share, by component and group. Raises ``ValueError`` for two forms under one name."""
+        found: dict[tuple[str, str], VectorCodebook] = {}
+        for choice in self.choices:
+            for form in shared_forms(choice.spec):
+                assert form.group is not None
+                if found.setdefault((choice.site.component, form.group), form) != form:
+                    other = found[choice.site.component, form.group]
+                    raise ValueError(
+                        f"plan: layers of group {form.group!r} must share books of one form, got {form} at {choice.site.id} "
+                        f"and {other}. Give one of them another group."
+                    )
+        return found
+
+    def book_bytes(self, component: str) -> int:
+        """Bytes of the books that layers of a component share; no choice counts them."""
+        return sum(2 * math.prod(book_shape(form)) for (name, _), form in self.books.items() if name == component)
 
     @property
     def needs_stats(self) -> bool:
@@ -177,7 +206,7 @@ class Plan:
         mine = [c for c in self.choices if c.site.component == component]
         quantized = sum(c.site.num_weights for c in mine if c.spec is not None)
         before = total * 2
-        after = before + sum(c.bytes_after - c.bytes_before for c in mine)
+        after = before + sum(c.bytes_after - c.bytes_before for c in mine) + self.book_bytes(component)
         return {"bytes_before": before, "bytes_after": after, "quantized_share": quantized / max(total, 1), "num_parameters": total}
 
     def explain(self, sites: bool = True) -> str:
@@ -405,7 +434,7 @@ def fit(spec: SiteSpec, site: Site) -> tuple[SiteSpec, str]:
 
 
 def _fit(spec: LayerSpec, site: Site, notes: list[str]) -> LayerSpec:
-    spec = _fit_vectors(spec, site, notes)
+    spec = _fit_vectors(_of_role(spec, site), site, notes)
     spec = replace(spec, weight=_fit_group(spec.weight, site, "8 bit per channel", notes))
     if spec.input is not None and isinstance(spec.input.granularity, GROUPS):
         given = _fit_group(spec.input, site, "8 bit per token", notes)
@@ -449,13 +478,32 @@ def _fit_block(transform: Transform, site: Site, notes: list[str]) -> Transform:
     return replace(transform, block=size)
 
 
+def _of_role(spec: LayerSpec, site: Site) -> LayerSpec:
+    """The group of shared books with the layer's role in its name, where a rule left it open."""
+    form = spec.weight.format
+    if not isinstance(form, VectorCodebook) or form.group is None:
+        return spec
+    group = form.group.replace(ROLE, site.role.replace(".", "_"))
+    return replace(spec, weight=replace(spec.weight, format=replace(form, group=group)))
+
+
 def _fit_vectors(spec: LayerSpec, site: Site, notes: list[str]) -> LayerSpec:
-    """Vectors whose length divides the channels, else 8 bits per channel, rounded to nearest."""
-    length = width_of(spec.weight)
+    """Vectors whose length divides the channels, and whose books are worth it; else 8 bits per channel, rounded to nearest."""
+    length, form = width_of(spec.weight), spec.weight.format
     if site.channels % length:
         notes.append(f"8 bit per channel: vectors of {length} do not divide {site.channels} channels")
-        return replace(spec, weight=TensorSpec(format=Int(bits=8), granularity=PerChannel()), solver=RTN())
-    return spec
+    elif isinstance(form, VectorCodebook) and _outweighed(spec.weight, site):
+        notes.append(f"8 bit per channel: with its own {form.words} words of {length} the layer would take more")
+    else:
+        return spec
+    return replace(spec, weight=TensorSpec(format=Int(bits=8), granularity=PerChannel()), solver=RTN())
+
+
+def _outweighed(tensor: TensorSpec, site: Site) -> bool:
+    """Whether a layer with many words of its own would be larger than at 8 bits."""
+    form = tensor.format
+    many = isinstance(form, VectorCodebook) and form.group is None and form.words > MANY_WORDS
+    return many and stored_bytes(tensor, site.n, site.k) > site.n * site.k
 
 
 def _fit_group(tensor: TensorSpec, site: Site, otherwise: str, notes: list[str]) -> TensorSpec:

@@ -12,6 +12,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from .checkpoint import FORMAT_VERSION, quantized_layers, replace_layer, save_mo
 from .correct.output import check_correctable, correct_output
 from .hosts import backend_of
 from .methods.solve import Solution
-from .nn import Quantized, runtime_class
+from .nn import Quantized, books_of, runtime_class
 from .nn.attention import Blocks, check_free, check_packages
 from .plan import Choice, Plan, Recipe, Rule, check_fit, resolve
 from .policy import StepPolicy, combined, fixed_choices
@@ -42,8 +43,8 @@ from .resolve import adapters, embedded_folder, embedded_names
 from .sites import DENOISERS, Site, components_of, find_attention, find_sites
 from .solved import SolvedFolder, calibrate_together
 from .sources import model_class, readable, stored_dtype
-from .spec import AttentionSpec, ByLevel, LayerSpec, Reconstruct, Refiner, SiteSpec, canonical, describe
-from .stages import solutions
+from .spec import AttentionSpec, ByLevel, LayerSpec, Reconstruct, Refiner, SiteSpec, canonical, describe, shared_forms
+from .stages import shared_books, solutions
 
 STATS = "stats.safetensors"  # in a checkpoint folder
 MAX_MEMORY = 2 * 2**30  # bytes of second moments held at a time
@@ -219,6 +220,8 @@ def quantize(
     for choice in work:
         _check_layer(_layer_of(parts, choice), choice, stats)
     check_packages((choice.spec for choice in made.attention), "quantize")
+    for choice in work:
+        _check_free_group(parts[choice.site.component], choice)
     for place in (choice.site for choice in made.attention if choice.spec is not None):
         check_free(parts[place.component].get_submodule(place.path), place.id, "quantize")
     touched = dict.fromkeys(choice.site.component for choice in made.decisions if choice.spec is not None)
@@ -234,15 +237,18 @@ def quantize(
     if folder is not None and stats is not None and made.needs_stats and not sequential:
         kept = SolvedFolder(folder / "solved", _task(target, made, work, stats), me)
     attention = _chosen_attention(parts, made, stats, progress=progress)
+    learned = partial(shared_books, parts, work, stats, max_memory)
+    books = learned() if kept is None else kept.books(learned)
     originals: dict[str, dict[str, nn.Module]] = {name: {} for name in touched}
     try:
         with tqdm(total=len(work), desc="quantize", unit="layer", disable=not progress) as bar:
             how: dict[str, Any] = {"sequential": sequential, "max_memory": max_memory, "solved": bar.update, "kept": kept}
+            how["books"] = books
             for solved in solutions(parts, work, stats, **how):
                 for choice, solution in solved:
                     if needs_originals(refine):
                         originals[choice.site.component][choice.site.path] = _layer_of(parts, choice)
-                    _install(parts[choice.site.component], choice.site, solution)
+                    _install(parts[choice.site.component], choice.site, solution, books.get(choice.site.component, {}))
         for chosen in attention:
             place_attention(parts[chosen.site.component], chosen)
         if refine is not None and stats is not None:
@@ -361,9 +367,25 @@ def _layer_of(parts: Mapping[str, nn.Module], choice: Choice) -> nn.Module:
     return parts[choice.site.component].get_submodule(choice.site.path)
 
 
-def _install(module: nn.Module, site: Site, solution: Solution) -> None:
-    """Put the runtime layer of a solution where the layer was."""
+def _install(module: nn.Module, site: Site, solution: Solution, books: Mapping[str, Tensor]) -> None:
+    """Put the runtime layer of a solution where the layer was, and the shared books that it reads where they belong."""
     replace_layer(module, site.path, runtime_layer(module.get_submodule(site.path), solution))
+    found = books_of(module)
+    for form in shared_forms(solution.spec):
+        assert found is not None
+        assert form.group is not None
+        found.put(form.group, books[form.group])
+
+
+def _check_free_group(module: nn.Module, choice: Choice) -> None:
+    """Raises ``ValueError`` where shared books of an earlier call have the name of those to come: layers read them."""
+    there = books_of(module)
+    taken = next((form for form in shared_forms(choice.spec) if there is not None and form.group in there.groups()), None)
+    if taken is not None:
+        raise ValueError(
+            f"quantize: {choice.site.id} must share books under a new name, got {taken.group!r}, which layers quantized before "
+            "read. Choose another group."
+        )
 
 
 @torch.no_grad()

@@ -7,12 +7,13 @@ Processes that ``torchrun`` or ``accelerate launch`` started take every n-th gro
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from .calibrate import Stats, calibrate
 from .journal import Journal, claim, done
@@ -79,6 +80,25 @@ class SolvedFolder:
                 shift = file.get_tensor(f"{i} bias shift") if f"{i} bias shift" in names else None
                 solved.append((choice, Solution(spec=spec, tensors=tensors, bias_shift=shift)))
         return solved
+
+    def books(self, learned: Callable[[], Mapping[str, Mapping[str, Tensor]]]) -> dict[str, dict[str, Tensor]]:
+        """Books that layers share, by component and group: learned by the first process, once, and read by all."""
+        path = self.folder / "books.safetensors"
+        if self.processes.first and not path.is_file():
+            tensors = {f"{name}.{group}": book.contiguous() for name, books in learned().items() for group, book in books.items()}
+            if tensors:
+                partial = path.with_name(f".{path.name}.partial")
+                save_file(tensors, partial)
+                os.replace(partial, path)
+        self.processes.wait()
+        found: dict[str, dict[str, Tensor]] = {}
+        if not path.is_file():
+            return found
+        with readable(f"quantize: {path}"), safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a dictionary)
+                component, _, group = name.partition(".")
+                found.setdefault(component, {})[group] = file.get_tensor(name)
+        return found
 
     def wait(self) -> None:
         """Until all processes have solved their shares."""

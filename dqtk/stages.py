@@ -14,20 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from .calibrate import Stats
-from .calibrate.gather import Inputs, calls_of, gather, gram_bytes, input_name
+from .calibrate.gather import SAMPLE_ROWS, Inputs, calls_of, gather, gram_bytes, input_name
 from .calibrate.intervals import ranges_at
 from .calibrate.look import looked
 from .calibrate.replay import waypoint_for
 from .calibrate.waypoint import Waypoint
 from .kernels import to_matrix
 from .methods.by_level import solve_site
+from .methods.shared_books import SharedVectors
 from .methods.solve import Solution
 from .plan import Choice
 from .sites import repeated_block
 from .solved import SolvedFolder
-from .spec import ConstantToken, LayerSpec, level_edges
+from .spec import ConstantToken, LayerSpec, level_edges, shared_forms, weights_of
 
 Solved = list[tuple[Choice, Solution]]
+SharedBooks = Mapping[str, Mapping[str, Tensor]]  # component -> group -> float16 [books, words, length]
 
 
 def solutions(
@@ -39,6 +41,7 @@ def solutions(
     max_memory: int,
     solved: Callable[[int], object] = lambda num: None,
     kept: SolvedFolder | None = None,
+    books: SharedBooks | None = None,
 ) -> Iterator[Solved]:
     """Solve all choices, a group at a time. What is yielded may be put into the model at once.
 
@@ -50,12 +53,14 @@ def solutions(
         max_memory: bytes that second moments may take at a time; one input's are taken whatever they are.
         solved: told how many layers have just been solved, which may be long before they are yielded.
         kept: where groups that learn from inputs are put and found again; its processes share them. Not held in memory then.
+        books: those that layers share, as ``shared_books`` learns them.
     """
     for component, mine in groupby(work, key=lambda choice: choice.site.component):
         choices, tokens = looked(parts[component], stats.calls if stats else (), list(mine))
         waypoint = _waypoint(parts[component], component, choices, stats, max_memory)
         groups = _groups(choices, waypoint)
         how: dict[str, Any] = {"stats": stats, "tokens": tokens, "solved": solved, "waypoint": waypoint}
+        how["books"] = (books or {}).get(component, {})
         if sequential:
             for stage in _stages(groups, max_memory, by_block=True):
                 yield from list(_solved(parts[component], stage, **how))
@@ -78,6 +83,41 @@ def solutions(
         for group in groups:
             if not _learns(group):
                 yield from _solved(parts[component], [group], **how)
+
+
+@torch.no_grad()
+def shared_books(
+    parts: Mapping[str, nn.Module], work: Sequence[Choice], stats: Stats | None, max_memory: int
+) -> dict[str, dict[str, Tensor]]:
+    """Learn the books that layers of these choices share, from the original model. Arguments: as of ``solutions``."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for component, mine in groupby(work, key=lambda choice: choice.site.component):
+        solved_for = [(choice, weight[0]) for choice in mine if choice.spec is not None for weight in weights_of(choice.spec)]
+        sharing = [(choice, part) for choice, part in solved_for if shared_forms(part)]
+        if not sharing:
+            continue
+        vectors = SharedVectors((part, choice.site.num_weights) for choice, part in sharing)
+        for some in _few_samples(sharing, max_memory):
+            asked = {input_name(choice.site): choice.site for choice, part in some if part.needs_moments}
+            inputs: Mapping[str, Inputs] = {}
+            if asked and stats is not None:
+                inputs = gather(parts[component], stats.calls, list(asked.values()), without_moments=asked.keys())
+            for choice, part in some:
+                learned = inputs.get(input_name(choice.site)) if part.needs_moments else None
+                vectors.add(_matrix(parts[component], choice), part, choice.site.channels, learned)
+        found[component] = vectors.books()
+    return found
+
+
+def _few_samples(sharing: Sequence[tuple[Choice, LayerSpec]], max_memory: int) -> Iterator[list[tuple[Choice, LayerSpec]]]:
+    """Layers in order, as many at a time as samples of their inputs fit."""
+    some: list[tuple[Choice, LayerSpec]] = []
+    for choice, part in sharing:
+        if some and (len(some) + 1) * 2 * SAMPLE_ROWS * 4 * max(each.site.k for each, _ in [*some, (choice, part)]) > max_memory:
+            yield some
+            some = []
+        some.append((choice, part))
+    yield some
 
 
 def _learns(group: Sequence[Choice]) -> bool:
@@ -132,6 +172,7 @@ def _solved(
     tokens: Mapping[str, Tensor],
     solved: Callable[[int], object],
     waypoint: Waypoint | None,
+    books: Mapping[str, Tensor],
 ) -> Iterator[Solved]:
     sites = [choice.site for group in stage if _learns(group) for choice in group]
     assert stats is not None or not sites
@@ -149,7 +190,7 @@ def _solved(
             inputs[False] = {**found, **gather(module, stats.calls, whole, without_moments=without)}
     for group in stage:
         constant = tokens[input_name(group[0].site)] if _has_token(group) else None
-        solution = _solve_group(module, group, inputs[_has_token(group)], stats, constant)
+        solution = _solve_group(module, group, inputs[_has_token(group)], stats, constant, books)
         solved(len(solution))
         yield solution
 
@@ -159,7 +200,12 @@ def _has_token(group: Sequence[Choice]) -> bool:
 
 
 def _solve_group(
-    module: nn.Module, group: list[Choice], inputs: Mapping[str, Inputs], stats: Stats | None, token: Tensor | None
+    module: nn.Module,
+    group: list[Choice],
+    inputs: Mapping[str, Inputs],
+    stats: Stats | None,
+    token: Tensor | None,
+    books: Mapping[str, Tensor],
 ) -> Solved:
     site, spec = group[0].site, group[0].spec
     assert spec is not None
@@ -178,6 +224,7 @@ def _solve_group(
         channels=site.channels,
         range_for=range_for,
         token=token,
+        books=books,
     )
     return list(zip(group, found, strict=True))
 

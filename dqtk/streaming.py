@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -25,7 +26,10 @@ from .hosts import backend_of
 from .journal import Journal, claim, done
 from .kernels import to_matrix
 from .methods.by_level import solve_site
+from .methods.shared_books import SharedVectors
 from .nn import Quantized
+from .nn.books import NAME as BOOKS
+from .nn.books import buffer_name
 from .numerics.storage import layer_layout
 from .plan import Choice, Plan, Recipe
 from .processes import Processes, processes
@@ -34,7 +38,7 @@ from .quantize import plan as make_plan
 from .shards import LaidOutTensors, StoredTensors, room_for, same_tensors
 from .sites import components_of
 from .sources import meta_target, model_folder, read_json, stored_dtype
-from .spec import ByLevel, LayerSpec, SiteSpec, from_json, to_json
+from .spec import ByLevel, LayerSpec, SiteSpec, from_json, shared_forms, to_json, weights_of
 
 WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".onnx_data")
 
@@ -86,6 +90,7 @@ def quantize_folder(
     if me.first:
         _prepare(work, task, parts, folder)
     me.wait()
+    _learn_books(parts, work, me, device or me.device)
     _solve_all(parts, work, me, device or me.device, progress)
     if me.first:
         for part in parts:
@@ -163,6 +168,19 @@ def _prepare(work: Path, task: Mapping[str, Any], parts: list["_Part"], folder: 
     _copy_rest(folder, work / "whole", {_subfolder(part.name) for part in parts})
 
 
+def _learn_books(parts: list["_Part"], work: Path, me: Processes, device: torch.device) -> None:
+    """Books that layers share: learned by the first process in one pass over their weights, and read from a file by all."""
+    for part in parts:
+        path = work / f"books.{part.name}.safetensors"
+        if part.sharing and me.first and not path.is_file():
+            partial = path.with_name(f".{path.name}.partial")
+            save_file(part.learned_books(device), partial)
+            os.replace(partial, path)
+    me.wait()
+    for part in parts:
+        part.books = load_file(work / f"books.{part.name}.safetensors") if part.sharing else {}
+
+
 def _solve_all(parts: list["_Part"], work: Path, me: Processes, device: torch.device, progress: bool) -> None:
     finished = done(work)
     me.wait()  # all have read the same journal before anyone goes on writing it
@@ -187,6 +205,8 @@ class _Part:
         self.name, self.module, self.dtype = name, module, dtype
         self.backend: Any = cast(Any, backend_of(module))
         self.choices = {choice.site.path: choice for choice in plan.choices if choice.spec is not None}
+        self.sharing = [choice for choice in self.choices.values() if shared_forms(choice.spec)]
+        self.books: dict[str, Tensor] = {}
         _check_plain(folder, name)
         self.stored = StoredTensors(folder, self.backend.WEIGHTS)
         self.sources = self._sources()
@@ -263,7 +283,9 @@ class _Part:
     def carry_out(self, path: str, device: torch.device) -> dict[str, Any]:
         """Solve or copy one unit and write it; returns what the journal keeps of it."""
         spec = None
-        if path in self.choices:
+        if path == BOOKS:
+            tensors = {f"{BOOKS}.{buffer_name(group)}": book for group, book in self.books.items()}
+        elif path in self.choices:
             spec, tensors = self._solved(path, self.choices[path], device)
         else:
             tensors = {name: self._read(name) for name in self.units[path]}
@@ -274,14 +296,29 @@ class _Part:
             "spec": None if spec is None else to_json(spec),
         }
 
+    @torch.no_grad()
+    def learned_books(self, device: torch.device) -> dict[str, Tensor]:
+        """By group, on the CPU; from weights that are read one at a time."""
+        layers = [(choice, weight[0]) for choice in self.sharing if choice.spec for weight in weights_of(choice.spec)]
+        layers = [(choice, part) for choice, part in layers if shared_forms(part)]
+        vectors = SharedVectors((part, choice.site.num_weights) for choice, part in layers)
+        for choice, part in layers:
+            matrix = self._matrix(choice, device)
+            check_numbers(choice.site.id, matrix, None)
+            vectors.add(matrix, part, choice.site.channels)
+        return {group: book.cpu() for group, book in vectors.books().items()}
+
+    def _matrix(self, choice: Choice, device: torch.device) -> Tensor:
+        weight = self._read(f"{choice.site.path}.weight").to(device)
+        return weight if weight.ndim == 2 else to_matrix(weight)
+
     def _solved(self, path: str, choice: Choice, device: torch.device) -> tuple[SiteSpec, dict[str, Tensor]]:
         assert choice.spec is not None
-        weight = self._read(f"{path}.weight").to(device)
+        matrix = self._matrix(choice, device)
         bias = self._read(f"{path}.bias") if choice.site.bias else None
-        check_numbers(choice.site.id, weight, bias)
-        matrix = weight if weight.ndim == 2 else to_matrix(weight)
-        (solution,) = solve_site([matrix], choice.spec, channels=choice.site.channels)
-        rest = {"anchor": torch.empty(0, dtype=weight.dtype)} if bias is None else {"bias": bias}
+        check_numbers(choice.site.id, matrix, bias)
+        (solution,) = solve_site([matrix], choice.spec, channels=choice.site.channels, books=self.books)
+        rest = {"anchor": torch.empty(0, dtype=matrix.dtype)} if bias is None else {"bias": bias}
         return solution.spec, {f"{path}.{name}": tensor for name, tensor in {**solution.tensors, **rest}.items()}
 
     def finish(self, records: Mapping[str, Mapping[str, Any]], recipe: str) -> None:

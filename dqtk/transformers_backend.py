@@ -19,6 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .checkpoint import METHOD, config_of, file_metadata, install, quantized_layers, read_config, replace_layer, verify_files
+from .nn import forget_books
 
 
 class DqtkTextConfig(QuantizationConfigMixin):
@@ -81,6 +82,7 @@ class DqtkTextQuantizer(HfQuantizer):
     def _dequantize(self, model: nn.Module, dtype=None) -> nn.Module:
         for path, layer in quantized_layers(model).items():
             replace_layer(model, path, layer.plain())
+        forget_books(model)
         return model
 
 

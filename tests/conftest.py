@@ -129,7 +129,7 @@ def brief_books(request, monkeypatch):
     """The same of weights of vectors: words are drawn from the weight, and beams are narrow."""
     if {"methods", "nn", "refine"} & set(request.path.parts) or request.path.name == "test_orderings.py":
         return
-    from dqtk.methods import solve, vectors
+    from dqtk.methods import shared_books, solve, vectors
 
     search = solve.beam_search
 
@@ -137,8 +137,9 @@ def brief_books(request, monkeypatch):
         places = torch.randint(len(x), (form.books, form.words), generator=torch.Generator().manual_seed(0))
         return (x[places] / 2.0 ** torch.arange(form.books)[:, None, None]).half()
 
-    def brief(weight, spec, inputs, solver, factor=None):
-        return search(weight, spec, inputs, dataclasses.replace(solver, beam=1, rounds=1), factor)
+    def brief(weight, spec, inputs, solver, *rest):
+        return search(weight, spec, inputs, dataclasses.replace(solver, beam=1, rounds=1), *rest)
 
     monkeypatch.setattr(vectors, "learned_books", drawn)
+    monkeypatch.setattr(shared_books, "learned_books", drawn)
     monkeypatch.setattr(solve, "beam_search", brief)

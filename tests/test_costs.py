@@ -81,6 +81,14 @@ def test_smoothed_vectors_have_one_key_whatever_the_strength():
     assert len(keys) == 1
 
 
+def test_words_cost_the_same_whoever_holds_them():
+    own, shared = (
+        LayerSpec(weight=TensorSpec(format=VectorCodebook(words=16, length=2, group=group), granularity=PerChannel()))
+        for group in (None, "all")
+    )
+    assert timed_as(shared) == timed_as(own) == own
+
+
 def test_emulated_layers_have_no_time(table):
     with pytest.raises(ValueError, match=r"must have a kernel on cpu, got: k\. Emulated layers have no time"):
         table.milliseconds(SITE, FP8)

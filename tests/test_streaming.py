@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import dqtk
+from dqtk import streaming
 from dqtk.checkpoint import DIGESTS, digest, verify_files
 from dqtk.cli import main
 from dqtk.plan import Recipe, Rule
@@ -21,7 +22,7 @@ from dqtk.recipes import recipe_named
 from dqtk.shards import LaidOutTensors, StoredTensors
 from dqtk.sites import components_of
 from dqtk.sources import load_pipeline, meta_pipeline
-from dqtk.spec import BestFloat, LayerSpec, PerChannel, TensorSpec
+from dqtk.spec import BestFloat, Hadamard, LayerSpec, PerChannel, TensorSpec, VectorCodebook
 from dqtk.streaming import quantize_folder
 
 
@@ -110,6 +111,38 @@ def test_a_searched_format_is_found_and_stored(tiny_folders, tmp_path):
     }
     assert None not in {exponent for exponent, _ in found}
     assert made.needs_stats is False
+
+
+@pytest.mark.parametrize("dtype", ["stored", "bfloat16"])
+def test_books_that_layers_share(tiny_folders, tmp_path, dtype):
+    """One pass over the weights of each group, before the first layer is solved; rotated layers too."""
+    words = VectorCodebook(words=16, length=4, group="{role}")
+    spec = LayerSpec(weight=TensorSpec(format=words, granularity=PerChannel()), transforms=(Hadamard(),))
+    shared = Recipe(name="shared", rules=(Rule(spec=spec, why="shared"),))
+    made = same_as_in_memory(tiny_folders["pixart"], tmp_path, shared, text_encoders=shared, dtype=dtype)
+    assert {name for name, _ in made.books} == {"transformer", "text_encoder"}
+
+
+def test_an_interrupted_stream_goes_on_with_its_books(tiny_folders, tmp_path, monkeypatch):
+    words = VectorCodebook(words=16, length=4, group="all")
+    shared = Recipe(
+        name="shared", rules=(Rule(spec=LayerSpec(weight=TensorSpec(format=words, granularity=PerChannel())), why="s"),)
+    )
+    stream(tiny_folders["pixart"], tmp_path / "whole", shared)
+    solve, seen = streaming.solve_site, []
+
+    def stop(*args, **options):
+        seen.append(options["books"])
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return solve(*args, **options)
+
+    monkeypatch.setattr(streaming, "solve_site", stop)
+    with pytest.raises(KeyboardInterrupt):
+        stream(tiny_folders["pixart"], tmp_path / "q", shared)
+    monkeypatch.setattr(streaming.SharedVectors, "books", lambda self: pytest.fail("learned again"))
+    stream(tiny_folders["pixart"], tmp_path / "q", shared)
+    assert tensors_of(tmp_path / "q") == tensors_of(tmp_path / "whole")
 
 
 def test_parts_kept_in_float32_stay_so(tmp_path):

@@ -14,6 +14,7 @@ from dqtk.spec import (
     RTN,
     AdaRound,
     BeamSearch,
+    ConstantToken,
     Dynamic,
     Hadamard,
     Int,
@@ -27,10 +28,12 @@ from dqtk.spec import (
     TensorSpec,
     Trellis,
     VectorCodebook,
+    canonical,
     describe,
 )
 
 WORDS = TensorSpec(format=VectorCodebook(books=3), granularity=PerChannel())
+SHARED = replace(WORDS, format=VectorCodebook(words=4096, length=6, group="{role}"))
 
 
 @pytest.mark.parametrize(
@@ -41,6 +44,9 @@ WORDS = TensorSpec(format=VectorCodebook(books=3), granularity=PerChannel())
         (VectorCodebook(), 1, "W1 256 words of 8 per channel"),
         (VectorCodebook(books=4), 4, "W4 4 x 256 words of 8 per channel"),
         (VectorCodebook(words=16, length=1), 4, "W4 16 words of 1 per channel"),
+        (VectorCodebook(words=4096, length=6), 2, "W2 4096 words of 6 per channel"),
+        (VectorCodebook(words=65536, length=8), 2, "W2 65536 words of 8 per channel"),
+        (VectorCodebook(words=4096, length=6, group="all"), 2, "W2 4096 words of 6 shared by all per channel"),
         (Trellis(bits=3), 3, "W3 trellis of 12 per channel"),
     ],
 )
@@ -52,11 +58,20 @@ def test_bits_and_names(form, bits, name):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"words": 100}, r"VectorCodebook: words must be 4, 8, 16 \.\.\. 256, got 100\. Codes have 2 to 8 bits; take more books"),
-        ({"words": 512}, "words must be 4, 8"),
-        ({"length": 3}, r"VectorCodebook: length must be 1, 2, 4, 8 or 16, got 3\."),
+        (
+            {"words": 100},
+            r"VectorCodebook: words must be 4, 8, 16 \.\.\. 65536, got 100\. Codes have 2 to 16 bits; take more books",
+        ),
+        ({"words": 131072}, "words must be 4, 8"),
+        ({"length": 5}, r"VectorCodebook: length must be 1, 2, 3, 4, 6, 8, 12 or 16, got 5\."),
+        ({"words": 512, "length": 4}, r"whole number of bits from 1 to 8, got 9 / 4\."),
         ({"books": 0}, r"VectorCodebook: books must be an integer from 1 to 8, got 0\."),
         ({"words": 64}, r"whole number of bits from 1 to 8, got 6 / 8\. For example"),
+        (
+            {"group": "ff.up"},
+            r"VectorCodebook: group must be letters, digits and underscores, with {role} in it or not, got 'ff.up'",
+        ),
+        ({"group": ""}, "group must be letters"),
         ({"length": 1, "books": 2}, r"whole number of bits from 1 to 8, got 16 / 1\."),
     ],
 )
@@ -84,6 +99,11 @@ def test_formats_refuse(arguments, text):
         ({"solver": AdaRound()}, r"solver must be RTN or GPTQ or BeamSearch for VectorCodebook, got AdaRound\(.*no up and down"),
         ({"low_rank": LowRank()}, r"low_rank must be None for VectorCodebook, got LowRank\(.*Take more bits"),
         ({"transforms": (Smooth(),)}, "Smooth must have an alpha for VectorCodebook, got None"),
+        (
+            {"weight": SHARED, "transforms": (Smooth(alpha=0.5),)},
+            r"must be Hadamard or none where layers share books, got Smooth\(",
+        ),
+        ({"weight": SHARED, "transforms": (ConstantToken(),)}, r"must be Hadamard or none .*group=None"),
         ({"input": replace(WORDS, range=Dynamic())}, "input must be Int, Float or Codebook, got VectorCodebook"),
         (
             {"weight": TensorSpec(format=Int(bits=4), granularity=PerChannel()), "solver": BeamSearch()},
@@ -132,8 +152,67 @@ def test_trellis_codes_want_four_columns():
     assert plan.choices[1].bytes_after == rings * TILE[0] * TILE[1] * 2 // 8 + 8 * 4
 
 
+def test_a_layer_that_its_own_words_would_outweigh_gets_eight_bits_and_says_so():
+    form = VectorCodebook(words=4096, length=6)
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(192, 192), nn.Linear(1152, 1152))
+    small, large = dqtk.plan(model, recipe(LayerSpec(weight=replace(WORDS, format=form)))).choices
+    assert (describe(small.spec), small.why) == (
+        "W8 per channel, A16",
+        "test; 8 bit per channel: with its own 4096 words of 6 the layer would take more",
+    )
+    assert describe(large.spec) == "W2 4096 words of 6 per channel, A16"
+    assert large.bytes_after == 1152 * 1152 * 2 // 8 + 4096 * 6 * 2 + 1152 * 4  # a code takes 12 bits
+
+
 def test_planned_bytes_count_codes_books_and_scales():
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(64, 32))
     (choice,) = dqtk.plan(model, recipe(LayerSpec(weight=WORDS))).choices
     assert choice.bytes_after == 32 * 64 * 3 // 8 + 3 * 256 * 8 * 2 + 32 * 4
+
+
+def test_a_group_per_role_is_named_by_the_plan(meta_pipe):
+    plan = dqtk.plan(
+        meta_pipe, recipe(LayerSpec(weight=replace(SHARED, format=VectorCodebook(words=16, length=2, group="{role}_books"))))
+    )
+    groups = {choice.site.role: choice.spec.weight.format.group for choice in plan.choices if choice.spec is not None}
+    assert groups["self_attn.q"] == "self_attn_q_books"
+    assert {group for _, group in plan.books} == set(groups.values())
+    assert all(name == "transformer" for name, _ in plan.books)
+    assert plan.book_bytes("transformer") == 16 * 2 * 2 * len(plan.books)
+    assert plan.book_bytes("text_encoder") == 0
+    said = plan.explain()
+    assert "transformer: books self_attn_q_books: 1 of 16 words of 2, 64 B shared by 2 layers" in said
+    assert dqtk.Plan.from_json(plan.to_json()).books == plan.books
+    size = plan.sizes("transformer")
+    alone = sum(choice.bytes_after - choice.bytes_before for choice in plan.choices)
+    assert size["bytes_after"] == size["bytes_before"] + alone + plan.book_bytes("transformer")
+
+
+def test_a_group_has_books_of_one_form():
+    model = nn.Sequential(nn.Linear(24, 8), nn.Linear(24, 8))
+    rules = [
+        dqtk.Rule(pattern=path, spec=LayerSpec(weight=TensorSpec(format=form, granularity=PerChannel())), why="test")
+        for path, form in (
+            ("0", VectorCodebook(words=16, length=2, group="g")),
+            ("1", VectorCodebook(words=64, length=2, group="g")),
+        )
+    ]
+    with pytest.raises(
+        ValueError, match=r"plan: layers of group 'g' must share books of one form, got .*words=64.* at model:1 and"
+    ):
+        dqtk.plan(model, dqtk.Recipe(name="two", rules=tuple(rules)))
+
+
+def test_many_words_are_no_burden_where_they_are_shared():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(192, 192), nn.Linear(192, 192))
+    plan = dqtk.plan(model, recipe(LayerSpec(weight=replace(SHARED, format=VectorCodebook(words=4096, length=6, group="g")))))
+    assert [describe(choice.spec) for choice in plan.choices] == ["W2 4096 words of 6 shared by g per channel, A16"] * 2
+    assert plan.sizes("model")["bytes_after"] == 2 * (192 * 192 * 2 // 8 + 192 * 4 + 192 * 2) + 4096 * 6 * 2
+
+
+def test_old_choices_keep_their_text():
+    """Hashes of plans and checkpoints from before there were groups hold."""
+    assert canonical(VectorCodebook(books=3)) == '{"books":3,"type":"VectorCodebook"}'

@@ -37,7 +37,7 @@ from .prices import shapes_of_a_step
 from .probes import PictureScore, Probe
 from .reliability import describe_reliability
 from .search import exchanged, ranked, swept, table
-from .sensitivity import Sensitivity, dtypes, measure
+from .sensitivity import Sensitivity, check_own_books, dtypes, measure
 from .weights import Counts, weighed, weights_of_parts
 from .whole import Judge, Judged, Layers, OutputNoise, Pictures
 from .wishes import JUDGED, SEARCHED, check_scored, check_wishes, judges_among, probes_of, scores_of, wanted, wishes_of
@@ -130,6 +130,8 @@ def allocate(
     overrides: dict[str, Any] = dict.fromkeys(keep)
     plans = [make_plan(pipe, recipe, overrides=overrides) for recipe in recipes]
     rest = around if isinstance(around, Plan | None) else make_plan(pipe, around, overrides=overrides)
+    for each in (*plans, *([] if rest is None else [rest])):
+        check_own_books(each)
     sites = [choice.site for choice in plans[0].choices]
     mine = groups_of(sites, groups, clips=clips)
     there = list(dict.fromkeys(mine.values()))

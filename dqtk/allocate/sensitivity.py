@@ -94,11 +94,12 @@ def measure(
         me: of those that share the work in one folder; all return the same.
         told: called with every site that has just been scored.
     Raises:
-        ValueError: plans of another model, a folder of another measurement.
+        ValueError: plans of another model or with shared books, a folder of another measurement.
     """
     parts = components_of(target)
     for plan in [*plans, *([] if around is None else [around])]:
         check_fit(plan, parts)
+        check_own_books(plan)
     if me.first:
         claim(folder, _task(parts, stats, probes, groups, around), "allocate")
     me.wait()
@@ -164,6 +165,16 @@ def _todo(
         sites = {c.site.id: replace(c, spec=None) for plan in plans for c in plan.choices if c.spec is not None}
         take([[choice] for choice in sites.values()])
     return found, mine
+
+
+def check_own_books(plan: Plan) -> None:
+    """Raises ``ValueError`` for a plan whose layers share books: what a layer costs and loses then depends on the others."""
+    shared = next((group for _, group in plan.books), None)
+    if shared is not None:
+        raise ValueError(
+            f"allocate: layers of recipe {plan.recipe!r} must have books of their own, got books that group {shared!r} shares. "
+            "What one layer costs and loses would depend on the others. Leave group out."
+        )
 
 
 def _all(

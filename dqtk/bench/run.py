@@ -262,7 +262,9 @@ class _Work:
         if name in (self.half, _FLOAT32):
             here = name == name_of(self.step.dtype) and not quantized_layers(self.step.module)
             return 0 if here else parameters * (4 if name == _FLOAT32 else 2)
-        own = sum(choice.bytes_after for choice in self.plans[name].choices if choice.spec is not None)
+        plan = self.plans[name]
+        own = sum(choice.bytes_after for choice in plan.choices if choice.spec is not None)
+        own += sum(plan.book_bytes(component.name) for component in plan.components)
         return own + self.kept.get(name, 0)
 
     def num_runs(self, groups: Sequence[Sequence[str]]) -> int:

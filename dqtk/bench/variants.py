@@ -20,11 +20,12 @@ from dqtk.methods.format_search import concrete
 from dqtk.methods.rtn import rtn
 from dqtk.methods.shortcut_split import columns_of
 from dqtk.methods.solve import Solution
+from dqtk.nn import books_of, forget_books
 from dqtk.nn.attention import blocks_of, install_blocks, remove_blocks
 from dqtk.numerics.storage import Part, layer_layout, parts_of, stored_name, tensor_name
 from dqtk.plan import AttentionChoice, Choice
 from dqtk.quantize import runtime_layer
-from dqtk.spec import VECTORS, ByLevel, LayerSpec, describe_attention
+from dqtk.spec import VECTORS, ByLevel, LayerSpec, VectorCodebook, describe_attention, shared_forms
 
 INPUT_SCALE = 8 / 255  # of static inputs: 8 standard deviations of a normal distribution in 8 bits
 
@@ -66,7 +67,19 @@ def quantized(module: nn.Module, choices: Iterable[Choice], attention: Sequence[
                     "Bench the recipes of its intervals."
                 )
             replace_layer(made, choice.site.path, data_free(layer, choice.spec))
+            for form in shared_forms(choice.spec):
+                _share_book(made, choice.site.path, form)
     return made
+
+
+def _share_book(made: nn.Module, path: str, form: VectorCodebook) -> None:
+    """Let a layer that was made with a book of its own read that of its group."""
+    layer: Any = made.get_submodule(path)
+    book, layer.codebook = layer.codebook, None
+    layer.spec = replace(layer.spec, weight=replace(layer.spec.weight, format=form))
+    layer.follow(made)
+    books: Any = books_of(made)
+    books.put(form.group, book)
 
 
 def unpacked(module: nn.Module) -> nn.Module:
@@ -75,6 +88,7 @@ def unpacked(module: nn.Module) -> nn.Module:
     remove_blocks(made)
     for path, layer in quantized_layers(made).items():
         replace_layer(made, path, layer.plain())
+    forget_books(made)
     return made
 
 

@@ -27,7 +27,14 @@ from .gptq import Factor
 from .vectors import descended_vectors, rescaled, swept_codes, vector_grid
 
 
-def beam_search(weight: Tensor, spec: TensorSpec, inputs: Inputs, solver: BeamSearch, factor: Factor | None = None) -> Packed:
+def beam_search(
+    weight: Tensor,
+    spec: TensorSpec,
+    inputs: Inputs,
+    solver: BeamSearch,
+    factor: Factor | None = None,
+    codebook: Tensor | None = None,
+) -> Packed:
     """Quantize a weight.
 
     Args:
@@ -36,11 +43,12 @@ def beam_search(weight: Tensor, spec: TensorSpec, inputs: Inputs, solver: BeamSe
         inputs: statistics of the layer's input in the basis of ``weight``.
         solver: options.
         factor: of the same inputs in blocks as wide as a vector, where another weight has needed it before.
+        codebook: shared with other layers, which stays as it is; None: learned here.
     Returns:
-        The stored form. Never worse in all than the nearest words of books that are learned on the weight.
+        The stored form. Never worse in all than the nearest words of books that are learned on the weight, or of those given.
     """
     weight = weight.float()
-    start = vector_grid(weight, spec, inputs.gram)
+    start = vector_grid(weight, spec, inputs.gram, codebook)
     assert isinstance(start, WordGrid)
     grid = start = replace(start, beam=solver.beam)
     damping = ridge(inputs.gram, solver.damping)
@@ -51,7 +59,7 @@ def beam_search(weight: Tensor, spec: TensorSpec, inputs: Inputs, solver: BeamSe
     for _ in range(solver.rounds):
         before = error
         codes = descended_vectors(weight, codes, grid, inputs.gram, 1, damping)
-        grid, error = _refitted(weight, grid, codes, gram)
+        grid, error = _refitted(weight, grid, codes, gram, books=codebook is None)
         if error >= before * (1 - solver.tolerance):
             break
     plain = start.encode(weight)
@@ -65,21 +73,25 @@ def _error(weight: Tensor, grid: WordGrid, codes: Tensor, gram: Tensor) -> float
     return float(((delta @ gram) * delta).sum())
 
 
-def _refitted(weight: Tensor, grid: WordGrid, codes: Tensor, gram: Tensor) -> tuple[WordGrid, float]:
-    """Books, then scales, that fit the codes best, and the error then; each kept only if it lowers it."""
-    error, words = _error(weight, grid, codes, gram), grid.codebook.shape[1]
-    square = grid.scale.square().expand(len(weight), 1)
-    codebook = fitted(
-        grid.codebook,
-        target=sums_of((weight @ gram) * grid.scale, codes, words),
-        curvature=lambda books: sums_of((words_of(codes, books) @ gram) * square, codes, words),
-        diagonal=sums_of(square * gram.diagonal(), codes, words),
-    )
-    tried = replace(grid, codebook=codebook)
-    if (found := _error(weight, tried, codes, gram)) < error:
-        grid, error = tried, found
+def _refitted(weight: Tensor, grid: WordGrid, codes: Tensor, gram: Tensor, *, books: bool) -> tuple[WordGrid, float]:
+    """Books, if they may change, then scales, that fit the codes best, and the error then; each kept only if it lowers it."""
+    error = _error(weight, grid, codes, gram)
+    if books:
+        tried = replace(grid, codebook=_fitted_books(weight, grid, codes, gram))
+        if (found := _error(weight, tried, codes, gram)) < error:
+            grid, error = tried, found
     scaled = rescaled(weight, grid, codes, gram)
     assert isinstance(scaled, WordGrid)
     if (found := _error(weight, scaled, codes, gram)) < error:
         grid, error = scaled, found
     return grid, error
+
+
+def _fitted_books(weight: Tensor, grid: WordGrid, codes: Tensor, gram: Tensor) -> Tensor:
+    words, square = grid.codebook.shape[1], grid.scale.square().expand(len(weight), 1)
+    return fitted(
+        grid.codebook,
+        target=sums_of((weight @ gram) * grid.scale, codes, words),
+        curvature=lambda books: sums_of((words_of(codes, books) @ gram) * square, codes, words),
+        diagonal=sums_of(square * gram.diagonal(), codes, words),
+    )

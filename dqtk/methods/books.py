@@ -13,7 +13,8 @@ from torch import Tensor
 from dqtk.numerics.vectors import BEAM, nearest_words, words_of
 from dqtk.spec import VectorCodebook
 
-SAMPLE, LEAST_SAMPLE = 64, 8192  # vectors that books are learned on, at most: so many per word, or so many in all
+SAMPLE, LEAST_SAMPLE, MOST_SAMPLE = 64, 8192, 2**20  # vectors that books are learned on: so many per word, within these bounds
+DRAWS = 256  # of first centres, at most: as many words as it takes are drawn at a time
 ITERATIONS = 25  # of Lloyd, at most
 ENOUGH = 1e-3  # relative gain below which k-means stops
 JOINT = 4  # rounds of codes and words in turn, of several books
@@ -38,7 +39,7 @@ def learned_books(vectors: Tensor, form: VectorCodebook, importance: Tensor | No
     draw = torch.Generator().manual_seed(0)
     if importance is not None and bool((counted := importance > 0).any()):
         vectors, importance = vectors[counted], importance[counted]
-    if len(vectors) > (most := max(SAMPLE * form.words, LEAST_SAMPLE)):
+    if len(vectors) > (most := sample_of(form)):
         some = torch.randperm(len(vectors), generator=draw)[:most].to(vectors.device)
         vectors, importance = vectors[some], None if importance is None else importance[some]
     x = vectors.float()
@@ -55,6 +56,11 @@ def learned_books(vectors: Tensor, form: VectorCodebook, importance: Tensor | No
         codes = nearest_words(x, codebook, beam=beam, start=None if codes is None else codes[:, 0])[:, None]
         codebook = _together(x, weight[:, None], codes, codebook)
     return codebook
+
+
+def sample_of(form: VectorCodebook) -> int:
+    """Vectors that books are learned on, at most."""
+    return min(max(SAMPLE * form.words, LEAST_SAMPLE), MOST_SAMPLE)
 
 
 def _together(x_VD: Tensor, weight_V1: Tensor, codes_V1M: Tensor, codebook: Tensor) -> Tensor:
@@ -88,19 +94,29 @@ def _k_means(x_VD: Tensor, num: int, weight_V: Tensor, draw: torch.Generator) ->
 
 
 def _first_centres(x_VD: Tensor, num: int, weight_V: Tensor, draw: torch.Generator) -> Tensor:
-    """k-means++: every centre is a vector, drawn with a probability proportional to its squared distance to those before."""
+    """k-means++: every centre is a vector, drawn with a probability proportional to its squared distance to those before.
+
+    More than ``DRAWS`` of them are drawn some at a time (the idea of k-means||, Bahmani et al. 2012, arXiv 1203.6402).
+    """
     chances = weight_V.double().cpu()
     centres = torch.empty((num, x_VD.shape[1]), device=x_VD.device)
     nearest = torch.full((len(x_VD),), torch.inf, device=x_VD.device)
-    for index in range(num):
+    for some in torch.arange(num).split(-(-num // DRAWS)):
         reached = chances.cumsum(0)
-        place = int(torch.searchsorted(reached, float(torch.rand((), generator=draw, dtype=torch.float64)) * reached[-1]))
-        centres[index] = x_VD[min(place, len(x_VD) - 1)]
-        nearest = torch.minimum(nearest, (x_VD - centres[index]).square().sum(dim=1))
+        places = torch.searchsorted(reached, torch.rand(len(some), generator=draw, dtype=torch.float64) * reached[-1])
+        new = centres[some] = x_VD[places.clamp(max=len(x_VD) - 1)]
+        nearest = torch.minimum(nearest, _least_distance(x_VD, new))
         chances = (nearest * weight_V).double().cpu()
         if not float(chances.sum()) > 0:  # fewer different vectors than words
             chances = weight_V.double().cpu()
     return centres
+
+
+def _least_distance(x_VD: Tensor, centres_CD: Tensor) -> Tensor:
+    """float32 [V]: squared distance to the nearest of these."""
+    if len(centres_CD) == 1:
+        return (x_VD - centres_CD).square().sum(dim=1)
+    return (x_VD - centres_CD[nearest_words(x_VD, centres_CD[None])[:, 0].long()]).square().sum(dim=1)
 
 
 def sums_of(x: Tensor, codes: Tensor, words: int) -> Tensor:

@@ -3,7 +3,7 @@
 A weight that serves several specs is solved for the one that ``ByLevel.weights`` puts first; the others read its codes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -25,12 +25,13 @@ def solve_site(
     channels: int | None = None,
     range_for: Callable[[LayerSpec], Range | None] = lambda spec: None,
     token: Tensor | None = None,
+    books: Mapping[str, Tensor] | None = None,
 ) -> list[Solution]:
     """As ``solve``, one solution per weight. ``range_for``: the ``input_range`` of a spec, where it needs one."""
 
     def solved(part: LayerSpec) -> list[Solution]:
         mine = inputs if part.needs_inputs else None
-        return solve(weights, part, mine, channels=channels, input_range=range_for(part), token=token)
+        return solve(weights, part, mine, channels=channels, input_range=range_for(part), token=token, books=books)
 
     if isinstance(spec, LayerSpec):
         return solved(spec)

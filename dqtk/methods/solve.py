@@ -5,7 +5,7 @@ The order is fixed: constant token, parts of the input, transforms as the spec l
 on what is left, bias. Transforms act on the weights and on the statistics of the input, so one calibration serves them all.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,6 +39,7 @@ from dqtk.spec import (
     TensorSpec,
     Transform,
     each_of,
+    shared_forms,
 )
 
 from .adaround import adaround
@@ -74,6 +75,7 @@ def solve(
     channels: int | None = None,
     input_range: tuple[Tensor, Tensor] | None = None,
     token: Tensor | None = None,
+    books: Mapping[str, Tensor] | None = None,
 ) -> list[Solution]:
     """Quantize the weights of layers that share an input and a spec.
 
@@ -85,8 +87,11 @@ def solve(
         input_range: least and largest input [L], [L], of every interval of the noise level where the spec tells them apart; needed
             if ``spec.needs_ranges`` and ``inputs`` are not given.
         token: [K], which the spec keeps out of rounding; ``inputs`` are without it.
+        books: shared books (``shared_books.py``) by group.
     Returns:
         One solution per weight.
+    Raises:
+        ValueError: the words are in shared books, and none of that group are given.
     """
     assert inputs is not None or not spec.needs_inputs
     channels = weights[0].shape[1] if channels is None else channels
@@ -114,11 +119,14 @@ def solve(
     factor = None
     if inputs is not None and isinstance(spec.solver, GPTQ | BeamSearch):
         factor = Factor.of(inputs.gram, spec.solver, width_of(spec.weight))
+    codebook = _shared_book(spec, books or {})
     solutions = []
     for index, weight in enumerate(work):
-        packed = _packed(weight, spec, inputs, factor)
+        packed = _packed(weight, spec, inputs, factor, codebook)
         # Copies: files have no tensors that share memory.
         tensors = packed.tensors() | {name: tensor.clone() for name, tensor in shared.items()}
+        if codebook is not None:
+            del tensors["codebook"]
         if branches:
             down, up = branches[index]
             tensors |= {"down": down.clone(), "up": up.clone()}
@@ -174,10 +182,26 @@ def _branches(weights: list[Tensor], spec: LayerSpec, inputs: Inputs, noise: Ten
     return [(down, mine) for mine in up.split([weight.shape[0] for weight in weights])]
 
 
-def _packed(weight: Tensor, spec: LayerSpec, inputs: Inputs | None, factor: Factor | None) -> Packed:
+def _shared_book(spec: LayerSpec, books: Mapping[str, Tensor]) -> Tensor | None:
+    forms = shared_forms(spec)
+    if not forms:
+        return None
+    (form,) = forms
+    assert form.group is not None
+    if form.group not in books:
+        raise ValueError(
+            f"solve: books of group {form.group!r} must be learned before the layers that share them, got books of "
+            f"{sorted(books) or 'no group'}. They are learned by dqtk.quantize; leave group out elsewhere."
+        )
+    return books[form.group]
+
+
+def _packed(
+    weight: Tensor, spec: LayerSpec, inputs: Inputs | None, factor: Factor | None, codebook: Tensor | None = None
+) -> Packed:
     solver = spec.solver
     if isinstance(spec.weight.format, VECTORS):
-        return _packed_vectors(weight, spec, inputs, factor)
+        return _packed_vectors(weight, spec, inputs, factor, codebook)
     if isinstance(solver, RTN):
         return rtn(weight, spec.weight)
     assert inputs is not None
@@ -187,15 +211,17 @@ def _packed(weight: Tensor, spec: LayerSpec, inputs: Inputs | None, factor: Fact
     return adaround(weight, spec.weight, inputs, solver)
 
 
-def _packed_vectors(weight: Tensor, spec: LayerSpec, inputs: Inputs | None, factor: Factor | None) -> Packed:
+def _packed_vectors(
+    weight: Tensor, spec: LayerSpec, inputs: Inputs | None, factor: Factor | None, codebook: Tensor | None
+) -> Packed:
     solver = spec.solver
     if isinstance(solver, RTN):
-        return nearest_vectors(weight, spec.weight)
+        return nearest_vectors(weight, spec.weight, codebook)
     assert inputs is not None
     if isinstance(solver, GPTQ):
-        return swept_vectors(weight, spec.weight, inputs, solver, factor)
+        return swept_vectors(weight, spec.weight, inputs, solver, factor, codebook)
     assert isinstance(solver, BeamSearch)
-    return beam_search(weight, spec.weight, inputs, solver, factor)
+    return beam_search(weight, spec.weight, inputs, solver, factor, codebook)
 
 
 # --- transforms ------------------------------------------------------------------------------------------------------
@@ -206,7 +232,7 @@ def _transformed(
 ) -> tuple[list[Tensor], Inputs | None, dict[str, Tensor]]:
     """Weights and statistics in the new basis, and the tensors that layers need to go there."""
     if isinstance(transform, Hadamard):
-        turned = _rotation(transform, channels)
+        turned = rotation(transform, channels)
         rotated = None if inputs is None else inputs.mapped(turned)
         signs = pack_signs(random_signs(channels, transform.seed)).to(weights[0].device)
         return [turned(weight) for weight in weights], rotated, {"signs": signs}
@@ -224,7 +250,7 @@ def _transformed(
     return [weight / taps for weight in weights], inputs.scaled(taps), {"smooth": multiplier.bfloat16()}
 
 
-def _rotation(transform: Hadamard, channels: int) -> Callable[[Tensor], Tensor]:
+def rotation(transform: Hadamard, channels: int) -> Callable[[Tensor], Tensor]:
     """The rotation of rows [..., taps * channels], each tap alike."""
     signs, block = random_signs(channels, transform.seed), block_of(transform, channels)
     return lambda x: rotate(x.unflatten(-1, (-1, channels)), signs.to(x.device), block, transform.regular).flatten(-2)
@@ -237,7 +263,7 @@ def _smooth_error(weights: list[Tensor], inputs: Inputs, rest: LayerSpec, multip
     ends = None if inputs.ends is None else inputs.ends * multiplier.repeat(2)
     for transform in rest.transforms:
         if isinstance(transform, Hadamard):
-            turned = _rotation(transform, channels)
+            turned = rotation(transform, channels)
             x, scaled, ends = turned(x), [turned(weight) for weight in scaled], None
     q = x if rest.input is None else _round_sample(x, ends, inputs.times, rest.input)
     total = 0.0
@@ -262,7 +288,7 @@ def _solved_error(weights: list[Tensor], inputs: Inputs, rest: LayerSpec, multip
     moved, given = [weight / taps for weight in weights], inputs.scaled(taps)
     for transform in rest.transforms:
         if isinstance(transform, Hadamard):
-            turned = _rotation(transform, channels)
+            turned = rotation(transform, channels)
             moved, given = [turned(weight) for weight in moved], given.mapped(turned)
     form = concrete(moved[0] if len(moved) == 1 else torch.cat(moved), rest.weight)
     spec, shared = _static_input(replace(rest, weight=form, transforms=()), given, None)

@@ -23,33 +23,45 @@ from .gptq import Factor
 from .trellis import TrellisGrid
 
 
-def vector_grid(weight: Tensor, spec: TensorSpec, gram: Tensor | None = None) -> VectorGrid:
-    """The grid of a weight [N, K]; second moments [K, K] say which vectors matter."""
+def vector_grid(weight: Tensor, spec: TensorSpec, gram: Tensor | None = None, codebook: Tensor | None = None) -> VectorGrid:
+    """The grid of a weight [N, K]; second moments [K, K] say which vectors matter. ``codebook``: shared, else learned here."""
     form, scale = spec.format, root_mean_square(weight, spec)
     if isinstance(form, Trellis):
         return TrellisGrid(spec=spec, scale=scale)
     assert isinstance(form, VectorCodebook)
+    assert (codebook is None) == (form.group is None)
+    if codebook is not None:
+        return WordGrid(spec=spec, scale=scale, codebook=codebook.to(weight.device))
     vectors = in_units(weight, scale).reshape(-1, form.length)
-    importance = scale.square().expand(len(weight), 1)
-    if gram is not None:
-        importance = importance * gram.diagonal().float().view(1, -1, form.length).mean(dim=2)
-    else:
-        importance = importance.expand(-1, weight.shape[1] // form.length)
+    importance = importance_of(scale, weight, form.length, None if gram is None else gram.diagonal())
     return WordGrid(spec=spec, scale=scale, codebook=learned_books(vectors, form, importance.reshape(-1)))
 
 
-def nearest_vectors(weight: Tensor, spec: TensorSpec) -> Packed:
-    """Quantize a weight [N, K] to the nearest words of books that are learned on it: the baseline of other solvers.
+def importance_of(scale: Tensor, weight: Tensor, length: int, squares: Tensor | None) -> Tensor:
+    """[N, K / length]: what a squared error of each vector counts, in units of the scale; ``squares`` [K]: of the inputs."""
+    importance = scale.square().expand(len(weight), weight.shape[1] // length)
+    return importance if squares is None else importance * squares.float().view(1, -1, length).mean(dim=2)
+
+
+def nearest_vectors(weight: Tensor, spec: TensorSpec, codebook: Tensor | None = None) -> Packed:
+    """Quantize a weight [N, K] to the nearest words, of books that are learned on it or given: the baseline of other solvers.
 
     Raises:
         ValueError: the length of a vector does not divide K.
     """
-    grid = vector_grid(weight, spec)
+    grid = vector_grid(weight, spec, codebook=codebook)
     codes = grid.encode(weight)
     return rescaled(weight, grid, codes).pack(codes)
 
 
-def swept_vectors(weight: Tensor, spec: TensorSpec, inputs: Inputs, solver: GPTQ, factor: Factor | None = None) -> Packed:
+def swept_vectors(
+    weight: Tensor,
+    spec: TensorSpec,
+    inputs: Inputs,
+    solver: GPTQ,
+    factor: Factor | None = None,
+    codebook: Tensor | None = None,
+) -> Packed:
     """Quantize a weight by the sweep.
 
     Args:
@@ -58,11 +70,12 @@ def swept_vectors(weight: Tensor, spec: TensorSpec, inputs: Inputs, solver: GPTQ
         inputs: statistics of the layer's input in the basis of ``weight``.
         solver: options.
         factor: of the same inputs in blocks as wide as a vector, where another weight has needed it before.
+        codebook: shared with other layers; None: learned here, if the format has any.
     Returns:
         The stored form. On the calibration inputs never worse than the nearest codes of the same grid: rows that would be (of a
         trellis, groups of rows), take those.
     """
-    grid = vector_grid(weight, spec, inputs.gram)
+    grid = vector_grid(weight, spec, inputs.gram, codebook)
     codes = swept_codes(weight, grid, inputs.gram, solver, factor)
     return rescaled(weight, grid, codes, inputs.gram).pack(codes)
 

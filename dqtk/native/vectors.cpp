@@ -18,14 +18,32 @@ struct Vectors {
 
 namespace {
 
+// A word of ``D`` numbers: a vector of the compiler's where there is one of that size.
+template <int D, bool = (D & (D - 1)) == 0>
+struct WordOf {
+    typedef float type __attribute__((vector_size(4 * D)));
+};
+template <int D>
+struct WordOf<D, false> {
+    struct type {
+        float numbers[D];
+        void operator+=(const type& other) {
+            for (int i = 0; i < D; i++) numbers[i] += other.numbers[i];
+        }
+        void operator*=(float scale) {
+            for (int i = 0; i < D; i++) numbers[i] *= scale;
+        }
+    };
+};
+
 // ``vectors`` sums of ``M`` words (0: of as many as there are books) of ``D`` numbers.
-template <int D, int M>
-void sums(const Vectors& w, const uint8_t* codes, float scale, float* out, int64_t vectors) {
-    typedef float Word __attribute__((vector_size(4 * D)));
+template <int D, int M, class Code>
+void sums(const Vectors& w, const Code* codes, float scale, float* out, int64_t vectors) {
+    using Word = typename WordOf<D>::type;
     const int64_t count = M ? M : w.count, size = int64_t(w.words) * D;
-    const auto word = [&](int64_t book, uint8_t code) __attribute__((always_inline)) {
+    const auto word = [&](int64_t book, Code code) __attribute__((always_inline)) {
         Word found;
-        std::memcpy(&found, w.books + book * size + code * D, sizeof found);
+        std::memcpy(&found, w.books + book * size + int64_t(code) * D, sizeof found);
         return found;
     };
     for (int64_t i = 0; i < vectors; i++, codes += count, out += D) {
@@ -37,8 +55,8 @@ void sums(const Vectors& w, const uint8_t* codes, float scale, float* out, int64
     }
 }
 
-template <int D>
-void sums(const Vectors& w, const uint8_t* codes, float scale, float* out, int64_t vectors) {
+template <int D, class Code>
+void sums(const Vectors& w, const Code* codes, float scale, float* out, int64_t vectors) {
     switch (w.count) {
         case 1: return sums<D, 1>(w, codes, scale, out, vectors);
         case 2: return sums<D, 2>(w, codes, scale, out, vectors);
@@ -48,27 +66,24 @@ void sums(const Vectors& w, const uint8_t* codes, float scale, float* out, int64
     }
 }
 
-void sums(const Vectors& w, const uint8_t* codes, float scale, float* out, int64_t vectors) {
+template <class Code>
+void sums(const Vectors& w, const Code* codes, float scale, float* out, int64_t vectors) {
     switch (w.length) {
         case 1: return sums<1>(w, codes, scale, out, vectors);
         case 2: return sums<2>(w, codes, scale, out, vectors);
+        case 3: return sums<3>(w, codes, scale, out, vectors);
         case 4: return sums<4>(w, codes, scale, out, vectors);
+        case 6: return sums<6>(w, codes, scale, out, vectors);
         case 8: return sums<8>(w, codes, scale, out, vectors);
+        case 12: return sums<12>(w, codes, scale, out, vectors);
         default: return sums<16>(w, codes, scale, out, vectors);
     }
 }
 
-// Row ``n`` as T [k].
-template <class T>
-void decode_words(const Vectors& w, int64_t n, T* out) {
-    thread_local Scratch codes_room;
-    const uint8_t* codes = w.codes + n * w.stride;
+// Row ``n`` as T [k], from its codes.
+template <class Code, class T>
+void decode_codes(const Vectors& w, const Code* codes, int64_t n, T* out) {
     const int64_t vectors = w.k / w.length;
-    if (w.bits < 8) {
-        uint8_t* room = codes_room.get<uint8_t>(vectors * w.count + 8);
-        unpack(codes, w.bits, room, vectors * w.count);
-        codes = room;
-    }
     const float scale = w.scale[n * w.scale_step];
     if constexpr (std::is_same_v<T, float>) return sums(w, codes, scale, out, vectors);
     constexpr int64_t PART = 512;  // numbers that wait for their rounding
@@ -78,6 +93,23 @@ void decode_words(const Vectors& w, int64_t n, T* out) {
         sums(w, codes + i * w.count, scale, values, length);
         narrow(values, out + i * w.length, length * w.length);
     }
+}
+
+// Row ``n`` as T [k].
+template <class T>
+void decode_words(const Vectors& w, int64_t n, T* out) {
+    thread_local Scratch codes_room;
+    const uint8_t* codes = w.codes + n * w.stride;
+    const int64_t count = w.k / w.length * w.count;
+    if (w.bits == 8) return decode_codes(w, codes, n, out);
+    if (w.bits < 8) {
+        uint8_t* room = codes_room.get<uint8_t>(count + 8);
+        unpack(codes, w.bits, room, count);
+        return decode_codes(w, room, n, out);
+    }
+    uint16_t* room = codes_room.get<uint16_t>(count + 8);
+    unpack(codes, w.bits, room, count);
+    decode_codes(w, room, n, out);
 }
 
 }  // namespace

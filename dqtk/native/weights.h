@@ -78,6 +78,32 @@ inline void unpack(const uint8_t* in, int bits, uint8_t* out, int64_t k) {
     }
 }
 
+// Codes of 9 to 16 bits: of every eight their low bytes, then ``HIGH`` bytes of the bits above. ``out`` as above.
+template <int HIGH>
+inline void unpack_wide(const uint8_t* in, uint16_t* out, int64_t k) {
+    for (int64_t i = 0; i < (k + 7) / 8; i++, in += 8 + HIGH, out += 8) {
+        uint64_t word = 0;
+        std::memcpy(&word, in + 8, HIGH);
+        if constexpr (HIGH < 8) word = eight_codes<HIGH>(word);
+        uint8_t high[8];
+        std::memcpy(high, &word, 8);
+        for (int j = 0; j < 8; j++) out[j] = uint16_t(in[j] | high[j] << 8);
+    }
+}
+
+inline void unpack(const uint8_t* in, int bits, uint16_t* out, int64_t k) {
+    switch (bits) {
+        case 9: return unpack_wide<1>(in, out, k);
+        case 10: return unpack_wide<2>(in, out, k);
+        case 11: return unpack_wide<3>(in, out, k);
+        case 12: return unpack_wide<4>(in, out, k);
+        case 13: return unpack_wide<5>(in, out, k);
+        case 14: return unpack_wide<6>(in, out, k);
+        case 15: return unpack_wide<7>(in, out, k);
+        default: return unpack_wide<8>(in, out, k);
+    }
+}
+
 // Codes of a group become int8 numbers (code - offset) * scale.
 inline void scale_group(const uint8_t* codes, int offset, int scale, int8_t* out, int64_t count) {
 #if defined(__AVX512VNNI__)

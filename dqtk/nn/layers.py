@@ -25,6 +25,7 @@ from dqtk.numerics.storage import BUFFERS, layer_layout, parts_of, stored_name
 from dqtk.spec import STATIC, ByLevel, LayerSpec, SiteSpec, describe, kinds_of, level_edges
 
 from .basis import Basis
+from .books import books_for
 from .constant_token import multiples, without
 from .lazy_weight import LazyWeight, read_only
 from .noise import following
@@ -49,6 +50,7 @@ class Quantized(Stored):
         module.shared = None
         module.basis = Basis.of(spec, channels)
         module.noise = None
+        module.books = None
         dtype = dtype or torch.get_default_dtype()
         device = torch.get_default_device() if device is None else device
         module.taps = k // channels
@@ -88,9 +90,15 @@ class Quantized(Stored):
         return level_edges(self.spec)
 
     def follow(self, denoiser: nn.Module) -> None:
-        """Know the noise level of this denoiser's calls from now on, if anything here depends on it."""
+        """Know the noise level of this denoiser's calls from now on, and its shared books, if anything here depends on them."""
         module: Any = self
+        self.read_books(denoiser)
         module.noise = following(denoiser, self.edges) if self.edges else None
+
+    def read_books(self, model: nn.Module) -> None:
+        """Refer to the shared books of this model, if the words are there."""
+        module: Any = self
+        vars(module)["books"] = books_for(model, self.spec, module.qweight.device)  # as an attribute it would be a submodule
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -144,7 +152,7 @@ class Quantized(Stored):
         base = base_class(type(self))
         new: Any = base.__new__(base)
         nn.Module.__init__(new)
-        skip = ("spec", "n", "k", "shared", "basis", "noise", "taps", "parts", "stored", "kept")
+        skip = ("spec", "n", "k", "shared", "basis", "noise", "books", "taps", "parts", "stored", "kept")
         new.__dict__.update({name: value for name, value in vars(module).items() if not name.startswith("_") and name not in skip})
         if isinstance(new, nn.modules.conv._ConvNd):
             padding: Any = new.padding

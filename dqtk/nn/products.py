@@ -16,7 +16,7 @@ from dqtk.numerics.inputs import round_input
 from dqtk.numerics.packing import Packed
 from dqtk.numerics.storage import BUFFERS, Part, stored_name
 from dqtk.ops import WEIGHT_ONLY
-from dqtk.spec import STATIC, LayerSpec
+from dqtk.spec import STATIC, LayerSpec, VectorCodebook
 
 from .basis import Basis
 
@@ -31,19 +31,19 @@ class KeptWeight:
 
     __slots__ = ("matrix", "sources")
 
-    def __init__(self, matrix: Tensor, sources: tuple[tuple[str, Tensor | None, int], ...]):
+    def __init__(self, matrix: Tensor, sources: tuple[tuple[Tensor | None, int], ...]):
         self.matrix, self.sources = matrix, sources
 
     @staticmethod
     def of(stored: Any, matrix: Tensor) -> "KeptWeight":
         """What a layer or part decodes to now."""
-        tensors = [(name, getattr(stored, name)) for name in WEIGHT]
-        return KeptWeight(matrix, tuple((name, tensor, _version(tensor)) for name, tensor in tensors))
+        return KeptWeight(matrix, tuple((tensor, _version(tensor)) for tensor in stored.sources()))
 
     def is_that_of(self, stored: Any) -> bool:
         """Whether the codes are still those that it was decoded from, where they were."""
         return self.matrix.device == stored.qweight.device and all(
-            getattr(stored, name) is tensor and _version(tensor) == version for name, tensor, version in self.sources
+            now is tensor and _version(now) == version
+            for now, (tensor, version) in zip(stored.sources(), self.sources, strict=True)
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -51,6 +51,12 @@ class KeptWeight:
 
     def __reduce__(self) -> tuple[Any, tuple[()]]:
         return _nothing, ()
+
+
+def group_of(spec: LayerSpec) -> str | None:
+    """The group whose books the words are in; None where the layer has its own, or no words."""
+    form = spec.weight.format
+    return form.group if isinstance(form, VectorCodebook) else None
 
 
 def _version(tensor: Tensor | None) -> int:
@@ -92,10 +98,32 @@ class Stored:
         index = module.noise.index(scale.device)
         return scale.index_select(0, index), None if zero is None else zero.index_select(0, index)
 
+    def packed(self) -> Packed:
+        """The stored weight, with its books whoever holds them.
+
+        Raises ``ValueError`` for a layer with shared books that stands in no model.
+        """
+        module: Any = self
+        found = {name: getattr(module, name) for name in WEIGHT}
+        if (group := group_of(self.spec)) is not None:
+            if module.books is None:
+                raise ValueError(
+                    f"{type(self).__name__}: the layer must stand in a model, as its words are in the books that group {group!r} "
+                    "shares; got none. Call layer.follow(denoiser), or load the whole model."
+                )
+            found["codebook"] = module.books(group).to(module.qweight.device)
+        return Packed(**found)
+
+    def sources(self) -> list[Tensor | None]:
+        """The tensors that the stored weight is decoded from, themselves."""
+        module: Any = self
+        found = [getattr(module, name) for name in WEIGHT]
+        group = group_of(self.spec)
+        return found if group is None or module.books is None else [*found, module.books.stored(group)]
+
     def decoding(self) -> Decodes:
         """How the stored codes become numbers."""
-        module: Any = self
-        return decoding_of(Packed(**{name: getattr(module, name) for name in WEIGHT}), self.spec.weight)
+        return decoding_of(self.packed(), self.spec.weight)
 
     def stored_matrix(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The stored weight [N, K] in ``dtype``, in the basis of the transformed input and without the branch."""

@@ -75,8 +75,9 @@ class Stepped:
         return next((edges for kind in self.spec.kinds if (edges := level_edges(kind))), ())
 
     def follow(self, denoiser: nn.Module) -> None:
-        """Know the noise level of this denoiser's calls from now on."""
+        """Know the noise level of this denoiser's calls from now on, and its shared books."""
         module: Any = self
+        self.read_books(denoiser)  # type: ignore[attr-defined]
         module.steps = choosing(denoiser, self.spec)
         for way in module.ways.values():
             edges = level_edges(way.spec)

@@ -1,17 +1,19 @@
-"""Codes as bytes, 1 to 8 bits each really packed, and the stored form of a weight: the one place that knows its tensors.
+"""Codes as bytes, 1 to 16 bits each really packed, and the stored form of a weight: the one place that knows its tensors.
 
 Codes are packed along the last dimension, whose length is padded with zeros to a multiple of 8 codes. A *plane* layout keeps
-unpacking to shifts and masks on whole vectors, for any width: a width is a sum of 4, 2 and 1, and each part is a plane. Eight codes
-c0..c7 of b bits become b bytes, from the low bits up:
+unpacking to shifts and masks on whole vectors, for any width: a width is a sum of 8, 4, 2 and 1, and each part is a plane. Eight
+codes c0..c7 of b bits become b bytes, from the low bits up:
 
+    plane of 8 bits:  byte i = c_i                                                     i = 0..7, of codes wider than 8 bits
     plane of 4 bits:  byte i = c_i | c_{i+4} << 4                                      i = 0..3
              [c4c4c4c4 c0c0c0c0] [c5.. c1..] [c6.. c2..] [c7.. c3..]
     plane of 2 bits:  byte i = c_i | c_{i+2} << 2 | c_{i+4} << 4 | c_{i+6} << 6        i = 0..1
     plane of 1 bit:   bit j = c_j
-    8 bits:           the code itself
+    8 bits:           the code itself, and no padding
 
-So 3 bits are a plane of 2 and one of 1, 6 bits one of 4 and one of 2. Signed codes are stored with an offset of 2^(b-1); 8-bit
-signed codes are stored as int8 without one. These bytes are the checkpoint format: golden tests freeze them.
+So 3 bits are a plane of 2 and one of 1, 6 bits one of 4 and one of 2, 12 bits one of 8 and one of 4, 16 bits two of 8. Signed
+codes are stored with an offset of 2^(b-1); 8-bit signed codes are stored as int8 without one. These bytes are the checkpoint
+format: golden tests freeze them.
 """
 
 from dataclasses import dataclass, fields
@@ -48,7 +50,12 @@ def packed_width(bits: int, length: int) -> int:
 
 
 def _planes(bits: int) -> list[int]:
-    return [plane for plane in (4, 2, 1) if bits & plane]
+    return [8] * (bits // 8) + [plane for plane in (4, 2, 1) if bits & plane]
+
+
+def code_dtype(bits: int) -> torch.dtype:
+    """dtype of codes of so many bits: uint8, else int32."""
+    return torch.uint8 if bits <= 8 else torch.int32
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -56,18 +63,18 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
     Args:
         codes: integers in [0, 2^bits), any shape [..., L].
-        bits: 1 to 8.
+        bits: 1 to 16.
     Returns:
         uint8 [..., packed_width(bits, L)].
     Raises:
         ValueError: for another width or a code out of range.
     """
     _check_bits("pack", bits)
-    if codes.numel() and (codes.min() < 0 or codes.max() >= 2**bits):
+    if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 2**bits):
         raise ValueError(
             f"pack: codes must be in 0..{2**bits - 1}, got {int(codes.min())}..{int(codes.max())}. Add the offset first."
         )
-    codes = codes.to(torch.uint8)
+    codes = codes.to(code_dtype(bits))
     if bits == 8:
         return codes.contiguous()
     c = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 8)).unflatten(-1, (-1, 8))
@@ -77,17 +84,17 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         byte = part[..., :plane]
         for i in range(1, 8 // plane):
             byte = byte | part[..., i * plane : (i + 1) * plane] << (i * plane)
-        parts.append(byte)
+        parts.append(byte.to(torch.uint8))
         low += plane
     return torch.cat(parts, dim=-1).flatten(-2).contiguous()
 
 
 def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
-    """Inverse of ``pack``: uint8 codes [..., length]. Compiles without graph breaks."""
+    """Inverse of ``pack``: codes [..., length], uint8 up to 8 bits, else int32. Compiles without graph breaks."""
     _check_bits("unpack", bits)
     if bits == 8:
         return packed
-    p = packed.unflatten(-1, (-1, bits))
+    p = packed.unflatten(-1, (-1, bits)).to(code_dtype(bits))
     codes, low = None, 0
     for plane in _planes(bits):
         byte, mask = p[..., low : low + plane], 2**plane - 1
@@ -99,8 +106,8 @@ def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
 
 
 def _check_bits(where: str, bits: int) -> None:
-    if bits not in range(1, 9):
-        raise ValueError(f"{where}: bits must be from 1 to 8, got {bits}. Split wider codes.")
+    if bits not in range(1, 17):
+        raise ValueError(f"{where}: bits must be from 1 to 16, got {bits}. Split wider codes.")
 
 
 # --- the stored form of a weight -------------------------------------------------------------------------------------
@@ -116,8 +123,9 @@ class Packed:
     zero: uint8, shape of ``scale``; asymmetric integers only.
     selector: uint8 [N, packed_width(bits, G)], table of each group, ``bits`` as many as the number of tables needs; several
     tables only.
-    codebook: float16 [books, words, length] of vectors. Their codes lie in ``qweight`` uint8 [N, packed_width(code_bits, K /
-    length * books)], those of one vector side by side; ``scale`` is float32 [N, 1] or [1, 1].
+    codebook: float16 [books, words, length] of vectors, which no layer stores whose books are shared (``nn/books.py``). Their codes
+    lie in ``qweight`` uint8 [N, packed_width(code_bits, K / length * books)], those of one vector side by side; ``scale`` is
+    float32 [N, 1] or [1, 1].
     Of a trellis, ``qweight`` is uint8 [R, ring_width], a ring for each tile (``trellis.to_tiles``), and ``scale`` float32 [N, 1].
     """
 
@@ -152,11 +160,11 @@ def layout(spec: TensorSpec, n: int, k: int) -> Layout:
             "scale": ((n, 1), torch.float32),
         }
     if isinstance(form, VectorCodebook):
-        return {
+        stored: Layout = {
             "qweight": ((n, packed_width(form.code_bits, count_vectors(form, k) * form.books)), torch.uint8),
             "scale": ((1, 1) if isinstance(granularity, PerTensor) else (n, 1), torch.float32),
-            "codebook": ((form.books, form.words, form.length), torch.float16),
         }
+        return stored if form.group is not None else stored | {"codebook": (book_shape(form), torch.float16)}
     one = (1, 1) if isinstance(granularity, PerTensor | E4M3Group) else (n, num_groups if isinstance(granularity, PerGroup) else 1)
     found: Layout = {"qweight": ((n, stored_width(spec, k)), stored_dtype(spec))}
     if not isinstance(granularity, E8M0Group):
@@ -170,6 +178,11 @@ def layout(spec: TensorSpec, n: int, k: int) -> Layout:
     if isinstance(form, Codebook) and len(form.tables) > 1:
         found["selector"] = ((n, packed_width(selector_bits(form), num_groups)), torch.uint8)
     return found
+
+
+def book_shape(form: VectorCodebook) -> tuple[int, int, int]:
+    """Of the tensor that holds the books, of one layer or of a group: float16."""
+    return form.books, form.words, form.length
 
 
 def selector_bits(form: Codebook) -> int:

@@ -1,6 +1,6 @@
 """Every tensor that a quantized layer stores: those of its weight, of its input, of its transforms and of its low-rank branch.
 
-qweight, scale, group_scale, zero, selector, codebook   the weight, see ``packing.Packed``
+qweight, scale, group_scale, zero, selector, codebook   the weight, see ``packing.Packed``; shared books are ``nn/books.py``'s
 input_scale   float32 [L]                     static inputs only; L = 1, or one per interval of the noise level (``PerLevel``)
 input_zero    int32 [L]                       static integer inputs; x ~ input_scale * (code - zero), codes -2^(b-1) .. 2^(b-1)-1
               float32 [L]                     static unsigned floats; in levels

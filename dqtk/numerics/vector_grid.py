@@ -71,7 +71,7 @@ class WordGrid:
     def pack(self, codes: Tensor) -> Packed:
         form = self.spec.format
         assert isinstance(form, VectorCodebook)
-        return Packed(qweight=pack(codes.flatten(1).to(torch.int16), form.code_bits), scale=self.scale, codebook=self.codebook)
+        return Packed(qweight=pack(codes.flatten(1), form.code_bits), scale=self.scale, codebook=self.codebook)
 
     def scaled(self, factor: Tensor) -> "WordGrid":
         return replace(self, scale=self.scale * factor)

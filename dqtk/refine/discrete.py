@@ -46,8 +46,8 @@ class Gathered:
 
     def __init__(self, mine: TrainedVectors):
         self.mine = mine
-        assert mine.start is not None
-        (n, vectors, _), self.length, device = mine.codes.shape, mine.start.shape[2], mine.codes.device
+        assert mine.books is not None
+        (n, vectors, _), self.length, device = mine.codes.shape, mine.books.start.shape[2], mine.codes.device
         self.total = torch.zeros(n, vectors * self.length, device=device)
         self.rows = torch.zeros(n, 1, device=device)
         self.blocks = torch.zeros(vectors, self.length, self.length, device=device)
@@ -78,7 +78,8 @@ class Gathered:
         strength, vector = best.flatten().topk(num)
         vector = vector[strength > 0]
         book, word = (found.flatten()[vector] for found in place)
-        return Moves(codes=self.mine.codes.view(-1, self.mine.codes.shape[2]), vector=vector, book=book, word=word.to(torch.uint8))
+        codes = self.mine.codes.view(-1, self.mine.codes.shape[2])
+        return Moves(codes=codes, vector=vector, book=book, word=word.to(codes.dtype))
 
 
 def _promises(gathered: Gathered, books_MWD: Tensor, scale: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -162,7 +163,7 @@ class Steps:
         """num_calls: different ones that are learned from; no more of them judge a step."""
         self.choice, self.error, self.batch, self.team = choice, error, batch, team
         self.judges = min(choice.calls, num_calls)
-        words = {path: mine for path, mine in trained.items() if isinstance(mine, TrainedVectors) and mine.start is not None}
+        words = {path: mine for path, mine in trained.items() if isinstance(mine, TrainedVectors) and mine.books is not None}
         self.gathered = [Gathered(mine) for mine in words.values()]
         for mine in self.gathered:
             mine.mine.watch = mine.add

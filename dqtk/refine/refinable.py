@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dqtk.calibrate.levels import bucket_of
 from dqtk.calibrate.replay import Call
+from dqtk.nn.products import group_of
 from dqtk.spec import (
     VECTORS,
     Distill,
@@ -40,11 +41,12 @@ def check_learners(
     Raises:
         ValueError: roles that no layer has; ``MostSensitive``, ``decay`` or ``exact_start`` for vectors; ``discrete`` for trellises
             or where no words learn; ``candidates`` for other weights than words of one book that are not transformed; layers whose
-            unquantized form is asked for and not at hand.
+            unquantized form is asked for and not at hand; shared books that some layers of a group would learn, or block by block.
     """
     whole = {path: spec for path, spec in specs.items() if isinstance(spec, LayerSpec)}
     vectors = [path for path, spec in whole.items() if isinstance(spec.weight.format, VECTORS)]
     if isinstance(choice, Reconstruct):
+        _check_groups(name, whole, ())
         asked = [path for path in vectors if not _chooses(whole[path])] if vectors else list(whole)
         if choice.candidates > 1 and asked:
             raise ValueError(
@@ -55,6 +57,8 @@ def check_learners(
     if isinstance(choice.layers, MostSensitive) and vectors:
         raise no_steps(vectors[0])
     learning = paths_of_roles(name, module, specs, choice.layers) if isinstance(choice.layers, OfRoles) else list(specs)
+    if learning:
+        _check_groups(name, whole, learning)
     if choice.discrete is not None:
         _check_words(name, {path: whole[path].weight.format for path in learning if path in whole})
     for what, value, plain in (("decay", choice.decay, None), ("exact_start", choice.exact_start, False)):
@@ -69,6 +73,20 @@ def check_learners(
             raise ValueError(
                 f"refine: {what} must be {plain} for layers whose unquantized form is not at hand, got {value} for {missing[0]} of "
                 f"{name}. Quantize and refine in one call, or pass the layers that were replaced as originals."
+            )
+
+
+def _check_groups(name: str, specs: Mapping[str, LayerSpec], learning: Collection[str]) -> None:
+    """Whether shared books learn in all layers that read them; without paths: whether there are none."""
+    alone = {group_of(spec) for path, spec in specs.items() if path not in learning} - {None}
+    for path in learning or specs:
+        group = group_of(specs[path]) if path in specs else None
+        if group is not None and group in alone:
+            what = "layers must hold all that share books or none" if learning else "blocks must have books of their layers' own"
+            remedy = "Name all of their roles" if learning else "Take Distill(), which learns all layers at once"
+            raise ValueError(
+                f"refine: {what}, got group {group!r} of {path} of {name}, which others read too. {remedy}, or quantize "
+                "with group=None."
             )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dqtk.kernels import to_matrix
 from dqtk.nn import Quantized
-from dqtk.nn.products import WEIGHT, Stored
+from dqtk.nn.products import Stored
 from dqtk.numerics.affine import encode, levels, nearest_level
 from dqtk.numerics.floats import e8m0_decode, step_of
 from dqtk.numerics.packing import Packed, count_groups, pack_codes, selector_bits, unpack, weight_levels
@@ -29,7 +29,7 @@ from .left_over import left_over
 from .rank_decay import DECAYING, Branch
 from .shifts import CODES, ZEROS, Shifts
 from .stored_branch import FACTORS, StoredBranch
-from .trained_vectors import TrainedVectors
+from .trained_vectors import TrainedBooks, TrainedVectors
 
 SCALES = ("scale",)
 MARGIN = 0.45  # of a step: how far from its code a number may start whose exact place is beyond the cell
@@ -47,7 +47,7 @@ class Trained:
     def __init__(self, layer: Quantized, stored: Stored, index: int, rank: int | None, draw: torch.Generator, path: str = ""):
         self.layer, self.stored, self.index, self.path = _any(layer), _any(stored), index, path
         self.spec, self.k = stored.spec.weight, _any(stored).k
-        packed = Packed(**{name: getattr(stored, name) for name in WEIGHT})
+        packed = stored.packed()
         self.packed, self.groups = packed, count_groups(self.spec, self.k)
         self.start = self.code = weight_levels(packed, self.spec, self.k)
         self.which = _which(packed, self.spec, self.k)
@@ -160,13 +160,14 @@ def training(
     quantized, where vectors choose among ``candidates``.
     """
     learning: dict[str, Trained | TrainedVectors] = {}
+    shared: dict[str, TrainedBooks] = {}
     for path, layer in layers.items():
         layer.release_kept()  # compiled code would go on with what was decoded before
         for index, stored in enumerate(_any(layer).parts or (layer,)):
             vectors = isinstance(stored.spec.weight.format, VECTORS)
             if vectors:
                 exact = None if originals is None or path not in originals else _matrix(originals[path])
-                made: Trained | TrainedVectors = TrainedVectors(layer, stored, index, exact, candidates, path)
+                made: Trained | TrainedVectors = TrainedVectors(layer, stored, index, exact, candidates, path, shared)
             else:
                 made = Trained(layer, stored, index, rank, draw, path)
             learning[stored_name(path, index)] = made

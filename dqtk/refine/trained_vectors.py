@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dqtk.nn.products import WEIGHT, Stored
-from dqtk.numerics.packing import Packed, count_vectors, dequantize, pack, unpack
+from dqtk.nn.products import Stored, group_of
+from dqtk.numerics.packing import count_vectors, dequantize, pack, unpack
 from dqtk.numerics.storage import stored_name
 from dqtk.numerics.vector_grid import in_units
 from dqtk.numerics.vectors import words_of
@@ -33,45 +33,71 @@ UNIT = 2.5  # of a ratio's logit, beside ``weight_rate``: 0.02 of it is VQ4DiT's
 ROWS = 4096  # vectors that are compared with all words at a time
 
 
+class TrainedBooks:
+    """Books of one layer, or of all layers of a group, while they learn. start: float32 [M, W, D], stored. moved: what learns."""
+
+    def __init__(self, codebook: Tensor):
+        self.start = codebook.float()
+        self.unit = self.start.square().mean(dim=(1, 2), keepdim=True).sqrt()
+        self.moved = nn.Parameter(torch.zeros_like(self.start))
+
+    def words(self) -> Tensor:
+        """The books as they would be stored; float32 numbers."""
+        words = self.start + self.unit * self.moved
+        return words + (words.half().float() - words).detach()
+
+
 class TrainedVectors:
     """The learned numbers of one layer of vectors, or of one part of a layer whose input is split.
 
-    parameters: float32 by name: ``scale``, the logarithm of a factor on every scale; where there are books ``moved`` [M, W, D];
-    where vectors choose ``logits`` [V, C]. codes: uint8 [N, G, M], of words. watch: is told every gradient [N, K] of their decoded
-    weight. exact: the original weight [N, K]; candidates: C, of one book and without transforms. path: of the layer.
+    parameters: float32 by name: ``scale``, the logarithm of a factor on every scale; where there are books ``moved`` [M, W, D], of
+    a group in its first layer alone, and the gradients of all its layers add up there; where vectors choose ``logits`` [V, C].
+    codes: [N, G, M], of words, as ``unpack`` gives them. watch: is told every gradient [N, K] of their decoded weight. exact: the
+    original weight [N, K]; candidates: C, of one book and without transforms. path: of the layer. shared: books of groups that
+    learn already, to which those of this layer's group are added.
     """
 
-    def __init__(self, layer: Any, stored: Stored, index: int, exact: Tensor | None = None, candidates: int = 1, path: str = ""):
+    def __init__(
+        self,
+        layer: Any,
+        stored: Stored,
+        index: int,
+        exact: Tensor | None = None,
+        candidates: int = 1,
+        path: str = "",
+        shared: dict[str, TrainedBooks] | None = None,
+    ):
         self.layer, self.stored, self.index, self.path = layer, stored, index, path
         module: Any = stored
-        packed, spec = Packed(**{name: getattr(stored, name) for name in WEIGHT}), stored.spec.weight
+        packed, spec = stored.packed(), stored.spec.weight
         assert packed.scale is not None
         self.start_scale, self.form = packed.scale, spec.format
         self.parameters = {"scale": nn.Parameter(torch.zeros_like(packed.scale))}
         self.choices: Tensor | None = None
-        self.start: Tensor | None = None
+        self.books: TrainedBooks | None = None
         self.watch: Callable[[Tensor], None] | None = None
         if not isinstance(self.form, VectorCodebook):
             self.numbers = dequantize(replace(packed, scale=torch.ones_like(packed.scale)), spec, module.k)
             return
         assert packed.codebook is not None
-        self.start = packed.codebook.float()
+        group, others = self.form.group, {} if shared is None else shared
+        self.books = others.get(group) if group is not None else None
+        if self.books is None:
+            self.books = TrainedBooks(packed.codebook)
+            self.parameters["moved"] = self.books.moved
+            if group is not None:
+                others[group] = self.books
         codes = unpack(packed.qweight, self.form.code_bits, count_vectors(self.form, module.k) * self.form.books)
         self.codes = codes.unflatten(1, (-1, self.form.books)).clone()  # codes of 8 bits are the buffer itself
-        self.unit = self.start.square().mean(dim=(1, 2), keepdim=True).sqrt()
-        self.parameters["moved"] = nn.Parameter(torch.zeros_like(self.start))
         if candidates > 1 and self.form.books == 1 and exact is not None and not stored.spec.transforms:
             vectors = in_units(exact, packed.scale).reshape(-1, self.form.length)
-            self.choices, distances = _nearest(vectors, self.start[0], self.codes.flatten().long(), candidates)
+            self.choices, distances = _nearest(vectors, self.books.start[0], self.codes.flatten().long(), candidates)
             self.start_logits = -distances.clamp(min=1e-6).log()
             self.parameters["logits"] = nn.Parameter(torch.zeros_like(self.start_logits))
 
     def codebook(self) -> Tensor | None:
         """The books as they would be stored; float32 numbers. None of a trellis."""
-        if self.start is None:
-            return None
-        words = self.start + self.unit * self.parameters["moved"]
-        return words + (words.half().float() - words).detach()
+        return None if self.books is None else self.books.words()
 
     def scale(self) -> Tensor:
         """The scales, float32, in their shape."""
@@ -102,20 +128,22 @@ class TrainedVectors:
         return mixed.view(len(self.codes), -1) * self.scale()
 
     def _codes(self) -> Tensor:
-        """uint8 [N, G, M]: those of the largest ratios where vectors choose."""
+        """[N, G, M]: those of the largest ratios where vectors choose."""
         if self.choices is None:
             return self.codes
         logits = self.start_logits + UNIT * self.parameters["logits"]
-        return self.choices.gather(1, logits.argmax(dim=1, keepdim=True)).view(self.codes.shape).to(torch.uint8)
+        return self.choices.gather(1, logits.argmax(dim=1, keepdim=True)).view(self.codes.shape).to(self.codes.dtype)
 
     @torch.no_grad()
     def store(self) -> None:
         """Put books, scales and codes into the layer."""
         books = self.codebook()
-        if books is not None:
+        if books is not None and (group := group_of(self.stored.spec)) is not None:
+            self.layer.books.put(group, books.half())  # the same numbers from every layer of the group
+        elif books is not None:
             setattr(self.layer, stored_name("codebook", self.index), books.half())
         if isinstance(self.form, VectorCodebook):
-            codes = pack(self._codes().flatten(1).to(torch.int16), self.form.code_bits)
+            codes = pack(self._codes().flatten(1), self.form.code_bits)
             setattr(self.layer, stored_name("qweight", self.index), codes)
         setattr(self.layer, stored_name("scale", self.index), self.scale())
 

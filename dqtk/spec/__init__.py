@@ -30,10 +30,11 @@ from .attention import (
     WeightedSum,
     describe_attention,
 )
-from .by_level import ByLevel, SiteSpec, describe, each_of, kinds_of, level_edges, weights_of
+from .by_level import ByLevel, SiteSpec, describe, each_of, kinds_of, level_edges, shared_forms, weights_of
 from .formats import (
     GROUPS,
     MSE,
+    ROLE,
     STATIC,
     VECTORS,
     AbsMax,
@@ -80,6 +81,7 @@ __all__ = [
     "GPTQ",
     "GROUPS",
     "MSE",
+    "ROLE",
     "RTN",
     "STATIC",
     "VECTORS",
@@ -152,6 +154,7 @@ __all__ = [
     "frozen",
     "kinds_of",
     "level_edges",
+    "shared_forms",
     "to_json",
     "weights_of",
     "without",

@@ -9,7 +9,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 from . import layer
-from .formats import PerLevel
+from .formats import PerLevel, VectorCodebook
 from .frozen import frozen
 from .layer import LayerSpec
 
@@ -167,6 +167,12 @@ def level_edges(spec: LayerSpec) -> tuple[float, ...]:
     """Edges between the ranges per noise level of a layer's input; none for most layers."""
     granularity = None if spec.input is None else spec.input.granularity
     return granularity.edges if isinstance(granularity, PerLevel) else ()
+
+
+def shared_forms(spec: SiteSpec | None) -> tuple[VectorCodebook, ...]:
+    """The formats of a layer's weights whose books other layers read too; none for most layers."""
+    forms = dict.fromkeys(part.weight.format for part in kinds_of(spec))
+    return tuple(form for form in forms if isinstance(form, VectorCodebook) and form.group is not None)
 
 
 def describe(spec: SiteSpec | None) -> str:

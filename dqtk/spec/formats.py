@@ -1,10 +1,13 @@
 """How one tensor is stored or rounded: number format, granularity, how its range is found."""
 
 import math
+import re
 from itertools import pairwise
 
 from .frozen import frozen
 from .trellis import Trellis
+
+ROLE = "{role}"  # in the name of a group of layers: what a plan puts each layer's role in place of
 
 # --- number formats --------------------------------------------------------------------------------------------------
 
@@ -109,22 +112,33 @@ class Codebook:
 class VectorCodebook:
     """Codes that name words: ``length`` consecutive inputs at once, of a weight only. A weight is the sum of one word of each book.
 
-    The books are learned with the layer and stored with it, ``words`` each (a power of two from 4 to 256). One book: vector
+    The books are learned with the layer and stored with it, ``words`` each (a power of two from 4 to 65536). One book: vector
     quantization as in VQ4DiT (Deng et al. 2024, arXiv 2408.17131); several: additive quantization as in VQDM (Egiazarian et al.
     2024, arXiv 2409.00492). Bits per weight must be whole: books * log2(words) / length, 1 to 8.
+
+    group: name of books that all layers of a component with this name share, learned on all of them before any is solved, stored
+    once at the root of the model. ``{role}`` in it becomes the role of each layer: "{role}" is one group per role. None: own books.
     """
 
     words: int = 256
     length: int = 8
     books: int = 1
+    group: str | None = None
 
     def __post_init__(self) -> None:
-        if self.words not in (4, 8, 16, 32, 64, 128, 256):
+        if self.group is not None and not re.fullmatch(r"\w+", self.group.replace(ROLE, "role")):
             raise ValueError(
-                f"VectorCodebook: words must be 4, 8, 16 ... 256, got {self.words!r}. Codes have 2 to 8 bits; take more books."
+                f"VectorCodebook: group must be letters, digits and underscores, with {ROLE} in it or not, got {self.group!r}. "
+                "For example group='{role}', or None for books of the layer's own."
             )
-        if not (isinstance(self.length, int) and self.length in (1, 2, 4, 8, 16)):
-            raise ValueError(f"VectorCodebook: length must be 1, 2, 4, 8 or 16, got {self.length!r}. The usual ones are 4 and 8.")
+        if self.words not in [2**bits for bits in range(2, 17)]:
+            raise ValueError(
+                f"VectorCodebook: words must be 4, 8, 16 ... 65536, got {self.words!r}. Codes have 2 to 16 bits; take more books."
+            )
+        if not (isinstance(self.length, int) and self.length in (1, 2, 3, 4, 6, 8, 12, 16)):
+            raise ValueError(
+                f"VectorCodebook: length must be 1, 2, 3, 4, 6, 8, 12 or 16, got {self.length!r}. The usual ones are 4 and 8."
+            )
         if not (isinstance(self.books, int) and 1 <= self.books <= 8):
             raise ValueError(
                 f"VectorCodebook: books must be an integer from 1 to 8, got {self.books!r}. The usual number is 1 to 4."

@@ -265,6 +265,12 @@ class LayerSpec:
             raise ValueError(f"LayerSpec: solver must be {names} for {form}, got {self.solver}. Its values have no up and down.")
         if self.low_rank is not None:
             raise ValueError(f"LayerSpec: low_rank must be None for {form}, got {self.low_rank}. Take more bits.")
+        shared = isinstance(spec.format, VectorCodebook) and spec.format.group is not None
+        if shared and (other := next((each for each in self.transforms if not isinstance(each, Hadamard)), None)):
+            raise ValueError(
+                f"LayerSpec: transforms must be Hadamard or none where layers share books, got {other}. Others are known only when "
+                "a layer is solved, books before any is. Leave it out, or group=None."
+            )
         if any(isinstance(transform, Smooth) and transform.alpha is None for transform in self.transforms):
             raise ValueError(f"LayerSpec: Smooth must have an alpha for {form}, got None. Each try would learn a codebook.")
 
@@ -404,5 +410,6 @@ def _short(tensor: TensorSpec) -> str:
     if isinstance(form, Trellis):
         return f"{form.bits} trellis of {form.state_bits} {where}"
     if isinstance(form, VectorCodebook):
-        return f"{form.bits} {'' if form.books == 1 else f'{form.books} x '}{form.words} words of {form.length} {where}"
+        shared = "" if form.group is None else f" shared by {form.group}"
+        return f"{form.bits} {'' if form.books == 1 else f'{form.books} x '}{form.words} words of {form.length}{shared} {where}"
     return f"{form.bits} {where}" + ("" if form.symmetric else " asym")

@@ -17,7 +17,7 @@ from dqtk.nn import Quantized
 from dqtk.plan import Plan
 from dqtk.processes import ALONE, Processes
 from dqtk.recipes import of_width
-from dqtk.spec import canonical
+from dqtk.spec import LayerSpec, PerTensor, TensorSpec, VectorCodebook, canonical
 
 
 class Counted:
@@ -272,3 +272,13 @@ def test_stopped_between_layers_of_one_input_they_are_solved_together_again(lear
     assert query in todo[0]
     assert _key(query) not in mine
     assert len(mine) == sum(choice.spec is not None for choice in plan.choices) - 1
+
+
+def test_layers_that_share_books_have_no_price_of_their_own(measured, run):
+    words = TensorSpec(format=VectorCodebook(words=16, length=1, group="all"), granularity=PerTensor())
+    recipe = dqtk.Recipe(name="shared", rules=(dqtk.Rule(spec=LayerSpec(weight=words), why="test"),))
+    plans = [dqtk.plan(measured.pipe, recipe)]
+    with pytest.raises(
+        ValueError, match=r"allocate: layers of recipe 'shared' must have books of their own, got books that group 'all'"
+    ):
+        run(plans=plans)

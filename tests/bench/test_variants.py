@@ -15,7 +15,18 @@ from dqtk.diffusers_backend import FusedGELU
 from dqtk.plan import Recipe, Rule
 from dqtk.recipes import RECIPES, recipe_named
 from dqtk.report.sizes import bytes_in_memory
-from dqtk.spec import ConstantToken, Hadamard, LayerSpec, LowRank, ShortcutSplit, Smooth
+from dqtk.spec import (
+    GPTQ,
+    ConstantToken,
+    Hadamard,
+    LayerSpec,
+    LowRank,
+    PerChannel,
+    ShortcutSplit,
+    Smooth,
+    TensorSpec,
+    VectorCodebook,
+)
 
 
 def pointers(module):
@@ -43,6 +54,20 @@ def test_a_recipe_that_learns_is_made_without_prompts(bare, name):
     x = torch.randn(50, 64)
     exact = bare(x)
     assert (made(x) - exact).norm() / exact.norm() < (0.2 if "w4" in name else 0.1)  # static ranges are stand-ins
+
+
+def test_layers_share_their_books_here_too(bare):
+    words = TensorSpec(format=VectorCodebook(words=1024, length=2, group="all"), granularity=PerChannel())
+    plan = dqtk.plan(bare, Recipe(name="all", rules=(Rule(spec=LayerSpec(weight=words, solver=GPTQ()), why="test"),)))
+    made = quantized(bare, plan.choices)
+    assert [name for name, _ in made.named_buffers() if "book" in name] == ["dqtk_books.book_all"]
+    stored = sum(tensor.nbytes for tensor in made.buffers())
+    assert stored == sum(choice.bytes_after for choice in plan.choices) + plan.book_bytes("model")
+    x = torch.randn(3, 64)
+    assert made(x).isfinite().all()
+    back = unpacked(made)
+    assert torch.equal(back(x), made(x))
+    assert not any("book" in name for name in back.state_dict())
 
 
 def test_transforms_and_branches_are_really_there(bare):

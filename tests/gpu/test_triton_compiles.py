@@ -197,8 +197,11 @@ def test_trellis(capability, dtype):
 
 
 @pytest.mark.parametrize("capability", TENSOR_CORES)
-@pytest.mark.parametrize(("dtype", "bits", "length", "books"), [("fp32", 8, 8, 3), ("bf16", 6, 2, 1), ("fp16", 7, 1, 1)])
+@pytest.mark.parametrize(
+    ("dtype", "bits", "length", "books"), [("fp32", 8, 8, 3), ("bf16", 6, 2, 1), ("fp16", 7, 1, 1), ("bf16", 12, 6, 1)]
+)
 def test_words(capability, dtype, bits, length, books):
     constants = {"BITS": bits, "WORDS": 1 << bits, "LENGTH": length, "BOOKS": books, "SCALE_STEP": 1}
-    constants["VECTORS"] = vectors.BLOCK // length
+    constants["PADDED"] = 1 << (length - 1).bit_length()
+    constants["VECTORS"] = vectors.BLOCK // constants["PADDED"]
     assert is_exact(compiled(vectors._decode, capability, f"*u8 *fp16 *fp32 *{dtype} i32 i32 i32", constants))

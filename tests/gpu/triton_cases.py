@@ -335,7 +335,10 @@ def words(n: int, k: int, num: int, length: int, books: int) -> tuple[torch.Tens
     return integers(0, 256, n, width).to(torch.uint8), seeded(books, num, length, seed=3).half()
 
 
-FORMS = ((256, 8, 3), (256, 4, 1), (64, 2, 1), (256, 16, 2), (128, 1, 1), (32, 1, 1), (16, 4, 3), (8, 1, 2), (4, 2, 5))
+FORMS = (
+    (256, 8, 3), (256, 4, 1), (64, 2, 1), (256, 16, 2), (128, 1, 1), (32, 1, 1), (16, 4, 3), (8, 1, 2), (4, 2, 5), (64, 3, 1),
+    (512, 3, 1), (4096, 6, 1), (32768, 12, 2), (65536, 8, 1),
+)  # fmt: skip
 
 
 @case
@@ -343,6 +346,7 @@ def words_equal_reference(device: str) -> None:
     """Of every width of codes, filled up rows and parts of a program too."""
     for i, form in enumerate(FORMS):
         for j, (n, k) in enumerate(((1, 16), (7, 48), (5, 1104))):
+            k -= k % form[1]
             stored = *words(n, k, *form), seeded(*((n, 1), (1, 1))[(i + j) % 2]), k, DTYPES[(i + j) % 3]
             y, expected = decode_vectors_on_cuda(*moved(stored, device)), decode_vectors_reference(*stored)
             assert (y.dtype, y.is_contiguous()) == (expected.dtype, True), (form, n, k)

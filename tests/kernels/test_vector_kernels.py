@@ -16,8 +16,10 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORMS = [  # words, length, books
     (256, 8, 1), (256, 8, 2), (256, 8, 3), (256, 8, 4), (256, 8, 8), (256, 16, 2), (256, 16, 6), (256, 4, 1), (256, 2, 1),
     (64, 2, 1), (128, 1, 1), (32, 1, 1), (16, 4, 3), (8, 1, 2), (4, 2, 5), (16, 8, 2),
+    (64, 3, 1), (4096, 6, 1), (4096, 12, 2), (512, 3, 1), (1024, 2, 1), (2048, 1, 3), (8192, 4, 1), (16384, 2, 5), (32768, 3, 1),
+    (65536, 8, 1),
 ]  # fmt: skip
-FEW = [FORMS[1], FORMS[7], FORMS[9], FORMS[14]]
+FEW = [FORMS[1], FORMS[7], FORMS[9], FORMS[14], FORMS[20], FORMS[25]]
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float64: 1e-12}
 
 
@@ -42,6 +44,7 @@ def test_decoding_equals_the_reference(level, native_level, environment):
         native_level(level)
     for i, form in enumerate(FORMS):
         for j, (n, k) in enumerate(((1, 16), (7, 48), (3, 1104), (130, 32))):
+            k -= k % form[1]
             how, dtype = stored(form, n, k, (i + j) % 2 == 0), DTYPES[(i + j) % 3]
             y = decode_vectors(*how, k, dtype)
             assert torch.equal(y, decode_vectors_reference(*how, k, dtype)), (form, n, k, dtype)

@@ -55,10 +55,18 @@ def test_the_same_vectors_give_the_same_books(seeded):
     assert torch.equal(learned_books(x, form), learned_books(x.clone(), form))
 
 
+def test_words_drawn_many_at_a_time_are_as_good(seeded, monkeypatch):
+    form, x = VectorCodebook(words=512, length=3), seeded(8192, 3, seed=3)
+    found = learned_books(x, form)
+    assert torch.equal(found, learned_books(x.clone(), form))
+    monkeypatch.setattr(books, "DRAWS", 512)
+    assert loss(x, found) < 1.02 * loss(x, learned_books(x, form))
+
+
 @pytest.mark.parametrize("x", [torch.zeros(40, 4), torch.ones(1, 4), torch.eye(4).repeat(9, 1)], ids=["zeros", "one", "four"])
 def test_fewer_different_vectors_than_words(x):
-    for num in (1, 2):
-        found = learned_books(x, VectorCodebook(words=16, length=4, books=num))
+    for words, num in ((16, 1), (16, 2), (4096, 1)):
+        found = learned_books(x, VectorCodebook(words=words, length=4, books=num))
         assert found.isfinite().all()
         assert loss(x, found) < 1e-4
 

@@ -18,6 +18,7 @@ from dqtk.spec import Dynamic, Hadamard, Int, LayerSpec, PerChannel, PerTensor, 
 
 ADDITIVE = TensorSpec(format=VectorCodebook(words=16, length=4, books=3), granularity=PerChannel())
 RINGS = TensorSpec(format=Trellis(bits=3), granularity=PerChannel())
+WIDE = TensorSpec(format=VectorCodebook(words=512, length=3), granularity=PerChannel())
 SINGLE = TensorSpec(format=VectorCodebook(words=64, length=2), granularity=PerTensor())
 A8 = TensorSpec(format=Int(bits=8), granularity=PerToken(), range=Dynamic())
 LAYERS = {
@@ -51,7 +52,7 @@ def product(layer, x, matrix):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("weight", [ADDITIVE, SINGLE, RINGS], ids=["additive", "single", "trellis"])
+@pytest.mark.parametrize("weight", [ADDITIVE, SINGLE, RINGS, WIDE], ids=["additive", "single", "trellis", "wide"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_equals_the_plain_layer_of_the_decoded_weight(name, weight, dtype):
     layer, new, x = build(name, LayerSpec(weight=weight), dtype)

@@ -39,10 +39,11 @@ from dqtk.spec import (
 )
 
 WIDTHS = range(1, 9)
+WIDE = range(9, 17)
 E2M1 = Float(exponent=2, mantissa=1)
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("bits", [*WIDTHS, *WIDE])
 @pytest.mark.parametrize("lead", [(), (1,), (5,), (2, 3), (0,)])
 @pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 31, 64])
 def test_round_trip(bits, lead, length):
@@ -51,10 +52,10 @@ def test_round_trip(bits, lead, length):
     assert packed.dtype == torch.uint8
     assert packed.shape == (*lead, packed_width(bits, length))
     assert packed.is_contiguous()
-    assert torch.equal(unpack(packed, bits, length), codes.to(torch.uint8))
+    assert torch.equal(unpack(packed, bits, length), codes.to(torch.uint8 if bits <= 8 else torch.int32))
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("bits", [*WIDTHS, *WIDE])
 def test_empty_rows(bits):
     assert pack(torch.zeros(3, 0, dtype=torch.uint8), bits).shape == (3, 0)
     assert unpack(torch.zeros(3, 0, dtype=torch.uint8), bits, 0).shape == (3, 0)
@@ -93,6 +94,14 @@ def test_non_contiguous_input(bits):
         (7, [0x71, 0x22, 0x13, 0x44, 0x75, 0x26, 0x57, 0x08], [0x51, 0x62, 0x73, 0x84, 0x77, 0x22, 0b0101_1001]),
         (7, [127, 64], [0x0F, 0, 0, 0, 0b00_00_00_11, 0, 0b0000_0011]),
         (8, [0, 127, 128, 255], [0, 127, 128, 255]),
+        # eight of low bytes, then as 4, 2 and 1 bits are; then two times eight
+        (
+            12,
+            [0x001, 0x102, 0x203, 0x304, 0x4F5, 0x5F6, 0x6F7, 0x7F8],
+            [1, 2, 3, 4, 0xF5, 0xF6, 0xF7, 0xF8, 0x40, 0x51, 0x62, 0x73],
+        ),
+        (9, [0x101, 0x0FE], [1, 0xFE, 0, 0, 0, 0, 0, 0, 1]),
+        (16, [0xABCD, 0x0102], [0xCD, 2, 0, 0, 0, 0, 0, 0, 0xAB, 1, 0, 0, 0, 0, 0, 0]),
     ],
 )
 def test_golden_bytes(bits, codes, expected):
@@ -195,7 +204,7 @@ def test_golden_two_level_and_log():
     }
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("bits", [*WIDTHS, *WIDE])
 @pytest.mark.parametrize("wrong", [-1, "top"])
 def test_codes_out_of_range(bits, wrong):
     wrong = 2**bits if wrong == "top" else wrong
@@ -203,16 +212,17 @@ def test_codes_out_of_range(bits, wrong):
         pack(torch.tensor([0, wrong]), bits)
 
 
-@pytest.mark.parametrize("bits", [0, 9, -1, 16])
+@pytest.mark.parametrize("bits", [0, 17, -1, 32])
 def test_other_widths(bits):
     for name, call in (("pack", lambda: pack(torch.zeros(8), bits)), ("unpack", lambda: unpack(torch.zeros(8), bits, 8))):
-        with pytest.raises(ValueError, match=rf"{name}: bits must be from 1 to 8, got {bits}\. Split wider codes"):
+        with pytest.raises(ValueError, match=rf"{name}: bits must be from 1 to 16, got {bits}\. Split wider codes"):
             call()
 
 
 def test_sizes():
     assert [packed_width(bits, 16) for bits in WIDTHS] == [2, 4, 6, 8, 10, 12, 14, 16]
     assert [packed_width(bits, 17) for bits in WIDTHS] == [3, 6, 9, 12, 15, 18, 21, 17]  # 8 bits need no padding
+    assert [packed_width(bits, 16) for bits in WIDE] == [18, 20, 22, 24, 26, 28, 30, 32]
     assert [packed_width(bits, 0) for bits in WIDTHS] == [0] * 8
 
 

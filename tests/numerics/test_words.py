@@ -49,6 +49,13 @@ def test_one_book_is_searched_exactly(weighted):
     torch.testing.assert_close(error(x, codes, codebook, root), least_error(x, codebook, root), rtol=1e-4, atol=1e-5)
 
 
+def test_many_words_are_searched_as_few_are():
+    x, codebook = draw(100, 4, seed=1), draw(1, 2048, 4, seed=2)
+    codes = nearest_words(x, codebook)
+    assert codes.dtype == torch.int32
+    assert torch.equal(codes[:, 0].long(), torch.cdist(x.double(), codebook[0].double()).argmin(dim=1))
+
+
 def test_a_wide_beam_finds_what_trying_all_sums_finds():
     x, codebook = draw(64, 4, seed=1), draw(3, 8, 4, seed=2)
     root = draw(4, 4, seed=3)
@@ -83,6 +90,9 @@ def test_the_least_scores_are_found_chunk_by_chunk(length):
         VectorCodebook(words=64, length=2),
         VectorCodebook(books=3),
         VectorCodebook(words=4, length=1),
+        VectorCodebook(words=4096, length=6),
+        VectorCodebook(words=512, length=6, books=2),
+        VectorCodebook(words=65536, length=4),
     ],
     ids=str,
 )

@@ -11,7 +11,12 @@ from dqtk.quantize import runtime_layer
 from dqtk.refine.trained import training
 from dqtk.spec import Hadamard, LayerSpec, PerChannel, PerTensor, ShortcutSplit, TensorSpec, Trellis, VectorCodebook
 
-FORMS = [VectorCodebook(words=16, length=4, books=2), VectorCodebook(words=64, length=2), Trellis(bits=2)]
+FORMS = [
+    VectorCodebook(words=16, length=4, books=2),
+    VectorCodebook(words=64, length=2),
+    Trellis(bits=2),
+    VectorCodebook(words=1024, length=2),
+]
 TRANSFORMS = {"plain": (), "rotated": (Hadamard(),), "in parts": (ShortcutSplit(at=(8,)),)}
 
 

@@ -1,0 +1,137 @@
+"""Shared books from prompts to a saved pipeline: calibrated, checkpointed, loaded bit-identically."""
+
+import importlib
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from test_stages import Model, planned, state
+
+import dqtk
+from dqtk.calibrate import Stats
+from dqtk.calibrate.replay import Call
+from dqtk.methods.books import learned_books
+from dqtk.nn import books_of
+from dqtk.numerics.vector_grid import in_units, root_mean_square
+from dqtk.spec import GPTQ, LayerSpec, PerChannel, TensorSpec, VectorCodebook
+
+stages = importlib.import_module("dqtk.stages")
+
+FORM = VectorCodebook(words=16, length=2, group="all")
+WEIGHT = TensorSpec(format=FORM, granularity=PerChannel())
+PER_ROLE = LayerSpec(weight=TensorSpec(format=VectorCodebook(words=16, length=2, group="{role}"), granularity=PerChannel()))
+LEARNED = LayerSpec(weight=WEIGHT, solver=GPTQ())
+RULES = (("blocks.*", LEARNED),)
+
+
+def recipe(spec):
+    return dqtk.Recipe(name="shared", rules=(dqtk.Rule(spec=spec, why="test"),))
+
+
+def a_model():
+    torch.manual_seed(0)
+    return Model().requires_grad_(False).eval()
+
+
+@pytest.fixture
+def stats():
+    inputs = [torch.randn(2, 20, 16, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    return Stats(calls=[Call("model", (), {"x": x}, 0.5) for x in inputs])
+
+
+def quantized(stats, model=None, rules=RULES, **options):
+    model = model or a_model()
+    return dqtk.quantize(model, planned(model, *rules), stats, progress=False, **options)
+
+
+def test_memory_limits_and_checkpoints_change_nothing(stats, tmp_path, monkeypatch):
+    expected = state(quantized(stats))
+    assert state(quantized(stats, max_memory=1)) == expected
+    assert state(quantized(stats, checkpoint=tmp_path)) == expected
+    monkeypatch.setattr(importlib.import_module("dqtk.quantize"), "shared_books", lambda *args: pytest.fail("learned again"))
+    assert state(quantized(stats, checkpoint=tmp_path)) == expected  # a run that goes on reads the books
+
+
+def test_an_interrupted_run_goes_on_with_the_same_books(stats, tmp_path, monkeypatch):
+    expected, solve, seen = state(quantized(stats)), stages.solve_site, []
+
+    def stop(*args, **options):
+        seen.append(args)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return solve(*args, **options)
+
+    monkeypatch.setattr(stages, "solve_site", stop)
+    model = a_model()
+    with pytest.raises(KeyboardInterrupt):
+        quantized(stats, model, checkpoint=tmp_path)
+    assert books_of(model) is None  # nothing was replaced
+    monkeypatch.setattr(stages, "solve_site", solve)
+    assert state(quantized(stats, checkpoint=tmp_path)) == expected
+
+
+def test_importance_is_that_of_inputs(stats, monkeypatch):
+    """Of one layer alone, a shared book is what its own would be, but for the sample that says what inputs are."""
+    seen = []
+
+    def watched(x, form, importance=None, beam=8):
+        seen.append(importance)
+        return learned_books(x, form, importance, beam)
+
+    shared = importlib.import_module("dqtk.methods.shared_books")
+    monkeypatch.setattr(shared, "learned_books", watched)
+    quantized(stats, rules=(("entrance", LEARNED),))
+    weight, rows = a_model().entrance.weight, torch.cat([call.kwargs["x"].flatten(0, 1) for call in stats.calls])
+    squares = rows.square().mean(dim=0).view(1, -1, 2).mean(dim=2)
+    expected = (root_mean_square(weight, WEIGHT).square() * squares).flatten()
+    found = seen[0].sort().values
+    torch.testing.assert_close(found, (expected / expected.mean()).sort().values, rtol=1e-3, atol=1e-3)
+    assert in_units(weight, root_mean_square(weight, WEIGHT)).shape == weight.shape
+
+
+@pytest.fixture(scope="module")
+def saved(load_tiny, draw, tmp_path_factory):
+    pipe = load_tiny("pixart")
+    plan = dqtk.plan(pipe, recipe(PER_ROLE), text_encoders=recipe(LayerSpec(weight=WEIGHT)))
+    dqtk.quantize(pipe, plan, progress=False)
+    folder = tmp_path_factory.mktemp("shared") / "pixart"
+    pipe.save_pretrained(folder)
+    return pipe, plan, folder, draw(pipe)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_saved_pipeline_is_the_same_to_the_bit(saved, draw, dtype):
+    pipe, plan, folder, picture = saved
+    loaded = dqtk.load(folder, dtype=dtype)
+    for name in ("transformer", "text_encoder"):
+        mine, theirs = (dict(books_of(each.components[name]).named_buffers()) for each in (pipe, loaded))
+        assert mine.keys() == theirs.keys() == {f"book_{group}" for part, group in plan.books if part == name}
+        assert all(torch.equal(mine[key], theirs[key]) and theirs[key].dtype == torch.float16 for key in mine)
+    if dtype == torch.float32:
+        assert torch.equal(draw(loaded), picture)
+    assert len(plan.books) > 5
+
+
+def test_going_back_drops_the_books(saved):
+    _, _, folder, _ = saved
+    loaded = dqtk.load(folder)
+    for name in ("transformer", "text_encoder"):
+        part = loaded.components[name]
+        part.dequantize()
+        assert books_of(part) is None
+        assert not any("dqtk" in key for key in part.state_dict())
+
+
+def test_a_damaged_book_does_not_load(saved, tmp_path):
+    _, _, folder, _ = saved
+    shutil.copytree(folder, tmp_path / "copy")
+    path = tmp_path / "copy" / "transformer" / "diffusion_pytorch_model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    name = next(name for name in tensors if name.startswith("dqtk_books."))
+    tensors[name][0, 0, 0] += 1
+    save_file(tensors, path, metadata=metadata)
+    with pytest.raises(ValueError, match=rf"must hold {name} with digest .*, got another"):
+        dqtk.load(tmp_path / "copy")
