@@ -9,7 +9,7 @@ MODEL is a pipeline, or an embedded one with ``-stressed`` behind its name. Ever
 that multiply INT8 inputs, rounded to nearest; scales counted) or stay at 16. A budget of b bits is what b-bit weights everywhere
 would store, between two widths the line between their bytes. Variants:
 
-- ``uniform``: the best single width that stores no more. Where b is no width, ``uniform, interpolated`` is the line between the
+- ``uniform``: the widest single width that stores no more. Where b is no width, ``uniform, interpolated`` is the line between the
   PSNR of both neighbours, prompt by prompt: what no model stores, but nobody should lose to.
 - ``single metric``: one program over all layers, largest sum of SQNR in dB (what MixDQ does within a group).
 - ``one program``: one program over all layers, least sum of noise powers (``dqtk allocate``).
