@@ -5,7 +5,7 @@ care for what sees the level only, distillation, another precision in some steps
         [--variants WORD ...] [--num-prompts 16] [--steps 8 20 50] [--schedulers own ddim] [--state FOLDER]
 
 MODEL is a pipeline, or an embedded one with ``-stressed`` behind its name. Everything is calibrated once, at 20 steps of the
-pipeline's own scheduler, on 16 other captions (distillation, and what it is judged against: 32, most calls kept where errors count
+pipeline's own scheduler, on 16 other captions (distillation, and what it is judged against: 118, most calls kept where errors count
 most; ``--state``: a folder from which that goes on after an interruption), and then judged at other numbers of steps and with
 another scheduler. Error: mean square between final latents of the same prompt and noise, as the original's share; ``gain``: mean
 over prompts of the logarithm (base 10) of the first variant's error over this one's, with its interval (0.3: half the error).
@@ -45,8 +45,10 @@ from dqtk.spec import GPTQ, ByLevel, Distill, Int, LayerSpec, PerLevel
 STEPS = 20  # of calibration
 ONE = "w8a8-static"
 CORRECTED, DISTILLED = ", corrected", ", distilled"
-MORE = slice(134, 166)  # captions of distillation
-FRESH = 32  # the first caption that distillation is judged on: settings were chosen on those before it and on the last of all
+MORE = slice(48, 166)  # captions of distillation: of 32 it learns what is theirs alone (the lab log)
+FRESH = (
+    32  # the first of 16 captions that distillation is judged on: settings were chosen on those before it and on the last of all
+)
 PAIRED = ("correction", "distillation")  # every second variant is judged against the one before
 
 
@@ -92,7 +94,9 @@ def taught(model: str, captions: list[str], iterations: int, folder: Path | None
         file.write_text(json.dumps(counts))
     guidance = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
     bounded = tuple(min(max(count, 1.0), 4.0) for count in counts)
-    return Distill(iterations=iterations, guidance=guidance, influence=bounded), ByDrift(moved=counts, floor=0.1)
+    rates = {"scale_rate": 0.002, "bias_rate": 0.0003, "matrix_rate": 0.0005}
+    choice = Distill(iterations=iterations, batch=6, guidance=guidance, influence=bounded, **rates)
+    return choice, ByDrift(moved=counts, floor=0.1)
 
 
 def scheduled(pipe, own, name: str):
