@@ -2,6 +2,7 @@
 
 import importlib
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from dqtk.calibrate.replay import Call
 from dqtk.methods.books import learned_books
 from dqtk.nn import books_of
 from dqtk.numerics.vector_grid import in_units, root_mean_square
-from dqtk.spec import GPTQ, LayerSpec, PerChannel, TensorSpec, VectorCodebook
+from dqtk.spec import GPTQ, RTN, Hadamard, LayerSpec, PerChannel, TensorSpec, VectorCodebook
 
 stages = importlib.import_module("dqtk.stages")
 
@@ -89,6 +90,22 @@ def test_importance_is_that_of_inputs(stats, monkeypatch):
     found = seen[0].sort().values
     torch.testing.assert_close(found, (expected / expected.mean()).sort().values, rtol=1e-3, atol=1e-3)
     assert in_units(weight, root_mean_square(weight, WEIGHT)).shape == weight.shape
+
+
+def test_rotated_layers_learn_from_prompts_too(stats):
+    """The whole way: shared books in the rotated basis, swept with second moments, against nearest words of the same form."""
+    rotated = replace(LEARNED, transforms=(Hadamard(),))
+    swept = quantized(stats, rules=(("blocks.*", rotated),))
+    nearest = quantized(stats, rules=(("blocks.*", replace(rotated, solver=RTN())),))
+    original = a_model()
+    errors = [
+        sum(float((each(**call.kwargs) - original(**call.kwargs)).square().sum()) for call in stats.calls)
+        for each in (swept, nearest)
+    ]
+    assert errors[0] < 0.8 * errors[1]
+    assert swept.blocks[0].fc1.spec.transforms == (Hadamard(),)
+    weight, stored = original.blocks[0].fc1.weight, nearest.blocks[0].fc1.weight[:]
+    assert (stored - weight).square().sum() < 0.25 * weight.square().sum()  # in the layer's own basis again
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import torch
 from dqtk.methods import books as single
 from dqtk.methods.books import learned_books
 from dqtk.methods.shared_books import SharedVectors
-from dqtk.methods.solve import solve
+from dqtk.methods.solve import rotation, solve
 from dqtk.numerics.packing import Packed, book_shape, dequantize, stored_bytes
 from dqtk.spec import GPTQ, RTN, BeamSearch, Hadamard, LayerSpec, PerChannel, PerTensor, TensorSpec, VectorCodebook
 
@@ -47,11 +47,24 @@ def nearest_error(vectors, book, counts):
 
 
 def test_rotated_layers_share_in_their_own_basis(seeded):
-    weight = seeded(8, 16, seed=1) * torch.tensor([10.0] + [0.1] * 15)
-    book = books_on([weight], spec_of(transforms=(Hadamard(),)))["g"]
-    assert float(book.float().square().mean().sqrt()) == pytest.approx(1.0, rel=0.3)
-    (found,) = solve([weight], spec_of(transforms=(Hadamard(),)), books={"g": book})
+    """Books and codes are those of the weight that was rotated by hand, and not those of the weight as it is."""
+    weight, rotated = seeded(32, 16, seed=1) * torch.tensor([10.0] + [0.1] * 15), spec_of(transforms=(Hadamard(),))
+    by_hand = rotation(Hadamard(), 16)(weight)
+    torch.testing.assert_close(by_hand @ by_hand.T, weight @ weight.T, rtol=1e-4, atol=1e-4)
+    book = books_on([weight], rotated)["g"]
+    assert torch.equal(book, books_on([by_hand], spec_of())["g"])
+    assert not torch.allclose(book, books_on([weight], spec_of())["g"], atol=0.1)
+    (found,), (expected,) = solve([weight], rotated, books={"g": book}), solve([by_hand], spec_of(), books={"g": book})
     assert "codebook" not in found.tensors
+    assert all(torch.equal(found.tensors[name], expected.tensors[name]) for name in ("qweight", "scale"))
+
+
+def test_importance_is_rotated_with_the_layer(seeded, stats_of):
+    weight, rows = seeded(64, 16, seed=3), seeded(200, 16, seed=4) * torch.tensor([10.0] * 8 + [0.1] * 8)
+    turned, learned = rotation(Hadamard(), 16), spec_of(solver=GPTQ())
+    book = books_on([weight], replace(learned, transforms=(Hadamard(),)), stats_of(rows))["g"]
+    assert torch.equal(book, books_on([turned(weight)], learned, stats_of(turned(rows)))["g"])
+    assert not torch.equal(book, books_on([turned(weight)], learned, stats_of(rows))["g"])
 
 
 def test_what_inputs_say_matters(seeded, stats_of):
