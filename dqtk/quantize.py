@@ -237,7 +237,7 @@ def quantize(
     if folder is not None and stats is not None and made.needs_stats and not sequential:
         kept = SolvedFolder(folder / "solved", _task(target, made, work, stats), me)
     attention = _chosen_attention(parts, made, stats, progress=progress)
-    learned = partial(shared_books, parts, work, stats, max_memory)
+    learned = partial(shared_books, parts, work, stats)
     books = learned() if kept is None else kept.books(learned)
     originals: dict[str, dict[str, nn.Module]] = {name: {} for name in touched}
     try:
