@@ -225,7 +225,7 @@ def test_a_layer_in_no_model_says_so():
 
 def test_an_interruption_leaves_true_layers_and_whole_books(tmp_path, monkeypatch):
     """Right after the first layer; its books are those of a run to the end, and those of the other group, that none reads, go."""
-    specs = spec_of(ONE), spec_of(replace(WIDE, group="other"))
+    specs = spec_of(ONE), spec_of(replace(TWO, group="other"))
     whole, place, placed = quantized(*specs), main_path.replace_layer, []
 
     def stop(model, path, layer):
@@ -274,7 +274,7 @@ def test_groups_of_one_model_are_apart_and_names_are_taken_once():
         dqtk.quantize(
             model, dqtk.Recipe(name="r", rules=(dqtk.Rule(pattern="blocks.1.*", spec=spec_of(ONE), why="t"),)), progress=False
         )
-    other = spec_of(replace(WIDE, group="other"))
+    other = spec_of(replace(TWO, group="other"))
     dqtk.quantize(model, dqtk.Recipe(name="r", rules=(dqtk.Rule(pattern="blocks.1.*", spec=other, why="t"),)), progress=False)
     assert model.dqtk_books.groups() == ("all", "other")
     assert torch.equal(model.dqtk_books.stored("all"), before)
