@@ -3,6 +3,9 @@
 A buffer in every layer would be one tensor only until somebody moves, offloads, copies or saves the layers. A module of its own is
 moved, copied and saved with the model, once; what a layer refers to is that module, never a tensor of it. Names in a checkpoint:
 ``dqtk_books.book_GROUP``, float16 [books, words, length].
+
+At a root that is a list of its children (``nn.Sequential``) the module is one child more, the last: ``len`` counts it, ``[-1]`` and
+iteration find it, and a call passes through it unchanged.
 """
 
 from collections.abc import Collection, Mapping

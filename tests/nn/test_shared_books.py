@@ -289,3 +289,5 @@ def test_a_root_that_calls_its_children_in_turn():
     dqtk.quantize(model, dqtk.Recipe(name="r", rules=(dqtk.Rule(spec=spec_of(ONE), why="t"),)), progress=False)
     x = batch()
     assert torch.equal(model(x), model[2](model[1](model[0](x))))
+    assert model[-1] is books_of(model)  # as its docstring says
+    assert len(model) == 4

@@ -90,7 +90,9 @@ def test_some_layers_of_a_group_do_not_learn_without_the_others():
         ValueError, match=r"refine: blocks must have books of their layers' own, got group 'all' of .*Take Distill\(\)"
     ):
         reconstruct(module, originals, given, Reconstruct(iterations=2), progress=False)
-    module, given, exact, _ = case(PER_ROLE)
+    module, given, exact, originals = case(PER_ROLE)
+    with pytest.raises(ValueError, match=r"got group '\w+' of blocks\.0\.to_q of \S+\. Take Distill"):
+        reconstruct(module, originals, given, Reconstruct(iterations=2), progress=False)  # of one layer: no others are spoken of
     distill(module, given, exact, choice, progress=False)  # a role by itself is a whole group
 
 
