@@ -265,10 +265,10 @@ def room_for(what: str) -> Iterator[None]:
         ) from error
 
 
-def write_whole(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_whole(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """A small safetensors file of unfinished work: it appears whole, and is on the disk when this returns."""
     partial = path.with_name(f".{path.name}.partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata and dict(metadata))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(partial, path)

@@ -104,8 +104,8 @@ def shared_books(parts: Mapping[str, nn.Module], work: Sequence[Choice], stats: 
             assert stats is not None
             squares = mean_squares(parts[component], stats.calls, wanted)
         for choice, part in sharing:
-            mine = squares[input_name(choice.site), part.transforms] if part.needs_moments else None
-            vectors.add(_matrix(parts[component], choice), part, choice.site.channels, mine)
+            seen = squares[input_name(choice.site), part.transforms] if part.needs_moments else None
+            vectors.add(_matrix(parts[component], choice), part, choice.site.channels, seen)
         found[component] = vectors.books()
     return found
 
