@@ -161,14 +161,14 @@ def install(module: nn.Module, layers: Mapping[str, SiteSpec], where: str) -> No
 
 
 def replace_layer(module: nn.Module, path: str, layer: nn.Module) -> None:
-    """Put ``layer`` where ``path`` was in a component."""
+    """Put ``layer`` where ``path`` was in a component; a runtime layer knows all that it reads before it is there."""
+    if isinstance(layer, Quantized):
+        layer.follow(module)
     parent, _, name = path.rpartition(".")
     holder = module.get_submodule(parent)
     setattr(holder, name, layer)
     fit(holder, layer)
     share_input(holder, [holder.get_submodule(beside) for beside in read_together(module, path)])
-    if isinstance(layer, Quantized):
-        layer.follow(module)
 
 
 # --- digests ---------------------------------------------------------------------------------------------------------

@@ -48,13 +48,14 @@ from .spec import (
     frozen,
     shared_forms,
     to_json,
+    weights_of,
     without,
 )
 
 FORMAT_VERSION = 1
 
 MAX_LEARNED_INPUTS = 16384  # of a layer: its second moments take 2 GiB
-MANY_WORDS = 256  # of a book: above, small layers would be smaller at 8 bits
+MANY_WORDS = 256  # of a book: above, small layers and groups would be smaller at 8 bits
 
 
 @frozen
@@ -338,7 +339,7 @@ def resolve(
         keeps += [Rule(pattern=f"{name}:{glob}", spec=None, why=why) for glob, why in (adapter.keep if adapter else ())]
     rules = (*overrides, *keeps, *recipe.rules)
     _check_patterns([*overrides, *recipe.rules], sites, places)
-    choices = tuple(_choose(site, rules, explicit=len(overrides)) for site in sites)
+    choices = _worth_their_books([_choose(site, rules, explicit=len(overrides)) for site in sites])
     components = tuple(
         Component(name=name, class_name=type(parts[name]).__name__, num_parameters=sum(p.numel() for p in parts[name].parameters()))
         for name in wanted
@@ -496,6 +497,10 @@ def _fit_vectors(spec: LayerSpec, site: Site, notes: list[str]) -> LayerSpec:
         notes.append(f"8 bit per channel: with its own {form.words} words of {length} the layer would take more")
     else:
         return spec
+    return _eight_bits(spec)
+
+
+def _eight_bits(spec: LayerSpec) -> LayerSpec:
     return replace(spec, weight=TensorSpec(format=Int(bits=8), granularity=PerChannel()), solver=RTN())
 
 
@@ -504,6 +509,33 @@ def _outweighed(tensor: TensorSpec, site: Site) -> bool:
     form = tensor.format
     many = isinstance(form, VectorCodebook) and form.group is None and form.words > MANY_WORDS
     return many and stored_bytes(tensor, site.n, site.k) > site.n * site.k
+
+
+def _worth_their_books(choices: Sequence[Choice]) -> tuple[Choice, ...]:
+    """Groups of layers that would be larger with their many shared words than at 8 bits become 8 bits per channel, and say so."""
+    sharing: dict[tuple[str, VectorCodebook], list[tuple[Site, TensorSpec]]] = {}
+    for choice in choices:
+        for part in () if choice.spec is None else (weight[0] for weight in weights_of(choice.spec)):
+            form = part.weight.format
+            if isinstance(form, VectorCodebook) and form.group is not None:
+                sharing.setdefault((choice.site.component, form), []).append((choice.site, part.weight))
+    notes = {}
+    for (component, form), layers in sharing.items():
+        stored = sum(stored_bytes(tensor, site.n, site.k) for site, tensor in layers) + 2 * math.prod(book_shape(form))
+        if form.words > MANY_WORDS and stored > sum(site.n * site.k for site, _ in layers):
+            many = f"{len(layers)} layers" if len(layers) > 1 else "one layer"
+            what = f"group {form.group!r}, {many} with {form.words} words of {form.length}, would take more"
+            notes[component, form] = f"8 bit per channel: {what}"
+    return tuple(_without_books(choice, notes) for choice in choices)
+
+
+def _without_books(choice: Choice, notes: Mapping[tuple[str, VectorCodebook], str]) -> Choice:
+    mine = {form: note for (component, form), note in notes.items() if component == choice.site.component}
+    said = [mine[form] for form in shared_forms(choice.spec) if form in mine]
+    if choice.spec is None or not said:
+        return choice
+    spec = each_of(choice.spec, lambda part: _eight_bits(part) if part.weight.format in mine else part)
+    return replace(choice, spec=spec, why="; ".join([choice.why, *said]))
 
 
 def _fit_group(tensor: TensorSpec, site: Site, otherwise: str, notes: list[str]) -> TensorSpec:

@@ -30,7 +30,7 @@ from .checkpoint import FORMAT_VERSION, quantized_layers, replace_layer, save_mo
 from .correct.output import check_correctable, correct_output
 from .hosts import backend_of
 from .methods.solve import Solution
-from .nn import Quantized, books_of, runtime_class
+from .nn import Quantized, books_of, forget_books, place_books, runtime_class
 from .nn.attention import Blocks, check_free, check_packages
 from .plan import Choice, Plan, Recipe, Rule, check_fit, resolve
 from .policy import StepPolicy, combined, fixed_choices
@@ -237,7 +237,7 @@ def quantize(
     if folder is not None and stats is not None and made.needs_stats and not sequential:
         kept = SolvedFolder(folder / "solved", _task(target, made, work, stats), me)
     attention = _chosen_attention(parts, made, stats, progress=progress)
-    learned = partial(shared_books, parts, work, stats, max_memory)
+    learned = partial(shared_books, parts, work, stats)
     books = learned() if kept is None else kept.books(learned)
     originals: dict[str, dict[str, nn.Module]] = {name: {} for name in touched}
     try:
@@ -368,13 +368,10 @@ def _layer_of(parts: Mapping[str, nn.Module], choice: Choice) -> nn.Module:
 
 
 def _install(module: nn.Module, site: Site, solution: Solution, books: Mapping[str, Tensor]) -> None:
-    """Put the runtime layer of a solution where the layer was, and the shared books that it reads where they belong."""
-    replace_layer(module, site.path, runtime_layer(module.get_submodule(site.path), solution))
-    found = books_of(module)
-    for form in shared_forms(solution.spec):
-        assert found is not None
-        assert form.group is not None
-        found.put(form.group, books[form.group])
+    """Put the runtime layer of a solution where the layer was; before the first of a component, all its shared books."""
+    layer = runtime_layer(module.get_submodule(site.path), solution)
+    place_books(module, books, layer.qweight.device)
+    replace_layer(module, site.path, layer)
 
 
 def _check_free_group(module: nn.Module, choice: Choice) -> None:
@@ -389,7 +386,7 @@ def _check_free_group(module: nn.Module, choice: Choice) -> None:
 
 
 @torch.no_grad()
-def runtime_layer(layer: Any, solution: Solution) -> nn.Module:
+def runtime_layer(layer: Any, solution: Solution) -> Any:
     """The layer that takes the place of a linear or convolution, on its device and in its compute dtype."""
     kind: Any = runtime_class(layer)
     new = kind.like(layer, solution.spec, device="meta")
@@ -454,6 +451,9 @@ def _numbers(layer: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def _make_saveable(module: nn.Module, recipe: str) -> None:
+    """Say in the model what it is now, whatever interrupted the work: its layers, and the books that some of them read."""
+    read = {form.group for layer in quantized_layers(module).values() for form in shared_forms(layer.spec) if form.group}
+    forget_books(module, but=read)
     backend = backend_of(module)
     if backend is not None and any(isinstance(layer, Quantized | Blocks) for layer in module.modules()):
         backend.attach(module, recipe)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .checkpoint import DIGESTS
@@ -262,6 +263,21 @@ def room_for(what: str) -> Iterator[None]:
             f"quantize: disk must have room for {what}, got: {error.strerror}. "
             "Make room and run the same command again: it goes on where it stopped."
         ) from error
+
+
+def write_whole(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A small safetensors file of unfinished work: it appears whole, and is on the disk when this returns."""
+    partial = path.with_name(f".{path.name}.partial")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def read_whole(path: Path) -> dict[str, Tensor]:
+    """The tensors of such a file, on the CPU. Raises ``ValueError`` that names it when it is missing or damaged."""
+    with readable(f"quantize: {path}"):
+        return load_file(path)
 
 
 def same_tensors(names: Iterable[str], tensors: Mapping[str, object]) -> dict[str, str]:

@@ -6,13 +6,11 @@ Processes that ``torchrun`` or ``accelerate launch`` started take every n-th gro
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .calibrate import Stats, calibrate
@@ -20,6 +18,7 @@ from .journal import Journal, claim, done
 from .methods.solve import Solution
 from .plan import Choice, Plan
 from .processes import ALONE, Processes
+from .shards import read_whole, write_whole
 from .sources import readable
 from .spec import ByLevel, LayerSpec, from_json, to_json
 
@@ -55,16 +54,11 @@ class SolvedFolder:
     def put(self, solved: Sequence[tuple[Choice, Solution]]) -> None:
         """Keep a solved group; it is on the disk when this returns."""
         name = _name([choice for choice, _ in solved])
-        tensors = {f"{i}.{key}": t.contiguous() for i, (_, found) in enumerate(solved) for key, t in found.tensors.items()}
+        tensors = {f"{i}.{key}": t for i, (_, found) in enumerate(solved) for key, t in found.tensors.items()}
         shifts = {i: found.bias_shift for i, (_, found) in enumerate(solved)}
-        tensors |= {f"{i} bias shift": shift.contiguous() for i, shift in shifts.items() if shift is not None}
+        tensors |= {f"{i} bias shift": shift for i, shift in shifts.items() if shift is not None}
         specs = json.dumps([to_json(found.spec) for _, found in solved])
-        path = self._path(name)
-        partial = path.with_name(f".{path.name}.partial")
-        save_file(tensors, partial, metadata={"specs": specs})
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        write_whole(self._path(name), tensors, {"specs": specs})
         with Journal(self.folder, self.processes.rank) as journal:
             journal.record(name, {"sites": [choice.site.id for choice, _ in solved]})
 
@@ -85,19 +79,16 @@ class SolvedFolder:
         """Books that layers share, by component and group: learned by the first process, once, and read by all."""
         path = self.folder / "books.safetensors"
         if self.processes.first and not path.is_file():
-            tensors = {f"{name}.{group}": book.contiguous() for name, books in learned().items() for group, book in books.items()}
+            tensors = {f"{name}.{group}": book for name, books in learned().items() for group, book in books.items()}
             if tensors:
-                partial = path.with_name(f".{path.name}.partial")
-                save_file(tensors, partial)
-                os.replace(partial, path)
+                write_whole(path, tensors)
         self.processes.wait()
         found: dict[str, dict[str, Tensor]] = {}
         if not path.is_file():
             return found
-        with readable(f"quantize: {path}"), safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (not a dictionary)
-                component, _, group = name.partition(".")
-                found.setdefault(component, {})[group] = file.get_tensor(name)
+        for name, book in read_whole(path).items():
+            component, _, group = name.partition(".")
+            found.setdefault(component, {})[group] = book
         return found
 
     def wait(self) -> None:

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from .calibrate import Stats
-from .calibrate.gather import SAMPLE_ROWS, Inputs, calls_of, gather, gram_bytes, input_name
+from .calibrate.gather import Inputs, calls_of, gather, gram_bytes, input_name
 from .calibrate.intervals import ranges_at
 from .calibrate.look import looked
 from .calibrate.replay import waypoint_for
+from .calibrate.squares import mean_squares
 from .calibrate.waypoint import Waypoint
 from .kernels import to_matrix
 from .methods.by_level import solve_site
-from .methods.shared_books import SharedVectors
+from .methods.shared_books import SharedVectors, basis_of
 from .methods.solve import Solution
 from .plan import Choice
 from .sites import repeated_block
@@ -86,10 +87,9 @@ def solutions(
 
 
 @torch.no_grad()
-def shared_books(
-    parts: Mapping[str, nn.Module], work: Sequence[Choice], stats: Stats | None, max_memory: int
-) -> dict[str, dict[str, Tensor]]:
-    """Learn the books that layers of these choices share, from the original model. Arguments: as of ``solutions``."""
+def shared_books(parts: Mapping[str, nn.Module], work: Sequence[Choice], stats: Stats | None) -> dict[str, dict[str, Tensor]]:
+    """Learn the books that layers of these choices share, from the original model: one pass over its weights, and of components
+    where such layers learn from inputs one replay of the kept calls. Arguments: as of ``solutions``."""
     found: dict[str, dict[str, Tensor]] = {}
     for component, mine in groupby(work, key=lambda choice: choice.site.component):
         solved_for = [(choice, weight[0]) for choice in mine if choice.spec is not None for weight in weights_of(choice.spec)]
@@ -97,27 +97,17 @@ def shared_books(
         if not sharing:
             continue
         vectors = SharedVectors((part, choice.site.num_weights) for choice, part in sharing)
-        for some in _few_samples(sharing, max_memory):
-            asked = {input_name(choice.site): choice.site for choice, part in some if part.needs_moments}
-            inputs: Mapping[str, Inputs] = {}
-            if asked and stats is not None:
-                inputs = gather(parts[component], stats.calls, list(asked.values()), without_moments=asked.keys())
-            for choice, part in some:
-                learned = inputs.get(input_name(choice.site)) if part.needs_moments else None
-                vectors.add(_matrix(parts[component], choice), part, choice.site.channels, learned)
+        learning = [(choice.site, part) for choice, part in sharing if part.needs_moments]
+        wanted = {(input_name(site), part.transforms): (site, basis_of(part, site.channels)) for site, part in learning}
+        squares: Mapping[Any, Tensor] = {}
+        if wanted:
+            assert stats is not None
+            squares = mean_squares(parts[component], stats.calls, wanted)
+        for choice, part in sharing:
+            seen = squares[input_name(choice.site), part.transforms] if part.needs_moments else None
+            vectors.add(_matrix(parts[component], choice), part, choice.site.channels, seen)
         found[component] = vectors.books()
     return found
-
-
-def _few_samples(sharing: Sequence[tuple[Choice, LayerSpec]], max_memory: int) -> Iterator[list[tuple[Choice, LayerSpec]]]:
-    """Layers in order, as many at a time as samples of their inputs fit."""
-    some: list[tuple[Choice, LayerSpec]] = []
-    for choice, part in sharing:
-        if some and (len(some) + 1) * 2 * SAMPLE_ROWS * 4 * max(each.site.k for each, _ in [*some, (choice, part)]) > max_memory:
-            yield some
-            some = []
-        some.append((choice, part))
-    yield some
 
 
 def _learns(group: Sequence[Choice]) -> bool:

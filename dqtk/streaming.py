@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -35,7 +34,7 @@ from .plan import Choice, Plan, Recipe
 from .processes import Processes, processes
 from .quantize import check_fit, check_float, check_numbers
 from .quantize import plan as make_plan
-from .shards import LaidOutTensors, StoredTensors, room_for, same_tensors
+from .shards import LaidOutTensors, StoredTensors, read_whole, room_for, same_tensors, write_whole
 from .sites import components_of
 from .sources import meta_target, model_folder, read_json, stored_dtype
 from .spec import ByLevel, LayerSpec, SiteSpec, from_json, shared_forms, to_json, weights_of
@@ -173,12 +172,10 @@ def _learn_books(parts: list["_Part"], work: Path, me: Processes, device: torch.
     for part in parts:
         path = work / f"books.{part.name}.safetensors"
         if part.sharing and me.first and not path.is_file():
-            partial = path.with_name(f".{path.name}.partial")
-            save_file(part.learned_books(device), partial)
-            os.replace(partial, path)
+            write_whole(path, part.learned_books(device))
     me.wait()
     for part in parts:
-        part.books = load_file(work / f"books.{part.name}.safetensors") if part.sharing else {}
+        part.books = read_whole(work / f"books.{part.name}.safetensors") if part.sharing else {}
 
 
 def _solve_all(parts: list["_Part"], work: Path, me: Processes, device: torch.device, progress: bool) -> None:

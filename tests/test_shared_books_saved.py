@@ -2,6 +2,7 @@
 
 import importlib
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ import dqtk
 from dqtk.calibrate import Stats
 from dqtk.calibrate.replay import Call
 from dqtk.methods.books import learned_books
+from dqtk.methods.solve import rotation
 from dqtk.nn import books_of
 from dqtk.numerics.vector_grid import in_units, root_mean_square
-from dqtk.spec import GPTQ, LayerSpec, PerChannel, TensorSpec, VectorCodebook
+from dqtk.spec import GPTQ, RTN, Hadamard, LayerSpec, PerChannel, TensorSpec, VectorCodebook
 
 stages = importlib.import_module("dqtk.stages")
 
@@ -72,8 +74,9 @@ def test_an_interrupted_run_goes_on_with_the_same_books(stats, tmp_path, monkeyp
     assert state(quantized(stats, checkpoint=tmp_path)) == expected
 
 
-def test_importance_is_that_of_inputs(stats, monkeypatch):
-    """Of one layer alone, a shared book is what its own would be, but for the sample that says what inputs are."""
+@pytest.mark.parametrize("transforms", [(), (Hadamard(block=4, seed=3),)], ids=["plain", "rotated"])
+def test_importance_is_that_of_inputs(stats, monkeypatch, transforms):
+    """Of one layer alone, a shared book is what its own would be, in the basis in which the layer is stored."""
     seen = []
 
     def watched(x, form, importance=None, beam=8):
@@ -82,13 +85,49 @@ def test_importance_is_that_of_inputs(stats, monkeypatch):
 
     shared = importlib.import_module("dqtk.methods.shared_books")
     monkeypatch.setattr(shared, "learned_books", watched)
-    quantized(stats, rules=(("entrance", LEARNED),))
+    quantized(stats, rules=(("entrance", replace(LEARNED, transforms=transforms)),))
     weight, rows = a_model().entrance.weight, torch.cat([call.kwargs["x"].flatten(0, 1) for call in stats.calls])
+    for transform in transforms:
+        weight, rows = (rotation(transform, 16)(x) for x in (weight, rows))
     squares = rows.square().mean(dim=0).view(1, -1, 2).mean(dim=2)
     expected = (root_mean_square(weight, WEIGHT).square() * squares).flatten()
     found = seen[0].sort().values
     torch.testing.assert_close(found, (expected / expected.mean()).sort().values, rtol=1e-3, atol=1e-3)
     assert in_units(weight, root_mean_square(weight, WEIGHT)).shape == weight.shape
+
+
+def test_rotated_layers_learn_from_prompts_too(stats):
+    """The whole way: shared books in the rotated basis, swept with second moments, against nearest words of the same form."""
+    rotated = replace(LEARNED, transforms=(Hadamard(),))
+    swept = quantized(stats, rules=(("blocks.*", rotated),))
+    nearest = quantized(stats, rules=(("blocks.*", replace(rotated, solver=RTN())),))
+    original = a_model()
+    errors = [
+        sum(float((each(**call.kwargs) - original(**call.kwargs)).square().sum()) for call in stats.calls)
+        for each in (swept, nearest)
+    ]
+    assert errors[0] < 0.8 * errors[1]
+    assert swept.blocks[0].fc1.spec.transforms == (Hadamard(),)
+    weight, stored = original.blocks[0].fc1.weight, nearest.blocks[0].fc1.weight[:]
+    assert (stored - weight).square().sum() < 0.25 * weight.square().sum()  # in the layer's own basis again
+
+
+def test_one_replay_says_what_all_inputs_are(stats, monkeypatch):
+    """Whatever the memory; layers that learn from nothing are not watched, and of layers that share an input one is."""
+    squares, replays, plain = importlib.import_module("dqtk.calibrate.squares"), [], replace(LEARNED, solver=RTN())
+    replay = squares.replay
+
+    def watched(module, calls, paths):
+        replays.append(set(paths))
+        replay(module, calls, paths)
+
+    monkeypatch.setattr(squares, "replay", watched)
+    quantized(stats, rules=(("blocks.0.*", plain), ("blocks.*", LEARNED)), max_memory=1)
+    (paths,) = replays
+    assert len(paths) == 2 * 4  # q, k and v of a block share an input
+    assert not any(path.startswith("blocks.0.") for path in paths)
+    quantized(stats, rules=(("blocks.*", plain),))
+    assert len(replays) == 1
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,14 @@ from dqtk.calibrate import Stats
 from dqtk.calibrate.replay import Call
 from dqtk.processes import Processes
 from dqtk.sources import load_pipeline
-from dqtk.spec import Reconstruct
+from dqtk.spec import GPTQ, LayerSpec, PerChannel, Reconstruct, TensorSpec, VectorCodebook
 
 stages = importlib.import_module("dqtk.stages")
 quantizing = importlib.import_module("dqtk.quantize")
 
+WORDS = LayerSpec(
+    weight=TensorSpec(format=VectorCodebook(words=16, length=2, group="all"), granularity=PerChannel()), solver=GPTQ()
+)
 RULES = (("blocks.0.*", LEARNED), ("blocks.1.*", BRANCH), ("blocks.2.*", PLAIN))
 
 
@@ -101,9 +104,10 @@ def test_other_work_is_refused(stats, tmp_path):
         quantized(stats, model=Model().requires_grad_(False).eval(), checkpoint=tmp_path)
 
 
-def test_processes_share_the_groups(stats, tmp_path, monkeypatch):
-    """Threads stand for processes: each solves its share, and both end with the same model."""
-    alone, barrier, ran, shares = quantized(stats), threading.Barrier(2, timeout=60), {}, {}
+@pytest.mark.parametrize("rules", [RULES, (("blocks.2.*", PLAIN), ("blocks.*", WORDS))], ids=["numbers", "shared books"])
+def test_processes_share_the_groups(stats, tmp_path, monkeypatch, rules):
+    """Threads stand for processes: each solves its share, and both end with the same model. Books are learned by the first."""
+    alone, barrier, ran, shares = quantized(stats, *rules), threading.Barrier(2, timeout=60), {}, {}
     models = [a_model(), a_model()]
     me = threading.local()
     monkeypatch.setattr(quantizing, "processes", lambda: Processes(me.rank, 2, torch.device("cpu"), barrier.wait))
@@ -115,10 +119,12 @@ def test_processes_share_the_groups(stats, tmp_path, monkeypatch):
         return solve(weights, spec, inputs, **options)
 
     monkeypatch.setattr(stages, "solve_site", see)
+    learn, learned = quantizing.shared_books, []
+    monkeypatch.setattr(quantizing, "shared_books", lambda *args: learned.append(me.rank) or learn(*args))
 
     def run(rank):
         me.rank = rank
-        ran[rank] = quantized(stats, model=models[rank], checkpoint=tmp_path)
+        ran[rank] = quantized(stats, *rules, model=models[rank], checkpoint=tmp_path)
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
     for thread in threads:
@@ -127,6 +133,7 @@ def test_processes_share_the_groups(stats, tmp_path, monkeypatch):
         thread.join()
     assert {rank: len(share) for rank, share in shares.items()} == {0: 4, 1: 4}
     assert state(ran[0]) == state(ran[1]) == state(alone)
+    assert learned == [0]
 
 
 @pytest.mark.parametrize("option", [{"sequential": True}, {"refine": Reconstruct()}])

@@ -17,6 +17,8 @@ import dqtk
 from dqtk import streaming
 from dqtk.checkpoint import DIGESTS, digest, verify_files
 from dqtk.cli import main
+from dqtk.methods import shared_books
+from dqtk.methods.books import learned_books
 from dqtk.plan import Recipe, Rule
 from dqtk.recipes import recipe_named
 from dqtk.shards import LaidOutTensors, StoredTensors
@@ -140,6 +142,12 @@ def test_an_interrupted_stream_goes_on_with_its_books(tiny_folders, tmp_path, mo
     monkeypatch.setattr(streaming, "solve_site", stop)
     with pytest.raises(KeyboardInterrupt):
         stream(tiny_folders["pixart"], tmp_path / "q", shared)
+    file = tmp_path / ".q.streaming" / "books.transformer.safetensors"
+    kept = file.read_bytes()
+    file.write_bytes(kept[:100])
+    with pytest.raises(ValueError, match=f"quantize: {file} must be complete and readable, got"):
+        stream(tiny_folders["pixart"], tmp_path / "q", shared)
+    file.write_bytes(kept)
     monkeypatch.setattr(streaming.SharedVectors, "books", lambda self: pytest.fail("learned again"))
     stream(tiny_folders["pixart"], tmp_path / "q", shared)
     assert tensors_of(tmp_path / "q") == tensors_of(tmp_path / "whole")
@@ -347,6 +355,19 @@ def test_two_processes_write_the_bytes_of_one(folder, tmp_path, launched):
     for name in ("transformer", "text_encoder"):
         files = [next((tmp_path / where / name).glob("*.safetensors")).read_bytes() for where in ("one", "two")]
         assert files[0] == files[1]
+
+
+def test_two_processes_read_one_book(folder, tmp_path, launched, monkeypatch):
+    words = VectorCodebook(words=16, length=4, group="all")
+    spec = LayerSpec(weight=TensorSpec(format=words, granularity=PerChannel()))
+    rule = Rule(pattern="transformer_blocks.[01].*", spec=spec, why="shared")
+    plan = dqtk.plan(dqtk.load(folder), Recipe(name="shared", rules=(rule,)))
+    monkeypatch.setattr(shared_books, "learned_books", learned_books)  # as processes that are launched learn them
+    stream(folder, tmp_path / "one", plan)
+    (tmp_path / "plan.json").write_text(json.dumps(plan.to_json()))
+    launched(2, "quantize", folder, "--plan", tmp_path / "plan.json", "--stream", "--output", tmp_path / "two")
+    assert "dqtk_books.book_all" in tensors_of(tmp_path / "two")[0]["transformer"]
+    assert tensors_of(tmp_path / "two") == tensors_of(tmp_path / "one")
 
 
 def test_another_number_of_processes_goes_on(folder, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from dqtk.spec import (
     RTN,
     AdaRound,
     BeamSearch,
+    ByLevel,
     ConstantToken,
     Dynamic,
     Hadamard,
@@ -211,6 +212,34 @@ def test_many_words_are_no_burden_where_they_are_shared():
     plan = dqtk.plan(model, recipe(LayerSpec(weight=replace(SHARED, format=VectorCodebook(words=4096, length=6, group="g")))))
     assert [describe(choice.spec) for choice in plan.choices] == ["W2 4096 words of 6 shared by g per channel, A16"] * 2
     assert plan.sizes("model")["bytes_after"] == 2 * (192 * 192 * 2 // 8 + 192 * 4 + 192 * 2) + 4096 * 6 * 2
+
+
+def test_a_group_that_its_words_would_outweigh_gets_eight_bits_and_says_so():
+    """One layer alone, a group among others, and one of two weights of a layer."""
+    large = LayerSpec(weight=replace(SHARED, format=VectorCodebook(words=65536, length=8, group="{role}")))
+    with torch.device("meta"):
+        one = nn.Sequential(nn.Linear(192, 192))
+    plan = dqtk.plan(one, recipe(large))
+    role = plan.choices[0].site.role
+    said = f"8 bit per channel: group '{role}', one layer with 65536 words of 8, would take more"
+    assert (describe(plan.choices[0].spec), plan.choices[0].why) == ("W8 per channel, A16", f"test; {said}")
+    assert plan.books == {}
+    assert plan.sizes("model")["bytes_after"] == 192 * 192 + 192 * 4 + 192 * 2
+    forms = VectorCodebook(words=4096, length=6, group="small"), VectorCodebook(words=4096, length=6, group="large")
+    small, large = (LayerSpec(weight=replace(SHARED, format=form)) for form in forms)
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(96, 96) for _ in range(3)), *(nn.Linear(192, 192) for _ in range(2)))
+    rules = [dqtk.Rule(pattern=f"{i}", spec=small if i < 3 else large, why="test") for i in range(5)]
+    plan = dqtk.plan(model, dqtk.Recipe(name="two", rules=tuple(rules)))
+    assert [describe(choice.spec).split(",")[0] for choice in plan.choices[2:4]] == [
+        "W8 per channel",
+        "W2 4096 words of 6 shared by large per channel",
+    ]
+    assert plan.choices[0].why.endswith("group 'small', 3 layers with 4096 words of 6, would take more")
+    assert plan.books == {("model", "large"): forms[1]}
+    both = ByLevel(specs=(LayerSpec(weight=WORDS), small), edges=(500.0,))
+    (choice,) = dqtk.plan(one, recipe(both)).choices
+    assert [part.weight.format for part in choice.spec.specs] == [WORDS.format, Int(bits=8)]
 
 
 def test_old_choices_keep_their_text():

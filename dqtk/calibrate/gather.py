@@ -137,7 +137,7 @@ def gather(
                 if name not in sums:
                     sums[name] = _Sum.empty(site.k, name not in without_moments, x.device)
                 draw = torch.Generator().manual_seed(sums[name].calls)
-                _check_finite(site, ends := _ends(layer, x), call)
+                check_finite(site, ends := ends_of(layer, x), call)
                 rows = rows_of(layer, x, max_rows, draw)
                 beside = torch.cat([_sample_ends(layer, x, len(rows)), rows.new_full((len(rows), 1), call.time or 0.0)], dim=1)
                 _add(sums[name], rows, ends, beside, per_call, draw)
@@ -175,7 +175,7 @@ def rows_of(layer: Any, x: Tensor, max_rows: int, draw: torch.Generator) -> Tens
     return torch.cat(found)
 
 
-def _ends(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+def ends_of(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """Least and largest number of every column of all rows, float32 [K]; padding is 0."""
     last = x if isinstance(layer, nn.Linear) else x.movedim(1, -1)
     low, high = last.reshape(-1, last.shape[-1]).float().aminmax(dim=0)
@@ -198,7 +198,7 @@ def _some(rows: Tensor, num: int, draw: torch.Generator) -> Tensor:
     return rows[torch.randperm(rows.shape[0], generator=draw)[:num].sort().values.to(rows.device)]
 
 
-def _check_finite(site: Site, ends: tuple[Tensor, Tensor], call: Call) -> None:
+def check_finite(site: Site, ends: tuple[Tensor, Tensor], call: Call) -> None:
     """Raises ``ValueError`` for NaN, infinity, and numbers whose squares are no float32."""
     if not bool((torch.stack(ends).abs() < LARGEST).all()):
         raise ValueError(

@@ -8,12 +8,12 @@ against 18.1).
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import reduce
 
 import torch
 from torch import Tensor
 
-from dqtk.calibrate.gather import Inputs
 from dqtk.numerics.vector_grid import in_units, root_mean_square
 from dqtk.spec import Hadamard, LayerSpec, VectorCodebook
 
@@ -39,17 +39,12 @@ class SharedVectors:
             self.totals[form.group] = self.totals.get(form.group, 0) + num_weights
         self.draw = torch.Generator().manual_seed(0)
 
-    def add(self, weight: Tensor, spec: LayerSpec, channels: int, inputs: Inputs | None = None) -> None:
-        """Draw vectors of a layer's weight [N, K] in the basis in which they are stored. ``inputs``: where the layer learns from
-        them."""
-        form, weight = _form(spec), weight.float()
-        inputs = None if inputs is None else inputs.to(weight.device)
-        for transform in spec.transforms:
-            assert isinstance(transform, Hadamard)
-            turned = rotation(transform, channels)
-            weight, inputs = turned(weight), None if inputs is None else inputs.mapped(turned)
+    def add(self, weight: Tensor, spec: LayerSpec, channels: int, squares: Tensor | None = None) -> None:
+        """Draw vectors of a layer's weight [N, K] in the basis in which they are stored. ``squares`` [K]: mean squares of its
+        inputs in that basis, where the layer learns from inputs."""
+        form, weight = _form(spec), basis_of(spec, channels)(weight.float())
+        squares = None if squares is None else squares.to(weight.device)
         scale = root_mean_square(weight, spec.weight)
-        squares = None if inputs is None else inputs.sample.square().mean(dim=0)
         vectors = in_units(weight, scale).reshape(-1, form.length)
         importance = importance_of(scale, weight, form.length, squares).reshape(-1)
         importance = importance / importance.mean().clamp(min=1e-30)
@@ -66,6 +61,15 @@ class SharedVectors:
             vectors, importance = (torch.cat([each[part].to(device) for each in drawn]) for part in (0, 1))
             found[group] = learned_books(vectors, self.forms[group], importance)
         return found
+
+
+def basis_of(spec: LayerSpec, channels: int) -> Callable[[Tensor], Tensor]:
+    """Rows [..., K] of a weight or an input -> the same in the basis in which a layer that shares books is stored."""
+    turns = []
+    for transform in spec.transforms:
+        assert isinstance(transform, Hadamard)
+        turns.append(rotation(transform, channels))
+    return lambda rows: reduce(lambda x, turn: turn(x), turns, rows)
 
 
 def _form(spec: LayerSpec) -> VectorCodebook:

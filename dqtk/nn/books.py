@@ -3,8 +3,12 @@
 A buffer in every layer would be one tensor only until somebody moves, offloads, copies or saves the layers. A module of its own is
 moved, copied and saved with the model, once; what a layer refers to is that module, never a tensor of it. Names in a checkpoint:
 ``dqtk_books.book_GROUP``, float16 [books, words, length].
+
+At a root that is a list of its children (``nn.Sequential``) the module is one child more, the last: ``len`` counts it, ``[-1]`` and
+iteration find it, and a call passes through it unchanged.
 """
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +24,8 @@ class Books(nn.Module):
     """The shared books of a model, by group. Their dtype is never changed, as that of codes and scales."""
 
     def make(self, form: VectorCodebook, device: torch.device | str) -> None:
-        """Room for the books of a group, where there is none. Raises ``ValueError`` for another form under the same name."""
+        """Room for the books of a group, where there are none: what a checkpoint fills. Raises ``ValueError`` for another form
+        under the same name."""
         shape = book_shape(form)
         if buffer_name(form.group) not in self._buffers:
             self.register_buffer(buffer_name(form.group), torch.empty(shape, dtype=torch.float16, device=device))
@@ -31,7 +36,7 @@ class Books(nn.Module):
             )
 
     def put(self, group: str, codebook: Tensor) -> None:
-        """Put learned books [books, words, length] in the place that ``make`` made."""
+        """Put other books [books, words, length] in the place of those of a group."""
         place = self.stored(group)
         assert (codebook.shape, codebook.dtype) == (place.shape, place.dtype), group
         setattr(self, buffer_name(group), codebook.to(place.device))
@@ -83,6 +88,20 @@ def books_for(model: nn.Module, spec: SiteSpec, device: torch.device) -> Books |
     return found
 
 
-def forget_books(model: nn.Module) -> None:
-    """Drop what no layer reads any more."""
-    model._modules.pop(NAME, None)
+def place_books(model: nn.Module, books: Mapping[str, Tensor], device: torch.device) -> None:
+    """Give a model books float16 [books, words, length], by group, before the layers that read them. Groups that it has stay."""
+    found = books_of(model) or Books()
+    for group, book in books.items():
+        if group not in found.groups():
+            found.register_buffer(buffer_name(group), book.to(device))
+    if books and books_of(model) is None:
+        model.add_module(NAME, found)  # at last: at no time is there a book without its words
+
+
+def forget_books(model: nn.Module, but: Collection[str] = ()) -> None:
+    """Drop what no layer reads any more: all groups ``but`` these."""
+    found = books_of(model)
+    for group in () if found is None else set(found.groups()) - set(but):
+        del found._buffers[buffer_name(group)]  # type: ignore[union-attr]
+    if found is not None and not found.groups():
+        del model._modules[NAME]

@@ -21,6 +21,7 @@ mean, a quarter of them, and so on. The next step begins with four times what th
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -91,17 +92,20 @@ def _promises(gathered: Gathered, books_MWD: Tensor, scale: Tensor) -> tuple[Ten
     counts = (curvature > 0).expand(n, 1)
     best = torch.zeros(n, vectors, device=codes.device)
     book, word = (torch.zeros(n, vectors, dtype=torch.int64, device=codes.device) for _ in range(2))
-    chunk = max(1, NUMBERS // (n * books_MWD.shape[1]))
-    for start in range(0, vectors, chunk):
-        some = slice(start, start + chunk)
-        g = total.unflatten(1, (-1, length))[:, some]
+    gradients = total.unflatten(1, (-1, length))
+    num_words = books_MWD.shape[1]
+    height = min(n, max(1, NUMBERS // num_words))
+    width = max(1, NUMBERS // (height * num_words))
+    for top, left in product(range(0, n, height), range(0, vectors, width)):
+        at, columns = (slice(top, top + height), slice(left, left + width)), slice(left, left + width)
+        divisor = torch.where(counts, curvature, 1.0)[at[0]]
         for index in range(num_books):
-            found, to = _best_words(g, blocks[some], books_MWD[index], codes[:, some, index].long())
-            found = torch.where(counts, found / torch.where(counts, curvature, 1.0), 0.0)
-            better = found > best[:, some]
-            best[:, some] = torch.where(better, found, best[:, some])
-            book[:, some] = torch.where(better, index, book[:, some])
-            word[:, some] = torch.where(better, to, word[:, some])
+            found, to = _best_words(gradients[at], blocks[columns], books_MWD[index], codes[at][..., index].long())
+            found = torch.where(counts[at[0]], found / divisor, 0.0)
+            better = found > best[at]
+            best[at] = torch.where(better, found, best[at])
+            book[at] = torch.where(better, index, book[at])
+            word[at] = torch.where(better, to, word[at])
     return best, (book, word)
 
 

@@ -84,9 +84,10 @@ def _check_groups(name: str, specs: Mapping[str, LayerSpec], learning: Collectio
         if group is not None and group in alone:
             what = "layers must hold all that share books or none" if learning else "blocks must have books of their layers' own"
             remedy = "Name all of their roles" if learning else "Take Distill(), which learns all layers at once"
+            others = any(group_of(spec) == group for other, spec in specs.items() if other != path)
+            said = ", which others read too" if others else ""
             raise ValueError(
-                f"refine: {what}, got group {group!r} of {path} of {name}, which others read too. {remedy}, or quantize "
-                "with group=None."
+                f"refine: {what}, got group {group!r} of {path} of {name}{said}. {remedy}, or quantize with group=None."
             )
 
 

@@ -30,7 +30,8 @@ from dqtk.spec import VectorCodebook
 LOGITS = ("logits",)  # names of the numbers that choose
 DECIDED = 0.99
 UNIT = 2.5  # of a ratio's logit, beside ``weight_rate``: 0.02 of it is VQ4DiT's rate
-ROWS = 4096  # vectors that are compared with all words at a time
+DISTANCES = 2**20  # numbers in one table: vectors that are compared with all words at a time
+LEAST_ROWS = 16
 
 
 class TrainedBooks:
@@ -158,7 +159,8 @@ def _watched(weight: Tensor, watch: Callable[[Tensor], None]) -> Tensor:
 def _nearest(vectors_VD: Tensor, words_WD: Tensor, code_V: Tensor, num: int) -> tuple[Tensor, Tensor]:
     """int64 [V, num] and float32 [V, num]: the stored word and the nearest others, with their distances."""
     found, distances = [], []
-    for vectors, code in zip(vectors_VD.split(ROWS), code_V.split(ROWS), strict=True):
+    rows = max(LEAST_ROWS, DISTANCES // len(words_WD))
+    for vectors, code in zip(vectors_VD.split(rows), code_V.split(rows), strict=True):
         distance = torch.cdist(vectors, words_WD)
         mine = distance.gather(1, code[:, None])
         others = distance.scatter(1, code[:, None], torch.inf).topk(num - 1, largest=False)

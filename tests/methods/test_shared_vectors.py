@@ -9,7 +9,7 @@ import torch
 from dqtk.methods import books as single
 from dqtk.methods.books import learned_books
 from dqtk.methods.shared_books import SharedVectors
-from dqtk.methods.solve import solve
+from dqtk.methods.solve import rotation, solve
 from dqtk.numerics.packing import Packed, book_shape, dequantize, stored_bytes
 from dqtk.spec import GPTQ, RTN, BeamSearch, Hadamard, LayerSpec, PerChannel, PerTensor, TensorSpec, VectorCodebook
 
@@ -20,10 +20,10 @@ def spec_of(form=FORM, **fields):
     return LayerSpec(weight=TensorSpec(format=form, granularity=PerChannel()), **fields)
 
 
-def books_on(weights, spec, inputs=None):
+def books_on(weights, spec, squares=None):
     vectors = SharedVectors((spec, weight.numel()) for weight in weights)
     for weight in weights:
-        vectors.add(weight, spec, weight.shape[1], inputs)
+        vectors.add(weight, spec, weight.shape[1], squares)
     return vectors.books()
 
 
@@ -47,19 +47,24 @@ def nearest_error(vectors, book, counts):
 
 
 def test_rotated_layers_share_in_their_own_basis(seeded):
-    weight = seeded(8, 16, seed=1) * torch.tensor([10.0] + [0.1] * 15)
-    book = books_on([weight], spec_of(transforms=(Hadamard(),)))["g"]
-    assert float(book.float().square().mean().sqrt()) == pytest.approx(1.0, rel=0.3)
-    (found,) = solve([weight], spec_of(transforms=(Hadamard(),)), books={"g": book})
+    """Books and codes are those of the weight that was rotated by hand, and not those of the weight as it is."""
+    weight, rotated = seeded(32, 16, seed=1) * torch.tensor([10.0] + [0.1] * 15), spec_of(transforms=(Hadamard(),))
+    by_hand = rotation(Hadamard(), 16)(weight)
+    torch.testing.assert_close(by_hand @ by_hand.T, weight @ weight.T, rtol=1e-4, atol=1e-4)
+    book = books_on([weight], rotated)["g"]
+    assert torch.equal(book, books_on([by_hand], spec_of())["g"])
+    assert not torch.allclose(book, books_on([weight], spec_of())["g"], atol=0.1)
+    (found,), (expected,) = solve([weight], rotated, books={"g": book}), solve([by_hand], spec_of(), books={"g": book})
     assert "codebook" not in found.tensors
+    assert all(torch.equal(found.tensors[name], expected.tensors[name]) for name in ("qweight", "scale"))
 
 
-def test_what_inputs_say_matters(seeded, stats_of):
+def test_what_inputs_say_matters(seeded):
     """Vectors over columns whose inputs are large get the words."""
     weight, loud = seeded(64, 16, seed=3), torch.tensor([10.0] * 8 + [0.1] * 8)
     rows = seeded(200, 16, seed=4) * loud
     learned = spec_of(solver=GPTQ())
-    plain, weighted = books_on([weight], learned)["g"], books_on([weight], learned, stats_of(rows))["g"]
+    plain, weighted = books_on([weight], learned)["g"], books_on([weight], learned, rows.square().mean(dim=0))["g"]
     scale = weight.square().mean(dim=1, keepdim=True).sqrt()
     vectors = (weight / scale)[:, :8].reshape(-1, 4)
     assert nearest_error(vectors, weighted, 1) < 0.9 * nearest_error(vectors, plain, 1)

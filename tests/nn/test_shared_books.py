@@ -1,6 +1,7 @@
 """Layers that share books of words: what they compute and weigh, and that layers and books stay together wherever a model goes."""
 
 import copy
+import importlib
 import pickle
 from dataclasses import replace
 
@@ -19,6 +20,8 @@ from dqtk.kernels import to_matrix
 from dqtk.nn import books_of, forget_books, keep_decoded
 from dqtk.report.sizes import bytes_in_memory
 from dqtk.spec import ByLevel, Dynamic, Hadamard, Int, LayerSpec, PerChannel, PerTensor, PerToken, TensorSpec, VectorCodebook
+
+main_path = importlib.import_module("dqtk.quantize")
 
 ONE = VectorCodebook(words=16, length=2, group="all")
 WIDE = VectorCodebook(words=512, length=3, group="all")
@@ -220,6 +223,46 @@ def test_a_layer_in_no_model_says_so():
         layer(batch())
 
 
+def test_an_interruption_leaves_true_layers_and_whole_books(tmp_path, monkeypatch):
+    """Right after the first layer; its books are those of a run to the end, and those of the other group, that none reads, go."""
+    specs = spec_of(ONE), spec_of(replace(TWO, group="other"))
+    whole, place, placed = quantized(*specs), main_path.replace_layer, []
+
+    def stop(model, path, layer):
+        assert all(
+            torch.equal(book, dict(whole.dqtk_books.named_buffers())[name]) for name, book in model.dqtk_books.named_buffers()
+        )
+        place(model, path, layer)
+        placed.append(path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main_path, "replace_layer", stop)
+    model, x = original(), batch()
+    with pytest.raises(KeyboardInterrupt):
+        dqtk.quantize(model, recipe(*specs), progress=False)
+    assert list(quantized_layers(model)) == placed == ["blocks.0.0"]
+    assert model.dqtk_books.groups() == ("all",)
+    assert torch.equal(model.dqtk_books.stored("all"), whole.dqtk_books.stored("all"))
+    assert all(torch.equal(model.get_submodule(path).weight[:], whole.get_submodule(path).weight[:]) for path in placed)
+    dqtk.save(model, tmp_path / "saved")
+    loaded = load_module(original(), tmp_path / "saved")
+    assert torch.equal(model(x), loaded(x))
+
+
+def test_an_interruption_before_the_first_layer_leaves_no_books(monkeypatch):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main_path, "replace_layer", stop)
+    model = original()
+    with pytest.raises(KeyboardInterrupt):
+        dqtk.quantize(model, recipe(spec_of(ONE)), progress=False)
+    assert books_of(model) is None
+    monkeypatch.undo()
+    dqtk.quantize(model, recipe(spec_of(ONE)), progress=False)  # the name of the group is free
+    assert torch.equal(model(batch()), quantized(spec_of(ONE))(batch()))
+
+
 def test_groups_of_one_model_are_apart_and_names_are_taken_once():
     model = original()
     some = dqtk.Recipe(name="some", rules=(dqtk.Rule(pattern="blocks.0.*", spec=spec_of(ONE), why="test"),))
@@ -231,7 +274,7 @@ def test_groups_of_one_model_are_apart_and_names_are_taken_once():
         dqtk.quantize(
             model, dqtk.Recipe(name="r", rules=(dqtk.Rule(pattern="blocks.1.*", spec=spec_of(ONE), why="t"),)), progress=False
         )
-    other = spec_of(replace(WIDE, group="other"))
+    other = spec_of(replace(TWO, group="other"))
     dqtk.quantize(model, dqtk.Recipe(name="r", rules=(dqtk.Rule(pattern="blocks.1.*", spec=other, why="t"),)), progress=False)
     assert model.dqtk_books.groups() == ("all", "other")
     assert torch.equal(model.dqtk_books.stored("all"), before)
@@ -246,3 +289,5 @@ def test_a_root_that_calls_its_children_in_turn():
     dqtk.quantize(model, dqtk.Recipe(name="r", rules=(dqtk.Rule(spec=spec_of(ONE), why="t"),)), progress=False)
     x = batch()
     assert torch.equal(model(x), model[2](model[1](model[0](x))))
+    assert model[-1] is books_of(model)  # as its docstring says
+    assert len(model) == 4

@@ -13,6 +13,7 @@ from dqtk.checkpoint import quantized_layers
 from dqtk.methods.solve import solve
 from dqtk.numerics.packing import unpack
 from dqtk.quantize import runtime_layer
+from dqtk.refine import trained_vectors
 from dqtk.refine.blocks import reconstruct
 from dqtk.refine.trained import training
 from dqtk.spec import Hadamard, LayerSpec, PerChannel, PerTensor, Reconstruct, TensorSpec, VectorCodebook
@@ -92,6 +93,19 @@ def test_candidates_are_the_stored_word_and_the_nearest_others():
         open_ = expected.amax(dim=1) < 0.99
         torch.testing.assert_close(ratios[open_], expected[open_], rtol=1e-4, atol=1e-4)
         assert 0 < float(learning["layer"].doubt().detach()) < 1
+
+
+def test_many_words_are_compared_with_fewer_vectors_at_a_time(monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    vectors, words = torch.randn(100, 2, generator=draw), torch.randn(512, 2, generator=draw)
+    codes, tables, cdist = torch.cdist(vectors, words).argmin(dim=1), [], torch.cdist
+    whole = trained_vectors._nearest(vectors, words, codes, 3)
+    monkeypatch.setattr(torch, "cdist", lambda a, b: tables.append(len(a) * len(b)) or cdist(a, b))
+    monkeypatch.setattr(trained_vectors, "DISTANCES", 20 * 512 + 1)
+    found = trained_vectors._nearest(vectors, words, codes, 3)
+    assert tables == [20 * 512] * 5
+    assert torch.equal(found[0], whole[0])
+    torch.testing.assert_close(found[1], whole[1])
 
 
 def test_a_vector_that_has_decided_stays_and_stands_alone():

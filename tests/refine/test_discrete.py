@@ -18,6 +18,7 @@ from dqtk.checkpoint import load_module, quantized_layers, save_module
 from dqtk.methods.solve import solve
 from dqtk.numerics.packing import unpack
 from dqtk.quantize import runtime_layer
+from dqtk.refine import discrete as discrete_module
 from dqtk.refine import distill as distill_module
 from dqtk.refine.descent import call_at
 from dqtk.refine.discrete import FEWER, TRIES, Steps, falls_by_more_than_chance
@@ -177,6 +178,28 @@ def test_the_shortest_steps_to_other_words_are_taken(form, size):
         order = sorted(best, key=lambda vector: -best[vector][0])[:10]
         assert found.vector.tolist() == order
         assert [(int(b), int(w)) for b, w in zip(found.book, found.word, strict=True)] == [best[v][1:] for v in order]
+
+
+@pytest.mark.parametrize("form", [ONE, TWO], ids=str)
+@pytest.mark.parametrize("numbers", [1, 5 * 16, 13 * 16], ids=lambda n: f"{n} numbers")
+def test_tables_of_promises_are_bounded_whatever_the_words(form, numbers, monkeypatch):
+    """A row of one vector at least; some rows of one; all rows of some: the same steps."""
+    layer, tables = quantized(words(form)), []
+    best_words = discrete_module._best_words
+
+    def watched(g_NCD, *others):
+        tables.append(g_NCD.shape[0] * g_NCD.shape[1] * form.words)
+        return best_words(g_NCD, *others)
+
+    with training({"layer": layer}, None, torch.Generator()) as learning:
+        steps = Steps(learning, DiscreteSteps(share=0.1, every=99), lambda _: torch.zeros(()), 1, ALONE, 9)
+        layer(torch.randn(9, 32)).square().sum().backward()
+        (whole,) = [each.moves(10) for each in steps.gathered]
+        monkeypatch.setattr(discrete_module, "_best_words", watched)
+        monkeypatch.setattr(discrete_module, "NUMBERS", numbers)
+        (found,) = [each.moves(10) for each in steps.gathered]
+    assert max(tables) <= max(numbers, form.words)
+    assert all(torch.equal(getattr(found, name), getattr(whole, name)) for name in ("vector", "book", "word"))
 
 
 def test_outputs_that_hardly_matter_are_not_changed_first():

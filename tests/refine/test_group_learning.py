@@ -1,6 +1,7 @@
 """Books that layers share learn as one: gradients of all layers add up, and what is stored computes what was learned."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -65,10 +66,17 @@ def test_what_is_learned_is_what_is_stored():
 
 
 def test_steps_of_words_find_their_books():
+    """Codes of every layer change, in steps that lower the error on calls that nothing learned from."""
     module, given, exact, _ = case(SHARED)
-    steps = DiscreteSteps(share=0.05, every=5)
-    found = distill(module, given, exact, Distill(iterations=20, batch=2, discrete=steps), progress=False)
-    assert found.after <= found.before or not found.kept
+    before = copy.deepcopy(module.state_dict())
+    choice = Distill(iterations=20, batch=2, discrete=DiscreteSteps(share=0.05, every=5))
+    found = distill(module, given, exact, choice, progress=False)
+    changed = {name for name, tensor in module.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert found.kept
+    assert {name for name in changed if "qweight" in name} == {name for name in before if "qweight" in name}
+    module, given, exact, _ = case(SHARED)
+    plain = distill(module, given, exact, replace(choice, discrete=None), progress=False)
+    assert found.after < plain.after < found.before
 
 
 def test_some_layers_of_a_group_do_not_learn_without_the_others():
@@ -82,7 +90,9 @@ def test_some_layers_of_a_group_do_not_learn_without_the_others():
         ValueError, match=r"refine: blocks must have books of their layers' own, got group 'all' of .*Take Distill\(\)"
     ):
         reconstruct(module, originals, given, Reconstruct(iterations=2), progress=False)
-    module, given, exact, _ = case(PER_ROLE)
+    module, given, exact, originals = case(PER_ROLE)
+    with pytest.raises(ValueError, match=r"got group '\w+' of blocks\.0\.to_q of \S+\. Take Distill"):
+        reconstruct(module, originals, given, Reconstruct(iterations=2), progress=False)  # of one layer: no others are spoken of
     distill(module, given, exact, choice, progress=False)  # a role by itself is a whole group
 
 
