@@ -23,7 +23,7 @@ from .logs import WIDTHS, read_sensitivity, read_sizes
 from .wishes import SEARCHED, check_scored, check_wishes, judges_among, wanted, wishes_of
 
 CHOICES = (2, 3, 4, 5, 6, 8)  # weight bits of a model's candidates; without 5 and 6, budgets there lost 2.6 and 4.0 dB
-EMBEDDED = 12  # prompts where none are given: with 8, scores of 14 of 241 layers were out of order, with 12 of 6 (docs/allocation.md)
+EMBEDDED = 12  # prompts where none are given: of 241 layers, scores on 8 were out of order at 14, on 12 at 6 (docs/allocation.md)
 ASKED = (
     "budget",
     "keep",
