@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -254,21 +254,27 @@ def _places(stem: str, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]
 @contextmanager
 def room_for(what: str) -> Iterator[None]:
     """A full disk as a ``ValueError`` that says for what there must be room, and that nothing is lost."""
+    full = (errno.ENOSPC, errno.EDQUOT)
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:
+        code = error.errno if isinstance(error, OSError) else next((n for n in full if f"(os error {n})" in str(error)), None)
+        if code not in full:
             raise
         raise ValueError(
-            f"quantize: disk must have room for {what}, got: {error.strerror}. "
+            f"quantize: disk must have room for {what}, got: {os.strerror(code)}. "
             "Make room and run the same command again: it goes on where it stopped."
         ) from error
 
 
 def write_whole(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """A small safetensors file of unfinished work: it appears whole, and is on the disk when this returns."""
+    """A small safetensors file of unfinished work: it appears whole, and is on the disk when this returns.
+
+    Raises ``ValueError`` for a full disk.
+    """
     partial = path.with_name(f".{path.name}.partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
+    with room_for(f"{path.name} in {path.parent}"):
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(partial, path)

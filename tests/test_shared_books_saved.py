@@ -8,11 +8,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_stages import Model, planned, state
+from test_solved import a_model, quantized, three_calls
+from test_stages import state
 
 import dqtk
-from dqtk.calibrate import Stats
-from dqtk.calibrate.replay import Call
 from dqtk.methods.books import learned_books
 from dqtk.methods.solve import rotation
 from dqtk.nn import books_of
@@ -32,32 +31,21 @@ def recipe(spec):
     return dqtk.Recipe(name="shared", rules=(dqtk.Rule(spec=spec, why="test"),))
 
 
-def a_model():
-    torch.manual_seed(0)
-    return Model().requires_grad_(False).eval()
-
-
 @pytest.fixture
 def stats():
-    inputs = [torch.randn(2, 20, 16, generator=torch.Generator().manual_seed(i)) for i in range(3)]
-    return Stats(calls=[Call("model", (), {"x": x}, 0.5) for x in inputs])
-
-
-def quantized(stats, model=None, rules=RULES, **options):
-    model = model or a_model()
-    return dqtk.quantize(model, planned(model, *rules), stats, progress=False, **options)
+    return three_calls()
 
 
 def test_memory_limits_and_checkpoints_change_nothing(stats, tmp_path, monkeypatch):
-    expected = state(quantized(stats))
-    assert state(quantized(stats, max_memory=1)) == expected
-    assert state(quantized(stats, checkpoint=tmp_path)) == expected
+    expected = state(quantized(stats, *RULES))
+    assert state(quantized(stats, *RULES, max_memory=1)) == expected
+    assert state(quantized(stats, *RULES, checkpoint=tmp_path)) == expected
     monkeypatch.setattr(importlib.import_module("dqtk.quantize"), "shared_books", lambda *args: pytest.fail("learned again"))
-    assert state(quantized(stats, checkpoint=tmp_path)) == expected  # a run that goes on reads the books
+    assert state(quantized(stats, *RULES, checkpoint=tmp_path)) == expected  # a run that goes on reads the books
 
 
 def test_an_interrupted_run_goes_on_with_the_same_books(stats, tmp_path, monkeypatch):
-    expected, solve, seen = state(quantized(stats)), stages.solve_site, []
+    expected, solve, seen = state(quantized(stats, *RULES)), stages.solve_site, []
 
     def stop(*args, **options):
         seen.append(args)
@@ -68,10 +56,10 @@ def test_an_interrupted_run_goes_on_with_the_same_books(stats, tmp_path, monkeyp
     monkeypatch.setattr(stages, "solve_site", stop)
     model = a_model()
     with pytest.raises(KeyboardInterrupt):
-        quantized(stats, model, checkpoint=tmp_path)
+        quantized(stats, *RULES, model=model, checkpoint=tmp_path)
     assert books_of(model) is None  # nothing was replaced
     monkeypatch.setattr(stages, "solve_site", solve)
-    assert state(quantized(stats, checkpoint=tmp_path)) == expected
+    assert state(quantized(stats, *RULES, checkpoint=tmp_path)) == expected
 
 
 @pytest.mark.parametrize("transforms", [(), (Hadamard(block=4, seed=3),)], ids=["plain", "rotated"])
@@ -85,7 +73,7 @@ def test_importance_is_that_of_inputs(stats, monkeypatch, transforms):
 
     shared = importlib.import_module("dqtk.methods.shared_books")
     monkeypatch.setattr(shared, "learned_books", watched)
-    quantized(stats, rules=(("entrance", replace(LEARNED, transforms=transforms)),))
+    quantized(stats, ("entrance", replace(LEARNED, transforms=transforms)))
     weight, rows = a_model().entrance.weight, torch.cat([call.kwargs["x"].flatten(0, 1) for call in stats.calls])
     for transform in transforms:
         weight, rows = (rotation(transform, 16)(x) for x in (weight, rows))
@@ -99,8 +87,8 @@ def test_importance_is_that_of_inputs(stats, monkeypatch, transforms):
 def test_rotated_layers_learn_from_prompts_too(stats):
     """The whole way: shared books in the rotated basis, swept with second moments, against nearest words of the same form."""
     rotated = replace(LEARNED, transforms=(Hadamard(),))
-    swept = quantized(stats, rules=(("blocks.*", rotated),))
-    nearest = quantized(stats, rules=(("blocks.*", replace(rotated, solver=RTN())),))
+    swept = quantized(stats, ("blocks.*", rotated))
+    nearest = quantized(stats, ("blocks.*", replace(rotated, solver=RTN())))
     original = a_model()
     errors = [
         sum(float((each(**call.kwargs) - original(**call.kwargs)).square().sum()) for call in stats.calls)
@@ -122,11 +110,11 @@ def test_one_replay_says_what_all_inputs_are(stats, monkeypatch):
         replay(module, calls, paths)
 
     monkeypatch.setattr(squares, "replay", watched)
-    quantized(stats, rules=(("blocks.0.*", plain), ("blocks.*", LEARNED)), max_memory=1)
+    quantized(stats, ("blocks.0.*", plain), ("blocks.*", LEARNED), max_memory=1)
     (paths,) = replays
     assert len(paths) == 2 * 4  # q, k and v of a block share an input
     assert not any(path.startswith("blocks.0.") for path in paths)
-    quantized(stats, rules=(("blocks.*", plain),))
+    quantized(stats, ("blocks.*", plain))
     assert len(replays) == 1
 
 

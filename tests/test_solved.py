@@ -1,11 +1,14 @@
 """Solved layers in a checkpoint folder: interrupted runs go on, processes share the work, and nothing else changes."""
 
+import errno
 import importlib
+import os
 import threading
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from test_stages import BRANCH, LEARNED, PLAIN, Model, planned, state
 
 import dqtk
@@ -29,10 +32,14 @@ def a_model():
     return Model().requires_grad_(False).eval()
 
 
-@pytest.fixture
-def stats():
+def three_calls():
     inputs = [torch.randn(2, 20, 16, generator=torch.Generator().manual_seed(i)) for i in range(3)]
     return Stats(calls=[Call("model", (), {"x": x}, 0.5) for x in inputs])
+
+
+@pytest.fixture
+def stats():
+    return three_calls()
 
 
 def quantized(stats, *rules, model=None, **options):
@@ -159,3 +166,21 @@ def test_the_calibration_is_kept_too(load_tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(type(first), "__call__", lambda *args, **kwargs: pytest.fail("it was calibrated again"))
     again = dqtk.quantize(load_tiny("pixart"), plan, **how)
     assert state(first.transformer) == state(again.transformer)
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "text"),
+    [
+        (errno.ENOSPC, ValueError, "quantize: disk must have room for .*safetensors in .*goes on where it stopped"),
+        (errno.EACCES, SafetensorError, "os error 13"),
+    ],
+)
+def test_a_full_disk_is_said_in_words(stats, tmp_path, monkeypatch, code, kind, text):
+    """safetensors has an error of its own for what the system says."""
+
+    def refuses(*args, **options):
+        raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(code)} (os error {code})")
+
+    monkeypatch.setattr(importlib.import_module("dqtk.shards"), "save_file", refuses)
+    with pytest.raises(kind, match=text):
+        quantized(stats, checkpoint=tmp_path)
