@@ -35,7 +35,7 @@ from .nn.attention import Blocks, check_free, check_packages
 from .plan import Choice, Plan, Recipe, Rule, check_fit, resolve
 from .policy import StepPolicy, combined, fixed_choices
 from .processes import ALONE, Processes, processes
-from .recipes import ATTENTION, attention_named, recipe_named
+from .recipes import ATTENTION, attention_named, recipe_named, with_density
 from .refine.judge import Painter
 from .refine.refinable import check_learners, check_lessons
 from .refine.refine import needs_originals, needs_pictures, refined
@@ -58,6 +58,7 @@ def plan(
     overrides: Mapping[str, SiteSpec | AttentionSpec | str | None] | None = None,
     policy: StepPolicy | None = None,
     attention: AttentionSpec | str | None = None,
+    density: float | None = None,
 ) -> Plan:
     """Decide what happens to every site. Costs nothing; works on the meta device.
 
@@ -70,8 +71,10 @@ def plan(
         policy: intervals of a run in which the denoisers have another precision. Overrides are for all intervals.
         attention: how denoisers attend to themselves: a spec or its name (``recipes.ATTENTION``), where overrides do not say. The
             same in all intervals of a policy.
+        density: share of the blocks of attention that are computed, of an attention (or a recipe that is one) given by name. None:
+            its own, ``recipes.DENSITY``.
     Raises:
-        ValueError: unknown recipe, a pattern that matches nothing, a model without sites.
+        ValueError: unknown recipe, a pattern that matches nothing, a model without sites, a density of nothing.
     """
     for name, value, kind, example in (
         ("overrides", overrides, Mapping, "{'*.to_q': None}"),
@@ -79,17 +82,13 @@ def plan(
     ):
         if value is not None and not isinstance(value, kind):
             raise ValueError(f"plan: {name} must be a {kind.__name__}, got {value!r}. For example {example}.")
+    recipe, wanted = with_density(recipe, attention, density)
     parts = components_of(target)
     denoisers = [name for name in parts if name == "model" or DENOISERS.fullmatch(name)]
     encoders = [name for name in parts if name not in denoisers]
     rules = [_override(pattern, wish) for pattern, wish in (overrides or {}).items()]
-    if attention is not None:
-        spec = attention_named(attention) if isinstance(attention, str) else attention
-        if not isinstance(spec, AttentionSpec):
-            raise ValueError(
-                f"plan: attention must be an AttentionSpec, a name or None, got {attention!r}. For example 'paro-int8'."
-            )
-        rules.append(Rule(spec=spec, why="attention by request"))
+    if wanted is not None:
+        rules.append(Rule(spec=wanted, why="attention by request"))
     theirs = [] if text_encoders is None else _matching(rules, parts, encoders)
     mine = [rule for rule in rules if rule not in theirs or _matching([rule], parts, denoisers)]
     how: dict[str, Any] = {"only": denoisers, "overrides": mine, "adapters": adapters()}

@@ -38,10 +38,25 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch, capsys):
     assert "PSNR (dB)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/recipes.md", "docs/streaming.md", "docs/bench.md", "benchmarks/demo.sh"])
+def test_python_blocks_of_the_page_on_attention_run():
+    import dqtk
+
+    page = (ROOT / "docs" / "attention.md").read_text(encoding="utf-8")
+    by_name, by_spec, _ = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    names = {"dqtk": dqtk, "pipe": dqtk.load(embedded_folder("tiny-pixart")), "prompts": ["a red circle"]}
+    exec(by_spec, names)
+    densities = [choice.spec.mask.density for choice in names["plan"].attention if choice.spec]
+    assert densities == [0.9] + 5 * [0.5]
+    exec(by_name, names)
+    assert {choice.spec.mask.density for choice in names["plan"].attention if choice.spec} == {0.3}
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/recipes.md", "docs/streaming.md", "docs/bench.md", "docs/attention.md", "benchmarks/demo.sh"]
+)
 def test_commands_parse(page):
     lines = [line.strip().removeprefix("run ") for line in (ROOT / page).read_text(encoding="utf-8").splitlines()]
-    commands = [shlex.split(line) for line in lines if line.startswith("dqtk ") and "|" not in line]
+    commands = [shlex.split(line, comments=True) for line in lines if line.startswith("dqtk ") and "|" not in line]
     assert commands
     for words in commands:
         parser().parse_args(words[1:])

@@ -25,7 +25,7 @@ GOLDEN = {
     "plan_summary, progress)",
     "find_sites": "(module, component, adapter)",
     "load": "(path, **kwargs)",
-    "plan": "(target, recipe, *, text_encoders, overrides, policy, attention)",
+    "plan": "(target, recipe, *, text_encoders, overrides, policy, attention, density)",
     "quantize": "(target, plan, stats, *, prompts, call_kwargs, sequential, max_memory, correct, refine, checkpoint, progress)",
     "save": "(pipe, path)",
 }

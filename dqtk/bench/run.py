@@ -177,7 +177,7 @@ def bench_step(
         dtype=name_of(step.dtype),
         device=step.device.type,
         repeats=repeats,
-        codes=OWN_CODES if quantized_layers(step.module) else DATA_FREE,
+        codes=OWN_CODES if is_quantized(step.module) else DATA_FREE,
         rows=rows,
         ceilings=ceilings,
         costs=table,

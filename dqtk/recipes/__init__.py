@@ -1,9 +1,9 @@
 """The generic recipes by name: of layers, with a budget (searches), of attention. Recipes of families live in ``pipelines/``."""
 
-from dqtk.plan import Recipe, Rule
+from dqtk.plan import Recipe
 from dqtk.spec import did_you_mean
 
-from .attention import ATTENTION, DENSITY, attention_named
+from .attention import ATTENTION, DENSITY, attention_named, attention_recipe, with_density
 from .layers import KEPT_ROLES, RECIPES, of_width
 from .searches import CONTENT_ROLES, SEARCHES, Search, search_named
 
@@ -16,9 +16,11 @@ __all__ = [
     "SEARCHES",
     "Search",
     "attention_named",
+    "attention_recipe",
     "of_width",
     "recipe_named",
     "search_named",
+    "with_density",
 ]
 
 
@@ -32,7 +34,7 @@ def recipe_named(name: str) -> Recipe:
             f"in Python made = dqtk.allocate(pipe, prompts, {name!r}), then dqtk.quantize(pipe, made.plan, made.stats)."
         )
     if name in ATTENTION:
-        return Recipe(name=name, rules=(Rule(spec=attention_named(name), why=f"{name}: attention alone"),))
+        return attention_recipe(name)
     if name not in RECIPES:
         raise ValueError(
             f"recipe: name must be one of {', '.join(RECIPES)}, got {name!r}.{did_you_mean(name, [*RECIPES, *ATTENTION])}"

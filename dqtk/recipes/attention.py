@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+from dqtk.plan import Recipe, Rule
 from dqtk.spec import Adaptive, AttentionSpec, Int, Recall, Sage, SmoothBoth, SmoothKeys, StaticBlocks, did_you_mean
 
 DENSITY = 0.5  # where none is given
@@ -50,7 +51,46 @@ ATTENTION: dict[str, Callable[[float], AttentionSpec]] = {
 
 
 def attention_named(name: str, density: float = DENSITY) -> AttentionSpec:
-    """Raises ``ValueError`` with a suggestion for an unknown name."""
+    """How one attention is computed: for ``dqtk.plan``'s ``overrides`` and for rules (its ``attention`` takes names as they are).
+
+    density: share of the blocks that are computed. Raises ``ValueError`` with a suggestion for an unknown name, and for a density
+    of what has none (dense, sage).
+    """
     if name not in ATTENTION:
         raise ValueError(f"attention: name must be one of {', '.join(ATTENTION)}, got {name!r}.{did_you_mean(name, ATTENTION)}")
     return ATTENTION[name](density)
+
+
+def attention_recipe(name: str, density: float = DENSITY) -> Recipe:
+    """The recipe of one attention alone; layers keep 16 bits. Raises ``ValueError`` as ``attention_named`` does."""
+    return Recipe(name=name, rules=(Rule(spec=attention_named(name, density), why=f"{name}: attention alone"),))
+
+
+def with_density(
+    recipe: str | Recipe, attention: AttentionSpec | str | None, density: float | None
+) -> tuple[str | Recipe, AttentionSpec | None]:
+    """What ``dqtk.plan`` is asked for, names looked up: the recipe, and the spec of all attentions beside it (None: it has its own,
+    or none).
+
+    density: of the one that is given by name; None: ``DENSITY``. Raises ``ValueError`` for a density without such a name, and for
+    an attention beside a recipe that is one.
+    """
+    if attention is not None and not isinstance(attention, AttentionSpec | str):
+        raise ValueError(f"plan: attention must be an AttentionSpec, a name or None, got {attention!r}. For example 'paro-int8'.")
+    itself = recipe if isinstance(recipe, str) and recipe in ATTENTION else None
+    if itself is not None and attention is not None:
+        raise ValueError(f"plan: attention must be left out with recipe {itself!r}, got {attention!r}. It is one already.")
+    if density is None:
+        return recipe, attention_named(attention) if isinstance(attention, str) else attention
+    if isinstance(density, bool) or not isinstance(density, int | float):
+        raise ValueError(f"plan: density must be a number in (0, 1], got {density!r}. Half of the blocks is 0.5.")
+    if itself is not None:
+        return attention_recipe(itself, density), None
+    if attention is None:
+        raise ValueError("plan: density must come with attention or recipe 'paro-...', got it without. It is of their blocks.")
+    if isinstance(attention, AttentionSpec):
+        raise ValueError(
+            f"plan: density must come with the name of an attention, got {density} with an AttentionSpec. Write it into its mask: "
+            f"StaticBlocks(density={density})."
+        )
+    return recipe, attention_named(attention, density)

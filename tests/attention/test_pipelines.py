@@ -250,10 +250,51 @@ def test_bench_times_the_attention_that_it_names(pipe):
     with_attention(pipe, AttentionSpec(mask=Radial(density=0.5)), recipe=None)
     assert not blocks_of(unpacked(pipe.transformer))
     assert len(blocks_of(pipe.transformer)) == 6
-    assert bench_model(pipe, repeats=1, progress=False).table()
+    assert "the model's own codes" in bench_model(pipe, repeats=1, progress=False).table()
 
 
 def test_intervals_of_a_policy_leave_attention(pipe):
     policy = StepPolicy(intervals=(Interval(begin=0, end=0.5, recipe="paro"),))
     with pytest.raises(ValueError, match="policy: recipes of intervals must leave attention alone"):
         dqtk.plan(pipe, "w8a8", policy=policy)
+
+
+def test_a_density_is_of_the_attention_that_is_named(pipe):
+    alone = dqtk.plan(pipe, "paro-int8", density=0.3)
+    beside = dqtk.plan(pipe, "w8a8", attention="paro-int8", density=0.3)
+    wanted = {attention_named("paro-int8", 0.3)}
+    assert {choice.spec for choice in alone.attention} == {choice.spec for choice in beside.attention} == wanted
+    assert alone.recipe == "paro-int8"
+    assert not any(choice.spec for choice in alone.choices)
+    assert beside.choices == dqtk.plan(pipe, "w8a8").choices
+    assert {choice.spec.mask.density for choice in dqtk.plan(pipe, "w8a8", attention="paro-int8").attention} == {0.5}
+    one = dqtk.plan(pipe, "w8a8", overrides={"*blocks.0.attn1": attention_named("paro", 0.9)}, attention="paro", density=0.3)
+    assert [choice.spec.mask.density for choice in one.attention if choice.spec] == [0.9] + 5 * [0.3]
+
+
+@pytest.mark.parametrize(
+    ("wish", "says"),
+    [
+        (
+            {"recipe": "w8a8"},
+            r"plan: density must come with attention or recipe 'paro-\.\.\.', got it without\. It is of their blocks",
+        ),
+        (
+            {"recipe": "w8a8", "attention": AttentionSpec(mask=Radial(density=0.5))},
+            r"plan: density must come with the name of an attention, got 0\.3 with an AttentionSpec\. Write it into its mask",
+        ),
+        ({"recipe": "paro", "attention": "paro-int8"}, r"plan: attention must be left out with recipe 'paro', got 'paro-int8'\."),
+        ({"recipe": "w8a8", "attention": "dense"}, r"attention: density must be left out for dense, got 0\.3\. Take paro\."),
+        ({"recipe": "w8a8", "attention": 3}, r"plan: attention must be an AttentionSpec, a name or None, got 3\."),
+        ({"recipe": "paro", "density": 30}, r"StaticBlocks: density must be in \(0, 1\], got 30\."),
+        ({"recipe": "paro", "density": "0.3"}, r"plan: density must be a number in \(0, 1\], got '0\.3'\."),
+    ],
+)
+def test_a_density_of_nothing_is_an_error(pipe, wish, says):
+    with pytest.raises(ValueError, match=says):
+        dqtk.plan(pipe, **{"density": 0.3} | wish)
+
+
+def test_a_recipe_of_attention_stands_without_another(pipe):
+    with pytest.raises(ValueError, match=r"attention must be left out with recipe 'dense', got 'paro'\. It is one already"):
+        dqtk.plan(pipe, "dense", attention="paro")
