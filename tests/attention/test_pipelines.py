@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import pickle
 
 import accelerate
@@ -16,6 +17,7 @@ from dqtk.bench.variants import quantized, unpacked
 from dqtk.checkpoint import quantized_layers
 from dqtk.installed import installed_plan
 from dqtk.nn.attention import blocks_of
+from dqtk.numerics.block_masks import unpack
 from dqtk.numerics.layout import Layout
 from dqtk.policy import Interval, StepPolicy
 from dqtk.recipes import attention_named
@@ -72,6 +74,32 @@ def test_fewer_blocks_are_worse_and_reported(pipe, load_tiny):
 
 RULES = [AttentionSpec(mask=kind(density=0.4)) for kind in (SlidingTile, Radial, PooledBlocks)]
 RULES.append(AttentionSpec(mask=SkipSoftmax(threshold=1e-2)))
+
+
+@pytest.mark.parametrize("density", [0.3, 0.2])
+def test_blocks_that_calls_choose_keep_their_density(pipe, density):
+    with_attention(pipe, AttentionSpec(mask=PooledBlocks(density=density), block=(16, 16)), recipe=None)
+    found = list(blocks_of(pipe.transformer).values())
+    assert [blocks.density() for blocks in found] == [density] * 6  # a wish, before any call
+    seen = []
+    for blocks in found:
+        plain = blocks.live_blocks
+        blocks.live_blocks = lambda *given, plain=plain: seen.append(plain(*given)) or seen[-1]
+    step_of(pipe)
+    counted = [float(unpack(live, 16).float().mean()) for live in seen]
+    assert len(counted) == 6
+    assert [blocks.density() for blocks in found] == pytest.approx(counted, abs=1e-6)
+    assert counted == pytest.approx([density] * 6, abs=0.5 / (6 * 16 * 16))  # to a block of all heads
+
+
+def test_what_rules_and_thresholds_compute_is_known_after_a_call(load_tiny):
+    for mask, before in ((SkipSoftmax(threshold=0.9), math.nan), (Radial(density=0.05), 0.05), (PooledBlocks(density=0.05), 0.05)):
+        pipe = with_attention(load_tiny("pixart"), AttentionSpec(mask=mask, block=(16, 16)), recipe=None)
+        blocks = blocks_of(pipe.transformer)["transformer_blocks.0.attn1"]
+        assert blocks.density() == pytest.approx(before, nan_ok=True)
+        step_of(pipe)
+        assert blocks.density() >= 1 / 16  # guards alone: the diagonal
+        assert blocks.density() < 1
 
 
 @pytest.mark.parametrize("spec", [ORDERED, *RULES], ids=["calibrated", "tile", "radial", "pooled", "threshold"])

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from dqtk.numerics.block_masks import above, carried, counts, guards, largest, near, pack, pooled, radial, unpack
+from dqtk.numerics.block_masks import above, carried, counts, guards, largest, near, pack, pooled, radial, row_budget, unpack
 from dqtk.numerics.layout import Layout
 
 IMAGE, VIDEO = Layout(1, 16, 16), Layout(4, 8, 8, before=20, after=0)
@@ -139,6 +139,39 @@ def test_pooled_blocks_count_the_pairs_that_are_seen():
     assert pooled(q, k, None, torch.eye(4, dtype=torch.bool), (16, 16), 1.0, 0.25, torch.ones(64, 64)).equal(
         pooled(q, k, None, torch.eye(4, dtype=torch.bool), (16, 16), 1.0, 0.25)
     )  # the same weight for all
+
+
+@pytest.mark.parametrize(
+    ("layout", "block"), [(IMAGE, (16, 16)), (VIDEO, (16, 16)), (Layout(1, 15, 17), (16, 32)), (Layout(2, 8, 8, after=3), (8, 16))]
+)
+@pytest.mark.parametrize("density", [0.01, 0.2, 0.3, 0.45, 0.9, 1.0])
+def test_guards_count_in_the_density_of_pooled_blocks(layout, block, density):
+    draw = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, 3, layout.tokens, 8, generator=draw) for _ in range(2))
+    guard = guards(layout, block)
+    keep = pooled(q, k, None, guard, block, 1.0, density)
+    assert bool((keep | ~guard).all())
+    wanted = round(density * keep.numel())
+    least = 3 * int(guard.sum())
+    if wanted > least + 3 * len(guard):  # a row's largest block may stand beside its guards
+        assert int(keep.sum()) == wanted
+    else:
+        assert max(wanted, least) <= int(keep.sum()) <= max(wanted, least) + 3 * len(guard)
+
+
+def test_rows_share_a_budget_evenly():
+    guard = torch.zeros(6, 8, dtype=torch.bool)
+    guard[0] = True
+    guard[1, :4] = True
+    found = row_budget(guard, 2, 31 / 96)
+    assert int(found.sum()) == 31
+    assert found[:, 0].tolist() == [8, 8]
+    assert found[:, 1].tolist() == [4, 4]
+    assert sorted(found[:, 2:].flatten().tolist()) == [0] + [1] * 7
+    assert row_budget(guard, 2, 1.0).tolist() == [[8] * 6] * 2
+    assert row_budget(guard, 1, 0.1).tolist() == [[8, 4, 0, 0, 0, 0]]  # guards alone are more
+    spread = row_budget(torch.eye(16, dtype=torch.bool), 1, (16 * 3 + 4) / 256)[0]
+    assert (spread == 4).nonzero().flatten().tolist() == [3, 7, 11, 15]
 
 
 def test_a_mask_is_carried_to_a_larger_grid():
