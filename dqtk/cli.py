@@ -11,6 +11,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -219,14 +220,16 @@ def _quantize(options: argparse.Namespace, command: str) -> None:
         dtype = None if options.dtype == "stored" else getattr(torch, options.dtype)
         device = find_device(options.device) if options.device else None
         quantize_folder(options.model, options.output, plan, dtype=dtype, device=device)
+        made = plan
     else:
-        _quantize_in_memory(options, plan)
+        made = _quantize_in_memory(options, plan)
     if os.environ.get("RANK", "0") == "0":  # of several processes the first speaks
-        print(totals(plan))
+        print(totals(made))
         print(f"{options.output}: recipe {plan.recipe}, plan {plan.hash}")
 
 
-def _quantize_in_memory(options: argparse.Namespace, plan: Plan) -> None:
+def _quantize_in_memory(options: argparse.Namespace, plan: Plan) -> Plan:
+    """The plan, with the attention that came out of it: orders, blocks and densities as calibration found them."""
     prompts = read_prompts(options.prompts, options.num_prompts) if options.prompts else None
     stats = _read_stats(options.stats) if options.stats else None
     me = processes()
@@ -260,6 +263,7 @@ def _quantize_in_memory(options: argparse.Namespace, plan: Plan) -> None:
     if me.first:
         save(pipe, options.output)
     me.wait()
+    return replace(plan, attention=installed_plan(pipe).attention) if plan.attention else plan
 
 
 def _say_slow(pipe: Any) -> None:

@@ -39,9 +39,12 @@ def installed_plan(target: Any) -> Plan:
 
 
 def _density(blocks: Blocks) -> str:
-    """Of blocks that the configuration alone decides; of others calls and calibration do."""
+    """How much is computed, as far as the configuration or calibration say, and what was asked for where that is another."""
     found = blocks.density() if blocks.spec.layout else math.nan
-    return "in blocks" if math.isnan(found) else f"density {found:.3f}"
+    if math.isnan(found):
+        return "in blocks"
+    wish = getattr(blocks.spec.mask, "density", found)
+    return f"density {found:.3f}" + ("" if f"{found:.3f}" == f"{wish:.3f}" else f", {wish:g} asked for")
 
 
 def num_parameters(module: nn.Module) -> int:

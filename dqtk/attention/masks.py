@@ -1,7 +1,9 @@
 """Which blocks are computed: those with most attention, within one budget, a share each, or what a head's error asks for."""
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +42,29 @@ def kept_blocks(
     measured = {path: spec for path, spec in wanted.items() if isinstance(_mask(spec).by, OutputError)}
     ranked = {path: spec for path, spec in wanted.items() if path not in measured}
     return _kept(ranked, masses) | blocks_by_error(module, calls, measured, masses, progress)
+
+
+def warn_of_guards(specs: Mapping[str, AttentionSpec], keep: Mapping[str, Tensor]) -> None:
+    """Warns where the blocks that are always computed are more than the density asks for.
+
+    Args:
+        specs: path -> spec with static blocks. keep: path -> bool [G, H, R, C] of them.
+    """
+    together: dict[tuple, list[str]] = {}
+    for path, spec in specs.items():
+        mask = replace(_mask(spec), edges=(), computed=None)
+        together.setdefault((mask, spec.block, spec.layout), []).append(path)
+    for (mask, block, _), paths in together.items():
+        computed, blocks = (sum(int(number(keep[path])) for path in paths) for number in (Tensor.sum, Tensor.numel))
+        shares = 1 if mask.together else sum(keep[path].shape[:2].numel() for path in paths)
+        if computed > mask.density * blocks + shares:  # each is rounded
+            least = " The lowest density whose error is measured is another limit." if isinstance(mask.by, OutputError) else ""
+            warnings.warn(
+                f"quantize: {computed / blocks:.3f} of the {block[0]}x{block[1]} blocks of {len(paths)} attentions are computed, "
+                f"though {mask.density:g} were asked for: the diagonal, text, a ragged end and one block per row always are."
+                f"{least} Smaller blocks have fewer of them.",
+                stacklevel=2,
+            )
 
 
 def _mask(spec: AttentionSpec) -> StaticBlocks:

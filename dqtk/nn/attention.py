@@ -108,8 +108,8 @@ class Blocks(nn.Module):
     def density(self, layout: Layout | None = None) -> float:
         """Share of blocks that are computed, over heads and intervals, of a layout: by default calibration's, else the last call's.
 
-        Where calls choose, that of the last call; before any, and without data or layout, what was asked for, and NaN where it is a
-        threshold.
+        Where calls choose, that of the last call. Before any, and without data or layout, what calibration found, else what was
+        asked for, and NaN where that is a threshold.
         """
         spec = self.spec
         if spec.mask is None:
@@ -119,7 +119,7 @@ class Blocks(nn.Module):
         numbers = layout.numbers if layout is not None else spec.layout or (self._made[0] or ((), None))[0]
         wish = getattr(spec.mask, "density", math.nan)
         if not numbers or (self.live is not None and self.live.is_meta):
-            return wish
+            return getattr(spec.mask, "computed", None) or wish
         if isinstance(spec.mask, IN_CALLS):
             return max(wish, float(guards(Layout(*numbers), spec.block).float().mean()))
         live = self._masks(Layout(*numbers), torch.device("cpu"))

@@ -15,6 +15,7 @@ import dqtk
 from dqtk.bench import bench_model
 from dqtk.bench.variants import quantized, unpacked
 from dqtk.checkpoint import quantized_layers
+from dqtk.cli import main
 from dqtk.installed import installed_plan
 from dqtk.nn.attention import blocks_of
 from dqtk.numerics.block_masks import unpack
@@ -220,6 +221,35 @@ def test_attention_of_text_encoders_is_left(pipe):
     assert {choice.site.component for choice in plan.attention} == {"transformer"}
     with pytest.raises(ValueError, match=r"plan: pattern must match at least one of 6 attentions, got '\*\.attn3'"):
         dqtk.plan(pipe, "w8a8", overrides={"*.attn3": attention_named("paro")})
+
+
+def test_the_command_says_what_was_made_and_not_what_was_asked(tiny_folders, tmp_path, capsys):
+    """Blocks of 64 became ones of 16, and guards alone are more than a fiftieth of them."""
+    words = [
+        "quantize",
+        tiny_folders["pixart"],
+        "--recipe",
+        "paro-int8",
+        "--density",
+        "0.02",
+        "--prompts",
+        "a circle",
+        "--steps",
+        "2",
+    ]
+    with pytest.warns(UserWarning, match=r"16x16 blocks of 6 attentions are computed, though 0\.02 were asked for"):
+        assert main([str(word) for word in [*words, "--output", tmp_path / "made"]]) == 0
+    said = capsys.readouterr().out
+    found = [blocks.density() for blocks in blocks_of(dqtk.load(tmp_path / "made").transformer).values()]
+    mean, least, most = (f"{share:.3f}" for share in (sum(found) / 6, min(found), max(found)))
+    wanted = f"attention: 6 as QK8 PV8 reordered, 0.02 of 16x16 blocks; {mean} computed ({least} to {most})"
+    assert wanted in said.splitlines()
+    assert "64x64" not in said
+    assert main(["explain", str(tmp_path / "made")]) == 0  # reads no masks
+    said = capsys.readouterr().out
+    assert wanted in said.splitlines()
+    for share in found:
+        assert f"QK8 PV8 reordered, {share:.3f} of 16x16 blocks  density {share:.3f}, 0.02 asked for" in said
 
 
 def test_a_resolution_is_taken_along_by_place(load_tiny):
