@@ -51,6 +51,39 @@ def largest(mass: Tensor, guard: Tensor, density: float) -> Tensor:
     return keep
 
 
+def largest_of_all(parts: Sequence[Tensor], guard: Tensor, density: float) -> list[Tensor]:
+    """``largest`` of all parts under one budget, without joining them: numbers are counted by their bits, which are ordered as they
+    are. Of equal ones the first stay.
+
+    Args:
+        parts: float16 [..., R, C], not negative. guard: bool [R, C]. density: share of the blocks of all parts.
+    Returns:
+        bool [..., R, C] each.
+    """
+    flat = [part.reshape(-1, *guard.shape) for part in parts]
+    keep = [guard.expand_as(heads).clone().scatter_(-1, heads.argmax(-1, keepdim=True), True) for heads in flat]
+    each = [
+        (mass.view(torch.int16), kept)
+        for heads, mask in zip(flat, keep, strict=True)
+        for mass, kept in zip(heads, mask, strict=True)
+    ]
+    left = round(density * sum(part.numel() for part in parts)) - sum(int(mask.sum()) for mask in keep)
+    number = torch.zeros(2**15, dtype=torch.int64, device=guard.device)
+    for bits, kept in each:
+        number += torch.bincount(bits[~kept], minlength=2**15)
+    above = number.flip(0).cumsum(0).flip(0)  # how many are at least this
+    if left > 0:
+        last = int((above >= left).sum()) - 1  # the bits of the smallest that stay; -1: all stay
+        equal = left - int(above[last + 1]) if last + 1 < 2**15 else left
+        for bits, kept in each:
+            more = ~kept & (bits > last)
+            ties = (bits == last) & ~kept
+            ties &= ties.flatten().cumsum(0).view_as(ties) <= equal
+            equal -= int(ties.sum())
+            kept |= more | ties
+    return [mask.view(part.shape) for mask, part in zip(keep, parts, strict=True)]
+
+
 def near(layout: Layout, order: int, block: Sequence[int], density: float) -> Tensor:
     """bool [R, C]: guards, then blocks whose centres are nearest in the grid, each axis in units of its length."""
     centres = [_centres(layout, order, size) for size in block]

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dqtk.attention import masks
 from dqtk.attention.choose import choose
 from dqtk.attention.watch import watching
 from dqtk.calibrate.replay import Call
@@ -118,6 +119,16 @@ def test_guards_that_are_more_than_the_density_are_said(model, calls):
         assert computed >= 0.25  # the diagonal alone
         assert each.spec.mask.computed == pytest.approx(computed, abs=1e-6)
         assert describe_attention(each.spec) == f"16 bit, {computed:.3f} of 16x16 blocks"
+
+
+def test_attention_of_calls_is_averaged_in_half_the_bytes(model, calls):
+    spec = AttentionSpec(mask=StaticBlocks(density=0.3, groups=1), block=(16, 16), layout=GRID.numbers)
+    many = calls * 8
+    found = masks._masses(model, many, {"blocks.0": spec}, lambda: None)["blocks.0"]
+    assert found.dtype == torch.float16
+    each = [masks._masses(model, [call], {"blocks.0": spec}, lambda: None)["blocks.0"].double() for call in calls]
+    torch.testing.assert_close(found.double(), torch.stack(each).mean(0), rtol=3e-3, atol=1e-5)
+    assert torch.allclose(found.double().mean(-1), torch.ones(1, dtype=torch.float64), atol=1e-2)
 
 
 def test_each_head_keeps_its_own_share(model, calls):
