@@ -113,7 +113,7 @@ def runs(plan: Plan) -> str:
     for device in ("cpu", "cuda"):
         for op, num in ops.most_common():
             rows.append([device, op, str(num), report_of(op, device)])
-        attention = Counter(report_of_attention(c.spec, device) for c in plan.attention if c.spec is not None)
+        attention = Counter(report_of_attention(c.spec, device, c.site.channels) for c in plan.attention if c.spec is not None)
         rows += [[device, "attention", str(num), report] for report, num in attention.most_common()]
     return table(["device", "op", "layers", "runs as"], rows)
 

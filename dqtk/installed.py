@@ -97,6 +97,6 @@ def _attention(plan: Plan, parts: Mapping[str, Any]) -> list[dict[str, Any]]:
         blocks = found[site.component].get(site.path)
         if blocks is not None:
             device = next((p.device.type for p in parts[site.component].parameters()), "cpu")
-            row |= facts_of(blocks, device, with_mask=site.id in drawn)
+            row |= facts_of(blocks, device, site.channels, with_mask=site.id in drawn)
         rows.append(row)
     return rows

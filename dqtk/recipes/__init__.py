@@ -35,6 +35,7 @@ def recipe_named(name: str) -> Recipe:
         return Recipe(name=name, rules=(Rule(spec=attention_named(name), why=f"{name}: attention alone"),))
     if name not in RECIPES:
         raise ValueError(
-            f"recipe: name must be one of {', '.join(RECIPES)}, got {name!r}.{did_you_mean(name, [*RECIPES, *ATTENTION])}"
+            f"recipe: name must be one of {', '.join(RECIPES)}, or of attention alone {', '.join(ATTENTION)}, got {name!r}."
+            f"{did_you_mean(name, [*RECIPES, *ATTENTION])}"
         )
     return RECIPES[name]()
