@@ -85,8 +85,7 @@ def _attention_totals(specs: list[AttentionSpec]) -> list[str]:
     """A line for all that are computed alike; the share of their blocks, once calibration has found it, beside the wish."""
     alike: dict[str, list[AttentionSpec]] = {}
     for spec in specs:
-        static = isinstance(spec.mask, StaticBlocks)
-        wish = replace(spec, mask=replace(spec.mask, computed=None)) if static else spec
+        wish = replace(spec, mask=replace(spec.mask, computed=None)) if isinstance(spec.mask, StaticBlocks) else spec
         alike.setdefault(describe_attention(wish), []).append(spec)
     lines = []
     for how, each in sorted(alike.items(), key=lambda item: -len(item[1])):
