@@ -75,7 +75,7 @@ def now() -> float:
     return time.perf_counter()
 
 
-def planned(reference: Any, name: str, density: float, steps: int) -> Any:
+def planned(reference: Any, name: str, density: float | None, steps: int) -> Any:
     """A copy of the original with a plan in it."""
     pipe = copy.deepcopy(reference)
     words = name.split("+")
@@ -99,8 +99,8 @@ def run(model: str, options: argparse.Namespace) -> None:
     pipes = {("original", None): reference}
     for name in options.plans:
         sparse = any(word.startswith("paro") for word in name.split("+"))
-        for density in options.densities if sparse else [0.5]:
-            pipes[name, density if sparse else None] = planned(reference, name, density, options.steps)
+        for density in options.densities if sparse else [None]:
+            pipes[name, density] = planned(reference, name, density, options.steps)
     kwargs = call_kwargs_for(reference) | {"num_inference_steps": options.steps}
     rounds: list[dict] = []
     for number in range(options.repeats + 1):

@@ -124,10 +124,19 @@ def layouts_of(module: nn.Module, arguments: Mapping[str, Any], rule: LayoutRule
     """Number of tokens -> layout, of the sequences that attend to themselves in this call of a denoiser.
 
     Raises:
-        ValueError: latents of a shape that the rule does not know.
+        ValueError: latents of a shape that the rule does not know, or two sequences as long as each other that are not alike.
     """
-    found = [Layout(*numbers) for numbers in (rule or layout_rule(module))(module, arguments)]
-    return {layout.tokens: layout for layout in found}
+    found: dict[int, Layout] = {}
+    for numbers in (rule or layout_rule(module))(module, arguments):
+        layout = Layout(*numbers)
+        other = found.setdefault(layout.tokens, layout)
+        if other != layout:
+            raise ValueError(
+                f"attention: sequences of {layout.tokens} tokens in one call of {type(module).__name__} must have one layout "
+                f"(frames, rows, columns, text before and after), got {other.numbers} and {layout.numbers}: by their length they "
+                "cannot be told apart. Take another resolution, or another number of text tokens."
+            )
+    return found
 
 
 def by_frames(module: nn.Module, arguments: Mapping[str, Any], latents: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,12 @@ from .explain import human, totals
 from .installed import installed_plan, summary
 from .native.library import converts_bfloat16
 from .nn import keep_decoded
-from .plan import Plan, Recipe, Rule
+from .plan import Plan
 from .processes import processes
 from .prompt_sets import read_prompts
 from .quantize import STATS, quantize, save
 from .quantize import plan as make_plan
-from .recipes import ATTENTION, RECIPES, attention_named, recipe_named
+from .recipes import ATTENTION, RECIPES, recipe_named
 from .report.rounding import check_rounding
 from .resolve import oracle_for
 from .solved import calibrate_together
@@ -98,14 +99,10 @@ def _plan_for(options: argparse.Namespace, pipe: Any) -> Plan:
     recipe, attention = options.recipe, options.attention
     if recipe in ATTENTION and attention is not None:
         raise ValueError(f"--attention must be left out with --recipe {recipe}, got {attention}. It is one already.")
-    if options.density is not None:
-        name = attention or recipe
-        if name not in ATTENTION:
-            raise ValueError("--density must come with --attention or --recipe paro-..., got it without. It is of their blocks.")
-        spec = attention_named(name, options.density)
-        recipe = recipe if attention else Recipe(name=recipe, rules=(Rule(spec=spec, why=f"{recipe}: attention alone"),))
-        attention = spec if attention else None
-    return make_plan(pipe, recipe, text_encoders=options.text_encoders, overrides=overrides, attention=attention)
+    if options.density is not None and (attention or recipe) not in ATTENTION:
+        raise ValueError("--density must come with --attention or --recipe paro-..., got it without. It is of their blocks.")
+    how = {"text_encoders": options.text_encoders, "overrides": overrides, "attention": attention, "density": options.density}
+    return make_plan(pipe, recipe, **how)
 
 
 def _call_kwargs(options: argparse.Namespace, pipe: Any) -> dict[str, Any]:
@@ -219,14 +216,16 @@ def _quantize(options: argparse.Namespace, command: str) -> None:
         dtype = None if options.dtype == "stored" else getattr(torch, options.dtype)
         device = find_device(options.device) if options.device else None
         quantize_folder(options.model, options.output, plan, dtype=dtype, device=device)
+        made = plan
     else:
-        _quantize_in_memory(options, plan)
+        made = _quantize_in_memory(options, plan)
     if os.environ.get("RANK", "0") == "0":  # of several processes the first speaks
-        print(totals(plan))
+        print(totals(made))
         print(f"{options.output}: recipe {plan.recipe}, plan {plan.hash}")
 
 
-def _quantize_in_memory(options: argparse.Namespace, plan: Plan) -> None:
+def _quantize_in_memory(options: argparse.Namespace, plan: Plan) -> Plan:
+    """The plan, with the attention that came out of it: orders, blocks and densities as calibration found them."""
     prompts = read_prompts(options.prompts, options.num_prompts) if options.prompts else None
     stats = _read_stats(options.stats) if options.stats else None
     me = processes()
@@ -260,6 +259,7 @@ def _quantize_in_memory(options: argparse.Namespace, plan: Plan) -> None:
     if me.first:
         save(pipe, options.output)
     me.wait()
+    return replace(plan, attention=installed_plan(pipe).attention) if plan.attention else plan
 
 
 def _say_slow(pipe: Any) -> None:

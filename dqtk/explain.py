@@ -1,11 +1,12 @@
 """A plan as text: what happens to every site and why, what stays at 16 bits, and what that saves."""
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 from .ops import op_of, report_of, report_of_attention
 from .plan import Plan
-from .spec import SiteSpec, describe, describe_attention, kinds_of, shared_forms, weights_of
+from .spec import AttentionSpec, SiteSpec, StaticBlocks, describe, describe_attention, kinds_of, shared_forms, weights_of
 
 
 def human(num_bytes: float) -> str:
@@ -77,8 +78,23 @@ def totals(plan: Plan) -> str:
     ]
     text = table(["component", "parameters", "bf16", "quantized", "ratio", "left at 16 bit", "layers"], rows)
     books = [f"{name}: {_book(plan, name, group)}" for name, group in plan.books]
-    attention = Counter(describe_attention(choice.spec) for choice in plan.attention if choice.spec is not None)
-    return "\n".join([text, *books, *(f"attention: {num} as {how}" for how, num in attention.most_common())])
+    return "\n".join([text, *books, *_attention_totals([choice.spec for choice in plan.attention if choice.spec is not None])])
+
+
+def _attention_totals(specs: list[AttentionSpec]) -> list[str]:
+    """A line for all that are computed alike; the share of their blocks, once calibration has found it, beside the wish."""
+    alike: dict[str, list[AttentionSpec]] = {}
+    for spec in specs:
+        wish = replace(spec, mask=replace(spec.mask, computed=None)) if isinstance(spec.mask, StaticBlocks) else spec
+        alike.setdefault(describe_attention(wish), []).append(spec)
+    lines = []
+    for how, each in sorted(alike.items(), key=lambda item: -len(item[1])):
+        shares = [spec.mask.computed for spec in each if isinstance(spec.mask, StaticBlocks) and spec.mask.computed is not None]
+        least, most = (f"{of(shares):.3f}" for of in (min, max)) if shares else ("", "")
+        span = "" if least == most else f" ({least} to {most})"
+        found = f"; {sum(shares) / len(shares):.3f} computed{span}" if shares else ""
+        lines.append(f"attention: {len(each)} as {how}{found}")
+    return lines
 
 
 def _book(plan: Plan, component: str, group: str) -> str:
@@ -96,7 +112,7 @@ def runs(plan: Plan) -> str:
     for device in ("cpu", "cuda"):
         for op, num in ops.most_common():
             rows.append([device, op, str(num), report_of(op, device)])
-        attention = Counter(report_of_attention(c.spec, device) for c in plan.attention if c.spec is not None)
+        attention = Counter(report_of_attention(c.spec, device, c.site.channels) for c in plan.attention if c.spec is not None)
         rows += [[device, "attention", str(num), report] for report, num in attention.most_common()]
     return table(["device", "op", "layers", "runs as"], rows)
 

@@ -39,9 +39,12 @@ def installed_plan(target: Any) -> Plan:
 
 
 def _density(blocks: Blocks) -> str:
-    """Of blocks that the configuration alone decides; of others calls and calibration do."""
+    """How much is computed, as far as the configuration or calibration say, and what was asked for where that is another."""
     found = blocks.density() if blocks.spec.layout else math.nan
-    return "in blocks" if math.isnan(found) else f"density {found:.3f}"
+    if math.isnan(found):
+        return "in blocks"
+    wish = getattr(blocks.spec.mask, "density", found)
+    return f"density {found:.3f}" + ("" if f"{found:.3f}" == f"{wish:.3f}" else f", {wish:g} asked for")
 
 
 def num_parameters(module: nn.Module) -> int:
@@ -94,6 +97,6 @@ def _attention(plan: Plan, parts: Mapping[str, Any]) -> list[dict[str, Any]]:
         blocks = found[site.component].get(site.path)
         if blocks is not None:
             device = next((p.device.type for p in parts[site.component].parameters()), "cpu")
-            row |= facts_of(blocks, device, with_mask=site.id in drawn)
+            row |= facts_of(blocks, device, site.channels, with_mask=site.id in drawn)
         rows.append(row)
     return rows

@@ -98,28 +98,32 @@ def pv_mode_of(spec: AttentionSpec) -> str:
     return "fp8" if isinstance(spec.pv, Float) else _PV_MODES[type(spec.scale)]
 
 
-def report_of_attention(spec: AttentionSpec, device: str) -> str:
-    """What runs for an attention on a device type, in words; blocks of a plan shrink where a sequence has few of them."""
+def report_of_attention(spec: AttentionSpec, device: str, channels: int | None = None) -> str:
+    """What runs for an attention on a device type, in words; blocks of a plan shrink where a sequence has few of them.
+
+    channels: of a head; None: not known, taken for few.
+    """
     if spec.kernel is not None:
         there = gpu.sage_version()
         what = f"sageattention {there}, the installed package" if there else "an error: sageattention is not installed"
         return what if device == "cuda" else "an error: sageattention is for CUDA devices"
-    return "; ".join(dict.fromkeys(_report_of_blocks(spec, device, qk, pv) for qk, pv in spec.widths()))
+    return "; ".join(dict.fromkeys(_report_of_blocks(spec, device, channels, qk, pv) for qk, pv in spec.widths()))
 
 
-def _report_of_blocks(spec: AttentionSpec, device: str, qk: int, pv: int) -> str:
+def _report_of_blocks(spec: AttentionSpec, device: str, channels: int | None, qk: int, pv: int) -> str:
     """Of heads with these widths."""
     exact, mode = (qk, pv) == (16, 16), pv_mode_of(spec)
     if device == "cuda" and exact and spec.mask is None:
         return "torch's own attention: all of it, as it is"
     served, by = native.describe() if device == "cpu" else gpu.describe() if device == "cuda" else (False, "")
     if device == "cpu":
-        taken = native.takes_blocks(spec.mask is not None, spec.block[1], 1, qk, pv, mode)
+        taken = native.takes_blocks(spec.mask is not None, spec.block[1], channels or 1, qk, pv, mode)
     else:
-        taken = gpu.takes_blocks(spec.block[0], spec.block[1], 1, qk, pv, mode)
+        taken = gpu.takes_blocks(spec.block[0], spec.block[1], channels or 1, qk, pv, mode)
     if served and taken:
         return f"live blocks, {by}"
-    why = f" ({by} take no blocks of {spec.block[0]} by {spec.block[1]} like these)" if served else f" ({by})" if by else ""
+    shape = f"{spec.block[0]} by {spec.block[1]}" + ("" if channels is None else f" and {channels} channels")
+    why = f" ({by} take no blocks of {shape} like these)" if served else f" ({by})" if by else ""
     return f"live blocks gathered for torch's own attention{why}" if exact else f"{EMULATED}{why}"
 
 

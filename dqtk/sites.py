@@ -116,10 +116,12 @@ class Adapter:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionSite:
-    """One self-attention or joint attention. id: ``component:path``. heads: of the queries."""
+    """One self-attention or joint attention. id: ``component:path``. heads: of the queries. channels: of a head; None: its module
+    does not show them."""
 
     id: str
     heads: int
+    channels: int | None = None
 
     @property
     def component(self) -> str:
@@ -227,7 +229,9 @@ def find_attention(module: nn.Module, component: str = "model") -> list[Attentio
     for path, part in module.named_modules():
         heads = heads_of(part)
         if heads is not None and not _reads_another(part, path.rpartition(".")[2]):
-            found.append(AttentionSite(id=f"{component}:{path}", heads=heads))
+            width = getattr(getattr(part, "to_q", None), "out_features", None)
+            channels = width // heads if isinstance(width, int) else None
+            found.append(AttentionSite(id=f"{component}:{path}", heads=heads, channels=channels))
     return found
 
 

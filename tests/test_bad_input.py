@@ -189,7 +189,9 @@ def set_weight(folder, value):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--recipe", "w8a9"], f"recipe: name must be one of {', '.join(RECIPES)}, got 'w8a9'. Did you mean"),
+        (["--recipe", "w8a9"], f"recipe: name must be one of {', '.join(RECIPES)}, or of attention alone dense, paro, "),
+        (["--recipe", "dense", "--density", "0.5"], "attention: density must be left out for dense, got 0.5. Take paro."),
+        (["--recipe", "sage", "--density", "0.5"], "attention: density must be left out for sage, got 0.5. Take paro-int8."),
         ([], f"--recipe must be one of {', '.join(RECIPES)}, got none. Add it."),
         (["--recipe", "w4a8"], "--prompts or --stats must be given for recipe w4a8, got neither. It is calibrated."),
         (["--recipe", "w8a8", "--keep", "*.attn9.*"], "plan: pattern must match at least one of 67 sites, got '*.attn9.*'."),

@@ -120,6 +120,8 @@ def test_text_keys_and_values_look_for_a_constant_token(name, load_tiny):
 
 
 def test_suggestion_for_an_unknown_name():
+    with pytest.raises(ValueError, match=r"or of attention alone .* paro-int8, .*, got 'paro-int9'\. Did you mean 'paro-int"):
+        recipe_named("paro-int9")
     with pytest.raises(ValueError, match=r"recipe: name must be one of .*, got 'w8a8static'\. Did you mean 'w8a8-static'\?"):
         recipe_named("w8a8static")
 

@@ -100,7 +100,7 @@ EVERY_TYPE = [
     Recall(),
     Incoherence(),
     WeightedSum(alpha=0.25),
-    StaticBlocks(density=0.3, groups=2, edges=(0.25, 0.5)),
+    StaticBlocks(density=0.3, groups=2, edges=(0.25, 0.5), computed=0.31),
     SlidingTile(density=0.3),
     Radial(density=0.3),
     PooledBlocks(density=0.3),

@@ -19,7 +19,7 @@ from dqtk.numerics.layout import Layout
 from dqtk.sites import AttentionSite
 from dqtk.spec import AttentionSpec, Incoherence, Order, OutputError, Recall, StaticBlocks, WeightedSum
 
-from .masks import edges_of, kept_blocks
+from .masks import edges_of, kept_blocks, warn_of_guards
 from .sums import BlockSums, block_sums
 from .watch import Given, made_again
 from .widths import with_widths
@@ -82,7 +82,15 @@ def choose(
         keep = kept_blocks(module, calls, {p: spec for p, spec in found.items() if isinstance(spec.mask, StaticBlocks)}, progress)
         adaptive = {path: spec for path, spec in found.items() if spec.adapt is not None}
         found |= with_widths(module, calls, adaptive, keep, progress)
+        found |= {path: _counted(found[path], mask) for path, mask in keep.items()}
+        warn_of_guards({path: found[path] for path in keep}, keep)
     return [ChosenAttention(site=site, spec=found.get(site.path, spec), keep=keep.get(site.path)) for site, spec in wanted.items()]
+
+
+def _counted(spec: AttentionSpec, keep: Tensor) -> AttentionSpec:
+    """With the share of blocks that came out."""
+    assert isinstance(spec.mask, StaticBlocks)
+    return replace(spec, mask=replace(spec.mask, computed=round(int(keep.sum()) / keep.numel(), 6)))
 
 
 def _layouts(module: nn.Module, calls: Sequence[Call], wanted: Mapping[str, AttentionSpec]) -> dict[str, Layout]:

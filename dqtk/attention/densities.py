@@ -46,7 +46,7 @@ def blocks_by_error(
     Args:
         module: the unquantized denoiser. calls: kept calls of it.
         wanted: path -> spec with static blocks by ``OutputError``, whose layout, orders and edges are known.
-        masses: path -> float32 [G, H, R, C], attention in every block. progress: called after every call that was made again.
+        masses: path -> float [G, H, R, C], attention in every block. progress: called after every call that was made again.
     """
     masks = {path: _candidates(spec, masses[path]) for path, spec in wanted.items()}
     errors = {path: torch.zeros(mask.shape[:3], dtype=torch.float64) for path, mask in masks.items()}

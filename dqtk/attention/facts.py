@@ -15,8 +15,8 @@ from dqtk.ops import report_of_attention
 MOST_BLOCKS = 1 << 20  # of a mask that is carried along: 128 KiB before it is compressed
 
 
-def facts_of(blocks: Blocks, device: str, *, with_mask: bool = False) -> dict[str, Any]:
-    """Of one attention.
+def facts_of(blocks: Blocks, device: str, channels: int | None = None, *, with_mask: bool = False) -> dict[str, Any]:
+    """Of one attention; channels: of a head, if known.
 
     Returns:
         kernel: what runs. orders: of the heads, by name. widths: "QK8 PV8" -> number of heads. densities: per interval of the noise
@@ -28,7 +28,7 @@ def facts_of(blocks: Blocks, device: str, *, with_mask: bool = False) -> dict[st
     if blocks.live is not None and not blocks.live.is_meta:
         keep = unpack(blocks.live.cpu(), counts(Layout(*spec.layout), spec.block)[1])
     found: dict[str, Any] = {
-        "kernel": report_of_attention(spec, device),
+        "kernel": report_of_attention(spec, device, channels),
         "orders": [NAMES[order] for order in spec.orders],
         "widths": {f"QK{qk} PV{pv}": len(heads) or blocks.heads for (qk, pv), heads in spec.widths().items()},
         "densities": [] if keep is None else [[round(share, 4) for share in group] for group in keep.float().mean((2, 3)).tolist()],

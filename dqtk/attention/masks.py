@@ -1,13 +1,15 @@
 """Which blocks are computed: those with most attention, within one budget, a share each, or what a head's error asks for."""
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from dqtk.calibrate.replay import Call
-from dqtk.numerics.block_masks import guards, largest
+from dqtk.numerics.block_masks import guards, largest, largest_of_all
 from dqtk.numerics.layout import Layout
 from dqtk.spec import AttentionSpec, OutputError, StaticBlocks
 
@@ -42,6 +44,29 @@ def kept_blocks(
     return _kept(ranked, masses) | blocks_by_error(module, calls, measured, masses, progress)
 
 
+def warn_of_guards(specs: Mapping[str, AttentionSpec], keep: Mapping[str, Tensor]) -> None:
+    """Warns where the blocks that are always computed are more than the density asks for.
+
+    Args:
+        specs: path -> spec with static blocks. keep: path -> bool [G, H, R, C] of them.
+    """
+    together: dict[tuple, list[str]] = {}
+    for path, spec in specs.items():
+        mask = replace(_mask(spec), edges=(), computed=None)
+        together.setdefault((mask, spec.block, spec.layout), []).append(path)
+    for (mask, block, _), paths in together.items():
+        computed, blocks = (sum(int(number(keep[path])) for path in paths) for number in (Tensor.sum, Tensor.numel))
+        shares = 1 if mask.together else sum(keep[path].shape[:2].numel() for path in paths)
+        if computed > mask.density * blocks + shares:  # each is rounded
+            least = " The lowest density whose error is measured is another limit." if isinstance(mask.by, OutputError) else ""
+            warnings.warn(
+                f"quantize: {computed / blocks:.3f} of the {block[0]}x{block[1]} blocks of {len(paths)} attentions are computed, "
+                f"though {mask.density:g} were asked for: the diagonal, text, a ragged end and one block per row always are."
+                f"{least} Smaller blocks have fewer of them.",
+                stacklevel=2,
+            )
+
+
 def _mask(spec: AttentionSpec) -> StaticBlocks:
     assert isinstance(spec.mask, StaticBlocks)
     return spec.mask
@@ -50,9 +75,13 @@ def _mask(spec: AttentionSpec) -> StaticBlocks:
 def _masses(
     module: nn.Module, calls: Sequence[Call], wanted: Mapping[str, AttentionSpec], progress: Callable[[], object]
 ) -> dict[str, Tensor]:
-    """Per attention: float32 [G, H, R, C], mean attention per query, in the chosen orders."""
-    sums: dict[str, Tensor] = {}
-    number: dict[str, Tensor] = {}
+    """Per attention: float16 [G, H, R, C], mean attention per query, in the chosen orders, as a multiple of even attention.
+
+    All attentions are summed at once, for a call goes through all of them, and blocks grow with the square of a sequence: hence
+    half the bytes of float32. A running mean in float16 is off by a thousandth after some tens of calls; prompts differ by more.
+    """
+    means: dict[str, Tensor] = {}
+    number: dict[tuple[str, int], int] = {}
 
     def see(path: str, layout: Layout, call: Call, given: Given) -> None:
         spec, heads = wanted[path], given.q.shape[1]
@@ -62,16 +91,16 @@ def _masses(
         for one in given.samples():
             found = block_sums(one.q, one.k, one.mask, one.scale, indices, spec.block)
             mine = torch.stack([found[used.index(order)].mass[head].cpu() for head, order in enumerate(orders)])
-            if path not in sums:
-                sums[path] = torch.zeros(len(_mask(spec).edges) + 1, *mine.shape)
-                number[path] = torch.zeros(len(sums[path]), 1, 1, 1)
-            sums[path][group] += mine
-            number[path][group] += 1
+            if path not in means:
+                means[path] = torch.zeros(len(_mask(spec).edges) + 1, *mine.shape, dtype=torch.float16)
+            times = number[path, group] = number.get((path, group), 0) + 1
+            before = means[path][group].float()
+            means[path][group] = before + (mine * mine.shape[-1] - before) / times
 
     for call in calls:
         made_again(module, [call], list(wanted), see)
         progress()
-    return {path: sums[path] / number[path].clamp(min=1) for path in sums}
+    return means
 
 
 def _kept(specs: Mapping[str, AttentionSpec], masses: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -84,11 +113,9 @@ def _kept(specs: Mapping[str, AttentionSpec], masses: Mapping[str, Tensor]) -> d
     for paths in together.values():
         spec, mask = specs[paths[0]], _mask(specs[paths[0]])
         guard = guards(Layout(*spec.layout), spec.block)
-        flat = torch.cat([masses[path].flatten(0, 1) for path in paths])
         if mask.together:
-            chosen = largest(flat, guard, mask.density)
-        else:
-            chosen = torch.stack([largest(head, guard, mask.density) for head in flat])
-        sizes = [masses[path].shape[:2].numel() for path in paths]
-        keep |= {path: part.view(masses[path].shape) for path, part in zip(paths, chosen.split(sizes), strict=True)}
+            keep |= zip(paths, largest_of_all([masses[path] for path in paths], guard, mask.density), strict=True)
+        for path in () if mask.together else paths:
+            each = [largest(head, guard, mask.density) for head in masses[path].flatten(0, 1)]
+            keep[path] = torch.stack(each).view(masses[path].shape)
     return keep

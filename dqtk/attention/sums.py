@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROWS_AT_ONCE = 512
+ROWS_AT_ONCE = 16, 512  # at least and at most
+PROBABILITIES_AT_ONCE = 2**26  # of all heads, 256 MiB in float32
 MOST_ROWS = 4096  # of a head that are looked at; the blocks of a longer sequence are seen through some of their rows
 ROWS_PER_BLOCK = 8  # at least, on average
 
@@ -35,6 +36,12 @@ def some_rows(num: int, blocks: int, device: torch.device) -> Tensor:
     return torch.randperm(num, generator=torch.Generator().manual_seed(0))[:most].sort().values.to(device)
 
 
+def rows_at_once(heads: int, num: int) -> int:
+    """Queries whose probabilities [H, r, N] are held together."""
+    least, most = ROWS_AT_ONCE
+    return min(max(PROBABILITIES_AT_ONCE // (heads * num), least), most)
+
+
 def probabilities(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Some rows at a time of one sample: their numbers int64 [r], and float32 [H, r, N].
 
@@ -42,7 +49,7 @@ def probabilities(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, rows:
         q, k: [H, N, D]. mask: bool or float, broadcastable to [H, N, N]. scale: of the scores. rows: int64, which.
     """
     keys = k.float().transpose(1, 2)
-    for part in rows.split(ROWS_AT_ONCE):
+    for part in rows.split(rows_at_once(q.shape[0], q.shape[1])):
         scores = q[:, part].float() @ keys * scale
         if mask is not None:
             given = mask[..., part, :] if mask.shape[-2] > 1 else mask

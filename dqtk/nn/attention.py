@@ -95,7 +95,8 @@ class Blocks(nn.Module):
         self.register_buffer("live", live)
         self._layouts: LayoutState | None = None
         self._noise: NoiseState | None = None
-        self._made: tuple[Any, Tensor | None] = (None, None)
+        self._made: tuple[Any, Tensor | None] = (None, None)  # masks, or guards of masks in calls, of the last layout and device
+        self._share: Tensor | None = None  # that calls choose, of the last
         self._picked: dict[tuple, Tensor] = {}
 
     def follow(self, denoiser: nn.Module) -> None:
@@ -105,15 +106,25 @@ class Blocks(nn.Module):
             self._noise = following(denoiser, self.spec.mask.edges)
 
     def density(self, layout: Layout | None = None) -> float:
-        """Share of blocks that are computed, over heads and intervals; what was asked for where calls choose, or without data. NaN
-        where calls choose by a threshold."""
-        if self.spec.mask is None:
+        """Share of blocks that are computed, over heads and intervals, of a layout: by default calibration's, else the last call's.
+
+        Where calls choose, that of the last call. Before any, and without data or layout, what calibration found, else what was
+        asked for, and NaN where that is a threshold.
+        """
+        spec = self.spec
+        if spec.mask is None:
             return 1.0
-        if isinstance(self.spec.mask, IN_CALLS) or (self.live is not None and self.live.is_meta):
-            return getattr(self.spec.mask, "density", math.nan)
-        layout = Layout(*self.spec.layout) if layout is None else layout
-        live = self._masks(layout, torch.device("cpu"))
-        return 1.0 if live is None else float(unpack(live, counts(layout, self.spec.block)[1]).float().mean())
+        if isinstance(spec.mask, IN_CALLS) and self._share is not None:
+            return float(self._share)
+        numbers = layout.numbers if layout is not None else spec.layout or (self._made[0] or ((), None))[0]
+        wish = getattr(spec.mask, "density", math.nan)
+        if not numbers or (self.live is not None and self.live.is_meta):
+            return getattr(spec.mask, "computed", None) or wish
+        if isinstance(spec.mask, IN_CALLS):
+            return max(wish, float(guards(Layout(*numbers), spec.block).float().mean()))
+        live = self._masks(Layout(*numbers), torch.device("cpu"))
+        assert live is not None
+        return float(unpack(live, counts(Layout(*numbers), spec.block)[1]).float().mean())
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         """[B, H, N, D'] for q, k [B, H, N, D] and v [B, H, N, D'] of a sequence that the call in progress has.
@@ -157,10 +168,22 @@ class Blocks(nn.Module):
         spec = self.spec
         if not isinstance(spec.mask, IN_CALLS):
             return self._live(layout, q.device)
-        guard = guards(layout, spec.block).to(q.device)
+        guard = self._guard(layout, q.device)
         if isinstance(spec.mask, PooledBlocks):
-            return pack(pooled(q, k, order, guard, spec.block, scale, spec.mask.density, mask))[None]
-        return pack(above(q, k, order, guard, spec.block, scale, spec.mask.threshold, mask))[None]
+            keep = pooled(q, k, order, guard, spec.block, scale, spec.mask.density, mask)
+        else:
+            keep = above(q, k, order, guard, spec.block, scale, spec.mask.threshold, mask)
+        self._share = keep.float().mean()
+        return pack(keep)[None]
+
+    def _guard(self, layout: Layout, device: torch.device) -> Tensor:
+        """bool [R, C] of a layout, kept for the next call."""
+        key = layout.numbers, device
+        if self._made[0] != key:
+            self._made = key, guards(layout, self.spec.block).to(device)
+        guard = self._made[1]
+        assert guard is not None
+        return guard
 
     def _heads(self, heads: tuple[int, ...], device: torch.device) -> Tensor:
         """int64: numbers of heads, kept for the next call."""

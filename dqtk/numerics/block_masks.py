@@ -51,6 +51,39 @@ def largest(mass: Tensor, guard: Tensor, density: float) -> Tensor:
     return keep
 
 
+def largest_of_all(parts: Sequence[Tensor], guard: Tensor, density: float) -> list[Tensor]:
+    """``largest`` of all parts under one budget, without joining them: numbers are counted by their bits, which are ordered as they
+    are. Of equal ones the first stay.
+
+    Args:
+        parts: float16 [..., R, C], not negative. guard: bool [R, C]. density: share of the blocks of all parts.
+    Returns:
+        bool [..., R, C] each.
+    """
+    flat = [part.reshape(-1, *guard.shape) for part in parts]
+    keep = [guard.expand_as(heads).clone().scatter_(-1, heads.argmax(-1, keepdim=True), True) for heads in flat]
+    each = [
+        (mass.view(torch.int16), kept)
+        for heads, mask in zip(flat, keep, strict=True)
+        for mass, kept in zip(heads, mask, strict=True)
+    ]
+    left = round(density * sum(part.numel() for part in parts)) - sum(int(mask.sum()) for mask in keep)
+    number = torch.zeros(2**15, dtype=torch.int64, device=guard.device)
+    for bits, kept in each:
+        number += torch.bincount(bits[~kept], minlength=2**15)
+    above = number.flip(0).cumsum(0).flip(0)  # how many are at least this
+    if left > 0:
+        last = int((above >= left).sum()) - 1  # the bits of the smallest that stay; -1: all stay
+        equal = left - int(above[last + 1]) if last + 1 < 2**15 else left
+        for bits, kept in each:
+            more = ~kept & (bits > last)
+            ties = (bits == last) & ~kept
+            ties &= ties.flatten().cumsum(0).view_as(ties) <= equal
+            equal -= int(ties.sum())
+            kept |= more | ties
+    return [mask.view(part.shape) for mask, part in zip(keep, parts, strict=True)]
+
+
 def near(layout: Layout, order: int, block: Sequence[int], density: float) -> Tensor:
     """bool [R, C]: guards, then blocks whose centres are nearest in the grid, each axis in units of its length."""
     centres = [_centres(layout, order, size) for size in block]
@@ -78,11 +111,13 @@ def pooled(
     density: float,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """bool [H, R, C]: guards, and in every row of blocks the largest of softmax(mean query times mean key), as a share of the row.
+    """bool [H, R, C]: guards, the largest block of every row, and the largest others up to ``row_budget``, by softmax(mean
+    query times mean key).
 
     Args:
         q, k: [B, H, N, D]; samples share the choice. index: int [H, N] or None: the token at every place.
-        guard: bool [R, C].
+        guard: bool [R, C], on their device.
+        density: share of the blocks; guards and largest ones of rows stay, however many they are.
         mask: bool or float, broadcastable to [B, H, N, N], in the original order; or None. Keys that no query sees have no part in
             means; a block counts as the share of its pairs that are seen, each with the weight that a float mask gives it.
     """
@@ -101,8 +136,28 @@ def pooled(
         hidden = ~(shares > 0).any(-1, keepdim=True)  # rows that see nothing choose as if they saw all alike
         expected = (expected + shares.log()).masked_fill(hidden, 0.0)
     expected = expected.softmax(-1).mean(0)
-    chosen = expected.topk(max(1, round(density * guard.shape[1])), dim=-1).indices
-    return torch.zeros_like(expected, dtype=torch.bool).scatter(-1, chosen, True) | guard
+    first = expected.masked_fill(guard, torch.inf).argsort(dim=-1, descending=True, stable=True)
+    within = torch.arange(guard.shape[1], device=guard.device) < row_budget(guard, len(expected), density)[..., None]
+    return torch.zeros_like(within).scatter(-1, first, within).scatter(-1, expected.argmax(-1, keepdim=True), True)
+
+
+def row_budget(guard: Tensor, heads: int, density: float) -> Tensor:
+    """int64 [H, R]: how many blocks each row gets where rows are not compared with each other: all the same number, or their guards
+    (bool [R, C]) where those are more, so that the share of all blocks is met; a remainder is spread evenly, a block to a row.
+
+    On the guards' device, and nothing is read back from it.
+    """
+    held, columns = guard.sum(1), guard.shape[1]
+    levels = torch.arange(columns + 1, device=guard.device)
+    spent = torch.maximum(held, levels[:, None]).sum(1) * heads
+    budget = round(density * heads * guard.numel())
+    level = ((spent <= budget).sum() - 1).clamp(min=0)
+    left = (budget - spent.gather(0, level[None])).clamp(min=0)
+    more = ((held <= level) & (level < columns)).expand(heads, -1)
+    number = more.flatten().cumsum(0).view(more.shape)
+    every = number[-1, -1].clamp(min=1)
+    extra = more & (number * left // every > (number - 1) * left // every)
+    return torch.maximum(held, level) + extra
 
 
 def _weights(mask: Tensor, num: int) -> Tensor:

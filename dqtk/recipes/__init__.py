@@ -37,6 +37,7 @@ def recipe_named(name: str) -> Recipe:
         return attention_recipe(name)
     if name not in RECIPES:
         raise ValueError(
-            f"recipe: name must be one of {', '.join(RECIPES)}, got {name!r}.{did_you_mean(name, [*RECIPES, *ATTENTION])}"
+            f"recipe: name must be one of {', '.join(RECIPES)}, or of attention alone {', '.join(ATTENTION)}, got {name!r}."
+            f"{did_you_mean(name, [*RECIPES, *ATTENTION])}"
         )
     return RECIPES[name]()

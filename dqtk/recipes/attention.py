@@ -10,36 +10,37 @@ from dqtk.spec import Adaptive, AttentionSpec, Int, Recall, Sage, SmoothBoth, Sm
 DENSITY = 0.5  # where none is given
 
 
-def _paro(density: float, bits: int | None) -> AttentionSpec:
+def _paro(density: float | None, bits: int | None) -> AttentionSpec:
     """PAROAttention (arXiv 2506.16054): an order per head, static blocks, queries, keys, probabilities and values as integers.
 
     Probabilities have a scale per row of a block, and 4-bit queries are smoothed too: both are finer than the paper's and free.
     """
+    share = DENSITY if density is None else density
     codes = None if bits is None else Int(bits=bits)
     smooth = None if bits is None else SmoothKeys() if bits == 8 else SmoothBoth()
-    return AttentionSpec(order=Recall(), mask=StaticBlocks(density=density), qk=codes, pv=codes, smooth=smooth)
+    return AttentionSpec(order=Recall(), mask=StaticBlocks(density=share), qk=codes, pv=codes, smooth=smooth)
 
 
-def _adaptive(density: float) -> AttentionSpec:
+def _adaptive(density: float | None) -> AttentionSpec:
     """``paro-int8`` with 4 bits where a head's output moves by a twentieth at most, and 16 where 8 move it by more."""
     return replace(_paro(density, bits=8), smooth=SmoothBoth(), adapt=Adaptive())
 
 
-def _dense(density: float) -> AttentionSpec:
+def _dense(density: float | None) -> AttentionSpec:
     """All of it, as it is, by dqtk's own kernel where there is one."""
-    if density != DENSITY:
+    if density is not None:
         raise ValueError(f"attention: density must be left out for dense, got {density}. Take paro.")
     return AttentionSpec()
 
 
-def _sage(density: float) -> AttentionSpec:
+def _sage(density: float | None) -> AttentionSpec:
     """An installed SageAttention."""
-    if density != DENSITY:
+    if density is not None:
         raise ValueError(f"attention: density must be left out for sage, got {density}. Take paro-int8.")
     return AttentionSpec(kernel=Sage())
 
 
-ATTENTION: dict[str, Callable[[float], AttentionSpec]] = {
+ATTENTION: dict[str, Callable[[float | None], AttentionSpec]] = {
     "dense": _dense,
     "paro": partial(_paro, bits=None),
     "paro-int8": partial(_paro, bits=8),
@@ -47,21 +48,22 @@ ATTENTION: dict[str, Callable[[float], AttentionSpec]] = {
     "paro-adaptive": _adaptive,
     "sage": _sage,
 }
-"""How attention is computed, by name; a function of the density. As recipes of their own they leave layers at 16 bits."""
+"""How attention is computed, by name; a function of the density, which is ``DENSITY`` where it is None and there is one. As recipes
+of their own they leave layers at 16 bits."""
 
 
-def attention_named(name: str, density: float = DENSITY) -> AttentionSpec:
+def attention_named(name: str, density: float | None = None) -> AttentionSpec:
     """How one attention is computed: for ``dqtk.plan``'s ``overrides`` and for rules (its ``attention`` takes names as they are).
 
-    density: share of the blocks that are computed. Raises ``ValueError`` with a suggestion for an unknown name, and for a density
-    of what has none (dense, sage).
+    density: share of the blocks that are computed; None: ``DENSITY``, where there is one. Raises ``ValueError`` with a suggestion
+    for an unknown name, and for a density of what has none (dense, sage).
     """
     if name not in ATTENTION:
         raise ValueError(f"attention: name must be one of {', '.join(ATTENTION)}, got {name!r}.{did_you_mean(name, ATTENTION)}")
     return ATTENTION[name](density)
 
 
-def attention_recipe(name: str, density: float = DENSITY) -> Recipe:
+def attention_recipe(name: str, density: float | None = None) -> Recipe:
     """The recipe of one attention alone; layers keep 16 bits. Raises ``ValueError`` as ``attention_named`` does."""
     return Recipe(name=name, rules=(Rule(spec=attention_named(name, density), why=f"{name}: attention alone"),))
 

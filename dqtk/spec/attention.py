@@ -72,7 +72,9 @@ class StaticBlocks:
 
     density: share of all blocks, guards included (diagonal, text, a ragged end, one block per row). groups: intervals of the noise
     level with masks of their own. together: one budget for all heads, layers and intervals, spent as ``by`` says; else
-    each keeps its share. by: what a budget is spent by. edges: of the intervals, in the denoiser's time; found by calibration.
+    each keeps its share. by: what a budget is spent by.
+    Found by calibration: edges: of the intervals, in the denoiser's time. computed: share of the blocks of all heads and intervals
+    of this attention that came out, which is another where there is one budget for all, or guards alone are more.
     """
 
     density: float
@@ -80,12 +82,15 @@ class StaticBlocks:
     together: bool = True
     by: AttentionMass | OutputError = AttentionMass()
     edges: tuple[float, ...] = ()
+    computed: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.density <= 1:
             raise ValueError(f"StaticBlocks: density must be in (0, 1], got {self.density!r}. Half of the blocks is 0.5.")
         if not (isinstance(self.groups, int) and self.groups >= 1):
             raise ValueError(f"StaticBlocks: groups must be a positive integer, got {self.groups!r}. The usual number is 4.")
+        if self.computed is not None and not 0 < self.computed <= 1:
+            raise ValueError(f"StaticBlocks: computed must be in (0, 1] or None, got {self.computed!r}. Calibration finds it.")
 
 
 @frozen
@@ -264,7 +269,7 @@ class AttentionSpec:
 
 
 def describe_attention(spec: AttentionSpec | None) -> str:
-    """For tables: ``QK8 PV8 reordered, 0.30 of 64x64 blocks``."""
+    """For tables: ``QK8 PV8 reordered, 0.30 of 64x64 blocks``; three digits where it is what calibration found."""
     if spec is None:
         return "16 bit"
     if spec.kernel is not None:
@@ -276,7 +281,10 @@ def describe_attention(spec: AttentionSpec | None) -> str:
     size = f"{spec.block[0]}x{spec.block[1]}"
     if isinstance(spec.mask, SkipSoftmax):
         return f"{text}, {size} blocks above {spec.mask.threshold:g} of the largest"
-    return text if spec.mask is None else f"{text}, {spec.mask.density:.2f} of {size} blocks"
+    if spec.mask is None:
+        return text
+    computed = getattr(spec.mask, "computed", None)
+    return f"{text}, {f'{spec.mask.density:.2f}' if computed is None else f'{computed:.3f}'} of {size} blocks"
 
 
 def _described_widths(spec: AttentionSpec) -> list[str]:

@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dqtk.attention import masks
 from dqtk.attention.choose import choose
 from dqtk.attention.watch import watching
 from dqtk.calibrate.replay import Call
 from dqtk.numerics.layout import ORDERS, Layout
 from dqtk.sites import AttentionSite, find_attention
-from dqtk.spec import AttentionSpec, Incoherence, Radial, Recall, StaticBlocks, WeightedSum
+from dqtk.spec import AttentionSpec, Incoherence, Radial, Recall, StaticBlocks, WeightedSum, describe_attention
 
 GRID = Layout(4, 4, 4)
 AXES = (0, 1, 2)  # head i sees tokens with the same place along all axes but AXES[i]
@@ -74,6 +75,7 @@ def test_attentions_are_found_by_structure(model):
     assert find_attention(model, "transformer") == [AttentionSite(id="transformer:blocks.0", heads=3)]
 
 
+@pytest.mark.filterwarnings("ignore:quantize. 0.250 of the 16x16 blocks")
 @pytest.mark.parametrize("selector", [Recall(), Incoherence()])
 def test_heads_get_the_axis_they_see(model, calls, selector):
     spec = AttentionSpec(order=selector, mask=StaticBlocks(density=0.1, together=False, groups=1), block=(16, 16))
@@ -104,6 +106,29 @@ def test_masks_hold_the_attention_and_the_budget(model, calls):
     assert abs(share - 0.3) < 0.02
     for each in found:
         assert each.keep.diagonal(dim1=-2, dim2=-1).all()  # in the order of its axis a head sees its own block only
+
+
+def test_guards_that_are_more_than_the_density_are_said(model, calls):
+    spec = AttentionSpec(mask=StaticBlocks(density=0.1, groups=1), block=(16, 16))
+    with pytest.warns(
+        UserWarning, match=r"of the 16x16 blocks of 2 attentions are computed, though 0\.1 were asked for: the diagonal"
+    ):
+        found = chosen(model, calls, spec)
+    for each in found:
+        computed = float(each.keep.float().mean())
+        assert computed >= 0.25  # the diagonal alone
+        assert each.spec.mask.computed == pytest.approx(computed, abs=1e-6)
+        assert describe_attention(each.spec) == f"16 bit, {computed:.3f} of 16x16 blocks"
+
+
+def test_attention_of_calls_is_averaged_in_half_the_bytes(model, calls):
+    spec = AttentionSpec(mask=StaticBlocks(density=0.3, groups=1), block=(16, 16), layout=GRID.numbers)
+    many = calls * 8
+    found = masks._masses(model, many, {"blocks.0": spec}, lambda: None)["blocks.0"]
+    assert found.dtype == torch.float16
+    each = [masks._masses(model, [call], {"blocks.0": spec}, lambda: None)["blocks.0"].double() for call in calls]
+    torch.testing.assert_close(found.double(), torch.stack(each).mean(0), rtol=3e-3, atol=1e-5)
+    assert torch.allclose(found.double().mean(-1), torch.ones(1, dtype=torch.float64), atol=1e-2)
 
 
 def test_each_head_keeps_its_own_share(model, calls):

@@ -167,7 +167,7 @@ def test_padding_stays_unseen():
     torch.manual_seed(0)
     model, call, _, _ = hunyuan_video()
     model.requires_grad_(False).eval()
-    placed(model, call, AttentionSpec(order=Recall(), mask=StaticBlocks(density=0.5), block=(16, 16)))
+    placed(model, call, AttentionSpec(order=Recall(), mask=StaticBlocks(density=0.8), block=(16, 16)))
     before = answer(model, call)
     text = call["encoder_hidden_states"].clone()
     text[:, 6:] += 10

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import pickle
 
 import accelerate
@@ -14,8 +15,10 @@ import dqtk
 from dqtk.bench import bench_model
 from dqtk.bench.variants import quantized, unpacked
 from dqtk.checkpoint import quantized_layers
+from dqtk.cli import main
 from dqtk.installed import installed_plan
 from dqtk.nn.attention import blocks_of
+from dqtk.numerics.block_masks import unpack
 from dqtk.numerics.layout import Layout
 from dqtk.policy import Interval, StepPolicy
 from dqtk.recipes import attention_named
@@ -72,6 +75,32 @@ def test_fewer_blocks_are_worse_and_reported(pipe, load_tiny):
 
 RULES = [AttentionSpec(mask=kind(density=0.4)) for kind in (SlidingTile, Radial, PooledBlocks)]
 RULES.append(AttentionSpec(mask=SkipSoftmax(threshold=1e-2)))
+
+
+@pytest.mark.parametrize("density", [0.3, 0.2])
+def test_blocks_that_calls_choose_keep_their_density(pipe, density):
+    with_attention(pipe, AttentionSpec(mask=PooledBlocks(density=density), block=(16, 16)), recipe=None)
+    found = list(blocks_of(pipe.transformer).values())
+    assert [blocks.density() for blocks in found] == [density] * 6  # a wish, before any call
+    seen = []
+    for blocks in found:
+        plain = blocks.live_blocks
+        blocks.live_blocks = lambda *given, plain=plain: seen.append(plain(*given)) or seen[-1]
+    step_of(pipe)
+    counted = [float(unpack(live, 16).float().mean()) for live in seen]
+    assert len(counted) == 6
+    assert [blocks.density() for blocks in found] == pytest.approx(counted, abs=1e-6)
+    assert counted == pytest.approx([density] * 6, abs=0.5 / (6 * 16 * 16))  # to a block of all heads
+
+
+def test_what_rules_and_thresholds_compute_is_known_after_a_call(load_tiny):
+    for mask, before in ((SkipSoftmax(threshold=0.9), math.nan), (Radial(density=0.05), 0.05), (PooledBlocks(density=0.05), 0.05)):
+        pipe = with_attention(load_tiny("pixart"), AttentionSpec(mask=mask, block=(16, 16)), recipe=None)
+        blocks = blocks_of(pipe.transformer)["transformer_blocks.0.attn1"]
+        assert blocks.density() == pytest.approx(before, nan_ok=True)
+        step_of(pipe)
+        assert blocks.density() >= 1 / 16  # guards alone: the diagonal
+        assert blocks.density() < 1
 
 
 @pytest.mark.parametrize("spec", [ORDERED, *RULES], ids=["calibrated", "tile", "radial", "pooled", "threshold"])
@@ -192,6 +221,35 @@ def test_attention_of_text_encoders_is_left(pipe):
     assert {choice.site.component for choice in plan.attention} == {"transformer"}
     with pytest.raises(ValueError, match=r"plan: pattern must match at least one of 6 attentions, got '\*\.attn3'"):
         dqtk.plan(pipe, "w8a8", overrides={"*.attn3": attention_named("paro")})
+
+
+def test_the_command_says_what_was_made_and_not_what_was_asked(tiny_folders, tmp_path, capsys):
+    """Blocks of 64 became ones of 16, and guards alone are more than a fiftieth of them."""
+    words = [
+        "quantize",
+        tiny_folders["pixart"],
+        "--recipe",
+        "paro-int8",
+        "--density",
+        "0.02",
+        "--prompts",
+        "a circle",
+        "--steps",
+        "2",
+    ]
+    with pytest.warns(UserWarning, match=r"16x16 blocks of 6 attentions are computed, though 0\.02 were asked for"):
+        assert main([str(word) for word in [*words, "--output", tmp_path / "made"]]) == 0
+    said = capsys.readouterr().out
+    found = [blocks.density() for blocks in blocks_of(dqtk.load(tmp_path / "made").transformer).values()]
+    mean, least, most = (f"{share:.3f}" for share in (sum(found) / 6, min(found), max(found)))
+    wanted = f"attention: 6 as QK8 PV8 reordered, 0.02 of 16x16 blocks; {mean} computed ({least} to {most})"
+    assert wanted in said.splitlines()
+    assert "64x64" not in said
+    assert main(["explain", str(tmp_path / "made")]) == 0  # reads no masks
+    said = capsys.readouterr().out
+    assert wanted in said.splitlines()
+    for share in found:
+        assert f"QK8 PV8 reordered, {share:.3f} of 16x16 blocks  density {share:.3f}, 0.02 asked for" in said
 
 
 def test_a_resolution_is_taken_along_by_place(load_tiny):

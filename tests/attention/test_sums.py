@@ -52,6 +52,24 @@ def test_blocks_hold_what_the_map_holds(given, block, masked):
     assert all(torch.allclose(mine.mass.sum(-1), torch.ones(())) for mine in found)
 
 
+def test_rows_are_bounded_by_bytes():
+    assert sums.rows_at_once(4, 576) == 512
+    assert sums.rows_at_once(40, 75_600) == 22
+    assert 40 * 75_600 * sums.rows_at_once(40, 75_600) * 4 <= 2**28
+    assert sums.rows_at_once(96, 10**6) == 16
+
+
+def test_rows_at_once_change_nothing(given, monkeypatch):
+    q, k = given
+    whole_rows = block_sums(q, k, None, 0.3, [LAYOUT.index(1)], (16, 16), small=1e-3, largest=True)[0]
+    monkeypatch.setattr(sums, "PROBABILITIES_AT_ONCE", 0)
+    shapes = [p.shape[1] for _, p in sums.probabilities(q, k, None, 0.3, torch.arange(LAYOUT.tokens))]
+    assert shapes == [16, 16, 16, 16]
+    some = block_sums(q, k, None, 0.3, [LAYOUT.index(1)], (16, 16), small=1e-3, largest=True)[0]
+    for mine, other in ((whole_rows.mass, some.mass), (whole_rows.most, some.most), (whole_rows.small, some.small)):
+        torch.testing.assert_close(mine, other)
+
+
 def test_some_rows_of_a_long_sequence_stand_for_the_others(monkeypatch):
     draw = torch.Generator().manual_seed(1)
     layout = Layout(1, 16, 16)
@@ -69,7 +87,7 @@ def test_some_rows_of_a_long_sequence_stand_for_the_others(monkeypatch):
 
 def test_no_map_of_all_scores_is_held(given, monkeypatch):
     q, k = (t[:1].repeat(1, 40, 1) for t in given)
-    monkeypatch.setattr(sums, "ROWS_AT_ONCE", 32)
+    monkeypatch.setattr(sums, "PROBABILITIES_AT_ONCE", 32 * q.shape[1])
     seen = []
     softmax = torch.Tensor.softmax
     monkeypatch.setattr(torch.Tensor, "softmax", lambda self, dim: seen.append(tuple(self.shape)) or softmax(self, dim))

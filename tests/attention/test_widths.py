@@ -11,11 +11,24 @@ import dqtk
 from dqtk.attention.choose import choose, place_attention
 from dqtk.attention.widths import pairs_of
 from dqtk.calibrate.replay import Call
+from dqtk.installed import summary
 from dqtk.kernels import block_attention
 from dqtk.nn.attention import blocks_of
 from dqtk.ops import EMULATED, report_of_attention
 from dqtk.sites import find_attention
-from dqtk.spec import Adaptive, AttentionSpec, Float, Int, PerTile, Recall, SmoothBoth, SmoothKeys, StaticBlocks, describe_attention
+from dqtk.spec import (
+    Adaptive,
+    AttentionSpec,
+    Float,
+    Int,
+    PerTile,
+    Radial,
+    Recall,
+    SmoothBoth,
+    SmoothKeys,
+    StaticBlocks,
+    describe_attention,
+)
 
 CODES = {"qk": Int(bits=8), "pv": Int(bits=8), "smooth": SmoothKeys()}
 
@@ -169,6 +182,31 @@ def test_said_in_words():
         AttentionSpec(qk_bits=(4,))
     with pytest.raises(ValueError, match=r"Adaptive: error must be positive, got 0. A twentieth is 0\.05"):
         Adaptive(error=0)
+
+
+def test_reports_are_for_the_channels_that_a_head_has(monkeypatch):
+    monkeypatch.setattr("dqtk.native.describe", lambda: (True, "native"))
+    monkeypatch.setattr("dqtk.gpu.describe", lambda: (True, "Triton kernels"))
+    integers, plain = AttentionSpec(**CODES, mask=Radial(density=0.5)), AttentionSpec(mask=Radial(density=0.5))
+    for spec, device, most in ((integers, "cpu", 1024), (integers, "cuda", 256), (plain, "cuda", 256)):
+        assert report_of_attention(spec, device, most).startswith("live blocks, ")
+        said = report_of_attention(spec, device, most + 1)
+        assert said.startswith((EMULATED, "live blocks gathered"))
+        assert f"take no blocks of 64 by 64 and {most + 1} channels" in said
+
+
+def test_plans_and_facts_know_the_channels(load_tiny, monkeypatch):
+    pipe = load_tiny("pixart")
+    (site, *_) = find_attention(pipe.transformer)
+    assert (site.heads, site.channels) == (6, 32)
+    seen = []
+    monkeypatch.setattr("dqtk.explain.report_of_attention", lambda spec, device, channels: seen.append(channels) or "x")
+    monkeypatch.setattr("dqtk.attention.facts.report_of_attention", lambda spec, device, channels: seen.append(channels) or "x")
+    plan = dqtk.plan(pipe, "dense")
+    plan.explain()
+    dqtk.quantize(pipe, plan, progress=False)
+    assert len(summary(pipe)["attention"]) == 6
+    assert set(seen) == {32}
 
 
 def test_probabilities_and_values_in_fp8(model, calls):

@@ -1,11 +1,27 @@
 """Masks of blocks: guards, budgets, storage, rules without calibration, and another resolution."""
 
 import itertools
+import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from dqtk.numerics.block_masks import above, carried, counts, guards, largest, near, pack, pooled, radial, unpack
+from dqtk.numerics.block_masks import (
+    above,
+    carried,
+    counts,
+    guards,
+    largest,
+    largest_of_all,
+    near,
+    pack,
+    pooled,
+    radial,
+    row_budget,
+    unpack,
+)
 from dqtk.numerics.layout import Layout
 
 IMAGE, VIDEO = Layout(1, 16, 16), Layout(4, 8, 8, before=20, after=0)
@@ -53,6 +69,70 @@ def test_every_row_keeps_its_largest_block_whatever_the_budget():
     mass = torch.rand(1, 16, 16, generator=torch.Generator().manual_seed(1))
     keep = largest(mass, torch.zeros(16, 16, dtype=torch.bool), 0.01)
     assert torch.equal(keep, torch.zeros_like(keep).scatter_(-1, mass.argmax(-1, keepdim=True), True))
+
+
+@pytest.mark.parametrize("density", [0.01, 0.1, 0.3, 0.77, 1.0])
+def test_one_budget_for_several_is_the_global_choice(density):
+    draw = torch.Generator().manual_seed(0)
+    guard = guards(IMAGE, (16, 16))
+    parts = [torch.rand(2, heads, 16, 16, generator=draw).square().half() for heads in (3, 1, 4)]
+    found = largest_of_all(parts, guard, density)
+    assert [keep.shape for keep in found] == [part.shape for part in parts]
+    joined, keep = (torch.cat([x.flatten(0, 1) for x in each]) for each in (parts, found))
+    wanted = largest(joined, guard, density)
+    assert int(keep.sum()) == int(wanted.sum())
+    assert torch.equal(joined[keep].sort().values, joined[wanted].sort().values)
+    differ = joined[keep != wanted]
+    assert len(differ) == 0 or float(differ.max()) == float(differ.min())  # ties
+
+
+def test_of_equal_blocks_the_first_stay():
+    parts = [torch.zeros(1, 4, 4, dtype=torch.float16), torch.zeros(2, 4, 4, dtype=torch.float16)]
+    found = largest_of_all(parts, torch.eye(4, dtype=torch.bool), 0.75)
+    assert [int(keep.sum()) for part in found for keep in part] == [16, 13, 7]  # 7: the diagonal and the first column
+    parts[1][1] = 1.0
+    found = largest_of_all(parts, torch.eye(4, dtype=torch.bool), 0.75)
+    assert [int(keep.sum()) for part in found for keep in part] == [13, 7, 16]
+
+
+class Bytes(TorchDispatchMode):
+    """Peak bytes of the storages that are made while it is open and still alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.peak, self.holders = 0, 0, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        out = function(*args, **(kwargs or {}))
+        for made in tree_leaves(out):
+            if isinstance(made, torch.Tensor) and (at := made.untyped_storage().data_ptr()):
+                if at not in self.holders and at not in given:
+                    self.holders[at] = [made.untyped_storage().nbytes(), 0]
+                    self.alive += made.untyped_storage().nbytes()
+                    self.peak = max(self.peak, self.alive)
+                if at in self.holders:
+                    self.holders[at][1] += 1
+                    weakref.finalize(made, self.gone, at)
+        return out
+
+    def gone(self, at):
+        self.holders[at][1] -= 1
+        if not self.holders[at][1]:
+            self.alive -= self.holders.pop(at)[0]
+
+
+def test_one_budget_for_several_makes_no_copy_of_all():
+    draw, guard = torch.Generator().manual_seed(0), torch.eye(96, dtype=torch.bool)
+    parts = [torch.rand(4, 8, 96, 96, generator=draw).half() for _ in range(8)]
+    blocks = sum(part.numel() for part in parts)
+    with Bytes() as joined:
+        largest(torch.cat(parts), guard, 0.3)
+    with Bytes() as apart:
+        found = largest_of_all(parts, guard, 0.3)
+    assert joined.peak > 6 * blocks  # as it was: 2 bytes joined, as many without those that are kept, a byte of the answer, places
+    assert blocks <= apart.peak <= blocks + 8 * 8 * 2**15  # the answer and a few histograms
+    assert sum(int(part.sum()) for part in found) == round(0.3 * blocks)
 
 
 @pytest.mark.parametrize("columns", [1, 7, 8, 9, 278])
@@ -139,6 +219,39 @@ def test_pooled_blocks_count_the_pairs_that_are_seen():
     assert pooled(q, k, None, torch.eye(4, dtype=torch.bool), (16, 16), 1.0, 0.25, torch.ones(64, 64)).equal(
         pooled(q, k, None, torch.eye(4, dtype=torch.bool), (16, 16), 1.0, 0.25)
     )  # the same weight for all
+
+
+@pytest.mark.parametrize(
+    ("layout", "block"), [(IMAGE, (16, 16)), (VIDEO, (16, 16)), (Layout(1, 15, 17), (16, 32)), (Layout(2, 8, 8, after=3), (8, 16))]
+)
+@pytest.mark.parametrize("density", [0.01, 0.2, 0.3, 0.45, 0.9, 1.0])
+def test_guards_count_in_the_density_of_pooled_blocks(layout, block, density):
+    draw = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, 3, layout.tokens, 8, generator=draw) for _ in range(2))
+    guard = guards(layout, block)
+    keep = pooled(q, k, None, guard, block, 1.0, density)
+    assert bool((keep | ~guard).all())
+    wanted = round(density * keep.numel())
+    least = 3 * int(guard.sum())
+    if wanted > least + 3 * len(guard):  # a row's largest block may stand beside its guards
+        assert int(keep.sum()) == wanted
+    else:
+        assert max(wanted, least) <= int(keep.sum()) <= max(wanted, least) + 3 * len(guard)
+
+
+def test_rows_share_a_budget_evenly():
+    guard = torch.zeros(6, 8, dtype=torch.bool)
+    guard[0] = True
+    guard[1, :4] = True
+    found = row_budget(guard, 2, 31 / 96)
+    assert int(found.sum()) == 31
+    assert found[:, 0].tolist() == [8, 8]
+    assert found[:, 1].tolist() == [4, 4]
+    assert sorted(found[:, 2:].flatten().tolist()) == [0] + [1] * 7
+    assert row_budget(guard, 2, 1.0).tolist() == [[8] * 6] * 2
+    assert row_budget(guard, 1, 0.1).tolist() == [[8, 4, 0, 0, 0, 0]]  # guards alone are more
+    spread = row_budget(torch.eye(16, dtype=torch.bool), 1, (16 * 3 + 4) / 256)[0]
+    assert (spread == 4).nonzero().flatten().tolist() == [3, 7, 11, 15]
 
 
 def test_a_mask_is_carried_to_a_larger_grid():

@@ -67,3 +67,15 @@ def test_latents_of_another_shape_need_an_adapter():
         ValueError, match=r"attention: latents of Denoiser must be \[B, C, H, W\] or .* got \(1, 64, 32\)\. Its family"
     ):
         layouts_of(Denoiser(), {"hidden_states": torch.empty(1, 64, 32)})
+
+
+def test_sequences_of_one_length_have_one_layout():
+    def rule(module, arguments):
+        return [(1, 4, 4), (1, 2, 2), (1, 4, 4), *arguments["more"]]
+
+    assert layouts_of(Denoiser(), {"more": []}, rule) == {16: Layout(1, 4, 4), 4: Layout(1, 2, 2)}
+    with pytest.raises(
+        ValueError,
+        match=r"sequences of 16 tokens in one call of Denoiser must have one .* got \(1, 4, 4, 0, 0\) and \(1, 1, 16, 0",
+    ):
+        layouts_of(Denoiser(), {"more": [(1, 1, 16)]}, rule)
