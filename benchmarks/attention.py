@@ -1,7 +1,9 @@
 """dqtk's attention on the CPU against ``F.scaled_dot_product_attention``: dense, bfloat16 and float32; with ``--sparse``: over live
 blocks of reordered tokens, drawn at random, against dense attention of torch.
 
-    python benchmarks/attention.py [--sparse] [--repeats 9] [--threads 2]
+    python benchmarks/attention.py [--sparse [--flex]] [--repeats 9] [--threads 2]
+
+``--flex``: torch's FlexAttention, compiled, over the same live blocks beside it, reordering included.
 
 In each round every method runs once, in an order drawn anew; times are divided by torch's in the same round, medians of ratios are
 printed. Appends one JSON line per shape to benchmarks/results.jsonl.
@@ -18,6 +20,7 @@ import torch.nn.functional as F
 from rows import append
 
 from dqtk import native
+from dqtk.gpu import flex
 from dqtk.kernels import attention, block_attention
 
 SHAPES = {  # batch, heads, queries, keys, channels, masked
@@ -111,6 +114,12 @@ def sparse(options: argparse.Namespace) -> None:
                         shares[method] = seen.float().mean().item()
                         arguments = order, live, None, block, block, d**-0.5, bits, bits, "row", "none" if bits == 16 else "k"
                         methods[method] = lambda t=t, arguments=arguments: block_attention(*t, *arguments)
+                    if options.flex:
+                        method = f"{str(dtype)[6:]} FlexAttention, density {density:g}"
+                        shares[method] = seen.float().mean().item()
+                        arguments = order, live, None, block, block, d**-0.5
+                        methods[method] = lambda t=t, arguments=arguments: flex.block_attention(*t, *arguments)
+                        methods[method]()  # compiled
             seconds = rounds(methods, options.repeats)
             times = milliseconds(seconds)
             for method, share in shares.items():
@@ -129,6 +138,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", nargs="*", default=[], help="words of the shapes to run")
     parser.add_argument("--sparse", action="store_true")
+    parser.add_argument("--flex", action="store_true", help="with --sparse: FlexAttention of torch beside it")
     parser.add_argument("--blocks", type=int, nargs="*", default=[64, 128])
     parser.add_argument("--bits", type=int, nargs="*", default=[16, 8])
     options = parser.parse_args()

@@ -10,6 +10,7 @@ emulated      everything else: inputs are rounded, weights decoded, and the prod
 """
 
 from dqtk import gpu, native
+from dqtk.gpu import flex
 from dqtk.spec import (
     STATIC,
     AttentionSpec,
@@ -113,6 +114,8 @@ def report_of_attention(spec: AttentionSpec, device: str, channels: int | None =
 def _report_of_blocks(spec: AttentionSpec, device: str, channels: int | None, qk: int, pv: int) -> str:
     """Of heads with these widths."""
     exact, mode = (qk, pv) == (16, 16), pv_mode_of(spec)
+    if flex.takes(spec.mask is not None, spec.block[0], spec.block[1], qk, pv):
+        return f"live blocks, {flex.NAME}"
     if device == "cuda" and exact and spec.mask is None:
         return "torch's own attention: all of it, as it is"
     served, by = native.describe() if device == "cpu" else gpu.describe() if device == "cuda" else (False, "")

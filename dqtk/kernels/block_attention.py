@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dqtk import gpu, native
+from dqtk.gpu import flex
 from dqtk.numerics.block_masks import unpack
 
 from .attention import added, through_torch
@@ -69,7 +70,8 @@ def block_attention(
         ValueError: an argument is none of these.
     """
     _check(q, k, v, order, live, mask, block_q, block_k, qk_bits, pv_bits, pv_mode, smooth)
-    return _through_torch(q, k, v, order, live, mask, block_q, block_k, scale, qk_bits, pv_bits, pv_mode, smooth)
+    given = q, k, v, order, live, mask, block_q, block_k, scale, qk_bits, pv_bits, pv_mode, smooth
+    return _flexed(*given) if _flexes(*given) else _through_torch(*given)
 
 
 @block_attention.register_kernel("cpu")
@@ -77,6 +79,8 @@ def _(q, k, v, order, live, mask, block_q, block_k, scale, qk_bits, pv_bits, pv_
     given = q, k, v, order, live, mask, block_q, block_k, scale, qk_bits, pv_bits, pv_mode, smooth
     _check(q, k, v, order, live, mask, block_q, block_k, qk_bits, pv_bits, pv_mode, smooth)
     _check_order(order)
+    if _flexes(*given):
+        return _flexed(*given)
     served = native.load() is not None and native.takes_blocks(live is not None, block_k, q.shape[3], qk_bits, pv_bits, pv_mode)
     if not served or 0 in (*q.shape, *v.shape):
         return _through_torch(*given)
@@ -102,6 +106,8 @@ def block_attention_on_cuda(q, k, v, order, live, mask, block_q, block_k, scale,
     """The op on a CUDA device: Triton kernels, else torch's; ``ops.report_of_attention`` says which and why."""
     given = q, k, v, order, live, mask, block_q, block_k, scale, qk_bits, pv_bits, pv_mode, smooth
     _check(q, k, v, order, live, mask, block_q, block_k, qk_bits, pv_bits, pv_mode, smooth)
+    if _flexes(*given):
+        return _flexed(*given)
     plain = live is None and (qk_bits, pv_bits) == (16, 16)  # all of it, as it is: torch's own is the fastest
     served = gpu.serves(q.device) and gpu.takes_blocks(block_q, block_k, max(q.shape[3], v.shape[3]), qk_bits, pv_bits, pv_mode)
     if plain or not served or 0 in (*q.shape, *v.shape):
@@ -115,6 +121,23 @@ def _through_triton(q, k, v, order, live, mask, block_q, block_k, scale, qk_bits
 
 
 _TRITON = Kernel(run=_through_triton, which="triton", name=lambda: gpu.describe()[1], remedy="DQTK_TRITON=off does without it.")
+
+
+def _flexes(q, k, v, order, live, mask, block_q, block_k, scale, qk_bits, pv_bits, pv_mode, smooth) -> bool:
+    return flex.takes(live is not None, block_q, block_k, qk_bits, pv_bits) and 0 not in (*q.shape, *v.shape)
+
+
+def _flexed(*given) -> Tensor:
+    """Looked at at its first call, as kernels of our own are."""
+    check_kernel(_FLEX, _through_torch, *given)
+    return _through_flex(*given)
+
+
+def _through_flex(q, k, v, order, live, mask, block_q, block_k, scale, qk_bits, pv_bits, pv_mode, smooth) -> Tensor:
+    return flex.block_attention(q, k, v, order, live, mask, block_q, block_k, scale)
+
+
+_FLEX = Kernel(run=_through_flex, which="flex", name=lambda: flex.NAME, remedy="Without DQTK_FLEX it is not used.")
 
 
 @block_attention.register_fake

@@ -12,7 +12,7 @@ from dqtk.native import cpu_flags
 
 _PACKAGES = ("dqtk", "torch", "diffusers", "transformers", "torchmetrics", "numpy")
 _UNITS = ("avx2", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")  # as /proc/cpuinfo names them
-_LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DQTK_NATIVE")
+_LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DQTK_NATIVE", "DQTK_FLEX")
 
 
 def versions() -> dict[str, str]:
