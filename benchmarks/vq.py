@@ -25,6 +25,7 @@ from rows import append, stored
 
 import dqtk
 from dqtk.calibrate.answers import exact_outputs
+from dqtk.checkpoint import quantized_layers
 from dqtk.prompt_sets import read_prompts
 from dqtk.recipes import recipe_named
 from dqtk.refine.distill import distill
@@ -57,6 +58,9 @@ def vectors(solver: GPTQ | BeamSearch, **form: Any) -> LayerSpec:
 
 SHARED = {2: {"words": 4096, "length": 6}, 3: {"words": 512, "length": 3}, 4: {"words": 4096, "length": 3}}
 ONE_BOOK = {2: {"words": 256, "length": 4}, 3: {"words": 64, "length": 2}, 4: {"words": 256, "length": 2}}
+
+
+BOOK_RATES = {"weight_rate": 0.002, "scale_rate": 0.0002}  # a word is many weights: at a tenth, what GPTQ chose is not undone
 
 
 def methods(bits: int) -> dict[str, LayerSpec]:
@@ -121,7 +125,9 @@ def train(reference, pipe, component: str, stats, row: dict) -> dict:
     calls = [call for call in stats.calls if call.component == component]
     exact = exact_outputs({component: reference.components[component]}, stats)[component]
     steps = DiscreteSteps(share=row["discrete"]) if row.get("discrete") else None
-    choice = Distill(iterations=row["distilled"], discrete=steps)
+    layers = quantized_layers(pipe.components[component]).values()
+    books = any(isinstance(layer.spec.weight.format, VectorCodebook) for layer in layers)
+    choice = Distill(iterations=row["distilled"], discrete=steps, **(BOOK_RATES if books else {}))
     found = distill(pipe.components[component], calls, exact, choice, name=component, progress=False)
     return {"held_out": [found.before, found.after]}
 
