@@ -46,9 +46,7 @@ STEPS = 20  # of calibration
 ONE = "w8a8-static"
 CORRECTED, DISTILLED = ", corrected", ", distilled"
 MORE = slice(48, 166)  # captions of distillation: of 32 it learns what is theirs alone (the lab log)
-FRESH = (
-    32  # the first of 16 captions that distillation is judged on: settings were chosen on those before it and on the last of all
-)
+FRESH = 32  # the first of 16 captions that distillation is judged on: no setting was chosen on them
 PAIRED = ("correction", "distillation")  # every second variant is judged against the one before
 
 

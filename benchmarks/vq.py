@@ -129,7 +129,7 @@ def train(reference, pipe, component: str, stats, row: dict) -> dict:
     books = any(isinstance(layer.spec.weight.format, VectorCodebook) for layer in layers)
     choice = Distill(iterations=row["distilled"], discrete=steps, **(BOOK_RATES if books else {}))
     found = distill(pipe.components[component], calls, exact, choice, name=component, progress=False)
-    return {"held_out": [found.before, found.after]}
+    return {"held_out": [found.before, found.after], "rates": [choice.weight_rate, choice.scale_rate]}
 
 
 def named(row: dict) -> str:

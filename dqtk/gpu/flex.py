@@ -93,6 +93,7 @@ def _attend(q, k, v, keep, number, first, rows, mask, block_q, block_k, scale) -
         BLOCK_SIZE=(block_q, block_k),
         mask_mod=seen,
         seq_lengths=(q.shape[2], k.shape[2]),
+        compute_q_blocks=False,  # gradients' part; it does not compile where a compiled model calls this
     )
     found = flex_attention(q, k, v, score_mod=scored, block_mask=blocks, scale=scale)
     assert isinstance(found, Tensor)

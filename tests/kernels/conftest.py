@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dqtk.kernels import attention_check
 from dqtk.native import library
 
 
@@ -85,3 +86,11 @@ def peak_memory():
         return read("VmHWM") - before
 
     return measure
+
+
+@pytest.fixture
+def look_again():
+    """Kernels of attention are looked at anew at their first calls of this test, and after it."""
+    attention_check.forget()
+    yield
+    attention_check.forget()

@@ -4,17 +4,11 @@ import pytest
 import torch
 
 from dqtk import native
-from dqtk.kernels import attention_check, block_attention
+from dqtk.kernels import block_attention
 from dqtk.numerics.block_masks import pack
 
+pytestmark = pytest.mark.usefixtures("look_again")
 SHAPE = (2, 3, 200, 24)
-
-
-@pytest.fixture(autouse=True)
-def _look_again():
-    attention_check.forget()
-    yield
-    attention_check.forget()
 
 
 @pytest.fixture

@@ -4,19 +4,13 @@ import pytest
 import torch
 
 from dqtk.gpu import flex
-from dqtk.kernels import attention_check, block_attention
+from dqtk.kernels import block_attention
 from dqtk.numerics.block_masks import pack
 from dqtk.ops import report_of_attention
 from dqtk.spec import AttentionSpec, Int, SlidingTile
 
+pytestmark = pytest.mark.usefixtures("look_again")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-
-
-@pytest.fixture(autouse=True)
-def _look_again():
-    attention_check.forget()
-    yield
-    attention_check.forget()
 
 
 @pytest.fixture
@@ -95,6 +89,18 @@ def test_integers_whole_sequences_odd_blocks_and_calls_that_did_not_ask_are_not_
     monkeypatch.delenv("DQTK_FLEX")
     answer(q, k, v, order, live, mask, block)
     assert not seen
+
+
+def test_a_compiled_model_calls_it(calls):
+    seen, (q, k, v, order, live, mask, block) = calls(), drawn(torch.float32, 100, 24, block=(16, 16))
+    kept = pack(live)
+
+    def attend(q, k, v):
+        return block_attention(q * 2, k, v, order, kept, mask, *block, 0.2, 16, 16, "row", "none") + 1
+
+    y, expected = torch.compile(attend, fullgraph=True)(q, k, v), exact(q * 2, k, v, order, live, mask, block) + 1
+    assert len(seen) == 2
+    assert float((y.double() - expected).norm() / expected.norm()) < TOLERANCE[torch.float32]
 
 
 def test_a_wrong_answer_is_refused(calls):
