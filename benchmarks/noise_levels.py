@@ -9,7 +9,7 @@ pipeline's own scheduler, on 16 other captions (distillation, and what it is jud
 most; ``--state``: a folder from which that goes on after an interruption), and then judged at other numbers of steps and with
 another scheduler. Error: mean square between final latents of the same prompt and noise, as the original's share; ``gain``: mean
 over prompts of the logarithm (base 10) of the first variant's error over this one's, with its interval (0.3: half the error).
-Policies protect a tenth of the steps: the first or last ones, or those that ``sensitive_steps`` finds on two calibration captions.
+Policies protect a tenth of the steps: the first or last ones, or those that ``sensitive_steps`` finds on four calibration captions.
 Their cost, as the first variant's share: the mean product of weight and input bits over a run, and the stored bytes. Appends JSON
 lines to results.jsonl.
 """
@@ -164,7 +164,7 @@ def policies(model: str, captions: list[str]) -> dict:
     kwargs = {"num_inference_steps": STEPS}
     stats = dqtk.calibrate(pipe, captions, dqtk.plan(pipe, BASE), call_kwargs=kwargs, progress=False)
     plain = dqtk.quantize(pipe, BASE, stats, progress=False)
-    ranked = sensitive_steps(load(model), plain, captions[:2], num_intervals=STEPS, call_kwargs=kwargs)
+    ranked = sensitive_steps(load(model), plain, captions[:4], num_intervals=STEPS, call_kwargs=kwargs)
     said = ", ".join(f"{part.begin:.2f} {part.error:.2e}" for part in ranked)
     print(f"{model}: steps by error, begin and error: {said}", flush=True)
     worst = [(part.begin, part.end) for part in ranked[: -(-STEPS // 10)]]

@@ -22,7 +22,8 @@ from dqtk.calls import denoisers, final_latents, given_arguments, time_of
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sensitivity:
-    """error: mean squared error of the final latents, as the original's share, when only this part of a run is quantized.
+    """error: mean squared error of the final latents, as the original's share, when only this part of a run is quantized; geometric
+    mean over prompts, so that one that turns over into another picture does not decide alone.
 
     begin, end: shares of the run, as ``policy.Interval`` has them.
     """
@@ -68,8 +69,14 @@ def sensitive_steps(
             for name, part in denoisers(pipe).items():
                 stack.enter_context(_served(part, theirs[name], _inside(times, begin, end)))
             got = _latents(pipe, prompts, seed, call_kwargs)
-        found.append(Sensitivity(begin=begin, end=end, error=float((got - exact).square().sum() / exact.square().sum())))
+        found.append(Sensitivity(begin=begin, end=end, error=geometric_error(got, exact)))
     return sorted(found, key=lambda part: -part.error)
+
+
+def geometric_error(got: Tensor, exact: Tensor) -> float:
+    """Squared error of each of [P, ...] as its exact one's share, geometric mean over P."""
+    errors = (got - exact).square().flatten(1).sum(1) / exact.square().flatten(1).sum(1)
+    return float(errors.clamp(min=torch.finfo(errors.dtype).tiny).log().mean().exp())
 
 
 def _latents(pipe: Any, prompts: Sequence[str], seed: int, call_kwargs: Mapping[str, Any] | None) -> Tensor:

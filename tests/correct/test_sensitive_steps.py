@@ -5,7 +5,7 @@ import torch
 
 import dqtk
 from dqtk.calls import final_latents
-from dqtk.correct.sensitive_steps import sensitive_steps
+from dqtk.correct.sensitive_steps import geometric_error, sensitive_steps
 from dqtk.policy import protecting
 
 TWO = {"num_inference_steps": 2}
@@ -31,6 +31,17 @@ def test_each_interval_alone(load_tiny):
     whole = sensitive_steps(pipe, quantized(load_tiny), PROMPTS, num_intervals=1, call_kwargs=TWO)
     everything = error(final_latents(quantized(load_tiny), PROMPTS, 0, TWO, "test"), exact)
     assert whole[0].error == pytest.approx(everything, rel=0.05)
+
+
+def test_no_prompt_decides_alone():
+    """One of four turns over: by their mean this part would be the worse one."""
+    exact = torch.full((4, 2, 3), 2.0)
+    turned, even = exact + 0.1, exact + 0.2
+    turned[3] = -2.0
+    assert geometric_error(even, exact) == pytest.approx(0.01, rel=1e-4)
+    assert geometric_error(turned, exact) == pytest.approx((0.0025**3 * 4) ** 0.25, rel=1e-4)
+    assert error(turned, exact) > error(even, exact)
+    assert geometric_error(exact, exact) < 1e-30
 
 
 def test_what_cannot_be_ranked(load_tiny):
