@@ -3,9 +3,11 @@
 TFMQ-DM (Huang et al. 2023, arXiv 2311.16503) treats such layers apart because their inputs are a finite set; its successor
 (arXiv 2407.19547) caches their outputs. They are not known by names but probed: the denoiser is called with two prompts, at two
 sizes and one time, and a linear whose outputs are equal to the bit in all rows of both depends on nothing else. So SDXL's, SD3's
-and Flux's modulation, which mix in pooled text, fail it beyond the time embedding; PixArt's and Wan's pass. With tables a layer is
-exact for the batch it was made with, and its weights can go. A quantized layer's table may be that of the original layer: where
-what quantizing did to it is worth mending (``disturbances``; the successor's disturbance-aware selection).
+and Flux's modulation, which mix in pooled text, fail it beyond the time embedding; PixArt's and Wan's pass. Those can have tables
+for some prompts: in a second probe the second call gets the first one's pooled text, and what else comes with a row per sample.
+
+With tables a layer is exact for the batch it was made with, and its weights can go. A quantized layer's table may be that of the
+original layer: where what quantizing did to it is worth mending (``disturbances``; the successor's disturbance-aware selection).
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,12 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from dqtk.calibrate.replay import Call, arguments_for
-from dqtk.calibrate.schedule import first_call, run_times
+from dqtk.calibrate.schedule import first_call, first_step, run_times
 from dqtk.calls import TIME_NAMES, denoisers
 from dqtk.checkpoint import replace_layer
-from dqtk.nn.modulation import KnownTimes, ModulationTable
+from dqtk.nn.modulation import KnownCalls, ModulationTable, alike, conditions_in, samples_of
 
 
 class _Enough(Exception):
@@ -35,24 +38,56 @@ def temporal_layers(module: nn.Module, calls: Sequence[Call]) -> list[str]:
         module: denoiser.
         calls: at least two, of other prompts and sizes; they are made at the first one's time, and the first once more at another.
     """
-    assert len(calls) > 1
+    first, others = _probed(module, calls)
+    later, _ = _probed(module, [at_time(calls[0], (calls[0].time or 0.0) / 2)])
+    return [
+        path
+        for path, mine in first.items()
+        if all(_one_row(mine, other.get(path)) for other in others) and not _one_row(mine, later.get(path))
+    ]
+
+
+@torch.no_grad()
+def conditioned_layers(module: nn.Module, calls: Sequence[Call]) -> list[str]:
+    """The same for linears whose outputs depend, a row per sample, on the time and on what a call gives by sample
+    (``nn.modulation.conditions_in``: pooled text, sizes, guidance), on either or both."""
+    first, others = _probed(module, [calls[0], *(conditioned_as(calls[0], call) for call in calls[1:])])
+    return [path for path, mine in first.items() if all(_row_by_sample(mine, other.get(path)) for other in others)]
+
+
+def conditioned_as(one: Call, other: Call) -> Call:
+    """``other`` with what ``one`` gives by sample, where it has the same shape."""
+    mine = dict(enumerate(conditions_in(one.kwargs)))
+    theirs = {id(tensor): mine.get(index) for index, tensor in enumerate(conditions_in(other.kwargs))}
+
+    def exchanged(value: Any) -> Any:
+        given = theirs.get(id(value))
+        return value if given is None or given.shape != value.shape else given
+
+    return replace(other, kwargs=tree_map(exchanged, other.kwargs))
+
+
+def _probed(module: nn.Module, calls: Sequence[Call]) -> tuple[dict[str, list[Tensor]], list[dict[str, list[Tensor]]]]:
+    """Outputs of all linears in the first call, and in the others, which are made at the first one's time."""
     time = calls[0].time
     if time is None:
         raise ValueError(f"modulation: {type(module).__name__} must be called with a time, got none. It has no noise levels.")
     linears = [path for path, layer in module.named_modules() if isinstance(layer, nn.Linear) and path]
     first, *others = (_outputs(module, at_time(call, time), linears) for call in calls)
-    later = _outputs(module, at_time(calls[0], time / 2), linears)
-    return [
-        path
-        for path, mine in first.items()
-        if all(_same(mine, theirs.get(path)) for theirs in others) and not _same(mine, later.get(path))
-    ]
+    return first, others
 
 
-def _same(mine: list[Tensor], theirs: list[Tensor] | None) -> bool:
+def _one_row(mine: list[Tensor], theirs: list[Tensor] | None) -> bool:
     """Whether all rows of all calls are one row."""
     rows = [tensor.reshape(-1, tensor.shape[-1]) for tensor in [*mine, *(theirs or [])]]
     return theirs is not None and len(mine) == len(theirs) == 1 and all(bool((part == rows[0][0]).all()) for part in rows)
+
+
+def _row_by_sample(mine: list[Tensor], theirs: list[Tensor] | None) -> bool:
+    """Whether both calls gave the same, a row per sample."""
+    if theirs is None or len(mine) != 1 or len(theirs) != 1:
+        return False
+    return mine[0].shape[:-1].numel() == mine[0].shape[0] and torch.equal(mine[0], theirs[0])
 
 
 def _outputs(module: nn.Module, call: Call, paths: Sequence[str], enough: bool = False) -> dict[str, list[Tensor]]:
@@ -92,7 +127,7 @@ class ModulationCache:
     paths: tuple[str, ...]
     bytes_before: int
     bytes_after: int
-    known: KnownTimes
+    known: KnownCalls
     kept: Mapping[str, nn.Module] | None
 
     @property
@@ -132,10 +167,11 @@ def disturbances(
 @torch.no_grad()
 def cache_modulation(
     module: nn.Module,
-    call: Call,
+    calls: Sequence[Call],
     times: Sequence[float],
     paths: Sequence[str],
     *,
+    per_prompt: bool = False,
     evict: bool = True,
     original: nn.Module | None = None,
 ) -> ModulationCache:
@@ -143,34 +179,38 @@ def cache_modulation(
 
     Args:
         module: denoiser, quantized or not.
-        call: any call of it, with the batch that it will have.
+        calls: any call of it, with the batch that it will have; ``per_prompt``: calls with all prompts that it will be given.
         times: of the schedule, in the denoiser's own time; of several schedules one behind the other.
-        paths: as ``temporal_layers`` finds them.
+        paths: as ``temporal_layers`` finds them, or (``per_prompt``) ``conditioned_layers``.
+        per_prompt: a row for every sample that the calls give, found by its conditions, in place of one for all.
         evict: let go of the layers; else they are kept on the CPU for ``restore``.
         original: the denoiser whose outputs the tables hold; None: the module itself.
     Raises:
-        ValueError: no layers or times.
+        ValueError: no layers, times or calls; ``per_prompt`` with calls that give nothing by sample.
     """
-    if not paths or not times:
+    if not paths or not times or not calls:
         raise ValueError(
-            f"modulation: layers and times must be given, got {len(paths)} and {len(times)}. "
+            f"modulation: layers, times and calls must be given, got {len(paths)}, {len(times)} and {len(calls)}. "
             "No layer of this denoiser depends on the noise level only, or the schedule is empty."
         )
     # As the denoiser is given them, in the dtype of the call.
-    times = list(dict.fromkeys(at_time(call, time).time or 0.0 for time in times))
+    times = list(dict.fromkeys(at_time(calls[0], time).time or 0.0 for time in times))
     source = module if original is None else original
-    by_time = [_outputs(source, at_time(call, time), paths, enough=True) for time in times]
-    mine = _outputs(module, at_time(call, times[0]), paths, enough=True)  # where and in what dtype tables must be
-    known = KnownTimes(times)
+    mine = _outputs(module, at_time(calls[0], times[0]), paths, enough=True)  # where and in what dtype tables must be
+    if per_prompt:
+        rows, conditions = _by_sample(module, source, calls, times, paths)
+    else:
+        rows, conditions = _tabulated(source, calls[0], times, paths), []
+    known = KnownCalls(times, conditions)
     kept: dict[str, nn.Module] = {}
     before = after = 0
     for path in paths:
-        rows = torch.stack([found[path][0].flatten(0, -2) for found in by_time]).to(mine[path][0])
-        if bool((rows == rows[:, :1]).all()):
-            rows = rows[:, :1].clone()
+        table_rows = rows[path].to(mine[path][0])
+        if bool((table_rows == table_rows[:, :1]).all()):
+            table_rows = table_rows[:, :1]
         kept[path] = module.get_submodule(path)
         before += _bytes(kept[path])
-        table = ModulationTable(rows, known, kept[path])  # type: ignore[arg-type]
+        table = ModulationTable(table_rows, known, kept[path])  # type: ignore[arg-type]
         after += _bytes(table)
         replace_layer(module, path, table)
         kept[path] = kept[path] if evict else kept[path].cpu()
@@ -178,6 +218,32 @@ def cache_modulation(
     return ModulationCache(
         module=module, paths=tuple(paths), bytes_before=before, bytes_after=after, known=known, kept=None if evict else kept
     )
+
+
+def _tabulated(module: nn.Module, call: Call, times: Sequence[float], paths: Sequence[str]) -> dict[str, Tensor]:
+    """Path -> outputs of a layer at these times, [S, B, N]."""
+    by_time = [_outputs(module, at_time(call, time), paths, enough=True) for time in times]
+    return {path: torch.stack([found[path][0].flatten(0, -2) for found in by_time]) for path in paths}
+
+
+def _by_sample(
+    module: nn.Module, source: nn.Module, calls: Sequence[Call], times: Sequence[float], paths: Sequence[str]
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Path -> outputs of a layer, [C * S, 1, N], for the C samples of these calls whose conditions differ; and these conditions."""
+    rows: dict[str, list[Tensor]] = {path: [] for path in paths}
+    conditions: list[Tensor] = []
+    for call in calls:
+        samples = samples_of(arguments_for(module, call))
+        if not samples:
+            raise ValueError("modulation: per_prompt must come with calls that give something by sample, got none. Leave it out.")
+        here = _tabulated(source, call, times, paths)
+        for index in range(len(samples[0])):
+            one = [tensor[index : index + 1] for tensor in samples]
+            if not conditions or not bool(alike(one, conditions).any()):
+                conditions = [torch.cat(both) for both in zip(conditions, one, strict=True)] if conditions else one
+                for path in paths:
+                    rows[path].append(here[path][:, index : index + 1])
+    return {path: torch.cat(found) for path, found in rows.items()}, conditions
 
 
 def _bytes(module: nn.Module) -> int:
@@ -190,6 +256,7 @@ def cache_pipeline(
     *,
     call_kwargs: Mapping[str, Any] | None = None,
     other_size: tuple[int, int] | None = None,
+    per_prompt: bool = False,
     evict: bool = True,
     original: Any = None,
     above: float = 0.0,
@@ -198,17 +265,20 @@ def cache_pipeline(
 
     Args:
         pipe: pipeline, quantized or not; the batch is that of one prompt.
-        prompts: two different ones.
-        call_kwargs: as the pipeline will be called, number of steps included.
-        other_size: height and width of the second call of the probe; None: half of the first one's.
+        prompts: two different ones; ``per_prompt``: all that it will be given, in batches of any of them.
+        call_kwargs: as the pipeline will be called, number of steps included; ``per_prompt``: size, negative prompt and what else
+            comes by sample too.
+        other_size: height and width of the second call of the probe, with which tables are made; None: half of the first one's.
+        per_prompt: replace also what depends on the prompt (or the size, guidance) beside the level: SDXL's, SD3's and Flux's
+            modulation.
         evict: see ``cache_modulation``.
         original: the pipeline before it was quantized. Tables then hold its outputs, so these layers are exact again.
         above: with ``original``, only layers are replaced that quantizing disturbed more than this (``disturbances``: error power
-            as the output's share, so 1e-4 is -40 dB).
+            as the output's share, so 1e-4 is -40 dB; of the first prompt).
     Returns:
         Name of the denoiser -> what was done; empty where no layer qualifies.
     Raises:
-        ValueError: fewer than two prompts; ``above`` without ``original``; as ``run_times``.
+        ValueError: fewer than two prompts; ``above`` without ``original``; as ``run_times`` and ``cache_modulation``.
     """
     if above and original is None:
         raise ValueError(
@@ -224,11 +294,16 @@ def cache_pipeline(
     two = first_call(pipe, prompts[1], {**(call_kwargs or {}), "height": size[0], "width": size[1]})
     module = denoisers(pipe)[one.component]
     exact = None if original is None else denoisers(original)[one.component]
-    paths = temporal_layers(module if exact is None else exact, [one, two])
+    qualify = conditioned_layers if per_prompt else temporal_layers
+    paths = qualify(module if exact is None else exact, [one, two])
     if exact is not None and paths:
         found = disturbances(exact, module, one, times, paths)
         paths = [path for path in paths if not found[path] <= above]  # NaN: disturbed as much as can be
-    return {one.component: cache_modulation(module, one, times, paths, evict=evict, original=exact)} if paths else {}
+    if not paths:
+        return {}
+    given = [call for prompt in prompts for call in first_step(pipe, prompt, call_kwargs)] if per_prompt else [one]
+    calls = [conditioned_as(call, two) for call in given]  # at the other size, which these layers do not see
+    return {one.component: cache_modulation(module, calls, times, paths, per_prompt=per_prompt, evict=evict, original=exact)}
 
 
 def _size(pipe: Any, call: Call) -> tuple[int, int]:

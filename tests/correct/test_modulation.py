@@ -8,7 +8,7 @@ import torch
 import dqtk
 from dqtk.calibrate.replay import Call
 from dqtk.calibrate.schedule import first_call, run_times
-from dqtk.correct.modulation import cache_modulation, cache_pipeline, disturbances, temporal_layers
+from dqtk.correct.modulation import cache_modulation, cache_pipeline, conditioned_layers, disturbances, temporal_layers
 from dqtk.nn.modulation import ModulationTable
 from dqtk.recipes import recipe_named
 
@@ -106,7 +106,7 @@ def test_pixart_keeps_its_bits_and_lets_go_of_its_weights(load_tiny, draw):
     left = sum(p.numel() * p.element_size() for p in pipe.transformer.parameters())
     assert size - left == made.bytes_before
     assert made.bytes_after == sum(
-        layer.rows.numel() * 4 for layer in pipe.transformer.modules() if isinstance(layer, ModulationTable)
+        layer.rows.numel() * 4 + 4 * 8 for layer in pipe.transformer.modules() if isinstance(layer, ModulationTable)
     )
     assert 0 < made.bytes_saved == made.bytes_before - made.bytes_after
     other = copy.deepcopy(pipe.transformer)
@@ -184,12 +184,104 @@ def test_sdxl_qualifies_up_to_the_time_embedding(load_tiny, draw):
     assert torch.equal(draw(pipe, **FOUR), expected)
 
 
+MIXED = {  # behind the embeddings of time and pooled text
+    sd3: ["transformer_blocks.0.norm1.linear", "transformer_blocks.0.norm1_context.linear", "norm_out.linear"],
+    flux: [
+        "transformer_blocks.0.norm1.linear",
+        "transformer_blocks.0.norm1_context.linear",
+        "single_transformer_blocks.0.norm.linear",
+        "norm_out.linear",
+    ],
+}
+
+
+@pytest.mark.parametrize("family", MIXED)
+def test_where_pooled_text_enters_tables_are_per_prompt(family):
+    """Any batch of known samples, at sizes that tables were not made with, to the bit; others are refused."""
+    torch.manual_seed(0)
+    module, calls = family()
+    module.eval()
+    calls[1].kwargs["hidden_states"] = calls[1].kwargs["hidden_states"] * 3  # other latents under other text
+    paths = conditioned_layers(module, calls)
+    embedders = [f"time_text_embed.{kind}_embedder.linear_{n}" for kind in ("timestep", "text") for n in (1, 2)]
+    assert paths == embedders + MIXED[family]
+    times = [0.5, 0.25] if family is flux else [500.0, 250.0]
+    turned = calls[0].kwargs | {"pooled_projections": calls[0].kwargs["pooled_projections"].flip(0)}
+    with torch.no_grad():
+        expected = [
+            module(**(given | {"timestep": torch.full((2,), time)})).sample for given in (calls[0].kwargs, turned) for time in times
+        ]
+    made = cache_modulation(module, calls, times, paths, per_prompt=True)
+    assert made.known.samples == 4
+    table, text = module.norm_out.linear, module.time_text_embed.text_embedder.linear_1
+    assert table.rows.shape == (8, 1, table.out_features)
+    assert text.rows.shape == (4, 1, text.out_features)  # of every prompt once, whatever the time
+    with torch.no_grad():
+        got = [
+            module(**(given | {"timestep": torch.full((2,), time)})).sample for given in (calls[0].kwargs, turned) for time in times
+        ]
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, expected, strict=True))
+    other = calls[0].kwargs | {"pooled_projections": calls[0].kwargs["pooled_projections"] * torch.tensor([[1.0], [1.002]])}
+    with pytest.raises(ValueError, match=r"must be called with prompts .* got others in sample 1; 4 samples are known"):
+        module(**other)
+
+
+def test_sdxl_with_prompts_of_its_own(load_tiny, draw):
+    """Modulation of all blocks goes; prompts in one batch, a new one, another size."""
+    pipe = load_tiny("sdxl")
+    how = {**FOUR, "output_type": "latent"}
+    seeds = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    expected = draw(pipe, **FOUR), pipe(PROMPTS, generator=seeds, **how).images
+    made = cache_pipeline(pipe, PROMPTS, call_kwargs=FOUR, per_prompt=True)["unet"]
+    roles = {path.rsplit(".", 1)[-1] for path in made.paths}
+    assert roles == {"linear_1", "linear_2", "time_emb_proj"}
+    assert {path for path in made.paths if "time_emb_proj" not in path} == {
+        f"{kind}_embedding.linear_{n}" for kind in ("time", "add") for n in (1, 2)
+    }
+    assert sum("time_emb_proj" in path for path in made.paths) == sum(
+        "time_emb_proj" in p for p, _ in load_tiny("sdxl").unet.named_modules()
+    )
+    assert made.known.samples == 3  # two prompts and the empty one
+    assert torch.equal(draw(pipe, **FOUR), expected[0])
+    seeds = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    assert torch.allclose(pipe(PROMPTS, generator=seeds, **how).images, expected[1], atol=1e-4)  # tables are those of one prompt
+    with pytest.raises(ValueError, match="got others in sample 1; 3 samples are known"):
+        pipe("a star", **how)
+    with pytest.raises(ValueError, match="got others in sample 0"):
+        pipe(PROMPTS[0], height=64, width=96, **how)
+
+
+def test_tables_per_prompt_know_their_batch():
+    """Compiled: a graph for each batch, whatever the times and prompts; a layer that sees another batch is refused."""
+    torch.manual_seed(0)
+    module, calls = sd3()
+    module.eval().requires_grad_(False)
+    cache_modulation(module, calls, [500.0, 250.0], conditioned_layers(module, calls), per_prompt=True)
+    table, graphs = module.norm_out.linear, []
+    table.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward, fullgraph=True)
+    pooled = torch.cat([call.kwargs["pooled_projections"] for call in calls])
+    seen = {}
+    for rows in ((0, 1), (2, 3), (3, 0, 1)):
+        for time in (500.0, 250.0):
+            given = {"hidden_states": torch.zeros(len(rows), 4, 8, 8), "pooled_projections": pooled[list(rows)]}
+            table.known.see(module, (), {**given, "timestep": torch.tensor([time])})
+            for row, found in zip(rows, table(torch.zeros(len(rows), 16)), strict=True):
+                assert torch.equal(seen.setdefault((row, time), found), found)
+    assert len({tuple(found.tolist()) for found in seen.values()}) == len(seen) == 8
+    assert len(graphs) == 2
+    with pytest.raises(ValueError, match="modulation: layers must see the batch of the call, 3, got 2"):
+        table.forward(torch.zeros(2, 16))
+    module, calls = wan()
+    with pytest.raises(ValueError, match="modulation: per_prompt must come with calls that give something by sample"):
+        cache_modulation(module, calls, [500.0], ["condition_embedder.time_proj"], per_prompt=True)
+
+
 def test_compiled_once_for_all_times():
     torch.manual_seed(0)
     module, calls = wan()
     module.eval().requires_grad_(False)
     times = [900.0, 500.0, 100.0]
-    cache_modulation(module, calls[0], times, temporal_layers(module, calls))
+    cache_modulation(module, calls[:1], times, temporal_layers(module, calls))
     table = module.condition_embedder.time_proj
     graphs = []
     table.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward, fullgraph=True)
@@ -205,8 +297,8 @@ def test_what_cannot_be_cached(load_tiny):
     with pytest.raises(ValueError, match="modulation: prompts must be two different ones"):
         cache_pipeline(load_tiny("pixart"), PROMPTS[:1] * 2)
     module, calls = wan()
-    with pytest.raises(ValueError, match="modulation: layers and times must be given, got 0 and 1"):
-        cache_modulation(module, calls[0], [1.0], [])
-    cache_modulation(module, calls[0], [500.0], temporal_layers(module, calls))
+    with pytest.raises(ValueError, match="modulation: layers, times and calls must be given, got 0, 1 and 1"):
+        cache_modulation(module, calls[:1], [1.0], [])
+    cache_modulation(module, calls[:1], [500.0], temporal_layers(module, calls))
     with pytest.raises(ValueError, match=r"modulation: WanTransformer3DModel must be called with one time, got \[500.0, 400.0\]"):
         module(**(calls[0].kwargs | {"timestep": torch.tensor([500.0, 400.0])}))
