@@ -6,20 +6,21 @@ the scheduler's timesteps reach it. That costs the text encoders' part of a run.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import nn
 
-from dqtk.calls import call_arguments, denoisers, prompt_argument
+from dqtk.calls import call_arguments, check_call_names, denoisers, prompt_argument
 
 from .replay import Call, capturing
+from .stub import repeating
 
 
-class _Enough(Exception):
-    """The last denoiser call that was asked for was reached."""
+class _First(Exception):
+    """The first denoiser call was reached."""
 
 
 @torch.no_grad()
@@ -61,31 +62,40 @@ def run_times(pipe: Any, prompts: Sequence[str] | None = None, call_kwargs: Mapp
 @torch.no_grad()
 def first_call(pipe: Any, prompt: str, call_kwargs: Mapping[str, Any] | None = None) -> Call:
     """The first denoiser call of a run, which is not made. Raises ``ValueError`` for a pipeline that makes none."""
-    return _calls_until(lambda time, first: True, pipe, prompt, call_kwargs)[0]
+
+    def stop(module: nn.Module, args: tuple) -> None:
+        raise _First
+
+    with ExitStack() as hooks, suppress(_First), _called(pipe) as calls:
+        for part in denoisers(pipe).values():
+            hooks.callback(part.register_forward_pre_hook(stop).remove)
+        _run(pipe, prompt, call_kwargs)
+    return calls[0]
 
 
 @torch.no_grad()
-def first_step(pipe: Any, prompt: str, call_kwargs: Mapping[str, Any] | None = None) -> list[Call]:
-    """All denoiser calls at the first time of a run, both of guidance's where they are made apart. Raises as ``first_call``."""
-    calls = _calls_until(lambda time, first: time != first, pipe, prompt, call_kwargs)
-    return [call for call in calls if call.time == calls[0].time]
-
-
-def _calls_until(enough: Callable[..., bool], pipe: Any, prompt: str, call_kwargs: Mapping[str, Any] | None) -> list[Call]:
-    """Denoiser calls of a run, which stops at (and does not make) the one of whose time and the first one's ``enough`` says so."""
-    kwargs = call_arguments(pipe, call_kwargs) | {"output_type": "latent", "generator": torch.Generator().manual_seed(0)}
-
-    def stop(module: nn.Module, args: tuple) -> None:
-        if enough(calls[-1].time, calls[0].time):
-            raise _Enough
-
-    with capturing(denoisers(pipe), lambda name, module, given: None) as calls, ExitStack() as hooks, suppress(_Enough):
+def run_calls(pipe: Any, prompt: str, call_kwargs: Mapping[str, Any] | None = None) -> list[Call]:
+    """All denoiser calls of a run, at the times and with the conditions that it makes them with, to the bit; their latents are not
+    those of a run, since each denoiser computes once and repeats that answer. Raises as ``first_call``."""
+    with ExitStack() as stack, _called(pipe) as calls:
         for part in denoisers(pipe).values():
-            hooks.callback(part.register_forward_pre_hook(stop).remove)
-        pipe(**prompt_argument(pipe, [prompt], "first_call"), **kwargs)
+            stack.enter_context(repeating(part))
+        _run(pipe, prompt, call_kwargs)
+    return calls
+
+
+@contextmanager
+def _called(pipe: Any) -> Iterator[list[Call]]:
+    with capturing(denoisers(pipe), lambda name, module, given: None) as calls:
+        yield calls
     if not calls:
         raise ValueError(f"first_call: {type(pipe).__name__} must call its denoiser, got no call. Is it a pipeline that denoises?")
-    return calls
+
+
+def _run(pipe: Any, prompt: str, call_kwargs: Mapping[str, Any] | None) -> None:
+    check_call_names(pipe, call_kwargs or {}, "call_kwargs")
+    kwargs = call_arguments(pipe, call_kwargs) | {"output_type": "latent", "generator": torch.Generator().manual_seed(0)}
+    pipe(**prompt_argument(pipe, [prompt], "first_call"), **kwargs)
 
 
 def time_at(times: Sequence[float], share: float) -> float:

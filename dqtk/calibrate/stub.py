@@ -1,6 +1,6 @@
 """Blocks of a model that answer what they are told to, without computing."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,21 +47,45 @@ def zeros(answer: Any) -> Any:
     return tree_map(lambda x: Zeros(x) if isinstance(x, Tensor) else x, answer)
 
 
+def made(answer: Any) -> Any:
+    """What was kept or is to be zeros, as tensors."""
+    return tree_map(lambda x: x.made() if isinstance(x, Zeros | Kept) else x, answer)
+
+
 @contextmanager
-def answering(block: Any, answer: Any) -> Iterator[None]:
-    """While open, the block does not compute when it is called for the first time, but returns this."""
-    own = vars(block).get("forward")
-    compute, answers = block.forward, [answer]
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if not answers:
-            return compute(*args, **kwargs)
-        return tree_map(lambda x: x.made() if isinstance(x, Zeros | Kept) else x, answers.pop())
-
-    block.forward = forward
+def served(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """While open, calls of a module are made by this function."""
+    own = vars(module).get("forward")
+    module.forward = forward
     try:
         yield
     finally:
-        del block.forward
+        del module.forward
         if own is not None:
-            block.forward = own
+            module.forward = own
+
+
+@contextmanager
+def answering(block: Any, answer: Any) -> Iterator[None]:
+    """While open, the block does not compute when it is called for the first time, but returns this."""
+    compute, answers = block.forward, [answer]
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return made(answers.pop()) if answers else compute(*args, **kwargs)
+
+    with served(block, forward):
+        yield
+
+
+@contextmanager
+def repeating(module: Any) -> Iterator[None]:
+    """While open, the module computes when it is called for the first time, and answers the same from then on."""
+    compute, answers = module.forward, list[Any]()
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not answers:
+            answers.append(copied(compute(*args, **kwargs)))
+        return made(answers[0])
+
+    with served(module, forward):
+        yield

@@ -10,9 +10,11 @@ With tables a layer is exact for the batch it was made with, and its weights can
 original layer: where what quantizing did to it is worth mending (``disturbances``; the successor's disturbance-aware selection).
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from dqtk.calibrate.replay import Call, arguments_for
-from dqtk.calibrate.schedule import first_call, first_step, run_times
+from dqtk.calibrate.schedule import run_calls
 from dqtk.calls import TIME_NAMES, denoisers
 from dqtk.checkpoint import replace_layer
 from dqtk.nn.modulation import KnownCalls, ModulationTable, alike, conditions_in, samples_of
@@ -31,19 +33,20 @@ class _Enough(Exception):
 
 
 @torch.no_grad()
-def temporal_layers(module: nn.Module, calls: Sequence[Call]) -> list[str]:
+def temporal_layers(module: nn.Module, calls: Sequence[Call], later: float | None = None) -> list[str]:
     """Paths of linears whose outputs depend on the time of a call only, in the order in which a call reaches them.
 
     Args:
         module: denoiser.
-        calls: at least two, of other prompts and sizes; they are made at the first one's time, and the first once more at another.
+        calls: at least two, of other prompts and sizes; they are made at the first one's time, and the first once more later.
+        later: another time; None: half of the first one's, or 0.5 where that is 0.
     """
     first, others = _probed(module, calls)
-    later, _ = _probed(module, [at_time(calls[0], (calls[0].time or 0.0) / 2)])
+    again, _ = _probed(module, [at_time(calls[0], (calls[0].time or 1.0) / 2 if later is None else later)])
     return [
         path
         for path, mine in first.items()
-        if all(_one_row(mine, other.get(path)) for other in others) and not _one_row(mine, later.get(path))
+        if all(_one_row(mine, other.get(path)) for other in others) and not _one_row(mine, again.get(path))
     ]
 
 
@@ -123,12 +126,12 @@ def at_time(call: Call, time: float) -> Call:
 class ModulationCache:
     """Tables in place of some layers of a denoiser. ``bytes_before``, ``bytes_after``: of those layers, and of their tables."""
 
-    module: nn.Module
+    module: nn.Module = field(repr=False)
     paths: tuple[str, ...]
     bytes_before: int
     bytes_after: int
-    known: KnownCalls
-    kept: Mapping[str, nn.Module] | None
+    known: KnownCalls = field(repr=False)
+    kept: Mapping[str, nn.Module] | None = field(repr=False)
 
     @property
     def bytes_saved(self) -> int:
@@ -236,13 +239,15 @@ def _by_sample(
         samples = samples_of(arguments_for(module, call))
         if not samples:
             raise ValueError("modulation: per_prompt must come with calls that give something by sample, got none. Leave it out.")
-        here = _tabulated(source, call, times, paths)
+        new = []
         for index in range(len(samples[0])):
             one = [tensor[index : index + 1] for tensor in samples]
             if not conditions or not bool(alike(one, conditions).any()):
                 conditions = [torch.cat(both) for both in zip(conditions, one, strict=True)] if conditions else one
-                for path in paths:
-                    rows[path].append(here[path][:, index : index + 1])
+                new.append(index)
+        here = _tabulated(source, call, times, paths) if new else {}
+        for path, index in product(paths, new):
+            rows[path].append(here[path][:, index : index + 1])
     return {path: torch.cat(found) for path, found in rows.items()}, conditions
 
 
@@ -259,9 +264,11 @@ def cache_pipeline(
     per_prompt: bool = False,
     evict: bool = True,
     original: Any = None,
-    above: float = 0.0,
+    above: float | None = None,
 ) -> dict[str, ModulationCache]:
-    """Probe the first denoiser of a pipeline and replace what depends on the noise level only, for the schedule of a call.
+    """Probe the denoisers of a pipeline and replace what depends on the noise level only, for the schedule of a call.
+
+    A run is made in which every denoiser computes once per prompt, to see at which times it is called.
 
     Args:
         pipe: pipeline, quantized or not; the batch is that of one prompt.
@@ -274,40 +281,53 @@ def cache_pipeline(
         evict: see ``cache_modulation``.
         original: the pipeline before it was quantized. Tables then hold its outputs, so these layers are exact again.
         above: with ``original``, only layers are replaced that quantizing disturbed more than this (``disturbances``: error power
-            as the output's share, so 1e-4 is -40 dB; of the first prompt).
+            as the output's share, so 1e-4 is -40 dB; of the first prompt). None: all.
     Returns:
-        Name of the denoiser -> what was done; empty where no layer qualifies.
+        Name of the denoiser -> what was done; a denoiser of which no layer qualifies is left out, and where none does, a
+        ``UserWarning`` says so.
     Raises:
-        ValueError: fewer than two prompts; ``above`` without ``original``; as ``run_times`` and ``cache_modulation``.
+        ValueError: fewer than two prompts; ``above`` without ``original`` or less than 0; as ``cache_modulation``.
     """
-    if above and original is None:
+    if above is not None and (original is None or not above >= 0):
         raise ValueError(
-            f"modulation: above must come with original, got {above} alone. Pass the pipeline before it was quantized."
+            f"modulation: above must be at least 0 and come with original, got {above} {'with' if original else 'without'} it. "
+            "Pass the pipeline before it was quantized."
         )
-    if len(prompts) < 2 or prompts[0] == prompts[1]:
+    if isinstance(prompts, str) or len(prompts) < 2 or prompts[0] == prompts[1]:
         raise ValueError(
-            f"modulation: prompts must be two different ones, got {list(prompts)[:2]}. One tells nothing from the text."
+            f"modulation: prompts must be a list of two different ones, got {prompts!r}. One tells nothing from the text."
         )
-    times = run_times(pipe, prompts, call_kwargs)
-    one = first_call(pipe, prompts[0], call_kwargs)
-    size = other_size or tuple(side // 2 for side in _size(pipe, one))
-    two = first_call(pipe, prompts[1], {**(call_kwargs or {}), "height": size[0], "width": size[1]})
-    module = denoisers(pipe)[one.component]
-    exact = None if original is None else denoisers(original)[one.component]
-    qualify = conditioned_layers if per_prompt else temporal_layers
-    paths = qualify(module if exact is None else exact, [one, two])
-    if exact is not None and paths:
-        found = disturbances(exact, module, one, times, paths)
-        paths = [path for path in paths if not found[path] <= above]  # NaN: disturbed as much as can be
-    if not paths:
-        return {}
-    given = [call for prompt in prompts for call in first_step(pipe, prompt, call_kwargs)] if per_prompt else [one]
-    calls = [conditioned_as(call, two) for call in given]  # at the other size, which these layers do not see
-    return {one.component: cache_modulation(module, calls, times, paths, per_prompt=per_prompt, evict=evict, original=exact)}
+    runs = [run_calls(pipe, prompt, call_kwargs) for prompt in (prompts if per_prompt else prompts[:1])]
+    size = other_size or tuple(side // 2 for side in _size(pipe, runs[0][0], call_kwargs or {}))
+    others = run_calls(pipe, prompts[1], {**(call_kwargs or {}), "height": size[0], "width": size[1]})
+    made = {}
+    for name, module in denoisers(pipe).items():
+        mine = [call for run in runs for call in run if call.component == name]
+        if not mine:
+            continue
+        one, two = mine[0], next(call for call in others if call.component == name)
+        times = list(dict.fromkeys(call.time for call in mine if call.time is not None))
+        exact = None if original is None else denoisers(original)[name]
+        source = module if exact is None else exact
+        later = times[-1] if len(times) > 1 else None
+        paths = conditioned_layers(source, [one, two]) if per_prompt else temporal_layers(source, [one, two], later)
+        if exact is not None and above is not None and paths:
+            found = disturbances(exact, module, one, times, paths)
+            paths = [path for path in paths if not found[path] <= above]  # NaN: disturbed as much as can be
+        if paths:
+            calls = [conditioned_as(call, two) for call in (mine if per_prompt else [one])]  # layers do not see the size
+            made[name] = cache_modulation(module, calls, times, paths, per_prompt=per_prompt, evict=evict, original=exact)
+    if not made:
+        known = any(isinstance(layer, ModulationTable) for part in denoisers(pipe).values() for layer in part.modules())
+        more = "Some are tables already: restore() them first." if known else "Where pooled text enters, give per_prompt=True."
+        warnings.warn(f"modulation: no layer qualifies, so nothing became a table. {more}", stacklevel=2)
+    return made
 
 
-def _size(pipe: Any, call: Call) -> tuple[int, int]:
-    """Height and width in pixels of a call whose latents are [B, C, H, W] or [B, C, F, H, W]."""
+def _size(pipe: Any, call: Call, call_kwargs: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width in pixels: those of ``call_kwargs``, or as latents [B, C, H, W] or [B, C, F, H, W] say."""
+    if call_kwargs.get("height") and call_kwargs.get("width"):
+        return call_kwargs["height"], call_kwargs["width"]
     latents = max((v for v in call.kwargs.values() if isinstance(v, Tensor) and v.ndim >= 4), key=lambda t: t.ndim, default=None)
     scale = getattr(pipe, "vae_scale_factor", None) or getattr(pipe, "vae_scale_factor_spatial", None)
     if latents is None or scale is None:

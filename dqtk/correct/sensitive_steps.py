@@ -7,8 +7,8 @@ pipelines are held at once: the original, and the quantized one, whose denoisers
 and not how large it is.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dqtk.calibrate.schedule import run_times, time_at
+from dqtk.calibrate.stub import served
 from dqtk.calls import denoisers, final_latents, given_arguments, time_of
 
 
@@ -52,9 +53,13 @@ def sensitive_steps(
         num_intervals: as many as a run has steps, or fewer.
         call_kwargs: as for ``calibrate``, with the number of steps.
     Raises:
-        ValueError: no prompts, denoisers that are not the same, as ``run_times``.
+        ValueError: no prompts, no intervals, denoisers that are not the same, as ``run_times``.
     """
     theirs = denoisers(quantized)
+    if isinstance(prompts, str):
+        raise ValueError(f"sensitive_steps: prompts must be a list of texts, got one text {prompts!r}. Put it in a list.")
+    if num_intervals < 1:
+        raise ValueError(f"sensitive_steps: num_intervals must be at least 1, got {num_intervals}. As many as a run has steps.")
     if not prompts or set(theirs) != set(denoisers(pipe)):
         raise ValueError(
             f"sensitive_steps: prompts must be given, and quantized must have the denoisers {sorted(denoisers(pipe))}, got "
@@ -67,7 +72,7 @@ def sensitive_steps(
     for begin, end in pairwise(bounds):
         with ExitStack() as stack:
             for name, part in denoisers(pipe).items():
-                stack.enter_context(_served(part, theirs[name], _inside(times, begin, end)))
+                stack.enter_context(served(part, _either(part, theirs[name], _inside(times, begin, end))))
             got = _latents(pipe, prompts, seed, call_kwargs)
         found.append(Sensitivity(begin=begin, end=end, error=geometric_error(got, exact)))
     return sorted(found, key=lambda part: -part.error)
@@ -92,9 +97,8 @@ def _inside(times: Sequence[float], begin: float, end: float) -> Callable[[float
     return lambda time: min(ends) <= time < max(ends)
 
 
-@contextmanager
-def _served(module: nn.Module, other: nn.Module, inside: Callable[[float], bool]) -> Iterator[None]:
-    """While open, calls of a denoiser whose time is inside are made by the other one."""
+def _either(module: nn.Module, other: nn.Module, inside: Callable[[float], bool]) -> Callable[..., Any]:
+    """Calls of a denoiser whose time is inside are made by the other one."""
     own: Any = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -104,8 +108,4 @@ def _served(module: nn.Module, other: nn.Module, inside: Callable[[float], bool]
         serves = other if inside(float(time.detach().float().reshape(-1)[0])) else own
         return serves(*args, **kwargs)
 
-    module.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del module.forward
+    return forward

@@ -21,8 +21,8 @@ ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 3e-3}  # o
 
 
 def conditions_in(arguments: Mapping[str, Any]) -> list[Tensor]:
-    """What a denoiser call gives by sample beside its time: pooled text, sizes, guidance, masks; [B] or [B, K] each."""
-    given = [value for name, value in arguments.items() if name not in TIME_NAMES]
+    """What a denoiser call gives by sample beside its time: pooled text, sizes, guidance; [B] or [B, K] each. Not masks of text."""
+    given = [value for name, value in arguments.items() if name not in TIME_NAMES and "mask" not in name]
     tensors = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
     batch = next((tensor.shape[0] for tensor in tensors if tensor.ndim > 2), 0)
     return [tensor for tensor in tensors if tensor.ndim in (1, 2) and tensor.shape[0] == batch]
@@ -37,7 +37,7 @@ def alike(given: Sequence[Tensor], known: Sequence[Tensor]) -> Tensor:
     """Which samples have which conditions, bool [B, C], from [B, K] and [C, K] each.
 
     Vectors may differ by what other batches do to the rounding of a text encoder (``ROUNDING``), single numbers by ``TOLERANCE``;
-    whole numbers, such as sizes, masks and labels, may not.
+    whole numbers, such as sizes and labels, may not.
     """
     same = torch.ones(len(given[0]), len(known[0]), dtype=torch.bool)
     for mine, theirs in zip(given, known, strict=True):

@@ -1,13 +1,14 @@
 """Layers that depend on the noise level only: found by probing, replaced by tables without changing a bit."""
 
 import copy
+import functools
 
 import pytest
 import torch
 
 import dqtk
 from dqtk.calibrate.replay import Call
-from dqtk.calibrate.schedule import first_call, run_times
+from dqtk.calibrate.schedule import first_call, run_calls, run_times
 from dqtk.correct.modulation import cache_modulation, cache_pipeline, conditioned_layers, disturbances, temporal_layers
 from dqtk.nn.modulation import ModulationTable
 from dqtk.recipes import recipe_named
@@ -156,14 +157,70 @@ def test_tables_of_the_original_undo_what_quantizing_did(load_tiny, draw):
     assert set(disturbances(original.transformer, original.transformer, call, times, paths).values()) == {0.0}
     _, middle, most = sorted(found.values())
     how = {"call_kwargs": FOUR, "original": original, "evict": False}
+    with pytest.warns(UserWarning, match="modulation: no layer qualifies, so nothing became a table"):
+        assert cache_pipeline(pipe, PROMPTS, above=most, **how) == {}
     some = cache_pipeline(pipe, PROMPTS, above=middle, **how)["transformer"]
     assert [found[path] for path in some.paths] == [most]
     some.restore()
-    assert cache_pipeline(pipe, PROMPTS, above=most, **how) == {}
     assert cache_pipeline(pipe, PROMPTS, **how)["transformer"].paths == tuple(paths)
     assert torch.equal(draw(pipe, **FOUR), expected)
-    with pytest.raises(ValueError, match="modulation: above must come with original"):
-        cache_pipeline(pipe, PROMPTS, above=0.1)
+    with pytest.warns(UserWarning, match="Some are tables already"):
+        assert cache_pipeline(pipe, PROMPTS, call_kwargs=FOUR) == {}
+    for above, given in ((0.1, None), (-1, original)):
+        with pytest.raises(ValueError, match=f"modulation: above must be at least 0 and come with original, got {above}"):
+            cache_pipeline(pipe, PROMPTS, above=above, original=given)
+
+
+def test_tables_of_the_original_hold_what_quantizing_left_alone_too(load_tiny):
+    original, pipe = load_tiny("pixart"), load_tiny("pixart")
+    assert len(cache_pipeline(pipe, PROMPTS, call_kwargs=FOUR, original=original)["transformer"].paths) == 3
+    with pytest.warns(UserWarning, match="nothing became a table"):
+        cache_pipeline(load_tiny("pixart"), PROMPTS, call_kwargs=FOUR, original=original, above=0.0)
+
+
+@pytest.mark.parametrize("unit", [lambda t: t / 1000, lambda t: 1 - t / 1000])
+def test_times_as_other_pipelines_give_them(load_tiny, draw, unit):
+    """Flux rounds a time twice in bfloat16, Lumina begins at 0: tables hold what the denoiser is given."""
+    pipe = load_tiny("pixart", torch.bfloat16)
+    runs = []
+
+    def started(module, args, kwargs):
+        if runs:
+            return args, {**kwargs, "timestep": unit(kwargs["timestep"].to(torch.bfloat16))}
+        return None
+
+    class Pipeline(type(pipe)):
+        @functools.wraps(type(pipe).__call__)
+        def __call__(self, *args, **kwargs):
+            runs.append(1)
+            found = super().__call__(*args, **kwargs)
+            runs.clear()
+            return found
+
+    pipe.__class__ = Pipeline
+    pipe.transformer.register_forward_pre_hook(started, with_kwargs=True)
+    how = {"num_inference_steps": 20}
+    expected = draw(pipe, **how)
+    made = cache_pipeline(pipe, PROMPTS, call_kwargs=how)["transformer"]
+    assert len(made.paths) == 3
+    assert str(made).count("\n") == 0
+    assert torch.equal(draw(pipe, **how), expected)
+
+
+def test_a_run_is_called_without_denoising(load_tiny):
+    """A denoiser computes once; times and conditions are those of the run."""
+    pipe = load_tiny("sdxl")
+    made = []
+    pipe.unet.conv_in.register_forward_hook(lambda module, args, output: made.append(1))
+    seen = []
+    pipe.unet.register_forward_pre_hook(lambda module, args, kwargs: seen.append(float(args[1])), with_kwargs=True)
+    calls = run_calls(pipe, PROMPTS[0], FOUR)
+    assert len(made) == 1
+    assert [call.time for call in calls] == seen
+    assert seen[:4] == pytest.approx(run_times(pipe, PROMPTS, FOUR))
+    assert "forward" not in vars(pipe.unet)
+    with pytest.raises(ValueError, match="call_kwargs must be arguments of StableDiffusionXLPipeline"):
+        run_calls(pipe, PROMPTS[0], {"num_inference_step": 4})
 
 
 def test_tables_are_in_the_dtype_of_the_quantized_model(load_tiny, draw):
@@ -294,7 +351,7 @@ def test_compiled_once_for_all_times():
 
 
 def test_what_cannot_be_cached(load_tiny):
-    with pytest.raises(ValueError, match="modulation: prompts must be two different ones"):
+    with pytest.raises(ValueError, match="modulation: prompts must be a list of two different ones"):
         cache_pipeline(load_tiny("pixart"), PROMPTS[:1] * 2)
     module, calls = wan()
     with pytest.raises(ValueError, match="modulation: layers, times and calls must be given, got 0, 1 and 1"):
