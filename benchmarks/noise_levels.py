@@ -1,7 +1,7 @@
 """What knowing the noise level is worth: a calibrated range per interval of it, a correction of the output, where to calibrate,
 care for what sees the level only, distillation, another precision in some steps.
 
-    python benchmarks/noise_levels.py [MODEL ...] [--only ranges correction placement temporal distillation policy]
+    python benchmarks/noise_levels.py [MODEL ...] [--only ranges correction placement temporal tables distillation policy]
         [--variants WORD ...] [--num-prompts 16] [--steps 8 20 50] [--schedulers own ddim] [--state FOLDER]
 
 MODEL is a pipeline, or an embedded one with ``-stressed`` behind its name. Everything is calibrated once, at 20 steps of the
@@ -10,14 +10,16 @@ most; ``--state``: a folder from which that goes on after an interruption), and 
 another scheduler. Error: mean square between final latents of the same prompt and noise, as the original's share; ``gain``: mean
 over prompts of the logarithm (base 10) of the first variant's error over this one's, with its interval (0.3: half the error).
 Policies protect a tenth of the steps: the first or last ones, or those that ``sensitive_steps`` finds on four calibration captions.
-Their cost, as the first variant's share: the mean product of weight and input bits over a run, and the stored bytes. Appends JSON
-lines to results.jsonl.
+Their cost, as the first variant's share: the mean product of weight and input bits over the steps of a run, and the stored bytes.
+Tables are those of the original, per prompt where pooled text enters, made for each schedule. Appends JSON lines to results.jsonl.
 """
 
 import argparse
 import inspect
 import json
 import sys
+from bisect import bisect_right
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,8 +32,10 @@ from rows import append
 import dqtk
 from dqtk.calibrate.intervals import by_drift
 from dqtk.calibrate.placement import Around, ByDrift, Evenly, Every
+from dqtk.calibrate.schedule import run_times
 from dqtk.calls import denoisers
 from dqtk.checkpoint import quantized_layers
+from dqtk.correct.modulation import cache_pipeline
 from dqtk.correct.sensitive_steps import sensitive_steps
 from dqtk.numerics.storage import layer_bytes
 from dqtk.policy import protecting
@@ -44,10 +48,10 @@ from dqtk.spec import GPTQ, ByLevel, Distill, Int, LayerSpec, PerLevel
 
 STEPS = 20  # of calibration
 ONE = "w8a8-static"
-CORRECTED, DISTILLED = ", corrected", ", distilled"
+CORRECTED, DISTILLED, TABLES = ", corrected", ", distilled", ", tables of the original"
 MORE = slice(48, 166)  # captions of distillation: of 32 it learns what is theirs alone (the lab log)
 FRESH = 32  # the first of 16 captions that distillation is judged on: no setting was chosen on them
-PAIRED = ("correction", "distillation")  # every second variant is judged against the one before
+PAIRED = ("correction", "distillation", "tables")  # every second variant is judged against the one before
 
 
 def ranges() -> dict[str, dqtk.Recipe]:
@@ -147,11 +151,19 @@ def temporal() -> dict[str, dqtk.Recipe]:
     return {name: dqtk.Recipe(name=name, rules=(dqtk.Rule(roles=roles, spec=spec, why=name), rest)) for name, spec in specs.items()}
 
 
+def tables() -> dict[str, dqtk.Recipe]:
+    """Everything in 4 bits, what sees the noise level too, with and without care for that; the recipe keeps it at 8 and 16 bits."""
+    four = recipe_named("w4a16")
+    everything = dqtk.Recipe(name="w4 everywhere", rules=(dqtk.Rule(spec=four.main_spec(), why="all"),))
+    return {"w4a16 everywhere": everything, "w4a16 everywhere" + TABLES: everything, "w4a16": four, "w4a16" + TABLES: four}
+
+
 COMPARISONS = {
     "ranges": ranges,
     "correction": correction,
     "placement": placement,
     "temporal": temporal,
+    "tables": tables,
     "distillation": distillation,
 }
 BASE = "w4a4-rot"
@@ -179,18 +191,32 @@ def policies(model: str, captions: list[str]) -> dict:
     return made
 
 
-def cost(pipe) -> dict[str, float]:
-    """Mean over a run of weight bits times input bits, weighed by weights; stored bytes of the quantized layers."""
+def cost(pipe, steps: int) -> dict[str, float]:
+    """Mean over the steps of a run of weight bits times input bits, weighed by weights; stored bytes of the quantized layers."""
     products = weights = stored = 0.0
+    times = run_times(pipe, call_kwargs={"num_inference_steps": steps})
     for part in denoisers(pipe).values():
         for layer in quantized_layers(part).values():
-            parts = (
-                zip(layer.spec.specs, layer.spec.widths, strict=True) if isinstance(layer.spec, ByLevel) else ((layer.spec, 1.0),)
-            )
-            mean = sum(width * spec.weight.bits * (16 if spec.input is None else spec.input.bits) for spec, width in parts)
+            specs = [layer.spec]
+            if isinstance(layer.spec, ByLevel):
+                edges, kinds = layer.spec.ascending
+                specs = [layer.spec.kinds[kinds[bisect_right(edges, time)]] for time in times]
+            mean = sum(spec.weight.bits * (16 if spec.input is None else spec.input.bits) for spec in specs) / len(specs)
             products, weights = products + mean * layer.n * layer.k, weights + layer.n * layer.k
             stored += layer_bytes(layer.spec, layer.n, layer.k, layer.k // layer.taps)
     return {"bops": products / weights, "bytes": stored}
+
+
+@contextmanager
+def cared_for(name: str, pipe, original, prompts: list[str], steps: int):
+    """While open, a variant with ``TABLES`` has those of the original for this schedule and these prompts."""
+    made = {}
+    if name.endswith(TABLES):
+        how = {"call_kwargs": {"num_inference_steps": steps}, "evict": False, "original": original}
+        made = cache_pipeline(pipe, prompts, per_prompt="unet" in denoisers(pipe), **how)
+    yield
+    for cache in made.values():
+        cache.restore()
 
 
 def quantized(
@@ -232,18 +258,24 @@ def run(model: str, comparison: str, options) -> None:
         recipes = {name: r for name, r in COMPARISONS[comparison]().items() if any(word in name for word in options.variants)}
         folder = options.state / model if options.state and comparison == "distillation" else None
         made = quantized(model, recipes, captions, options.iterations, folder)
-    base = cost(next(iter(made.values()))) if comparison == "policy" else {}
     for steps in options.steps:
         for scheduler in options.schedulers:
             exact = latents(scheduled(reference, own, scheduler), prompts, steps)
+            base = cost(next(iter(made.values())), steps) if comparison == "policy" else {}
             first = None
             for name, pipe in made.items():
-                found = errors(exact, latents(scheduled(pipe, own, scheduler), prompts, steps))
-                first = found if first is None or (comparison in PAIRED and not name.endswith((CORRECTED, DISTILLED))) else first
+                scheduled(pipe, own, scheduler)
+                with cared_for(name, pipe, reference, prompts, steps):
+                    found = errors(exact, latents(pipe, prompts, steps))
+                first = (
+                    found
+                    if first is None or (comparison in PAIRED and not name.endswith((CORRECTED, DISTILLED, TABLES)))
+                    else first
+                )
                 gain = paired_bootstrap(torch.log10(first / found))
                 row = {"benchmark": "noise_levels", "model": model, "steps": steps, "scheduler": scheduler, "variant": name}
                 row |= {"num_prompts": len(prompts), "error": float(found.mean()), "gain": [gain.estimate, gain.low, gain.high]}
-                row |= {f"{kind}_share": value / base[kind] for kind, value in cost(pipe).items()} if base else {}
+                row |= {f"{kind}_share": value / base[kind] for kind, value in cost(pipe, steps).items()} if base else {}
                 said = f"{model:22} {steps:3} {scheduler:5} {name:38} {row['error']:.3e}"
                 print(f"{said} gain {gain.estimate:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})", flush=True)
                 append(row)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from dqtk.calibrate.schedule import run_times, time_at
 from dqtk.calibrate.stub import served
@@ -43,6 +44,7 @@ def sensitive_steps(
     num_intervals: int = 20,
     seed: int = 0,
     call_kwargs: Mapping[str, Any] | None = None,
+    progress: bool = True,
 ) -> list[Sensitivity]:
     """Intervals of equal share, the most sensitive first. One run per interval and prompt, and one of the original.
 
@@ -52,6 +54,7 @@ def sensitive_steps(
         prompts: at least one; prompt i starts from generator seed + i.
         num_intervals: as many as a run has steps, or fewer.
         call_kwargs: as for ``calibrate``, with the number of steps.
+        progress: show a bar with the time left.
     Raises:
         ValueError: no prompts, no intervals, denoisers that are not the same, as ``run_times``.
     """
@@ -69,7 +72,7 @@ def sensitive_steps(
     bounds = [index / num_intervals for index in range(num_intervals + 1)]
     exact = _latents(pipe, prompts, seed, call_kwargs)
     found = []
-    for begin, end in pairwise(bounds):
+    for begin, end in tqdm(list(pairwise(bounds)), desc="sensitive steps", unit="part", disable=not progress):
         with ExitStack() as stack:
             for name, part in denoisers(pipe).items():
                 stack.enter_context(served(part, _either(part, theirs[name], _inside(times, begin, end))))
