@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from .calibrate.schedule import run_times, time_at
+from .calls import check_call_names
 from .plan import Choice, Plan, Recipe
 from .spec import ByLevel, ConstantToken, LayerSpec, SiteSpec, frozen, kinds_of, without
 
@@ -139,6 +140,7 @@ def fixed_choices(
     """The same for choices."""
     if not any(isinstance(choice.spec, ByLevel) and not choice.spec.edges for choice in choices):
         return list(choices)
+    check_call_names(pipe, call_kwargs or {}, "step_policy: call_kwargs")
     times = run_times(pipe, prompts, call_kwargs)
     if len(times) < 2 or times[0] == times[-1]:
         raise ValueError(f"step_policy: a run must have at least two steps, got times {times}. Take more steps or no policy.")
