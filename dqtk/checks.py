@@ -106,7 +106,7 @@ def check_runs(plan: Plan, prompts: Sequence[str], batch_size: int) -> None:
     """Raises ``ValueError`` where calibrating on these prompts would make fewer runs than ``correct`` and ``refine`` must have."""
     check_prompts(prompts, "calibrate", "Pass a list or a file with one prompt per line.")
     runs = math.ceil(len(prompts) / batch_size)
-    if runs < 2:
+    if runs < 2 and taught(plan):
         raise ValueError(
             f"quantize: correct and refine must have calls of at least two calibration runs of {', '.join(taught(plan))}, got "
             f"{runs}: {len(prompts)} prompts in batches of {batch_size}. Calibrate with keep_calls=True and more prompts, or a "

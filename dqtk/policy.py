@@ -163,7 +163,7 @@ def _warn_of_empty(shares: Sequence[float], num_steps: int) -> None:
         if not any(begin < middle <= end for middle in middles):
             warnings.warn(
                 f"step_policy: no step of {num_steps} lies {span(begin, end)}. Quantize with the number of steps of later use: "
-                "call_kwargs={'num_inference_steps': ...}.",
+                "call_kwargs={'num_inference_steps': ...}, --steps in the shell.",
                 stacklevel=2,
             )
 
