@@ -27,11 +27,13 @@ def parser() -> argparse.ArgumentParser:
     calibrate = verbs.add_parser("calibrate", help="watch the inputs of the layers that need it; resumes an existing file")
     _model_and_plan(calibrate)
     _sampling(calibrate, dtype="stored")
+    _placing(calibrate)
     calibrate.add_argument("--output", type=Path, required=True, help="statistics file (.safetensors)")
 
     quant = verbs.add_parser("quantize", help="quantize and save a pipeline")
     _model_and_plan(quant)
     _sampling(quant, prompts_required=False, dtype="stored")
+    _placing(quant)
     quant.add_argument("--plan", type=Path, help="a plan written by explain --output, in place of a recipe")
     quant.add_argument("--stats", type=Path, help="statistics written by calibrate, in place of prompts")
     quant.add_argument("--sequential", action="store_true", help="solvers see inputs of the model as it is quantized so far")
@@ -42,6 +44,12 @@ def parser() -> argparse.ArgumentParser:
     quant.add_argument("--iterations", type=_positive, metavar="N", help="of --refine (default: its own number)")
     quant.add_argument(
         "--refine-batch", type=_positive, metavar="N", help="calls per iteration of --refine distill; processes share them"
+    )
+    quant.add_argument(
+        "--refine-guidance",
+        type=float,
+        metavar="SCALE",
+        help="with --refine distill: lower the error of guided steps of this scale",
     )
     quant.add_argument(
         "--candidates", type=_positive, metavar="N", help="words among which vectors choose, with --refine blocks (VQ4DiT takes 2)"
@@ -199,6 +207,13 @@ def _model_and_plan(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--set", metavar="PATTERN=RECIPE", action="append", default=[], help="another recipe for matching sites; repeatable"
     )
+    verb.add_argument(
+        "--during",
+        metavar="BEGIN-END[=RECIPE]",
+        action="append",
+        default=[],
+        help="another recipe in a part of a run, such as 0.9-1=w8a8 (0: most noise); none: inputs in 16 bits there; repeatable",
+    )
     verb.add_argument("--attention", metavar="NAME", help=f"how denoisers attend to themselves: {', '.join(ATTENTION)}")
     verb.add_argument("--density", type=float, metavar="SHARE", help=f"of the blocks of attention that are computed ({DENSITY})")
 
@@ -216,6 +231,12 @@ def _sampling(verb: argparse.ArgumentParser, prompts_required: bool = True, dtyp
         "--dtype", choices=("stored", "float32", "bfloat16", "float16"), default=dtype, help="compute dtype (%(default)s)"
     )
     verb.add_argument("--device", help="such as cpu or cuda:1 (default: the CUDA device if there is one)")
+
+
+def _placing(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--placement", metavar="HOW", help="steps of a run that are learned from: evenly (the default), every or around:LEVEL (0.4)"
+    )
 
 
 def _speed(verb: argparse.ArgumentParser) -> None:

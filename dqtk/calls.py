@@ -51,6 +51,14 @@ def _named(kind: type) -> dict[str, None]:
     return dict.fromkeys(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self")
 
 
+def check_prompts(prompts: Sequence[str], where: str, remedy: str = "Pass a list of texts.") -> None:
+    """Raises ``ValueError`` for no prompts, and for one text, whose letters would be taken for prompts."""
+    if isinstance(prompts, str):
+        raise ValueError(f"{where}: prompts must be a list of texts, got one text {prompts!r}. Put it in a list.")
+    if not prompts:
+        raise ValueError(f"{where}: prompts must hold at least one prompt, got none. {remedy}")
+
+
 def prompt_argument(pipe: Any, prompts: Sequence[str], where: str) -> dict[str, Any]:
     """``{"prompt": [...]}``, or ``{"class_labels": [...]}`` for a class-conditional pipeline (numbers or label names).
 
@@ -71,9 +79,11 @@ def prompt_argument(pipe: Any, prompts: Sequence[str], where: str) -> dict[str, 
 def final_latents(pipe: Any, prompts: Sequence[str], seed: int, call_kwargs: Mapping[str, Any] | None, where: str) -> Tensor:
     """float32 [P, ...] on the CPU, of one run with all prompts in a batch; prompt i starts from generator seed + i.
 
-    Raises ``ValueError`` as ``prompt_argument``.
+    Raises ``ValueError`` as ``prompt_argument``, and for arguments that the pipeline does not name.
     """
-    kwargs = call_arguments(pipe, call_kwargs) | {"output_type": "latent", "return_dict": False}
+    kwargs = call_arguments(pipe, call_kwargs)
+    check_call_names(pipe, kwargs, f"{where}: call_kwargs")
+    kwargs |= {"output_type": "latent", "return_dict": False}
     generators = [torch.Generator().manual_seed(seed + index) for index in range(len(prompts))]
     return pipe(**prompt_argument(pipe, prompts, where), generator=generators, **kwargs)[0].float().cpu()
 

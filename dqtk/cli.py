@@ -24,6 +24,7 @@ from .calibrate import Stats
 from .calibrate import calibrate as run_calibrate
 from .calls import call_arguments, denoisers
 from .checkpoint import check_output, written_whole
+from .checks import check_asked, check_runs
 from .explain import human, totals
 from .installed import installed_plan, summary
 from .native.library import converts_bfloat16
@@ -32,14 +33,14 @@ from .plan import Plan
 from .processes import processes
 from .prompt_sets import read_prompts
 from .quantize import STATS, quantize, save
-from .quantize import plan as make_plan
-from .recipes import ATTENTION, RECIPES, recipe_named
+from .recipes import recipe_named
 from .report.rounding import check_rounding
 from .resolve import oracle_for
 from .solved import calibrate_together
 from .sources import find_device, load_pipeline, local_folder, meta_pipeline, meta_target, read_json, readable
-from .spec import Distill, Reconstruct, Refiner
+from .spec import Refiner
 from .streaming import quantize_folder
+from .wanted import PLANNING, flags_of, given, placement_of, plan_for, refiner_of
 
 LARGE = 10**8  # weights
 
@@ -87,24 +88,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status or 0
 
 
-def _plan_for(options: argparse.Namespace, pipe: Any) -> Plan:
-    if options.recipe is None:
-        raise ValueError(f"--recipe must be one of {', '.join(RECIPES)}, got none. Add it.")
-    overrides: dict[str, Any] = dict.fromkeys(options.keep)
-    for wish in options.set:
-        pattern, equals, recipe = wish.rpartition("=")
-        if not equals:
-            raise ValueError(f"--set must be PATTERN=RECIPE, got {wish!r}. For example --set '*.ff.*=w8a8'.")
-        overrides[pattern] = recipe
-    recipe, attention = options.recipe, options.attention
-    if recipe in ATTENTION and attention is not None:
-        raise ValueError(f"--attention must be left out with --recipe {recipe}, got {attention}. It is one already.")
-    if options.density is not None and (attention or recipe) not in ATTENTION:
-        raise ValueError("--density must come with --attention or --recipe paro-..., got it without. It is of their blocks.")
-    how = {"text_encoders": options.text_encoders, "overrides": overrides, "attention": attention, "density": options.density}
-    return make_plan(pipe, recipe, **how)
-
-
 def _call_kwargs(options: argparse.Namespace, pipe: Any) -> dict[str, Any]:
     kwargs = call_arguments(pipe, None)
     if options.steps is not None:
@@ -133,10 +116,9 @@ def _explain(options: argparse.Namespace, command: str) -> None:
     pipe = meta_pipeline(options.model)
     plan = installed_plan(pipe)
     if options.recipe is not None or not plan.components:
-        plan = _plan_for(options, pipe)
-    elif options.keep or options.set or options.text_encoders or options.attention:
-        flags = "--keep, --set, --text-encoders and --attention"
-        raise ValueError(f"{flags} must come with --recipe, got none. {options.model} is quantized.")
+        plan = plan_for(options, pipe)
+    elif given(options, PLANNING):
+        raise ValueError(f"{flags_of(PLANNING[1:])} must come with --recipe, got none. {options.model} is quantized.")
     print(plan.explain(sites=not options.roles))
     if options.output is not None:
         _write_json(options.output, plan.to_json())
@@ -155,17 +137,15 @@ def _write_json(path: Path, data: Any) -> None:
 
 def _calibrate(options: argparse.Namespace, command: str) -> None:
     _check_writable(options.output, "calibrate")
-    prompts = read_prompts(options.prompts, options.num_prompts)
+    prompts, placement = read_prompts(options.prompts, options.num_prompts), placement_of(options.placement)
     pipe = load_pipeline(options.model, options.dtype, find_device(options.device))
-    plan = _plan_for(options, pipe)
+    plan = plan_for(options, pipe)
     if not plan.needs_stats:
         print(f"recipe {plan.recipe} needs no calibration; nothing was written")
         return
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    kwargs = _call_kwargs(options, pipe)
-    stats = run_calibrate(
-        pipe, prompts, plan, seed=options.seed, batch_size=options.batch_size, call_kwargs=kwargs, output=options.output
-    )
+    how: dict[str, Any] = {"seed": options.seed, "batch_size": options.batch_size, "placement": placement}
+    stats = run_calibrate(pipe, prompts, plan, **how, call_kwargs=_call_kwargs(options, pipe), output=options.output)
     sites = len({key.site for key in stats.inputs})
     print(f"{options.output}: {stats.num_prompts} prompts, ranges of {sites} inputs, {len(stats.calls)} calls to learn from")
 
@@ -196,20 +176,21 @@ def _quantize(options: argparse.Namespace, command: str) -> None:
     if options.stream and any(getattr(options, name) for name in learning):
         flags = ", ".join(f"--{name}" for name in learning[:-1])
         raise ValueError(f"--stream must stand without {flags} and --refine, got one. It learns nothing.")
-    if options.refine is None and options.iterations:
-        raise ValueError("--iterations must come with --refine, got it without. Nothing else trains.")
-    if options.refine != "distill" and options.refine_batch:
-        raise ValueError("--refine-batch must come with --refine distill, got it without. Blocks take one call at a time.")
-    if options.refine != "blocks" and options.candidates:
-        raise ValueError("--candidates must come with --refine blocks, got it without. Words are chosen block by block.")
+    refine = refiner_of(options)
+    if options.stream and options.during:
+        raise ValueError(
+            "--during must be left out with --stream, got both. The times of a run are found with the whole pipeline: quantize in "
+            "memory, or stream a --plan whose times dqtk.policy.fixed has found."
+        )
+    if options.placement and (options.stream or options.stats or not options.prompts):
+        raise ValueError("--placement must come with --prompts alone, got it without, or with --stats. It is of calibration.")
     if options.stream and options.checkpoint:
         raise ValueError("--checkpoint must be left out with --stream, which keeps what is done beside its output, got both.")
     if options.plan is None:
         meta = meta_target(options.model) if options.stream else meta_pipeline(options.model)
-        plan = _plan_for(options, meta)  # wrong names and patterns fail before any weight is read
-    elif any((options.recipe, options.text_encoders, options.keep, options.set, options.attention, options.density is not None)):
-        flags = "--recipe, --text-encoders, --keep, --set, --attention or --density"
-        raise ValueError(f"--plan must stand alone, got {flags} too. A plan has decided already.")
+        plan = plan_for(options, meta)  # wrong names and patterns fail before any weight is read
+    elif given(options, PLANNING):
+        raise ValueError(f"--plan must stand alone, got {flags_of(PLANNING, 'or')} too. A plan has decided already.")
     else:
         plan = Plan.from_json(read_json(options.plan, "--plan"), str(options.plan))
     if options.stream:
@@ -218,44 +199,45 @@ def _quantize(options: argparse.Namespace, command: str) -> None:
         quantize_folder(options.model, options.output, plan, dtype=dtype, device=device)
         made = plan
     else:
-        made = _quantize_in_memory(options, plan)
+        made = _quantize_in_memory(options, plan, refine)
     if os.environ.get("RANK", "0") == "0":  # of several processes the first speaks
         print(totals(made))
         print(f"{options.output}: recipe {plan.recipe}, plan {plan.hash}")
 
 
-def _quantize_in_memory(options: argparse.Namespace, plan: Plan) -> Plan:
+def _quantize_in_memory(options: argparse.Namespace, plan: Plan, refine: Refiner | None) -> Plan:
     """The plan, with the attention that came out of it: orders, blocks and densities as calibration found them."""
     prompts = read_prompts(options.prompts, options.num_prompts) if options.prompts else None
     stats = _read_stats(options.stats) if options.stats else None
     me = processes()
     if me.world > 1 and options.checkpoint is None:
         raise ValueError("--checkpoint FOLDER must be given where several processes share the work, got none.")
-    taught = options.correct or options.refine is not None
+    taught = options.correct or refine is not None
     calibrated = plan.needs_stats or taught
     if calibrated and stats is None and prompts is None:
         what = f"recipe {plan.recipe}" if plan.needs_stats else "--correct" if options.correct else "--refine"
         raise ValueError(f"--prompts or --stats must be given for {what}, got neither. It is calibrated.")
     if stats is not None and not calibrated:
         raise ValueError(f"--stats must be left out for recipe {plan.recipe}, got {options.stats}. It learns nothing from inputs.")
+    if taught and stats is None and prompts is not None:
+        check_runs(plan, prompts, options.batch_size)
+    placement = placement_of(options.placement)
     pipe = load_pipeline(
         options.model, options.dtype, me.device if me.world > 1 and not options.device else find_device(options.device)
     )
+    kwargs, memory = _call_kwargs(options, pipe), int(options.max_memory * 2**30)
+    asked: dict[str, Any] = {"correct": options.correct, "refine": refine, "sequential": options.sequential, "max_memory": memory}
+    check_asked(pipe, plan, **asked, checkpoint=options.checkpoint, world=me.world, call_kwargs=kwargs)
     if calibrated and options.dtype == "stored":
         _say_slow(pipe)
     if calibrated and stats is None and prompts is not None:
         how: dict[str, Any] = {"seed": options.seed, "batch_size": options.batch_size, "keep_calls": taught}
-        how["call_kwargs"] = _call_kwargs(options, pipe)
+        how |= {"call_kwargs": kwargs, "placement": placement}
         if options.checkpoint is None:
             stats = run_calibrate(pipe, prompts, plan, **how)
         else:
             stats = calibrate_together(pipe, prompts, plan, options.checkpoint / STATS, me, **how)
-    memory = int(options.max_memory * 2**30)
-    more = {} if options.iterations is None else {"iterations": options.iterations}
-    refine: Refiner | None = Distill(batch=options.refine_batch or 1, **more) if options.refine == "distill" else None
-    refine = Reconstruct(candidates=options.candidates or 1, **more) if options.refine == "blocks" else refine
-    trained: dict[str, Any] = {"correct": options.correct, "refine": refine, "checkpoint": options.checkpoint}
-    quantize(pipe, plan, stats, sequential=options.sequential, max_memory=memory, **trained)
+    quantize(pipe, plan, stats, **asked, checkpoint=options.checkpoint, call_kwargs=kwargs)
     if me.first:
         save(pipe, options.output)
     me.wait()

@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from .calibrate.schedule import run_times, time_at
+from .calls import check_call_names
 from .plan import Choice, Plan, Recipe
 from .spec import ByLevel, ConstantToken, LayerSpec, SiteSpec, frozen, kinds_of, without
 
@@ -72,17 +73,20 @@ def combined(main: Plan, parts: Sequence[tuple[Interval, Plan | None]]) -> Plan:
             "policy: recipes of intervals must leave attention alone, got one that does not. Attention is the same in the whole "
             "run; its masks follow the noise level by themselves."
         )
-    specs = [None if plan is None else {choice.site.id: choice.spec for choice in plan.choices} for _, plan in parts]
-    for given in specs:
-        if given is not None and list(given) != [choice.site.id for choice in main.choices]:
+    intervals = []
+    for interval, plan in parts:
+        specs = None if plan is None else {choice.site.id: choice.spec for choice in plan.choices}
+        if specs is not None and list(specs) != [choice.site.id for choice in main.choices]:
             raise ValueError("policy: plans of intervals must have the sites of the main plan, got others. Plan the same model.")
-    intervals = [interval for interval, _ in parts]
-    choices = tuple(
-        _combined(choice, intervals, [choice.spec if given is None else given[choice.site.id] for given in specs], specs)
-        for choice in main.choices
-    )
-    words = [f"{plan.recipe if plan else '16-bit inputs'} {span(i.begin, i.end)}" for i, plan in parts]
-    return replace(main, recipe=", ".join([main.recipe, *words]), choices=choices)
+        intervals.append((interval, specs))
+    recipe = ", ".join([main.recipe, *(f"{plan.recipe if plan else '16-bit inputs'} {span(i.begin, i.end)}" for i, plan in parts)])
+    choices = []
+    for choice in main.choices:
+        try:
+            choices.append(_combined(choice, intervals))
+        except ValueError as error:
+            raise ValueError(f"policy: {choice.site.id} of {recipe}: {error}") from error
+    return replace(main, recipe=recipe, choices=tuple(choices))
 
 
 def span(begin: float, end: float) -> str:
@@ -90,19 +94,20 @@ def span(begin: float, end: float) -> str:
     return f"in {100 * begin:g} to {100 * end:g} % of a run"
 
 
-def _combined(choice: Choice, intervals: Sequence[Interval], others: Sequence[SiteSpec | None], given: Sequence[Any]) -> Choice:
+def _combined(choice: Choice, intervals: Sequence[tuple[Interval, Mapping[str, SiteSpec | None] | None]]) -> Choice:
+    """One site of the main plan, with the specs by site of every interval; None: the main plan's with inputs in 16 bits."""
+    inside = [choice.spec if specs is None else specs[choice.site.id] for _, specs in intervals]
     if choice.spec is None:
         return choice
-    if any(spec is None for spec in others):
+    if None in inside:
         return replace(choice, spec=None, why="kept: 16 bits in a part of the run")
+    main = _one(choice.spec)
     pieces: list[tuple[float, LayerSpec]] = []  # where each begins
     position = 0.0
-    main = _one(choice.spec, choice.site.id)
-    for interval, spec, plan in zip(intervals, others, given, strict=True):
+    for (interval, specs), spec in zip(intervals, inside, strict=True):
         if interval.begin > position:
             pieces.append((position, main))
-        assert spec is not None
-        pieces.append((interval.begin, _one(spec, choice.site.id) if plan is not None else replace(main, input=None)))
+        pieces.append((interval.begin, replace(main, input=None) if specs is None else _one(spec)))
         position = interval.end
     if position < 1:
         pieces.append((position, main))
@@ -115,9 +120,9 @@ def _combined(choice: Choice, intervals: Sequence[Interval], others: Sequence[Si
     return replace(choice, spec=spec, why=f"{choice.why}; {note}")
 
 
-def _one(spec: SiteSpec, site: str) -> LayerSpec:
-    if isinstance(spec, ByLevel):
-        raise ValueError(f"policy: {site} must have one spec in each plan, got a policy already. Combine plain recipes.")
+def _one(spec: SiteSpec | None) -> LayerSpec:
+    if not isinstance(spec, LayerSpec):
+        raise ValueError("specs must be one for each plan, got a policy already. Combine plain recipes.")
     return spec
 
 
@@ -135,6 +140,7 @@ def fixed_choices(
     """The same for choices."""
     if not any(isinstance(choice.spec, ByLevel) and not choice.spec.edges for choice in choices):
         return list(choices)
+    check_call_names(pipe, call_kwargs or {}, "step_policy: call_kwargs")
     times = run_times(pipe, prompts, call_kwargs)
     if len(times) < 2 or times[0] == times[-1]:
         raise ValueError(f"step_policy: a run must have at least two steps, got times {times}. Take more steps or no policy.")
@@ -157,7 +163,7 @@ def _warn_of_empty(shares: Sequence[float], num_steps: int) -> None:
         if not any(begin < middle <= end for middle in middles):
             warnings.warn(
                 f"step_policy: no step of {num_steps} lies {span(begin, end)}. Quantize with the number of steps of later use: "
-                "call_kwargs={'num_inference_steps': ...}.",
+                "call_kwargs={'num_inference_steps': ...}, --steps in the shell.",
                 stacklevel=2,
             )
 

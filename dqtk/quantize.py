@@ -9,9 +9,8 @@ whatever interrupts it later, the model is told which layers were really replace
 import hashlib
 import importlib
 import json
-import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,27 +26,39 @@ from .calibrate.gather import calls_of
 from .calibrate.intervals import settled
 from .calibrate.run import check_model, fingerprint
 from .checkpoint import FORMAT_VERSION, quantized_layers, replace_layer, save_module, written_whole
+from .checks import (
+    check_asked,
+    check_free_group,
+    check_kept_calls,
+    check_layer,
+    check_numbers,
+    check_runs,
+    layer_of,
+    numbers_of,
+    taught,
+    touched,
+)
 from .correct.output import check_correctable, correct_output
 from .hosts import backend_of
 from .methods.solve import Solution
-from .nn import Quantized, books_of, forget_books, place_books, runtime_class
+from .nn import Quantized, forget_books, place_books, runtime_class
 from .nn.attention import Blocks, check_free, check_packages
-from .plan import Choice, Plan, Recipe, Rule, check_fit, resolve
+from .plan import Choice, Plan, Recipe, Rule, resolve
 from .policy import StepPolicy, combined, fixed_choices
 from .processes import ALONE, Processes, processes
 from .recipes import ATTENTION, attention_named, recipe_named, with_density
 from .refine.judge import Painter
-from .refine.refinable import check_learners, check_lessons
 from .refine.refine import needs_originals, needs_pictures, refined
 from .resolve import adapters, embedded_folder, embedded_names
 from .sites import DENOISERS, Site, components_of, find_attention, find_sites
 from .solved import SolvedFolder, calibrate_together
 from .sources import model_class, readable, stored_dtype
-from .spec import AttentionSpec, ByLevel, LayerSpec, Reconstruct, Refiner, SiteSpec, canonical, describe, shared_forms
+from .spec import AttentionSpec, ByLevel, LayerSpec, Refiner, SiteSpec, canonical, shared_forms
 from .stages import shared_books, solutions
 
 STATS = "stats.safetensors"  # in a checkpoint folder
 MAX_MEMORY = 2 * 2**30  # bytes of second moments held at a time
+BATCH_SIZE = 4  # prompts of a calibration run
 
 
 def plan(
@@ -199,37 +210,36 @@ def quantize(
     made = plan if isinstance(plan, Plan) else _make_plan(target, plan)
     folder = None if checkpoint is None else Path(checkpoint)
     me = ALONE if folder is None else processes()
+    asked: dict[str, Any] = {"correct": correct, "refine": refine, "sequential": sequential, "max_memory": max_memory}
+    check_asked(target, made, **asked, checkpoint=folder, world=me.world, call_kwargs=call_kwargs)
     if isinstance(stats, str | os.PathLike):
         stats = Stats.load(Path(stats))
     if stats is not None and not isinstance(stats, Stats):
         raise ValueError(f"quantize: stats must be Stats or their file, got {type(stats).__name__}. Prompts are prompts=[...].")
-    taught = correct or refine is not None
-    _check_options(made, max_memory=max_memory, refine=refine, folder=folder, sequential=sequential, world=me.world)
     parts = components_of(target)
-    check_fit(made, parts)
-    if refine is not None:
-        _check_learners(made, parts, refine)
-    if (made.needs_stats or taught) and stats is None:
-        stats = _calibrated(target, made, prompts, folder, me, call_kwargs=call_kwargs, keep_calls=taught, progress=progress)
+    students = {name: parts[name] for name in taught(made)} if correct or refine is not None else {}
+    if (made.needs_stats or students) and stats is None:
+        if students and prompts is not None:
+            check_runs(made, prompts, BATCH_SIZE)
+        how: dict[str, Any] = {"call_kwargs": call_kwargs, "keep_calls": bool(students), "progress": progress}
+        stats = _calibrated(target, made, prompts, folder, me, **how)
     work = [choice for choice in made.choices if choice.spec is not None]
     if made.needs_stats and stats is not None:
         check_model(stats, target, made)
         work = settled(work, stats)
     work = fixed_choices(work, target, prompts, call_kwargs)
     for choice in work:
-        _check_layer(_layer_of(parts, choice), choice, stats)
+        check_layer(layer_of(parts, choice), choice, stats)
     check_packages((choice.spec for choice in made.attention), "quantize")
     for choice in work:
-        _check_free_group(parts[choice.site.component], choice)
+        check_free_group(parts[choice.site.component], choice)
     for place in (choice.site for choice in made.attention if choice.spec is not None):
         check_free(parts[place.component].get_submodule(place.path), place.id, "quantize")
-    touched = dict.fromkeys(choice.site.component for choice in made.decisions if choice.spec is not None)
-    students = _denoisers_among(touched, parts) if taught else {}
     exact = exact_outputs(students, stats) if stats is not None else {}
     if correct and stats is not None:
         check_correctable(students, stats, exact)
     if refine is not None and stats is not None:
-        _check_lessons(students, work, stats, exact, refine)
+        check_kept_calls(students, work, stats, exact, refine)
     painted = needs_pictures(refine)
     painter = None if painted is None else Painter(target, painted, call_kwargs, me)
     kept = None
@@ -238,15 +248,14 @@ def quantize(
     attention = _chosen_attention(parts, made, stats, progress=progress)
     learned = partial(shared_books, parts, work, stats)
     books = learned() if kept is None else kept.books(learned)
-    originals: dict[str, dict[str, nn.Module]] = {name: {} for name in touched}
+    originals: dict[str, dict[str, nn.Module]] = {name: {} for name in touched(made)}
     try:
         with tqdm(total=len(work), desc="quantize", unit="layer", disable=not progress) as bar:
-            how: dict[str, Any] = {"sequential": sequential, "max_memory": max_memory, "solved": bar.update, "kept": kept}
-            how["books"] = books
-            for solved in solutions(parts, work, stats, **how):
+            solving: dict[str, Any] = {"sequential": sequential, "max_memory": max_memory, "solved": bar.update, "kept": kept}
+            for solved in solutions(parts, work, stats, **solving, books=books):
                 for choice, solution in solved:
                     if needs_originals(refine):
-                        originals[choice.site.component][choice.site.path] = _layer_of(parts, choice)
+                        originals[choice.site.component][choice.site.path] = layer_of(parts, choice)
                     _install(parts[choice.site.component], choice.site, solution, books.get(choice.site.component, {}))
         for chosen in attention:
             place_attention(parts[chosen.site.component], chosen)
@@ -259,7 +268,7 @@ def quantize(
             for name, part in students.items():
                 correct_output(part, stats, name, exact[name])
     finally:
-        for name in touched:
+        for name in touched(made):
             _make_saveable(parts[name], made.recipe)
     return target
 
@@ -294,59 +303,14 @@ def _chosen_attention(parts: Mapping[str, nn.Module], plan: Plan, stats: Stats |
     return found
 
 
-def _check_options(
-    plan: Plan, *, max_memory: int, refine: Refiner | None, folder: Path | None, sequential: bool, world: int
-) -> None:
-    """Raises ``ValueError`` for arguments of ``quantize`` that cannot be, alone or together."""
-    if max_memory <= 0:
-        raise ValueError(f"quantize: max_memory must be a positive number of bytes, got {max_memory}. The default is {MAX_MEMORY}.")
-    if folder is not None and refine is None and (sequential or not plan.needs_stats):
-        what = "sequential, which is not kept" if sequential else f"recipe {plan.recipe}, which learns nothing from inputs"
-        raise ValueError(f"quantize: checkpoint must be left out with {what}, got {str(folder)!r}. There is nothing to go on from.")
-    if world > 1 and (isinstance(refine, Reconstruct) or sequential):
-        raise ValueError(
-            "quantize: block reconstruction and sequential must be left to one process, got several. Share the layers first, with "
-            "stats of calibrate(keep_calls=True); the same call in one process goes on from the checkpoint."
-        )
-    if refine is not None and any(isinstance(choice.spec, ByLevel) for choice in plan.choices):
-        raise ValueError(
-            "quantize: refine must be left out for a plan with a step policy, got one. Weights of some noise levels only do "
-            "not learn yet."
-        )
-
-
-def _denoisers_among(touched: Iterable[str], parts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """What ``correct`` and ``refine`` teach. Raises ``ValueError`` where there is nothing."""
-    found = {name: parts[name] for name in touched if DENOISERS.fullmatch(name)}
-    if not found:
-        raise ValueError(
-            "quantize: correct and refine must be left out where no denoiser of a pipeline is quantized, got one. Leave it out."
-        )
-    return found
-
-
-def _check_learners(plan: Plan, parts: Mapping[str, nn.Module], refine: Refiner) -> None:
-    """Raises ``ValueError`` for a refiner that asks of layers what they cannot do; it is known before calibration."""
-    for name in dict.fromkeys(choice.site.component for choice in plan.choices):
-        planned = {choice.site.path: choice.spec for choice in plan.of(name).choices if choice.spec is not None}
-        if planned and DENOISERS.fullmatch(name):
-            there = {path: layer.spec for path, layer in quantized_layers(parts[name]).items()}
-            check_learners(name, parts[name], refine, there | planned, planned)
-
-
-def _check_lessons(
-    students: Mapping[str, nn.Module], work: Sequence[Choice], stats: Stats, exact: Mapping[str, Sequence[Tensor]], refine: Refiner
-) -> None:
-    """Raises ``ValueError`` for a refiner that kept calls do not serve. ``exact``: what the original answered to them, by name."""
-    for name, part in students.items():
-        planned = [choice.site.path for choice in work if choice.site.component == name]
-        there = () if isinstance(refine, Reconstruct) else quantized_layers(part)
-        check_lessons(name, refine, {*there, *planned}, calls_of(stats.calls, name), exact[name])
-
-
 def _calibrated(target: Any, plan: Plan, prompts: Sequence[str] | None, folder: Path | None, me: Processes, **how: Any) -> Stats:
     """Statistics of the sites of a plan on these prompts. Raises ``ValueError`` without prompts, and for weights that are NaN."""
     if prompts is None or isinstance(target, nn.Module):
+        if not plan.needs_stats:
+            raise ValueError(
+                "quantize: correct and refine must have calls of the original to learn from, got no prompts. Pass prompts=[...], "
+                "or stats=dqtk.calibrate(pipe, prompts, plan, keep_calls=True)."
+            )
         remedy = "Pass prompts=[...], or stats=dqtk.calibrate(pipe, prompts, plan)."
         if isinstance(target, nn.Module):
             remedy = (
@@ -356,14 +320,10 @@ def _calibrated(target: Any, plan: Plan, prompts: Sequence[str] | None, folder: 
     parts = components_of(target)
     for choice in plan.choices:
         if choice.spec is not None:
-            check_numbers(choice.site.id, *_numbers(_layer_of(parts, choice)))
+            check_numbers(choice.site.id, *numbers_of(layer_of(parts, choice)))
     if folder is None:
-        return calibrate(target, prompts, plan, **how)
-    return calibrate_together(target, prompts, plan, folder / STATS, me, **how)
-
-
-def _layer_of(parts: Mapping[str, nn.Module], choice: Choice) -> nn.Module:
-    return parts[choice.site.component].get_submodule(choice.site.path)
+        return calibrate(target, prompts, plan, batch_size=BATCH_SIZE, **how)
+    return calibrate_together(target, prompts, plan, folder / STATS, me, batch_size=BATCH_SIZE, **how)
 
 
 def _install(module: nn.Module, site: Site, solution: Solution, books: Mapping[str, Tensor]) -> None:
@@ -371,17 +331,6 @@ def _install(module: nn.Module, site: Site, solution: Solution, books: Mapping[s
     layer = runtime_layer(module.get_submodule(site.path), solution)
     place_books(module, books, layer.qweight.device)
     replace_layer(module, site.path, layer)
-
-
-def _check_free_group(module: nn.Module, choice: Choice) -> None:
-    """Raises ``ValueError`` where shared books of an earlier call have the name of those to come: layers read them."""
-    there = books_of(module)
-    taken = next((form for form in shared_forms(choice.spec) if there is not None and form.group in there.groups()), None)
-    if taken is not None:
-        raise ValueError(
-            f"quantize: {choice.site.id} must share books under a new name, got {taken.group!r}, which layers quantized before "
-            "read. Choose another group."
-        )
 
 
 @torch.no_grad()
@@ -396,57 +345,6 @@ def runtime_layer(layer: Any, solution: Solution) -> Any:
     if bias is None:
         new.anchor = nn.Parameter(torch.empty(0, dtype=layer.weight.dtype, device=device), requires_grad=False)
     return new
-
-
-_HOST_HOOKS = ("_hf_hook", "_diffusers_hook")
-
-
-def _check_layer(layer: Any, choice: Choice, stats: Stats | None) -> None:
-    site, weight = choice.site.id, layer.weight
-    if isinstance(layer, Quantized):
-        raise ValueError(f"quantize: {site} must be unquantized, got {describe(layer.spec)} already. Load the original model.")
-    if choice.spec is not None and choice.spec.needs_ranges and stats is not None:
-        stats.input_range(site)  # raises when it was never called
-    if choice.spec is not None and choice.spec.needs_inputs and stats is not None:
-        calls_of(stats.calls, choice.site.component)  # raises when none were kept
-    if weight.device.type == "meta":
-        raise ValueError(
-            f"quantize: {site} must have real weights, got a meta tensor. Load the model with from_pretrained; offload afterwards."
-        )
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or any(name in vars(layer) for name in _HOST_HOOKS)
-    if hooked:
-        raise ValueError(
-            f"quantize: {site} must have no hooks, got some (offloading, weight normalization, your own). "
-            "Quantize first; the new layer would not have them."
-        )
-    if choice.spec is not None:
-        kind: Any = runtime_class(layer)
-        kind.like(layer, choice.spec, device="meta")  # raises for a group size that does not fit
-    check_numbers(site, weight, layer.bias)
-
-
-def check_float(site: str, dtype: torch.dtype) -> None:
-    """Raises ``ValueError`` for a weight that is no ordinary float: integers, or floats of 8 bits."""
-    if not dtype.is_floating_point or dtype.itemsize < 2:
-        raise ValueError(f"quantize: {site} must be float32, bfloat16 or float16, got {dtype}. Load the unquantized model.")
-
-
-def check_numbers(site: str, weight: Tensor, bias: Tensor | None) -> None:
-    """Raises ``ValueError`` that names the site of a weight or bias that cannot be quantized: no float, NaN, infinity."""
-    if bias is not None and not bool(torch.isfinite(bias).all()):
-        raise ValueError(
-            f"quantize: {site} must have a finite bias, got NaN or infinity. The checkpoint is damaged; load it again."
-        )
-    check_float(site, weight.dtype)
-    if weight.numel() and not all(math.isfinite(bound) for bound in weight.detach().aminmax()):  # NaN propagates; no temporaries
-        raise ValueError(
-            f"quantize: {site} must have finite weights, got NaN or infinity. "
-            "The checkpoint is damaged; load it again, or keep this site at 16 bits."
-        )
-
-
-def _numbers(layer: Any) -> tuple[Tensor, Tensor | None]:
-    return layer.weight, layer.bias
 
 
 def _make_saveable(module: nn.Module, recipe: str) -> None:

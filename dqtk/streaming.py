@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .checkpoint import FORMAT_VERSION, check_output, digest, install
+from .checks import check_float, check_numbers
 from .hosts import backend_of
 from .journal import Journal, claim, done
 from .kernels import to_matrix
@@ -30,9 +31,8 @@ from .nn import Quantized
 from .nn.books import NAME as BOOKS
 from .nn.books import buffer_name
 from .numerics.storage import layer_layout
-from .plan import Choice, Plan, Recipe
+from .plan import Choice, Plan, Recipe, check_fit
 from .processes import Processes, processes
-from .quantize import check_fit, check_float, check_numbers
 from .quantize import plan as make_plan
 from .shards import LaidOutTensors, StoredTensors, read_whole, room_for, same_tensors, write_whole
 from .sites import components_of

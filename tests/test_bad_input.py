@@ -120,7 +120,7 @@ def test_missing_statistics(bare, load_tiny):
     with pytest.raises(ValueError, match=r"plan: overrides must be a Mapping, got \['\*\.to_q'\]\. For example {"):
         dqtk.plan(load_tiny("pixart"), "w8a8", overrides=["*.to_q"])
     with pytest.raises(
-        ValueError, match=r"calibrate: call_kwargs must .* got 'num_inferece_steps'\. Did you mean 'num_inference_steps'\?"
+        ValueError, match=r"quantize: call_kwargs must .* got 'num_inferece_steps'\. Did you mean 'num_inference_steps'\?"
     ):
         dqtk.quantize(load_tiny("sdxl"), "w8a8-static", prompts=["a circle"], call_kwargs={"num_inferece_steps": 3})
     with pytest.raises(
@@ -205,9 +205,9 @@ def set_weight(folder, value):
         (["--plan", "nowhere.json"], "--plan: file must exist, got nowhere.json."),
         (
             ["--plan", "x", "--recipe", "w8a8"],
-            "--plan must stand alone, got --recipe, --text-encoders, --keep, --set, --attention or",
+            "--plan must stand alone, got --recipe, --text-encoders, --keep, --set, --during",
         ),
-        (["--plan", "x", "--keep", "a"], "--plan must stand alone, got --recipe, --text-encoders, --keep, --set, --attention or"),
+        (["--plan", "x", "--keep", "a"], "--plan must stand alone, got --recipe, --text-encoders, --keep, --set, --during"),
         (["--recipe", "w8a8", "--density", "0.3"], "--density must come with --attention or --recipe paro-..., got it without."),
         (["--recipe", "paro", "--attention", "paro-int8"], "--attention must be left out with --recipe paro, got paro-int8."),
         (

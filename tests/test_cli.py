@@ -24,8 +24,8 @@ from dqtk.cli import main, parser
 from dqtk.costs import CostTable
 from dqtk.plan import Plan
 
-LEARNING = ["--correct", "--refine", "--iterations", "--refine-batch", "--candidates", "--checkpoint"]
-PLANNING = ["--attention", "--density", "--keep", "--recipe", "--set", "--text-encoders"]
+LEARNING = ["--correct", "--refine", "--iterations", "--refine-batch", "--refine-guidance", "--candidates", "--checkpoint"]
+PLANNING = ["--attention", "--density", "--during", "--keep", "--recipe", "--set", "--text-encoders"]
 SAMPLING = ["--batch-size", "--device", "--dtype", "--guidance", "--num-prompts", "--prompts", "--seed", "--steps"]
 BENCH = ["--batch", "--height", "--num-frames", "--repeats", "--size", "--threads", "--width"]
 ALLOCATION = [
@@ -49,10 +49,22 @@ ALLOCATION = [
 ]
 GOLDEN_FLAGS = {
     "explain": sorted(["MODEL", *PLANNING, "--roles", "--output"]),
-    "calibrate": sorted(["MODEL", *PLANNING, *SAMPLING, "--output"]),
+    "calibrate": sorted(["MODEL", *PLANNING, *SAMPLING, "--placement", "--output"]),
     "allocate": sorted(["MODEL", *ALLOCATION, *SAMPLING, "--sensitivity", "--sizes", "--loss", "--output"]),
     "quantize": sorted(
-        ["MODEL", *PLANNING, *SAMPLING, *LEARNING, "--plan", "--stats", "--sequential", "--max-memory", "--stream", "--output"]
+        [
+            "MODEL",
+            *PLANNING,
+            *SAMPLING,
+            *LEARNING,
+            "--placement",
+            "--plan",
+            "--stats",
+            "--sequential",
+            "--max-memory",
+            "--stream",
+            "--output",
+        ]
     ),
     "generate": sorted(["MODEL", *SAMPLING, "--keep-decoded", "--output"]),
     "compare": sorted(["REFERENCE", "CANDIDATE", *SAMPLING, "--output", "--floor", "--lpips-weights"]),

@@ -16,11 +16,12 @@ ENGINE, PIPELINES, METRICS = ROOT / "dqtk", ROOT / "pipelines", ROOT / "metrics"
 ORDER = """
 __main__
 cli
-arguments
+arguments | wanted
 jobs | bench
 report | diffusers_backend | transformers_backend
 streaming | allocate
 quantize
+checks
 stages
 solved
 processes | shards | journal

@@ -5,6 +5,7 @@ import torch
 
 import dqtk
 from dqtk.checkpoint import quantized_layers
+from dqtk.installed import installed_plan
 from dqtk.nn.noise import noise_states
 from dqtk.resolve import call_kwargs_for
 from dqtk.spec import PerLevel, PerTensor
@@ -43,6 +44,13 @@ def test_saved_and_loaded_it_paints_the_same(levels, draw, tmp_path):
     assert edges(loaded) == edges(levels)
     assert torch.equal(draw(loaded, num_inference_steps=4), draw(levels, num_inference_steps=4))
     assert torch.equal(draw(loaded, num_inference_steps=9), draw(levels, num_inference_steps=9))
+
+
+def test_explain_says_how_many_intervals_were_found(levels):
+    (found,) = edges(levels)
+    text = installed_plan(levels).explain(sites=False)
+    assert f"W8 per channel, A8 per noise level ({len(found) + 1} intervals) asym" in text
+    assert "A8 per noise level asym" not in text
 
 
 def test_dequantized_it_forgets(levels, tmp_path):

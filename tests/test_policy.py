@@ -78,7 +78,10 @@ def test_recipes_may_hold_policies_and_text_encoders_get_one_spec(load_tiny):
     encoder = [choice for choice in plan.of("text_encoder").choices if choice.spec]
     assert {describe(choice.spec) for choice in encoder} == {"W8 per channel, A8 per token"}
     assert {choice.why for choice in encoder} == {"mine; one spec: runs once, before there is noise"}
-    with pytest.raises(ValueError, match=r"policy: transformer:.* must have one spec in each plan, got a policy already"):
+    with pytest.raises(
+        ValueError,
+        match=r"policy: transformer:.* of mine, 16-bit inputs in 0 to 20 % of a run, .*: specs must be one .*, got a policy",
+    ):
         dqtk.plan(load_tiny("pixart"), recipe, policy=ENDS)
 
 
@@ -95,6 +98,15 @@ def test_layers_of_several_specs_look_for_no_constant_token(load_tiny):
         assert choice.why == before.why + ("; step policy, so no constant token" if had else "; step policy")
     whole = dqtk.plan(pipe, "w4a8", policy=protecting([(0, 1)], "w4a8"))  # one spec at all levels: nothing is lost
     assert [choice.spec for choice in whole.choices] == [choice.spec for choice in dqtk.plan(pipe, "w4a8").choices]
+
+
+def test_what_a_policy_cannot_do_names_the_site_and_the_policy(load_tiny):
+    said = (
+        r"policy: unet:\S+ of mixdq-w8a8, w8a8 in 0 to 10 % of a run: ByLevel: specs must have no ConstantToken and no "
+        "ShortcutSplit, got W8 per channel, A8 per tensor asym, split"
+    )
+    with pytest.raises(ValueError, match=said):
+        dqtk.plan(load_tiny("sdxl"), "mixdq-w8a8", policy=protecting([(0, 0.1)], "w8a8"))
 
 
 W8 = dqtk.recipes.recipe_named("w8a8").main_spec().weight

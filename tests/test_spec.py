@@ -78,6 +78,7 @@ W4_TWO_LEVEL = TensorSpec(format=Int(bits=4), granularity=TwoLevel(size=64))
 WFP8 = TensorSpec(format=Float(), granularity=PerChannel())
 A8 = TensorSpec(format=Int(bits=8), granularity=PerToken(), range=Dynamic())
 A8_STATIC = TensorSpec(format=Int(bits=8, symmetric=False), granularity=PerTensor())
+A8_LEVELS = replace(A8_STATIC, granularity=PerLevel())
 AFP8 = TensorSpec(format=Float(), granularity=PerToken(), range=Dynamic())
 
 E2M1 = Float(exponent=2, mantissa=1)
@@ -528,6 +529,7 @@ A16, MORE = LayerSpec(weight=W8), LayerSpec(weight=W8, input=A8)
         ({"specs": (A16, MORE, A16), "shares": (0.5, 0.5)}, "shares must ascend between 0 and 1"),
         ({"specs": (A16, MORE, A16), "shares": (), "edges": (1.0, 2.0)}, "edges must be finite and descend along the run"),
         ({"specs": (A16, MORE, A16), "shares": (), "edges": (2.0, 1.0), "rising": True}, "edges must be finite and ascend"),
+        ({"specs": (A16, MORE, A16), "shares": (), "edges": (2.0, float("nan"))}, "edges must be finite and descend"),
         (
             {"specs": (LayerSpec(weight=W8, input=A8_STATIC), LayerSpec(weight=W8, input=replace(A8_STATIC, range=MSE())))},
             "specs with one weight must have at most one calibrated input, got W8 per channel, A8 per tensor",
@@ -604,6 +606,11 @@ def test_what_calibration_must_find(spec, ranges, inputs):
         (LayerSpec(weight=W4_GROUP), "W4 group 64 asym, A16"),
         (LayerSpec(weight=W4_TWO_LEVEL, input=A8), "W4 group 64 two-level, A8 per token"),
         (LayerSpec(weight=W8, input=A8_STATIC), "W8 per channel, A8 per tensor asym"),
+        (LayerSpec(weight=W8, input=A8_LEVELS), "W8 per channel, A8 per noise level asym"),  # its intervals are to be found
+        (
+            LayerSpec(weight=W8, input=replace(A8_LEVELS, granularity=PerLevel(edges=(100.0, 300.0)))),
+            "W8 per channel, A8 per noise level (3 intervals) asym",
+        ),
         (LayerSpec(weight=WFP8, input=AFP8), "WFP8 E4M3 per channel, AFP8 E4M3 per token"),
         (LayerSpec(weight=NVFP4, input=ANVFP4), "WFP4 E2M1 group 16 E4M3, AFP4 E2M1 group 16 E4M3"),
         (LayerSpec(weight=MXFP4, input=AMXFP8), "WFP4 E2M1 group 32 E8M0, AFP8 E4M3 group 32 E8M0"),

@@ -22,9 +22,9 @@ from dqtk.calibrate.gather import input_name
 from dqtk.checkpoint import replace_layer
 from dqtk.journal import Journal, claim, done
 from dqtk.methods.solve import Solution
-from dqtk.plan import Choice, Plan
+from dqtk.plan import Choice, Plan, check_fit
 from dqtk.processes import ALONE, Processes
-from dqtk.quantize import MAX_MEMORY, check_fit, runtime_layer
+from dqtk.quantize import MAX_MEMORY, runtime_layer
 from dqtk.sites import Site, components_of
 from dqtk.spec import ByLevel, SiteSpec, canonical
 from dqtk.stages import solutions

@@ -31,7 +31,7 @@ from .layers import half_of, is_emulated, measure_costs, name_of
 from .memory import NotMeasured, available, rise
 from .step import Profile, Step, profile, record_step
 from .timing import Spread, interleaved, times_faster, waiter
-from .variants import check_attention, in_dtype, is_quantized, quantized, shared_copy, unpacked
+from .variants import check_attention, check_one_spec, in_dtype, is_quantized, quantized, shared_copy, unpacked
 
 DATA_FREE = "codes rounded to nearest without data; speed and size do not depend on their values"
 # Transforms that are asked for and then left out where calibration does not find what they are for.
@@ -192,12 +192,14 @@ def _plans(step: Step, recipes: Sequence[str | Recipe]) -> dict[str, Plan]:
     target = MetaPipeline({step.component: step.module})
     if is_quantized(step.module) and not recipes:
         stored = installed_plan(target)
+        check_one_spec(stored.choices)
         return {stored.recipe or "as stored": stored}
     if not recipes:
         raise ValueError("bench: recipes must name at least one for an unquantized model, got none. For example w8a8 w4a8.")
     plans = [make_plan(target, recipe) for recipe in recipes]
     for plan in plans:
         check_attention(plan.attention)
+        check_one_spec(plan.choices)
     return {plan.recipe: plan for plan in plans}
 
 

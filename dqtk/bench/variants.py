@@ -25,7 +25,7 @@ from dqtk.nn.attention import blocks_of, install_blocks, remove_blocks
 from dqtk.numerics.storage import Part, layer_layout, parts_of, stored_name, tensor_name
 from dqtk.plan import AttentionChoice, Choice
 from dqtk.quantize import runtime_layer
-from dqtk.spec import VECTORS, ByLevel, LayerSpec, VectorCodebook, describe_attention, shared_forms
+from dqtk.spec import VECTORS, ByLevel, LayerSpec, VectorCodebook, describe, describe_attention, shared_forms
 
 INPUT_SCALE = 8 / 255  # of static inputs: 8 standard deviations of a normal distribution in 8 bits
 
@@ -51,21 +51,28 @@ def check_attention(attention: Iterable[AttentionChoice]) -> None:
         )
 
 
+def check_one_spec(choices: Iterable[Choice]) -> None:
+    """Raises ``ValueError`` for a step policy: one step runs the kernels of one interval, whose time is not the model's."""
+    found = next((choice for choice in choices if isinstance(choice.spec, ByLevel)), None)
+    if found is not None:
+        raise ValueError(
+            f"bench: {found.site.id} must have one spec for all noise levels, got a step policy: {describe(found.spec)}. Bench the "
+            "recipes of its intervals on the unquantized model; a run takes each for its share."
+        )
+
+
 def quantized(module: nn.Module, choices: Iterable[Choice], attention: Sequence[AttentionChoice] = ()) -> nn.Module:
     """A copy with the chosen layers of this component quantized without data; everything else is shared."""
-    made = shared_copy(module)
+    made, choices = shared_copy(module), list(choices)
     check_attention(attention)
+    check_one_spec(choices)
     for wanted in attention:
         if wanted.spec is not None:
             install_blocks(made, wanted.site.path, wanted.spec, "bench")
     for choice in choices:
         if choice.spec is not None:
             layer = module.get_submodule(choice.site.path)
-            if isinstance(choice.spec, ByLevel):
-                raise ValueError(
-                    f"bench: {choice.site.id} must have one spec for all noise levels, got a step policy. "
-                    "Bench the recipes of its intervals."
-                )
+            assert isinstance(choice.spec, LayerSpec)  # checked above
             replace_layer(made, choice.site.path, data_free(layer, choice.spec))
             for form in shared_forms(choice.spec):
                 _share_book(made, choice.site.path, form)

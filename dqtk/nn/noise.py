@@ -5,8 +5,6 @@ timestep, sigma, or 1 - sigma), which is all that a call shows: no scheduler is 
 of the same kind changes nothing, and calls are never counted.
 """
 
-import itertools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dqtk.calls import given_arguments, time_of
+from dqtk.spec import ascends
 
 
 class NoiseState:
@@ -25,7 +24,7 @@ class NoiseState:
     def __init__(self, edges: Sequence[float]):
         """Raises ``ValueError`` for edges that are not finite and ascending."""
         self.edges = tuple(float(edge) for edge in edges)
-        if not all(map(math.isfinite, self.edges)) or any(a >= b for a, b in itertools.pairwise(self.edges)):
+        if not ascends(self.edges):
             raise ValueError(f"noise_levels: edges must be finite and ascending, got {list(self.edges)}. Calibrate again.")
         self._index: dict[torch.device, Tensor] = {}
         self._edges: dict[torch.device, Tensor] = {}

@@ -6,8 +6,6 @@ of interval. The time alone decides: separate calls for the halves of guidance, 
 same kind change nothing.
 """
 
-import itertools
-import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -15,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from dqtk.calls import given_arguments, time_of
-from dqtk.spec import ByLevel, SiteSpec
+from dqtk.spec import ByLevel, SiteSpec, ascends
 
 from .eager import outside_graphs
 
@@ -30,7 +28,7 @@ class StepState:
         """Raises ``ValueError`` for edges that are not finite and ascending."""
         self.edges, self.kinds = tuple(float(edge) for edge in edges), tuple(kinds)
         assert len(self.kinds) == len(self.edges) + 1
-        if not all(map(math.isfinite, self.edges)) or any(a >= b for a, b in itertools.pairwise(self.edges)):
+        if not ascends(self.edges):
             raise ValueError(f"step_policy: edges must be finite and ascending, got {list(self.edges)}. Quantize again.")
         # A text: compilers make a number that changes into a variable, which could choose no kernel.
         self.kind = "0"

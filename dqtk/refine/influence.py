@@ -19,7 +19,7 @@ from torch import nn
 
 from dqtk.calibrate.levels import bucket_of
 from dqtk.calibrate.record import level_of
-from dqtk.calls import denoisers, final_latents, given_arguments
+from dqtk.calls import check_prompts, denoisers, final_latents, given_arguments
 from dqtk.nn.correction import output_of, replaced
 
 
@@ -45,10 +45,14 @@ def influence_of(
     Returns:
         Per interval, its mean over the steps in it; 1 on average over steps. An interval without a step has that of the nearest.
     Raises:
-        ValueError: no prompts, or denoisers that are called without a time.
+        ValueError: no list of prompts, a size or a number of intervals that is not positive, arguments that the pipeline does not
+            name, or denoisers that are called without a time.
     """
-    if not prompts:
-        raise ValueError("influence_of: prompts must hold at least one prompt, got none. Two show most of it.")
+    check_prompts(prompts, "influence_of", "Two show most of it.")
+    if not 0 < size < math.inf:
+        raise ValueError(f"influence_of: size must be a positive share of the output, got {size!r}. The default is 0.02.")
+    if not (isinstance(num_intervals, int) and num_intervals >= 1):
+        raise ValueError(f"influence_of: num_intervals must be a positive integer, got {num_intervals!r}. The default is 20.")
     with _disturbed(pipe, None, size, seed) as seen:
         exact = final_latents(pipe, prompts, seed, call_kwargs, "influence_of")
     counts: dict[int, list[float]] = {}

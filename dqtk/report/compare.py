@@ -23,7 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dqtk.calls import call_arguments, check_call_names, denoisers, makes_clips
+from dqtk.calls import call_arguments, check_call_names, check_prompts, denoisers, makes_clips
 from dqtk.sites import find_sites
 
 from . import environment
@@ -213,10 +213,7 @@ def compare(
 
 
 def _check(prompts: Sequence[str], seeds_per_prompt: int, batch_size: int, num_trajectory: int, seed: int) -> None:
-    if isinstance(prompts, str):
-        raise ValueError(f"compare: prompts must be a list of texts, got one text {prompts!r}. Put it in a list.")
-    if len(prompts) == 0:
-        raise ValueError("compare: prompts must be at least one text, got none. Pass --prompts or prompts=[...].")
+    check_prompts(prompts, "compare", "Pass --prompts or prompts=[...].")
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"compare: prompts must be non-empty texts, got {prompt!r} at index {index}. Remove it.")

@@ -56,6 +56,7 @@ from .formats import (
     TensorSpec,
     TwoLevel,
     VectorCodebook,
+    ascends,
 )
 from .frozen import frozen
 from .layer import (
@@ -145,6 +146,7 @@ __all__ = [
     "TwoLevel",
     "VectorCodebook",
     "WeightedSum",
+    "ascends",
     "canonical",
     "describe",
     "describe_attention",

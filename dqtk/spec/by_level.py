@@ -3,13 +3,12 @@
 Where two of its specs differ in the input only, one packed weight serves both; each other weight is stored beside it.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 
 from . import layer
-from .formats import PerLevel, VectorCodebook
+from .formats import PerLevel, VectorCodebook, ascends
 from .frozen import frozen
 from .layer import LayerSpec
 
@@ -41,8 +40,7 @@ class ByLevel:
             )
         if any(a >= b for a, b in pairwise((0.0, *self.shares, 1.0))):
             raise ValueError(f"ByLevel: shares must ascend between 0 and 1, got {list(self.shares)}. For example (0.1, 0.9).")
-        ordered = all(a < b if self.rising else a > b for a, b in pairwise(self.edges))
-        if not all(map(math.isfinite, self.edges)) or not ordered:
+        if not ascends(self.edges if self.rising else self.edges[::-1]):
             raise ValueError(
                 f"ByLevel: edges must be finite and {'ascend' if self.rising else 'descend'} along the run, got "
                 f"{list(self.edges)}. Leave them out to find them from shares."

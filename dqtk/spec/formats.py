@@ -2,12 +2,19 @@
 
 import math
 import re
+from collections.abc import Sequence
 from itertools import pairwise
 
 from .frozen import frozen
 from .trellis import Trellis
 
 ROLE = "{role}"  # in the name of a group of layers: what a plan puts each layer's role in place of
+
+
+def ascends(values: Sequence[float]) -> bool:
+    """Whether numbers are finite and every one is larger than the one before it, as edges between intervals must be."""
+    return all(map(math.isfinite, values)) and all(a < b for a, b in pairwise(values))
+
 
 # --- number formats --------------------------------------------------------------------------------------------------
 
@@ -94,8 +101,7 @@ class Codebook:
                 f"Codebook: tables must be a tuple of tuples, got {self.tables!r}. For example ((-1.0, -0.3, 0.3, 1.0),)."
             )
         sizes = {len(table) for table in self.tables}
-        rising = all(x < y for table in self.tables for x, y in pairwise(table))
-        rising = rising and all(math.isfinite(x) for table in self.tables for x in table)
+        rising = all(ascends(table) for table in self.tables)
         if len(sizes) != 1 or sizes & {4, 8, 16, 32, 64, 128, 256} != sizes or not rising or not 1 <= len(self.tables) <= 16:
             got = f"{len(self.tables)} of sizes {sorted(sizes)}" + ("" if rising else ", some not ascending or not finite")
             raise ValueError(
@@ -184,7 +190,7 @@ class PerLevel:
     def __post_init__(self) -> None:
         if not (isinstance(self.most, int) and 2 <= self.most <= 64):
             raise ValueError(f"PerLevel: most must be an integer from 2 to 64, got {self.most!r}. Use PerTensor() for one scale.")
-        if not all(map(math.isfinite, self.edges)) or any(a >= b for a, b in pairwise(self.edges)):
+        if not ascends(self.edges):
             raise ValueError(f"PerLevel: edges must be finite and ascending, got {list(self.edges)}. Leave them out to find them.")
 
     @property

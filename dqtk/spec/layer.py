@@ -400,6 +400,8 @@ def _short(tensor: TensorSpec) -> str:
     }
     kinds: dict[type, str] = {PerGroup: "", TwoLevel: " two-level", E8M0Group: " E8M0", E4M3Group: " E4M3"}
     granularity = tensor.granularity
+    if isinstance(granularity, PerLevel) and granularity.edges:
+        words[PerLevel] = f"per noise level ({granularity.count} intervals)"
     where = f"group {granularity.size}{kinds[type(granularity)]}" if isinstance(granularity, GROUPS) else words[type(granularity)]
     if isinstance(form, Float):
         return f"FP{form.bits} {'' if form.signed else 'U'}E{form.exponent}M{form.mantissa} {where}"

@@ -12,9 +12,10 @@ from dqtk.bench.memory import NotMeasured
 from dqtk.bench.variants import in_dtype
 from dqtk.costs import CostTable
 from dqtk.nn import kept_weights
+from dqtk.policy import protecting
 from dqtk.recipes import recipe_named
 from dqtk.report.sizes import bytes_in_memory
-from dqtk.spec import ConstantToken, without
+from dqtk.spec import ByLevel, ConstantToken, without
 
 SECONDS = {"bfloat16": 6.0, "float32": 12.0, "w8a8": 2.0, "w4a8": 3.0, "w4a16": 8.0, "w4a16, kept": 6.5, "integers": 2.0}
 INTEGERS = dqtk.Recipe(
@@ -146,6 +147,20 @@ def test_a_quantized_pipeline_is_timed_as_it_is(load_tiny, fixed_times, monkeypa
     assert found.rows[2].weight_bytes < found.rows[0].weight_bytes < found.rows[1].weight_bytes
     with pytest.raises(ValueError, match="layers are quantized already"):
         bench_model(pipe, ["w4a8"], repeats=1, progress=False)
+
+
+def test_step_policies_are_not_timed_by_one_of_their_intervals(load_tiny, step, fixed_times):
+    """Saved or still a recipe: one step would run the kernels of one interval."""
+    pipe = load_tiny("pixart", torch.bfloat16)
+    plan = dqtk.plan(pipe, "w8a8", policy=protecting([(0, 0.2)]))
+    dqtk.quantize(pipe, plan, call_kwargs={"num_inference_steps": 5}, progress=False)
+    said = r"bench: transformer:.* must have one spec for all noise levels, got a step policy: W8 per channel, A16 to 20 % / A8"
+    with pytest.raises(ValueError, match=said):
+        bench_model(pipe, repeats=1, progress=False)
+    mine = next(choice.spec for choice in plan.choices if isinstance(choice.spec, ByLevel))
+    with pytest.raises(ValueError, match=said):
+        bench_step(step, [dqtk.Recipe(name="mine", rules=(dqtk.Rule(spec=mine, why="test"),))], progress=False)
+    assert fixed_times == []
 
 
 def test_decoded_weights_that_are_kept(step, fixed_times):

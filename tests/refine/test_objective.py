@@ -115,6 +115,21 @@ def test_influence_is_what_the_final_latents_make_of_an_error():
     assert found == pytest.approx(expected, rel=0.2)
     fine = influence_of(Sampler(), ["a"], num_intervals=12)
     assert fine[-1] == fine[-2] == pytest.approx(0.5**2 / mean, rel=0.2)  # no step in the last: as the nearest
-    with pytest.raises(ValueError, match="influence_of: prompts must hold at least one prompt, got none"):
-        influence_of(Sampler(), [])
-    assert not Speaker()._forward_hooks
+
+
+@pytest.mark.parametrize(
+    ("prompts", "how", "said"),
+    [
+        ([], {}, r"prompts must hold at least one prompt, got none\. Two show most of it"),
+        ("a cat", {}, r"prompts must be a list of texts, got one text 'a cat'\. Put it in a list"),
+        (["a"], {"size": 0}, r"size must be a positive share of the output, got 0\."),
+        (["a"], {"size": float("nan")}, "size must be a positive share of the output, got nan"),
+        (["a"], {"num_intervals": 0}, "num_intervals must be a positive integer, got 0"),
+        (["a"], {"call_kwargs": {"output_typ": "pil"}}, r"call_kwargs must be arguments of Sampler .* got 'output_typ'"),
+    ],
+)
+def test_influence_refuses(prompts, how, said):
+    pipe = Sampler()
+    with pytest.raises(ValueError, match=f"influence_of: {said}"):
+        influence_of(pipe, prompts, **how)
+    assert not pipe.components["unet"]._forward_hooks

@@ -235,7 +235,7 @@ def test_times_are_medians_per_image_of_interleaved_batches(pixart):
 @pytest.mark.parametrize(
     ("prompts", "changes", "words"),
     [
-        ([], {}, r"prompts must be at least one text, got none\. Pass --prompts or prompts=\[\.\.\.\]\."),
+        ([], {}, r"prompts must hold at least one prompt, got none\. Pass --prompts or prompts=\[\.\.\.\]\."),
         ("a cat", {}, r"prompts must be a list of texts, got one text 'a cat'\."),
         (["a cat", " "], {}, r"prompts must be non-empty texts, got ' ' at index 1\."),
         (["a"], {"batch_size": 0}, r"batch_size must be at least 1, got 0\."),
