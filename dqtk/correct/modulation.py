@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map
 
 from dqtk.calibrate.replay import Call, arguments_for
 from dqtk.calibrate.schedule import run_calls
-from dqtk.calls import TIME_NAMES, denoisers
+from dqtk.calls import TIME_NAMES, check_prompts, denoisers
 from dqtk.checkpoint import replace_layer
 from dqtk.nn.modulation import KnownCalls, ModulationTable, alike, conditions_in, samples_of
 
@@ -293,9 +293,10 @@ def cache_pipeline(
             f"modulation: above must be at least 0 and come with original, got {above} {'with' if original else 'without'} it. "
             "Pass the pipeline before it was quantized."
         )
-    if isinstance(prompts, str) or len(prompts) < 2 or prompts[0] == prompts[1]:
+    check_prompts(prompts, "modulation")
+    if len(prompts) < 2 or prompts[0] == prompts[1]:
         raise ValueError(
-            f"modulation: prompts must be a list of two different ones, got {prompts!r}. One tells nothing from the text."
+            f"modulation: prompts must be two different ones, got {list(prompts)[:2]}. One tells nothing from the text."
         )
     runs = [run_calls(pipe, prompt, call_kwargs) for prompt in (prompts if per_prompt else prompts[:1])]
     size = other_size or tuple(side // 2 for side in _size(pipe, runs[0][0], call_kwargs or {}))

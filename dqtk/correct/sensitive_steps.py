@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from dqtk.calibrate.schedule import run_times, time_at
 from dqtk.calibrate.stub import served
-from dqtk.calls import denoisers, final_latents, given_arguments, time_of
+from dqtk.calls import check_prompts, denoisers, final_latents, given_arguments, time_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,14 +59,13 @@ def sensitive_steps(
         ValueError: no prompts, no intervals, denoisers that are not the same, as ``run_times``.
     """
     theirs = denoisers(quantized)
-    if isinstance(prompts, str):
-        raise ValueError(f"sensitive_steps: prompts must be a list of texts, got one text {prompts!r}. Put it in a list.")
+    check_prompts(prompts, "sensitive_steps", "Two show most of it.")
     if num_intervals < 1:
         raise ValueError(f"sensitive_steps: num_intervals must be at least 1, got {num_intervals}. As many as a run has steps.")
-    if not prompts or set(theirs) != set(denoisers(pipe)):
+    if set(theirs) != set(denoisers(pipe)):
         raise ValueError(
-            f"sensitive_steps: prompts must be given, and quantized must have the denoisers {sorted(denoisers(pipe))}, got "
-            f"{len(prompts)} prompts and {sorted(theirs)}. Pass both pipelines of one model."
+            f"sensitive_steps: quantized must have the denoisers {sorted(denoisers(pipe))}, got {sorted(theirs)}. "
+            "Pass both pipelines of one model."
         )
     times = run_times(pipe, prompts, call_kwargs)
     bounds = [index / num_intervals for index in range(num_intervals + 1)]

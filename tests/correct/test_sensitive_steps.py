@@ -45,13 +45,13 @@ def test_no_prompt_decides_alone():
 
 
 def test_what_cannot_be_ranked(load_tiny):
-    with pytest.raises(ValueError, match=r"sensitive_steps: prompts must be given, .* got 0 prompts"):
+    with pytest.raises(ValueError, match=r"sensitive_steps: prompts must hold at least one prompt, got none"):
         sensitive_steps(load_tiny("pixart"), load_tiny("pixart"), [])
     with pytest.raises(ValueError, match=r"prompts must be a list of texts, got one text 'a circle'"):
         sensitive_steps(load_tiny("pixart"), load_tiny("pixart"), "a circle")
     with pytest.raises(ValueError, match=r"num_intervals must be at least 1, got 0"):
         sensitive_steps(load_tiny("pixart"), load_tiny("pixart"), PROMPTS, num_intervals=0)
-    with pytest.raises(ValueError, match=r"must have the denoisers \['transformer'\], got 1 prompts and \['unet'\]"):
+    with pytest.raises(ValueError, match=r"must have the denoisers \['transformer'\], got \['unet'\]"):
         sensitive_steps(load_tiny("pixart"), load_tiny("sdxl"), PROMPTS)
 
 
