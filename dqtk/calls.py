@@ -114,6 +114,12 @@ def given_arguments(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -
     return dict(zip(names, args, strict=False)) | dict(kwargs)
 
 
+def latents_of(module: nn.Module, arguments: Mapping[str, Any]) -> Any:
+    """What a call of a denoiser denoises: its first parameter, wherever the caller names it. A tensor [B, ...] or B tensors."""
+    first = list(inspect.signature(type(module).forward).parameters)[1:2]
+    return next((arguments[name] for name in first if name in arguments), next(iter(arguments.values()), None))
+
+
 def time_of(arguments: Mapping[str, Any]) -> Tensor | None:
     """The time that a denoiser was called with, as the caller gave it; None for one without time."""
     found = next((arguments[name] for name in TIME_NAMES if arguments.get(name) is not None), None)

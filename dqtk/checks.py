@@ -126,14 +126,12 @@ def _check_learners(plan: Plan, parts: Mapping[str, nn.Module], refine: Refiner)
 # --- before a layer is touched ----------------------------------------------------------------------------------------
 
 
-def check_kept_calls(
-    students: Mapping[str, nn.Module], work: Sequence[Choice], stats: Stats, exact: Mapping[str, Sequence[Tensor]], refine: Refiner
-) -> None:
-    """Raises ``ValueError`` for a refiner that kept calls do not serve. ``exact``: what the original answered to them, by name."""
+def check_kept_calls(students: Mapping[str, nn.Module], work: Sequence[Choice], stats: Stats, refine: Refiner) -> None:
+    """Raises ``ValueError`` for a refiner that kept calls do not serve."""
     for name, part in students.items():
         planned = [choice.site.path for choice in work if choice.site.component == name]
         there = () if isinstance(refine, Reconstruct) else quantized_layers(part)
-        check_lessons(name, refine, {*there, *planned}, calls_of(stats.calls, name), exact[name])
+        check_lessons(name, refine, {*there, *planned}, calls_of(stats.calls, name))
 
 
 def check_free_group(module: nn.Module, choice: Choice) -> None:

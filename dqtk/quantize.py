@@ -239,7 +239,7 @@ def quantize(
     if correct and stats is not None:
         check_correctable(students, stats, exact)
     if refine is not None and stats is not None:
-        check_kept_calls(students, work, stats, exact, refine)
+        check_kept_calls(students, work, stats, refine)
     painted = needs_pictures(refine)
     painter = None if painted is None else Painter(target, painted, call_kwargs, me)
     kept = None

@@ -96,6 +96,19 @@ class Site:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CfgLayout:
+    """Which half of classifier-free guidance a pipeline puts first, where its denoiser gets both: in a batch, and of the two calls
+    of a step. Which of the two it does is seen (``calibrate/guidance.py``).
+
+    Without more it is what diffusers' pipelines do (0.42): all with a call per half, over fifty, make the conditional one first; in
+    a batch the unconditional half comes first, but in a few (DiT, Z-Image, Lumina 1).
+    """
+
+    batched: tuple[str, str] = ("uncond", "cond")
+    separate: tuple[str, str] = ("cond", "uncond")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Adapter:
     """What structure alone cannot know about a family. Every field may stay empty.
 
@@ -103,7 +116,7 @@ class Adapter:
     keep: (glob on the path, why), sites that recipes leave at 16 bits. reversed_time: the denoiser is given 1 - sigma as its time.
     layouts: (denoiser, arguments of a call by name) -> (frames, rows, columns, text tokens before, and after) of every sequence
     that attends to itself, where they are not simply the latents cut into patches. frame_dim: of the frames of latents
-    [B, C, F, H, W]; 1 where they are [B, F, C, H, W] or [B, F, H, W, C].
+    [B, C, F, H, W]; 1 where they are [B, F, C, H, W] or [B, F, H, W, C]. cfg_layout: where the halves of guidance stand.
     """
 
     classes: tuple[str, ...]
@@ -112,6 +125,7 @@ class Adapter:
     reversed_time: bool = False
     layouts: Callable[[nn.Module, Mapping[str, Any]], list[tuple[int, ...]]] | None = None
     frame_dim: int = 2
+    cfg_layout: CfgLayout = CfgLayout()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

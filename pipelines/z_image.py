@@ -1,5 +1,5 @@
-"""Z-Image."""
+"""Z-Image. Its pipeline puts the unconditional half of a batch last."""
 
-from dqtk.sites import Adapter
+from dqtk.sites import Adapter, CfgLayout
 
-ADAPTER = Adapter(classes=("ZImageTransformer2DModel",), reversed_time=True)
+ADAPTER = Adapter(classes=("ZImageTransformer2DModel",), reversed_time=True, cfg_layout=CfgLayout(batched=("cond", "uncond")))

@@ -1,5 +1,6 @@
 """Untrained embedded pipelines as saved folders, built once; tests load from them and may change what they loaded."""
 
+import copy
 import dataclasses
 import os
 import subprocess
@@ -40,6 +41,34 @@ def load_tiny(tiny_folders):
         return pipe
 
     return load
+
+
+@pytest.fixture(scope="session")
+def load_wan():
+    """Function (dtype=float32) -> an untrained tiny-wan of one's own: it calls its denoiser once for each half of guidance."""
+    from dqtk.pipelines.tiny.build_wan import new_wan
+    from dqtk.pipelines.tiny.train_wan_vae import new_wan_vae
+
+    torch.manual_seed(2)
+    built = new_wan(new_wan_vae())
+    for module in built.components.values():
+        if isinstance(module, torch.nn.Module):
+            module.eval().requires_grad_(False)
+
+    def load(dtype=torch.float32):
+        pipe = copy.deepcopy(built)
+        for module in (pipe.transformer, pipe.text_encoder, pipe.vae):
+            torch.nn.Module.to(module, dtype)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def small_clip():
+    """How pipelines of ``load_wan`` are called: latents [B, 8, 2, 8, 8], three steps."""
+    return {"height": 32, "width": 32, "num_frames": 3, "max_sequence_length": 20, "num_inference_steps": 3}
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from dqtk import checkpoint, plan
 from dqtk.sites import ROLES
 
 GOLDEN = {
-    "Adapter": "(*, classes, roles, keep, reversed_time, layouts, frame_dim)",
+    "Adapter": "(*, classes, roles, keep, reversed_time, layouts, frame_dim, cfg_layout)",
     "LayerSpec": "(*, weight, input, solver, transforms, low_rank, correct_bias)",
     "Plan": "(*, recipe, components, choices, attention)",
     "Recipe": "(*, name, rules)",

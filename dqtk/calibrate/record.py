@@ -11,16 +11,49 @@ from dqtk.calls import given_arguments, time_of
 from dqtk.resolve import adapters
 from dqtk.sites import DENOISERS, Site, components_of
 
+from .guidance import ALL, Branches, Halves
 from .levels import at_level, bucket_of, noise_level
 from .stats import NO_LEVEL, InputStat, Key, Stats
 
 
-class _Call:
-    """The denoiser call in progress: noise-level bucket, and whether the batch holds both guidance branches."""
+class _Component:
+    """Of one component in a run: the noise-level bucket of the call in progress, and what its sites see, put where it belongs.
 
-    bucket = NO_LEVEL
-    level: float | None = None
-    guided = False
+    Whether a call is one of two that a step has, one per half of guidance, is known when the step ends. What its sites saw waits.
+    """
+
+    def __init__(self, module: nn.Module, num_prompts: int, stats: Stats):
+        self.bucket = NO_LEVEL
+        self.level: float | None = None
+        self.halves, self.stats = Halves(module, num_prompts), stats
+        self._waiting: list[dict[str, InputStat]] = []  # of every call of the step in progress: site -> what it saw
+
+    def begin(self, given: Mapping[str, Any], level: float | None) -> None:
+        """A denoiser call begins."""
+        self._settle(self.halves.see(given))
+        self._waiting.append({})
+        if level is not None:
+            self.bucket, self.level = bucket_of(level, self.stats.num_buckets), level
+
+    def saw(self, site: Site, branch: str, seen: InputStat) -> None:
+        """A site saw this, of a branch, or of a call whose branch is not known yet."""
+        if branch == ALL[0] and self._waiting:
+            call = self._waiting[-1]
+            call[site.id] = call[site.id].merge(seen) if site.id in call else seen
+        else:
+            self.stats.add(Key(site.id, self.bucket, branch), seen)
+
+    def end(self) -> None:
+        """The run is over."""
+        self._settle(self.halves.end())
+
+    def _settle(self, branches: Sequence[Branches]) -> None:
+        """The step is over, whose calls held these; of a call with both halves only what is not split by them is waiting."""
+        if branches:
+            waiting, self._waiting = self._waiting, []
+            for held, call in zip(branches, waiting, strict=True):
+                for site, seen in call.items():
+                    self.stats.add(Key(site, self.bucket, held[0] if len(held) == 1 else ALL[0]), seen)
 
 
 def observe(x: Tensor, kind: str) -> InputStat:
@@ -39,20 +72,22 @@ def recording(pipe: Any, sites: Sequence[Site], stats: Stats, num_prompts: int) 
         pipe: pipeline or module.
         sites: what to watch.
         stats: filled in place.
-        num_prompts: prompts per pipeline call: a denoiser batch twice as large holds the unconditional half first.
+        num_prompts: prompts per pipeline call, which tells the halves of guidance (``guidance.py``). One run of the pipeline.
     """
     parts = components_of(pipe)
-    calls = {name: _Call() for name in parts}
+    places = {name: _Component(part, num_prompts, stats) for name, part in parts.items()}
     with ExitStack() as hooks:
         for name, part in parts.items():
             if DENOISERS.fullmatch(name):
-                level = _level_hook(name, calls[name], pipe, stats, num_prompts)
+                level = _level_hook(name, places[name], pipe)
                 hooks.callback(part.register_forward_pre_hook(level, with_kwargs=True).remove)
         for site in sites:
             layer = parts[site.component].get_submodule(site.path)
-            seen = _site_hook(site, calls[site.component], stats)
+            seen = _site_hook(site, places[site.component])
             hooks.callback(layer.register_forward_pre_hook(seen, with_kwargs=True).remove)
         yield
+    for place in places.values():
+        place.end()
 
 
 def level_of(pipe: Any, module: nn.Module, given: Mapping[str, Any]) -> float | None:
@@ -64,16 +99,14 @@ def level_of(pipe: Any, module: nn.Module, given: Mapping[str, Any]) -> float | 
     return noise_level(pipe.scheduler, time, reversed_time=adapter is not None and adapter.reversed_time)
 
 
-def _level_hook(name: str, call: _Call, pipe: Any, stats: Stats, num_prompts: int):
+def _level_hook(name: str, place: _Component, pipe: Any):
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
         given = given_arguments(module, args, kwargs)
         level = level_of(pipe, module, given)
+        place.begin(given, level)
         if level is not None:
-            call.bucket, call.level = bucket_of(level, stats.num_buckets), level
             time = _first(time_of(given))
-            stats.saw(name, call.bucket, time, time)
-        sample = next(iter(given.values()), None)  # [B, ...], or a list of B samples
-        call.guided = sample is not None and len(sample) == 2 * num_prompts
+            place.stats.saw(name, place.bucket, time, time)
 
     return hook
 
@@ -83,22 +116,20 @@ def _first(time: Tensor | None) -> float:
     return float(time.detach().reshape(-1)[0])
 
 
-def _site_hook(site: Site, call: _Call, stats: Stats):
+def _site_hook(site: Site, place: _Component):
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
         x = args[0] if args else kwargs["input"]
         if x.numel() == 0:
             return
-        halves = {"all": x}
-        if call.guided and x.shape[0] % 2 == 0:
-            uncond, cond = x.chunk(2)
-            halves = {"uncond": uncond, "cond": cond}
-        for branch, part in halves.items():
+        held = place.halves.now
+        branches = held if x.shape[0] % len(held) == 0 else ALL
+        for branch, part in zip(branches, x.chunk(len(branches)), strict=True):
             seen = observe(part, site.kind)
             if not math.isfinite(seen.low) or not math.isfinite(seen.high):
                 raise ValueError(
-                    f"calibrate: inputs of {site.id} must be finite, got NaN or infinity{at_level(call.level)}. "
+                    f"calibrate: inputs of {site.id} must be finite, got NaN or infinity{at_level(place.level)}. "
                     "Calibrate in bfloat16 or float32, or keep the site at 16 bits."
                 )
-            stats.add(Key(site.id, call.bucket, branch), seen)
+            place.saw(site, branch, seen)
 
     return hook

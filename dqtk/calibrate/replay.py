@@ -27,13 +27,18 @@ from .waypoint import Tell, Waypoint
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call of a component in a run of the pipeline; ``level`` is its noise level in [0, 1], None for text encoders."""
+    """One call of a component in a run of the pipeline.
+
+    level: its noise level in [0, 1], None for text encoders. branches: what its batch holds, in equal parts: both halves of
+    guidance, one of them, or "all" (``guidance.py``); None: not known, as of text encoders and of files from before it was kept.
+    """
 
     component: str
     args: tuple
     kwargs: dict[str, Any]
     level: float | None
     run: int = 0
+    branches: tuple[str, ...] | None = None
 
     @property
     def time(self) -> float | None:
@@ -234,12 +239,12 @@ def to_tensors(calls: Sequence[Call]) -> tuple[dict[str, Tensor], str]:
             "Calibrate without an output file."
         )
 
-    rows = [[call.component, plain(call.kwargs, call.component), call.level, call.run] for call in calls]
+    rows = [[call.component, plain(call.kwargs, call.component), call.level, call.run, call.branches] for call in calls]
     return tensors, json.dumps(rows)
 
 
 def from_tensors(tensors: Callable[[str], Tensor], text: str) -> list[Call]:
-    """Inverse of ``to_tensors``."""
+    """Inverse of ``to_tensors``; of rows without run or branches, as files had them before, too."""
     loaded: dict[str, Tensor] = {}
 
     def value_of(data: dict) -> Any:
@@ -255,4 +260,7 @@ def from_tensors(tensors: Callable[[str], Tensor], text: str) -> list[Call]:
             return parts if kind == "list" else tuple(parts)
         return content
 
-    return [Call(component, (), value_of(kwargs), level, *run) for component, kwargs, level, *run in json.loads(text)]
+    def call_of(component: str, kwargs: dict, level: float | None, run: int = 0, branches: list[str] | None = None) -> Call:
+        return Call(component, (), value_of(kwargs), level, run, None if branches is None else tuple(branches))
+
+    return [call_of(*row) for row in json.loads(text)]

@@ -17,6 +17,7 @@ from dqtk.plan import Plan, check_fit
 from dqtk.sites import DENOISERS, components_of, find_sites
 from dqtk.spec import SiteSpec
 
+from .guidance import branched
 from .levels import at_level
 from .placement import Evenly, Placement
 from .record import level_of, recording
@@ -91,6 +92,7 @@ def calibrate(
         with recording(pipe, sites, stats, len(batch)), capturing(replayed, level) as calls, torch.no_grad():
             pipe(**prompt_argument(pipe, batch, "prompts"), generator=generators, **(kwargs | {"output_type": "latent"}))
         _check_calls(calls)
+        calls = branched(calls, replayed, len(batch))
         stats.calls += kept(calls, steps_per_run, 1 + max((call.run for call in stats.calls), default=-1), placement)
         stats.num_prompts += len(batch)
         stats.run = run(stats.num_prompts)

@@ -6,8 +6,8 @@ and both halves of guidance, and weights that move on their own grid and are rou
 before it is quantized: while the student learns, no second model is held. It does not follow the student's own trajectories.
 
 Objective: mean squared error of what the scheduler sees over the kept calls: the output, or with ``guidance`` the two halves put
-together as the pipeline does. With ``influence`` calls count as their errors do in the final latents; they are drawn that often,
-those of one iteration from all parts of a run.
+together as the pipeline does, whether they are one call or two (``calibrate/guidance.py``). With ``influence`` calls count as their
+errors do in the final latents; they are drawn that often, those of one iteration from all parts of a run.
 Some calibration runs are held out; what does not lower the error on them, or on pictures (``judge.py``), is not kept.
 
 Processes share the calls of an iteration (``descent.py``), and those of the judge.
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dqtk.calibrate.replay import Call, arguments_for, made
+from dqtk.calibrate.replay import Call, arguments_for
 from dqtk.checkpoint import quantized_layers
 from dqtk.nn.correction import output_of
 from dqtk.spec import Distill, canonical
@@ -30,7 +30,7 @@ from dqtk.spec import Distill, canonical
 from .descent import call_at, drawn_at
 from .judge import Painter
 from .learning import Lesson, Refined, is_matrix, is_table, learn, seen_and_unseen, start_digest
-from .refinable import check_halves, check_learners, counts_of
+from .refinable import check_learners, counts_of, lessons_of
 from .selection import selected
 from .team import ALONE, Team
 
@@ -62,30 +62,35 @@ def distill(
         team: processes that each have the same module, calls and answers; all end with the same numbers.
         progress: show a bar with the time left, and the error before and after.
     Raises:
-        ValueError: nothing is quantized, calls of one run, guidance over a call of an odd batch, influence that counts no call,
+        ValueError: nothing is quantized, calls of one run, guidance over calls without both halves, influence that counts no call,
             what ``check_learners`` refuses, a judge without a painter, a loss that is no number, or a file of another run.
     """
     layers = quantized_layers(module)
-    seen, unseen = seen_and_unseen(name, layers, [call.run for call in calls])
+    lessons = lessons_of(name, calls, choice)
+    firsts = [calls[lesson[0]] for lesson in lessons]
+    seen, unseen = seen_and_unseen(name, layers, [call.run for call in firsts])
     check_learners(name, module, choice, {path: layer.spec for path, layer in layers.items()}, originals or {})
-    counts = counts_of(name, calls, choice, (seen, unseen))
-    check_halves(name, exact, choice)
+    counts = counts_of(name, firsts, choice, (seen, unseen))
     if choice.judge is not None and painter is None:
         raise ValueError(f"refine: judge must be None where {name} stands in no pipeline, got {choice.judge}. Use dqtk.quantize.")
 
     if choice.influence:
-        seen = sorted(seen, key=lambda i: calls[i].level or 0.0)
+        seen = sorted(seen, key=lambda i: firsts[i].level or 0.0)
+
+    def error(number: int) -> Tensor:
+        mine = [calls[i] for i in lessons[number]]
+        output = torch.cat([output_of(module(**arguments_for(module, call))) for call in mine])
+        halves = [half for call in mine for half in call.branches or ()]
+        return error_of(output, torch.cat([exact[i] for i in lessons[number]]), choice.guidance, halves)
 
     def loss(turn: int) -> Tensor:
         weights = [counts[i] for i in seen]
         place = drawn_at(turn, weights, choice.seed, choice.batch) if choice.influence else call_at(turn, len(seen), choice.seed)
-        return error_of(output_of(module(**arguments_for(module, calls[seen[place]]))), exact[seen[place]], choice.guidance)
+        return error(seen[place])
 
     def judge() -> float:
         mine = [i for i in unseen if counts[i]][team.rank :: team.world]
-        outputs = zip(mine, made(module, [calls[i] for i in mine]), strict=True)
-        errors = [counts[i] * float(error_of(output_of(y), exact[i], choice.guidance)) for i, y in outputs]
-        total = torch.tensor([math.fsum(errors)])
+        total = torch.tensor([math.fsum(counts[i] * float(error(i)) for i in mine)])
         team.add(total)
         return float(total) / math.fsum(counts[i] for i in unseen)
 
@@ -95,7 +100,7 @@ def distill(
         others=lambda path, parameter: not is_table(module, path) and (choice.matrix_rate > 0 or not is_matrix(module, path)),
         loss=loss,
         judge=judge if painter is None else painter.error,
-        facts={"model": name, "choice": canonical(choice), "calls": len(calls), "start": start_digest(module, exact)},
+        facts={"model": name, "choice": canonical(choice), "calls": len(lessons), "start": start_digest(module, exact)},
         num_calls=len(seen),
         exact=originals or {},
     )
@@ -112,10 +117,11 @@ def distill(
     return found
 
 
-def error_of(output: Tensor, exact: Tensor, guidance: float | None = None) -> Tensor:
-    """Mean squared error [] of an output [B, ...], or of both halves put together, unconditional first."""
+def error_of(output: Tensor, exact: Tensor, guidance: float | None = None, halves: Sequence[str] = ("uncond", "cond")) -> Tensor:
+    """Mean squared error [] of an output [B, ...], or with ``guidance`` of both halves put together, which lie in the batch in the
+    order of ``halves``."""
     error = output.float() - exact.to(output.device).float()
     if guidance is not None:
-        uncond, cond = error.chunk(2)
-        error = uncond + guidance * (cond - uncond)
+        parts = dict(zip(halves, error.chunk(2), strict=True))
+        error = parts["uncond"] + guidance * (parts["cond"] - parts["uncond"])
     return error.square().mean()

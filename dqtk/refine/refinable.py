@@ -4,8 +4,9 @@ weight is an error, not a choice that is passed over.
 
 from collections.abc import Collection, Mapping, Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
+from dqtk.calibrate.guidance import guided_steps
 from dqtk.calibrate.levels import bucket_of
 from dqtk.calibrate.replay import Call
 from dqtk.nn.products import group_of
@@ -111,15 +112,15 @@ def _chooses(spec: LayerSpec) -> bool:
     return isinstance(form, VectorCodebook) and form.books == 1 and not spec.transforms
 
 
-def check_lessons(name: str, choice: Refiner, layers: Collection[str], calls: Sequence[Call], exact: Sequence[Tensor]) -> None:
-    """Whether kept calls and the original's answers [B, ...] to them are what the choice learns from.
+def check_lessons(name: str, choice: Refiner, layers: Collection[str], calls: Sequence[Call]) -> None:
+    """Whether kept calls are what the choice learns from.
 
-    Raises ``ValueError`` for calls of one run, ``influence`` that counts no call and ``guidance`` over a call of an odd batch.
+    Raises ``ValueError`` for calls of one run, ``influence`` that counts no call and ``guidance`` over calls without both halves.
     """
     groups = seen_and_unseen(name, layers, [call.run for call in calls])
     if isinstance(choice, Distill):
         counts_of(name, calls, choice, groups)
-        check_halves(name, exact, choice)
+        lessons_of(name, calls, choice)
 
 
 def counts_of(name: str, calls: Sequence[Call], choice: Distill, groups: Sequence[Sequence[int]]) -> list[float]:
@@ -134,11 +135,9 @@ def counts_of(name: str, calls: Sequence[Call], choice: Distill, groups: Sequenc
     return counts
 
 
-def check_halves(name: str, exact: Sequence[Tensor], choice: Distill) -> None:
-    """Raises ``ValueError`` where ``guidance`` is asked for answers [B, ...] that cannot hold both halves."""
-    odd = next((len(y) for y in exact if len(y) % 2), None)
-    if choice.guidance is not None and odd is not None:
-        raise ValueError(
-            f"refine: guidance must be None for calls of {name} that do not hold both halves of guidance, got a batch of {odd}. "
-            "Leave it out."
-        )
+def lessons_of(name: str, calls: Sequence[Call], choice: Distill) -> list[tuple[int, ...]]:
+    """Numbers of the calls whose errors are one: of every call, or with ``guidance`` of those of a step that hold its two halves.
+
+    Raises ``ValueError`` where ``guidance`` is asked for calls that are not known to hold both.
+    """
+    return [(index,) for index in range(len(calls))] if choice.guidance is None else guided_steps(name, calls)

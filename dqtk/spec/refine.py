@@ -108,7 +108,7 @@ class Distill:
     size; bias_rate: of biases, norms and tables that stay at 16 bits; matrix_rate: of the 16-bit weights of layers that are not
     quantized, relative to their mean size. seed: of the order of calls and the start of the matrices.
 
-    guidance: the pipeline's guidance scale, where its calls hold both halves, unconditional first. The error is then that of
+    guidance: the pipeline's guidance scale, where its steps have both halves, in one call or in two. The error is then that of
     uncond + guidance (cond - uncond), which is what the scheduler sees; errors of the halves that are alike cancel. influence: how
     much an error counts in each of equal intervals of the noise level's angle; ``refine.influence.influence_of`` measures it.
     Calls are then drawn as often as they count. layers: whose codes, zero points, scales and branches learn; None: of all. decay:

@@ -80,6 +80,31 @@ def test_guidance_halves_are_kept_apart_unconditional_first():
     assert ranges == {"uncond": (-1.0, -1.0, 6), "cond": (5.0, 5.0, 6)}
 
 
+def test_separate_calls_are_kept_apart_conditional_first():
+    """Two prompts in each, as many samples as both halves of one; the last step has no second call."""
+    pipe, stats = pipeline(), Stats()
+    x = seeded(2, 3, 4)
+    with recording(pipe, [site("layer"), site("extra")], stats, num_prompts=2):
+        for t in (999, 999, 500, 500, 0):
+            pipe.transformer(x, torch.tensor(t))
+        assert (bucket_of(noise_level(pipe.scheduler, torch.tensor(0)), 20), "all") not in branches(stats)  # the step may go on
+    buckets = [bucket_of(noise_level(pipe.scheduler, torch.tensor(t)), 20) for t in (999, 500, 0)]
+    assert branches(stats) == {(b, branch) for b in buckets[:2] for branch in ("cond", "uncond")} | {(buckets[2], "all")}
+    assert {seen.count for seen in stats.inputs.values()} == {6}
+
+
+def test_inputs_of_separate_calls_go_to_their_half():
+    pipe, stats, x = pipeline(), Stats(), seeded(2, 3, 4)
+    pipe.transformer.forward = lambda sample, timestep, text: pipe.transformer.layer(sample * 0 + text)
+    with recording(pipe, [site("layer")], stats, num_prompts=2):
+        for text in (2.0, -3.0):
+            pipe.transformer(x, torch.tensor(500), text)
+    assert {key.branch: (float(seen.low), float(seen.high)) for key, seen in stats.inputs.items()} == {
+        "cond": (2.0, 2.0),
+        "uncond": (-3.0, -3.0),
+    }
+
+
 def test_without_guidance_there_is_one_branch():
     pipe, stats = pipeline(), Stats()
     with recording(pipe, [site("layer")], stats, num_prompts=2):

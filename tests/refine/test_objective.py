@@ -5,12 +5,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_distill import BRIEF, case
+from test_distill import BRIEF, W3A4, case
 from torch import nn
 
+import dqtk
+from dqtk.calibrate import Stats
+from dqtk.refine import distill as distill_module
 from dqtk.refine.descent import drawn_at
 from dqtk.refine.distill import distill, error_of
 from dqtk.refine.influence import influence_of
+from dqtk.refine.learning import learn
 from dqtk.spec import Distill
 
 
@@ -24,6 +28,8 @@ def test_the_guided_error_is_that_of_what_the_scheduler_sees():
 
     wanted = (guided(got) - guided(exact)).square().mean()
     assert float(error_of(got.float(), exact.float(), 4.5)) == pytest.approx(float(wanted), rel=1e-5)
+    turned = [torch.cat(y.float().chunk(2)[::-1]) for y in (got, exact)]
+    assert float(error_of(*turned, 4.5, ("cond", "uncond"))) == pytest.approx(float(wanted), rel=1e-5)
     assert float(error_of(exact.float() + 0.5, exact.float(), 4.5)) == pytest.approx(0.25, rel=1e-4)  # alike in both: not amplified
     assert float(error_of(got.float(), exact.float())) == pytest.approx(float((got - exact).square().mean()), rel=1e-5)
 
@@ -62,13 +68,48 @@ def test_only_calls_that_count_are_learned_from_and_judged():
 
 def test_guidance_lowers_the_guided_error_and_needs_both_halves():
     module, given, exact, _ = case(runs=12)
-    found = distill(module, given, exact, Distill(iterations=60, guidance=4.5), progress=False)
+    both = [replace(call, branches=("uncond", "cond")) for call in given]
+    found = distill(module, both, exact, Distill(iterations=60, guidance=4.5), progress=False)
     assert found.after < found.before
-    odd = [y[:3] for y in exact]
-    with pytest.raises(
-        ValueError, match=r"refine: guidance must be None for calls of unet that do not hold both .* got a batch of 3"
-    ):
-        distill(module, given, odd, Distill(iterations=2, guidance=2.0), name="unet", progress=False)
+    refused = [
+        (given, "got a batch of 8 that may be either at noise level 0.200. Calibrate again with this version"),
+        ([replace(call, branches=("all",)) for call in given], "got a batch of 8 in which no halves can be told"),
+        ([replace(call, branches=("cond",)) for call in given], "got a batch of 8 of one half alone"),
+        ([*halved(both[:1], exact)[0][:1], *both], "got a batch of 4 of one half alone"),
+    ]
+    for wrong, said in refused:
+        with pytest.raises(ValueError, match=f"refine: guidance must be None for calls of unet that do not hold both .* {said}"):
+            distill(module, wrong, exact, Distill(iterations=2, guidance=2.0), name="unet", progress=False)
+
+
+def halved(given, exact):
+    """Calls with both halves as two calls each, the conditional one first, and their answers."""
+    calls, answers = [], []
+    for call, y in zip(given, exact, strict=False):
+        for index in (1, 0):
+            kwargs = call.kwargs | {"sample": call.kwargs["sample"].chunk(2)[index]}
+            calls.append(replace(call, kwargs=kwargs, branches=(("uncond", "cond")[index],)))
+            answers.append(y.chunk(2)[index])
+    return calls, answers
+
+
+@pytest.mark.parametrize("influence", [(), (1.0, 2.0)])
+def test_two_calls_of_a_step_are_learned_from_as_one_with_both_halves(influence):
+    """The same errors, the same order, the same numbers; two prompts in every call, which make an even batch of each half."""
+    choice = Distill(iterations=12, guidance=4.5, influence=influence)
+    found, states = [], []
+    for separate in (False, True):
+        module, given, exact, _ = case(runs=4)
+        both = [replace(call, branches=("uncond", "cond")) for call in given]
+        calls, answers = halved(both, exact) if separate else (both, exact)
+        found.append(distill(module, calls, answers, choice, progress=False))
+        states.append(module.state_dict())
+    assert found[1].before == pytest.approx(found[0].before, rel=1e-5)
+    assert found[1].after == pytest.approx(found[0].after, rel=1e-4)
+    assert found[0].kept
+    for name, tensor in states[0].items():
+        differ = (tensor.double() - states[1][name].double()).abs()
+        assert int((differ > 1e-4).sum()) <= 0.01 * differ.numel(), name  # a code that lay between two
 
 
 def test_an_iteration_of_several_calls_steps_with_their_mean():
@@ -82,6 +123,44 @@ def test_an_iteration_of_several_calls_steps_with_their_mean():
     same = [torch.equal(tensor, states[1][name]) for name, tensor in states[0].items() if name.endswith("qweight")]
     assert all(torch.allclose(t, states[1][name], atol=1e-5) for name, t in states[0].items() if t.is_floating_point())
     assert all(same)
+
+
+CLIPS = [
+    "a small red circle moving left slowly",
+    "a medium blue cross moving up quickly",
+    "a large green square moving right",
+    "a small white digit 7 moving down",
+]
+
+
+def test_wan_learns_from_both_calls_of_a_step(load_wan, small_clip, tmp_path, monkeypatch):
+    """Two prompts in a batch, an even number of samples in calls of one half each: what is lowered is the guided error."""
+    pipe, original = load_wan(), load_wan()
+    rule = dqtk.Rule(pattern="*.attn2.*", spec=W3A4, why="test")
+    plan = dqtk.plan(pipe, dqtk.Recipe(name="w3a4", rules=(rule,)))
+    stats = dqtk.calibrate(pipe, CLIPS, plan, batch_size=2, call_kwargs=small_clip, keep_calls=True, progress=False)
+    stats.save(tmp_path / "stats")
+    found = []
+    monkeypatch.setattr(distill_module, "learn", lambda *args: found.append(learn(*args)) or found[-1])
+    choice = Distill(iterations=4, weight_rate=0.1, scale_rate=0.01, guidance=5.0)
+    dqtk.quantize(pipe, plan, Stats.load(tmp_path / "stats"), refine=choice, progress=False)
+    assert found[0].kept
+    held_out = [call for call in stats.calls if call.run == 1]
+    with torch.no_grad():
+        errors = [pipe.transformer(**c.kwargs)[0] - original.transformer(**c.kwargs)[0] for c in held_out]
+    cond, uncond = torch.stack(errors[::2]), torch.stack(errors[1::2])
+    wanted = float((uncond + 5.0 * (cond - uncond)).square().mean())
+    assert found[0].after == pytest.approx(wanted, rel=0.01)  # stored as it learned, up to the rounding of inputs
+    first, second = torch.stack(errors).unbind(1)  # as if the two prompts were the halves
+    assert found[0].after != pytest.approx(float((first + 5.0 * (second - first)).square().mean()), rel=0.03)
+
+
+def test_wan_without_guidance_has_no_guided_error(load_wan, small_clip):
+    pipe, plain = load_wan(), small_clip | {"guidance_scale": 1.0}
+    plan = dqtk.plan(pipe, "w4a8-rtn")
+    stats = dqtk.calibrate(pipe, CLIPS, plan, batch_size=2, call_kwargs=plain, keep_calls=True, progress=False)
+    with pytest.raises(ValueError, match=r"guidance must be None for calls of transformer .* got a batch of 2 in which no halves"):
+        dqtk.quantize(pipe, plan, stats, refine=Distill(guidance=5.0), progress=False)
 
 
 # --- influence -------------------------------------------------------------------------------------------------------

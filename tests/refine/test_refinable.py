@@ -46,7 +46,7 @@ WRONG = [
     (NUMBERS, Distill(layers=OfRoles(roles=("ff.dwn",))), "OfRoles must name roles of quantized layers of unet .*Did you mean"),
 ]
 WRONG_CALLS = [
-    (Distill(guidance=2.0), "refine: guidance must be None for calls of unet that do not hold both halves.* a batch of 3"),
+    (Distill(guidance=2.0), "refine: guidance must be None for calls of unet that do not hold both halves.* a batch of 3 that may"),
     (Distill(influence=(0.0,) * 19 + (1.0,)), "refine: influence must count some calls of unet"),
 ]
 
