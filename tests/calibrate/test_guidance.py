@@ -12,6 +12,7 @@ from dqtk.calibrate import calibrate
 from dqtk.calibrate.guidance import ALL, Halves, branched, guided_steps
 from dqtk.calibrate.replay import Call, from_tensors, to_tensors
 from dqtk.resolve import adapters
+from dqtk.sites import CfgLayout
 
 PROMPTS = ["a small red circle moving left slowly", "a medium blue cross moving up quickly"]
 
@@ -204,3 +205,27 @@ def test_wan_without_guidance_is_not_split(load_wan, small_clip):
     stats = calibrate(pipe, PROMPTS, plan, batch_size=2, call_kwargs=how, keep_calls=True, progress=False)
     assert {key.branch for key in stats.inputs if key.site.startswith("transformer:")} == {"all"}
     assert {call.branches for call in stats.calls} == {ALL}
+
+
+def test_dit_has_its_unconditional_half_last(monkeypatch):
+    """Class 1000. Declared the other way, its class labels contradict it."""
+    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, num_layers=1, sample_size=8, out_channels=8)
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=16)
+    pipe = DiTPipeline(transformer=transformer, vae=vae, scheduler=DDIMScheduler())
+    plan, found = dqtk.plan(pipe, "w8a8-static"), {}
+    for layout in (adapters()["DiTTransformer2DModel"].cfg_layout, CfgLayout()):
+        adapter = replace(adapters()["DiTTransformer2DModel"], cfg_layout=layout)
+        monkeypatch.setitem(adapters(), "DiTTransformer2DModel", adapter)
+        stats = calibrate(
+            pipe, ["7", "8"], plan, batch_size=1, call_kwargs={"num_inference_steps": 2}, keep_calls=True, progress=False
+        )
+        found[layout.batched] = [call for call in stats.calls if call.component == "transformer"]
+    calls = found["cond", "uncond"]
+    assert {call.branches for call in calls} == {("cond", "uncond")}
+    assert [call.kwargs["class_labels"].tolist() for call in calls[::2]] == [[7, 1000], [8, 1000]]
+    assert guided_steps("transformer", calls) == [(0,), (1,), (2,), (3,)]
+    with pytest.raises(ValueError, match="must be the one with the same text for all prompts, got class_labels of transformer"):
+        guided_steps("transformer", found["uncond", "cond"])
