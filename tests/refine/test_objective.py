@@ -160,7 +160,7 @@ def test_wan_without_guidance_has_no_guided_error(load_wan, small_clip):
     plan = dqtk.plan(pipe, "w4a8-rtn")
     stats = dqtk.calibrate(pipe, CLIPS, plan, batch_size=2, call_kwargs=plain, keep_calls=True, progress=False)
     with pytest.raises(ValueError, match=r"guidance must be None for calls of transformer .* got a batch of 2 in which no halves"):
-        dqtk.quantize(pipe, plan, stats, refine=Distill(guidance=5.0), progress=False)
+        dqtk.quantize(pipe, plan, stats, refine=Distill(iterations=2, guidance=5.0), progress=False)
 
 
 # --- influence -------------------------------------------------------------------------------------------------------
