@@ -146,9 +146,6 @@ def test_flow_matching_with_a_call_per_half(wan, small_clip, case):
     wan.scheduler = before
 
 
-@pytest.mark.xfail(
-    raises=StopIteration, strict=True, reason="a table has no parameter, and Wan reads its time embedder's dtype from one"
-)
 @pytest.mark.parametrize("recipe", [None, "w8a8-levels"])
 def test_tables_serve_both_halves(load_wan, small_clip, recipe):
     """What depends on the noise level only, as tables: the same bits, with layers quantized per level or not."""

@@ -141,7 +141,7 @@ class ModulationTable(nn.Module):
         once, place = _once(rows_CRN)
         self.register_buffer("rows", once, persistent=False)
         self.register_buffer("place", place, persistent=False)  # int64 [C]: the row of each call
-        self.register_buffer("weight", once.new_empty(0), persistent=False)  # hosts read its dtype
+        self.weight = nn.Parameter(once.new_empty(0), requires_grad=False)  # hosts read its dtype, or that of any parameter
         self.bias = None
         known.prepare(once.device)
         self.register_state_dict_pre_hook(_refuse)
