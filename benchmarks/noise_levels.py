@@ -214,9 +214,11 @@ def cared_for(name: str, pipe, original, prompts: list[str], steps: int):
     if name.endswith(TABLES):
         how = {"call_kwargs": {"num_inference_steps": steps}, "evict": False, "original": original}
         made = cache_pipeline(pipe, prompts, per_prompt="unet" in denoisers(pipe), **how)
-    yield
-    for cache in made.values():
-        cache.restore()
+    try:
+        yield
+    finally:
+        for cache in made.values():
+            cache.restore()
 
 
 def quantized(

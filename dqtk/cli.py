@@ -217,6 +217,10 @@ def _quantize_in_memory(options: argparse.Namespace, plan: Plan, refine: Refiner
     if calibrated and stats is None and prompts is None:
         what = f"recipe {plan.recipe}" if plan.needs_stats else "--correct" if options.correct else "--refine"
         raise ValueError(f"--prompts or --stats must be given for {what}, got neither. It is calibrated.")
+    if options.placement and not calibrated:
+        raise ValueError(
+            f"--placement must be left out for recipe {plan.recipe}, got {options.placement}. It learns nothing from inputs."
+        )
     if stats is not None and not calibrated:
         raise ValueError(f"--stats must be left out for recipe {plan.recipe}, got {options.stats}. It learns nothing from inputs.")
     if taught and stats is None and prompts is not None:

@@ -139,6 +139,11 @@ def test_a_placement_of_no_calibration(folder, tmp_path, capsys):
         assert text.startswith("--placement must come with --prompts alone, got it without, or with --stats.")
 
 
+def test_a_placement_where_nothing_is_learned(folder, tmp_path, capsys):
+    words = ["quantize", folder, "--recipe", "w8a8", "--prompts", "a", "--placement", "every", "--output", tmp_path / "out"]
+    assert said(capsys, *words).startswith("--placement must be left out for recipe w8a8, got every. It learns nothing")
+
+
 def test_refiners():
     def asked(*words):
         return refiner_of(parser().parse_args(["quantize", "m", *words, "--output", "o"]))

@@ -1,12 +1,13 @@
 """The times at which a pipeline calls its denoiser in a run, in the denoiser's own unit, found without denoising.
 
-The pipeline is called and stopped at its first denoiser call: by then it has told its scheduler all that the times depend on
-(number of steps, shift of the picture's size, sigmas of its own), and the one time that the denoiser was given says in which unit
-the scheduler's timesteps reach it. That costs the text encoders' part of a run.
+For ``run_times`` the pipeline is called and stopped at its first denoiser call: by then it has told its scheduler all that the
+times depend on (number of steps, shift of the picture's size, sigmas of its own), and the one time that the denoiser was given says
+in which unit the scheduler's timesteps reach it. That costs the text encoders' part of a run. ``run_calls`` sees every call, for
+one of the denoiser.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -61,41 +62,41 @@ def run_times(pipe: Any, prompts: Sequence[str] | None = None, call_kwargs: Mapp
 
 @torch.no_grad()
 def first_call(pipe: Any, prompt: str, call_kwargs: Mapping[str, Any] | None = None) -> Call:
-    """The first denoiser call of a run, which is not made. Raises ``ValueError`` for a pipeline that makes none."""
+    """The first denoiser call of a run, which is not made. Raises ``ValueError`` for a pipeline that makes none, and for arguments
+    that it does not name."""
 
     def stop(module: nn.Module, args: tuple) -> None:
         raise _First
 
-    with ExitStack() as hooks, suppress(_First), _called(pipe) as calls:
+    with ExitStack() as hooks, suppress(_First), _calls_of(pipe, prompt, call_kwargs, "first_call") as (calls, run):
         for part in denoisers(pipe).values():
             hooks.callback(part.register_forward_pre_hook(stop).remove)
-        _run(pipe, prompt, call_kwargs)
+        run()
     return calls[0]
 
 
 @torch.no_grad()
 def run_calls(pipe: Any, prompt: str, call_kwargs: Mapping[str, Any] | None = None) -> list[Call]:
     """All denoiser calls of a run, at the times and with the conditions that it makes them with, to the bit; their latents are not
-    those of a run, since each denoiser computes once and repeats that answer. Raises as ``first_call``."""
-    with ExitStack() as stack, _called(pipe) as calls:
+    those of a run, since each denoiser computes once for calls of one shape and repeats that answer. Raises as ``first_call``."""
+    with ExitStack() as stack, _calls_of(pipe, prompt, call_kwargs, "run_calls") as (calls, run):
         for part in denoisers(pipe).values():
             stack.enter_context(repeating(part))
-        _run(pipe, prompt, call_kwargs)
+        run()
     return calls
 
 
 @contextmanager
-def _called(pipe: Any) -> Iterator[list[Call]]:
-    with capturing(denoisers(pipe), lambda name, module, given: None) as calls:
-        yield calls
-    if not calls:
-        raise ValueError(f"first_call: {type(pipe).__name__} must call its denoiser, got no call. Is it a pipeline that denoises?")
-
-
-def _run(pipe: Any, prompt: str, call_kwargs: Mapping[str, Any] | None) -> None:
-    check_call_names(pipe, call_kwargs or {}, "call_kwargs")
+def _calls_of(
+    pipe: Any, prompt: str, call_kwargs: Mapping[str, Any] | None, where: str
+) -> Iterator[tuple[list[Call], Callable[[], None]]]:
+    """Denoiser calls that are captured while open, of which there must be one, and what runs the pipeline up to its latents."""
+    check_call_names(pipe, call_kwargs or {}, f"{where}: call_kwargs")
     kwargs = call_arguments(pipe, call_kwargs) | {"output_type": "latent", "generator": torch.Generator().manual_seed(0)}
-    pipe(**prompt_argument(pipe, [prompt], "first_call"), **kwargs)
+    with capturing(denoisers(pipe), lambda name, module, given: None) as calls:
+        yield calls, lambda: pipe(**prompt_argument(pipe, [prompt], where), **kwargs)
+    if not calls:
+        raise ValueError(f"{where}: {type(pipe).__name__} must call its denoiser, got no call. Is it a pipeline that denoises?")
 
 
 def time_at(times: Sequence[float], share: float) -> float:

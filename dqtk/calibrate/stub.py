@@ -79,13 +79,15 @@ def answering(block: Any, answer: Any) -> Iterator[None]:
 
 @contextmanager
 def repeating(module: Any) -> Iterator[None]:
-    """While open, the module computes when it is called for the first time, and answers the same from then on."""
-    compute, answers = module.forward, list[Any]()
+    """While open, the module computes when it is called for the first time with tensors of some shapes, and answers the same to
+    all such calls from then on."""
+    compute, answers = module.forward, dict[tuple[torch.Size, ...], Any]()
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if not answers:
-            answers.append(copied(compute(*args, **kwargs)))
-        return made(answers[0])
+        shapes = tuple(leaf.shape for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        if shapes not in answers:
+            answers[shapes] = copied(compute(*args, **kwargs))
+        return made(answers[shapes])
 
     with served(module, forward):
         yield

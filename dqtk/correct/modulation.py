@@ -2,9 +2,10 @@
 
 TFMQ-DM (Huang et al. 2023, arXiv 2311.16503) treats such layers apart because their inputs are a finite set; its successor
 (arXiv 2407.19547) caches their outputs. They are not known by names but probed: the denoiser is called with two prompts, at two
-sizes and one time, and a linear whose outputs are equal to the bit in all rows of both depends on nothing else. So SDXL's, SD3's
-and Flux's modulation, which mix in pooled text, fail it beyond the time embedding; PixArt's and Wan's pass. Those can have tables
-for some prompts: in a second probe the second call gets the first one's pooled text, and what else comes with a row per sample.
+sizes and one time, and once more with other numbers in what comes by sample (guidance, sizes); a linear whose outputs are equal to
+the bit in all rows of all depends on nothing else. So SDXL's, SD3's and Flux's modulation, which mix in pooled text, fail it beyond
+the time embedding; PixArt's and Wan's pass. Those can have tables for some prompts: in another probe the second call gets the first
+one's pooled text, and what else comes by sample.
 
 With tables a layer is exact for the batch it was made with, and its weights can go. A quantized layer's table may be that of the
 original layer: where what quantizing did to it is worth mending (``disturbances``; the successor's disturbance-aware selection).
@@ -14,7 +15,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from dqtk.calibrate.replay import Call, arguments_for
 from dqtk.calibrate.schedule import run_calls
 from dqtk.calls import TIME_NAMES, check_prompts, denoisers
 from dqtk.checkpoint import replace_layer
-from dqtk.nn.modulation import KnownCalls, ModulationTable, alike, conditions_in, samples_of
+from dqtk.nn.modulation import KnownCalls, ModulationTable, conditions_in, nearest, samples_of
 
 
 class _Enough(Exception):
@@ -41,7 +42,7 @@ def temporal_layers(module: nn.Module, calls: Sequence[Call], later: float | Non
         calls: at least two, of other prompts and sizes; they are made at the first one's time, and the first once more later.
         later: another time; None: half of the first one's, or 0.5 where that is 0.
     """
-    first, others = _probed(module, calls)
+    first, others = _probed(module, [*calls, _disturbed(module, calls[-1])])
     again, _ = _probed(module, [at_time(calls[0], (calls[0].time or 1.0) / 2 if later is None else later)])
     return [
         path
@@ -53,21 +54,35 @@ def temporal_layers(module: nn.Module, calls: Sequence[Call], later: float | Non
 @torch.no_grad()
 def conditioned_layers(module: nn.Module, calls: Sequence[Call]) -> list[str]:
     """The same for linears whose outputs depend, a row per sample, on the time and on what a call gives by sample
-    (``nn.modulation.conditions_in``: pooled text, sizes, guidance), on either or both."""
-    first, others = _probed(module, [calls[0], *(conditioned_as(calls[0], call) for call in calls[1:])])
-    return [path for path, mine in first.items() if all(_row_by_sample(mine, other.get(path)) for other in others)]
+    (``nn.modulation.conditions_in``: pooled text, sizes, guidance), on either or both. Raises as ``conditioned_as``."""
+    batch = len(next(iter(conditions_in(module, calls[0].kwargs).values()), ()))
+    first, others = _probed(module, [calls[0], *(conditioned_as(module, calls[0], [call]) for call in calls[1:])])
+    return [path for path, mine in first.items() if all(_row_by_sample(mine, other.get(path), batch) for other in others)]
 
 
-def conditioned_as(one: Call, other: Call) -> Call:
-    """``other`` with what ``one`` gives by sample, where it has the same shape."""
-    mine = dict(enumerate(conditions_in(one.kwargs)))
-    theirs = {id(tensor): mine.get(index) for index, tensor in enumerate(conditions_in(other.kwargs))}
+def conditioned_as(module: nn.Module, one: Call, others: Sequence[Call]) -> Call:
+    """The first of the others that gives as much by sample, with what ``one`` gives. Raises ``ValueError`` where none does."""
+    mine = conditions_in(module, one.kwargs)
+    for other in others:
+        theirs = conditions_in(module, other.kwargs)
+        if {name: tensor.shape for name, tensor in mine.items()} == {name: tensor.shape for name, tensor in theirs.items()}:
+            return _exchanged(other, {id(theirs[name]): tensor for name, tensor in mine.items()})
+    given = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in mine.items()) or "nothing"
+    raise ValueError(
+        f"modulation: calls of {type(module).__name__} must give the same by sample at both sizes, got {given} at the first alone. "
+        "Give other_size=(height, width)."
+    )
 
-    def exchanged(value: Any) -> Any:
-        given = theirs.get(id(value))
-        return value if given is None or given.shape != value.shape else given
 
-    return replace(other, kwargs=tree_map(exchanged, other.kwargs))
+def _disturbed(module: nn.Module, call: Call) -> Call:
+    """The call with other numbers in what it gives by sample; labels stay."""
+    given = [tensor for tensor in conditions_in(module, call.kwargs).values() if tensor.is_floating_point()]
+    return _exchanged(call, {id(tensor): tensor * 1.25 + 0.5 for tensor in given})
+
+
+def _exchanged(call: Call, others: Mapping[int, Tensor]) -> Call:
+    """The call with other tensors in place of these, by ``id``."""
+    return replace(call, kwargs=tree_map(lambda value: others.get(id(value), value), call.kwargs))
 
 
 def _probed(module: nn.Module, calls: Sequence[Call]) -> tuple[dict[str, list[Tensor]], list[dict[str, list[Tensor]]]]:
@@ -86,11 +101,11 @@ def _one_row(mine: list[Tensor], theirs: list[Tensor] | None) -> bool:
     return theirs is not None and len(mine) == len(theirs) == 1 and all(bool((part == rows[0][0]).all()) for part in rows)
 
 
-def _row_by_sample(mine: list[Tensor], theirs: list[Tensor] | None) -> bool:
+def _row_by_sample(mine: list[Tensor], theirs: list[Tensor] | None, batch: int) -> bool:
     """Whether both calls gave the same, a row per sample."""
     if theirs is None or len(mine) != 1 or len(theirs) != 1:
         return False
-    return mine[0].shape[:-1].numel() == mine[0].shape[0] and torch.equal(mine[0], theirs[0])
+    return mine[0].shape[0] == mine[0].shape[:-1].numel() == batch and torch.equal(mine[0], theirs[0])
 
 
 def _outputs(module: nn.Module, call: Call, paths: Sequence[str], enough: bool = False) -> dict[str, list[Tensor]]:
@@ -143,7 +158,8 @@ class ModulationCache:
         if self.kept is None:
             raise ValueError("modulation: layers must have been kept to be restored, got evicted ones. Load the model again.")
         for path, layer in self.kept.items():
-            replace_layer(self.module, path, layer)
+            rows = self.module.get_submodule(path).get_buffer("rows")  # where the model is by now, and in what dtype
+            replace_layer(self.module, path, layer.to(rows) if type(layer) is nn.Linear else layer.to(rows.device))
         for key, hook in list(self.module._forward_pre_hooks.items()):
             if getattr(hook, "__self__", None) is self.known:
                 del self.module._forward_pre_hooks[key]
@@ -189,13 +205,15 @@ def cache_modulation(
         evict: let go of the layers; else they are kept on the CPU for ``restore``.
         original: the denoiser whose outputs the tables hold; None: the module itself.
     Raises:
-        ValueError: no layers, times or calls; ``per_prompt`` with calls that give nothing by sample.
+        ValueError: no layers, times or calls; layers that are tables; ``per_prompt`` and calls that do not give the same by sample.
     """
     if not paths or not times or not calls:
         raise ValueError(
             f"modulation: layers, times and calls must be given, got {len(paths)}, {len(times)} and {len(calls)}. "
             "No layer of this denoiser depends on the noise level only, or the schedule is empty."
         )
+    if tables := [path for path in paths if isinstance(module.get_submodule(path), ModulationTable)]:
+        raise ValueError(f"modulation: {tables[0]} must be a layer, got a table already. restore() first, or load the model again.")
     # As the denoiser is given them, in the dtype of the call.
     times = list(dict.fromkeys(at_time(calls[0], time).time or 0.0 for time in times))
     source = module if original is None else original
@@ -203,7 +221,7 @@ def cache_modulation(
     if per_prompt:
         rows, conditions = _by_sample(module, source, calls, times, paths)
     else:
-        rows, conditions = _tabulated(source, calls[0], times, paths), []
+        rows, conditions = _tabulated(source, calls[0], times, paths), {}
     known = KnownCalls(times, conditions)
     kept: dict[str, nn.Module] = {}
     before = after = 0
@@ -231,19 +249,22 @@ def _tabulated(module: nn.Module, call: Call, times: Sequence[float], paths: Seq
 
 def _by_sample(
     module: nn.Module, source: nn.Module, calls: Sequence[Call], times: Sequence[float], paths: Sequence[str]
-) -> tuple[dict[str, Tensor], list[Tensor]]:
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Path -> outputs of a layer, [C * S, 1, N], for the C samples of these calls whose conditions differ; and these conditions."""
     rows: dict[str, list[Tensor]] = {path: [] for path in paths}
-    conditions: list[Tensor] = []
+    conditions: dict[str, Tensor] = {}
     for call in calls:
-        samples = samples_of(arguments_for(module, call))
-        if not samples:
-            raise ValueError("modulation: per_prompt must come with calls that give something by sample, got none. Leave it out.")
+        samples = samples_of(module, arguments_for(module, call))
+        if not samples or (conditions and samples.keys() != conditions.keys()):
+            raise ValueError(
+                f"modulation: per_prompt must come with calls that all give the same by sample, got {sorted(samples) or 'none'} of "
+                f"{type(module).__name__}. Leave per_prompt out."
+            )
         new = []
-        for index in range(len(samples[0])):
-            one = [tensor[index : index + 1] for tensor in samples]
-            if not conditions or not bool(alike(one, conditions).any()):
-                conditions = [torch.cat(both) for both in zip(conditions, one, strict=True)] if conditions else one
+        for index in range(len(next(iter(samples.values())))):
+            one = {name: tensor[index : index + 1] for name, tensor in samples.items()}
+            if not conditions or nearest(one, conditions) == [None]:
+                conditions = {name: torch.cat([conditions.get(name, tensor[:0]), tensor]) for name, tensor in one.items()}
                 new.append(index)
         here = _tabulated(source, call, times, paths) if new else {}
         for path, index in product(paths, new):
@@ -271,7 +292,7 @@ def cache_pipeline(
     A run is made in which every denoiser computes once per prompt, to see at which times it is called.
 
     Args:
-        pipe: pipeline, quantized or not; the batch is that of one prompt.
+        pipe: pipeline, quantized or not. Tables are made with batches of one prompt.
         prompts: two different ones; ``per_prompt``: all that it will be given, in batches of any of them.
         call_kwargs: as the pipeline will be called, number of steps included; ``per_prompt``: size, negative prompt and what else
             comes by sample too.
@@ -303,26 +324,39 @@ def cache_pipeline(
     others = run_calls(pipe, prompts[1], {**(call_kwargs or {}), "height": size[0], "width": size[1]})
     made = {}
     for name, module in denoisers(pipe).items():
-        mine = [call for run in runs for call in run if call.component == name]
+        mine, theirs = ([call for call in calls if call.component == name] for calls in (chain(*runs), others))
         if not mine:
             continue
-        one, two = mine[0], next(call for call in others if call.component == name)
-        times = list(dict.fromkeys(call.time for call in mine if call.time is not None))
+        if not theirs:
+            raise ValueError(
+                f"modulation: {name} must be called at both sizes, got no call at {size}. Give other_size=(height, width)."
+            )
         exact = None if original is None else denoisers(original)[name]
         source = module if exact is None else exact
-        later = times[-1] if len(times) > 1 else None
-        paths = conditioned_layers(source, [one, two]) if per_prompt else temporal_layers(source, [one, two], later)
+        times = list(dict.fromkeys(call.time for call in mine if call.time is not None))
+        calls = [conditioned_as(source, call, theirs) for call in mine] if per_prompt else theirs[:1]
+        if per_prompt:
+            paths = conditioned_layers(source, [mine[0], calls[0]])
+        else:
+            paths = temporal_layers(source, [mine[0], theirs[0]], times[-1] if len(times) > 1 else None)
         if exact is not None and above is not None and paths:
-            found = disturbances(exact, module, one, times, paths)
+            found = disturbances(exact, module, mine[0], times, paths)
             paths = [path for path in paths if not found[path] <= above]  # NaN: disturbed as much as can be
         if paths:
-            calls = [conditioned_as(call, two) for call in (mine if per_prompt else [one])]  # layers do not see the size
             made[name] = cache_modulation(module, calls, times, paths, per_prompt=per_prompt, evict=evict, original=exact)
     if not made:
-        known = any(isinstance(layer, ModulationTable) for part in denoisers(pipe).values() for layer in part.modules())
-        more = "Some are tables already: restore() them first." if known else "Where pooled text enters, give per_prompt=True."
-        warnings.warn(f"modulation: no layer qualifies, so nothing became a table. {more}", stacklevel=2)
+        warnings.warn(
+            f"modulation: no layer qualifies, so nothing became a table. {_remedy(pipe, per_prompt, above)}", stacklevel=2
+        )
     return made
+
+
+def _remedy(pipe: Any, per_prompt: bool, above: float | None) -> str:
+    if any(isinstance(layer, ModulationTable) for part in denoisers(pipe).values() for layer in part.modules()):
+        return "Some are tables already: restore() them first."
+    if above is not None:
+        return "Quantizing disturbed none of them more than above."
+    return "The model has none." if per_prompt else "Where pooled text enters, give per_prompt=True."
 
 
 def _size(pipe: Any, call: Call, call_kwargs: Mapping[str, Any]) -> tuple[int, int]:

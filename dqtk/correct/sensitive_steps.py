@@ -21,6 +21,8 @@ from dqtk.calibrate.schedule import run_times, time_at
 from dqtk.calibrate.stub import served
 from dqtk.calls import check_prompts, denoisers, final_latents, given_arguments, time_of
 
+LEAST = 1e-12  # an error that counts: rounding of float32, so that a prompt which a part does not touch decides nothing
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sensitivity:
@@ -81,9 +83,14 @@ def sensitive_steps(
 
 
 def geometric_error(got: Tensor, exact: Tensor) -> float:
-    """Squared error of each of [P, ...] as its exact one's share, geometric mean over P."""
+    """Squared error of each of [P, ...] as its exact one's share, geometric mean over P; below ``LEAST`` it counts as that.
+
+    Raises ``ValueError`` for latents that are no numbers.
+    """
     errors = (got - exact).square().flatten(1).sum(1) / exact.square().flatten(1).sum(1)
-    return float(errors.clamp(min=torch.finfo(errors.dtype).tiny).log().mean().exp())
+    if not bool(errors.isfinite().all()):
+        raise ValueError("sensitive_steps: final latents must be numbers, got NaN or infinity. Is one of the models damaged?")
+    return float(errors.clamp(min=LEAST).log().mean().exp())
 
 
 def _latents(pipe: Any, prompts: Sequence[str], seed: int, call_kwargs: Mapping[str, Any] | None) -> Tensor:

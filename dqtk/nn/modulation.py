@@ -10,44 +10,59 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from dqtk.calls import TIME_NAMES, given_arguments, time_of
+from dqtk.calls import TIME_NAMES, given_arguments, latents_of, time_of
 
 from .eager import outside_graphs
 
-TOLERANCE = 1e-6  # of a time, relative: what another order of float32 operations may do to it
-ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 3e-3}  # of pooled text, as its norm's share: in other batches
+TOLERANCE = 1e-6  # of a number, relative: what another order of float32 operations may do to it
+WIDE = 64  # entries of a vector from which on it is taken for pooled text, whose rounding depends on the batch of the text encoder
+ROUNDING = {torch.float32: 1e-3, torch.float16: 3e-3, torch.bfloat16: 1e-2}  # of pooled text in another batch, as its norm's share
 
 
-def conditions_in(arguments: Mapping[str, Any]) -> list[Tensor]:
-    """What a denoiser call gives by sample beside its time: pooled text, sizes, guidance; [B] or [B, K] each. Not masks of text."""
-    given = [value for name, value in arguments.items() if name not in TIME_NAMES and "mask" not in name]
-    tensors = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
-    batch = next((tensor.shape[0] for tensor in tensors if tensor.ndim > 2), 0)
-    return [tensor for tensor in tensors if tensor.ndim in (1, 2) and tensor.shape[0] == batch]
+def conditions_in(module: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What a denoiser call gives by sample beside latents, time and masks: pooled text, sizes, guidance; name -> [B] or [B, K]."""
+    latents = latents_of(module, arguments)
+    batch = len(latents) if isinstance(latents, Sequence | Tensor) else 0
+    named = dict(arguments)
+    for name, value in arguments.items():
+        named |= {f"{name}.{inner}": part for inner, part in value.items()} if isinstance(value, Mapping) else {}
+    return {
+        name: value
+        for name, value in named.items()
+        if isinstance(value, Tensor) and value.ndim in (1, 2) and len(value) == batch and value is not latents
+        if name not in TIME_NAMES and "mask" not in name
+    }
 
 
-def samples_of(arguments: Mapping[str, Any]) -> list[Tensor]:
+def samples_of(module: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
     """``conditions_in`` on the CPU, [B, K] each."""
-    return [tensor.detach().cpu().reshape(len(tensor), -1) for tensor in conditions_in(arguments)]
+    found = conditions_in(module, arguments)
+    return {name: tensor.detach().cpu().reshape(len(tensor), -1) for name, tensor in found.items()}
 
 
-def alike(given: Sequence[Tensor], known: Sequence[Tensor]) -> Tensor:
-    """Which samples have which conditions, bool [B, C], from [B, K] and [C, K] each.
+def nearest(given: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> list[int | None]:
+    """For each of B samples, of C known ones the nearest with the same conditions, from [B, K] and [C, K] by name; None: none has.
 
-    Vectors may differ by what other batches do to the rounding of a text encoder (``ROUNDING``), single numbers by ``TOLERANCE``;
-    whole numbers, such as sizes and labels, may not.
+    Wide vectors (``WIDE``) may differ by what other batches do to the rounding of a text encoder (``ROUNDING``), all else by
+    ``TOLERANCE``.
     """
-    same = torch.ones(len(given[0]), len(known[0]), dtype=torch.bool)
-    for mine, theirs in zip(given, known, strict=True):
-        if mine.dtype != theirs.dtype or mine.shape[1] != theirs.shape[1]:
-            return torch.zeros_like(same)
-        dtype, mine, theirs = mine.dtype, mine.double(), theirs.double()
-        slack = (TOLERANCE if mine.shape[1] == 1 else ROUNDING.get(dtype, 0.0)) * theirs.norm(dim=1)
-        slack = torch.where((theirs == theirs.round()).all(1), 0.0, slack)
-        same &= torch.cdist(mine, theirs, compute_mode="donot_use_mm_for_euclid_dist") <= slack
-    return same
+    batch = len(next(iter(given.values()), ()))
+    if given.keys() != known.keys() or any(given[name].shape[1] != known[name].shape[1] for name in known):
+        return [None] * batch
+    total = torch.zeros(batch, len(next(iter(known.values()))), dtype=torch.float64)  # infinite: not the same
+    for name, mine in given.items():
+        theirs = known[name]
+        if mine.shape[1] >= WIDE:
+            slack = max(ROUNDING.get(tensor.dtype, TOLERANCE) for tensor in (mine, theirs))
+            gap = torch.cdist(mine.double(), theirs.double(), compute_mode="donot_use_mm_for_euclid_dist")
+            gap /= theirs.double().norm(dim=1).clamp(min=TOLERANCE)
+        else:
+            slack = TOLERANCE
+            gap = ((mine[:, None].double() - theirs.double()).abs() / theirs.double().abs().clamp(min=1)).amax(2)
+        total += torch.where(gap <= slack, gap, torch.inf)
+    best = total.min(1)
+    return [int(index) if value < torch.inf else None for value, index in zip(best.values, best.indices, strict=True)]
 
 
 class KnownCalls:
@@ -57,9 +72,9 @@ class KnownCalls:
     at time s is number c S + s.
     """
 
-    def __init__(self, times: Sequence[float], conditions: Sequence[Tensor] = ()):
+    def __init__(self, times: Sequence[float], conditions: Mapping[str, Tensor] | None = None):
         self.times = tuple(float(time) for time in times)
-        self.conditions = tuple(conditions)
+        self.conditions = dict(conditions or {})
         self._index: dict[tuple[torch.device, int], Tensor] = {}
         self._numbers = [0]
         outside_graphs(KnownCalls, "see")
@@ -67,7 +82,7 @@ class KnownCalls:
     @property
     def samples(self) -> int:
         """Number of conditions, C; 0 where only the time tells."""
-        return len(self.conditions[0]) if self.conditions else 0
+        return len(next(iter(self.conditions.values()), ()))
 
     def index(self, device: torch.device, batch: int) -> Tensor:
         """int64 [1], or [B] where conditions tell: numbers of the call in progress. One tensor each, whose content changes.
@@ -118,15 +133,14 @@ class KnownCalls:
     def _rows(self, module: nn.Module, arguments: Mapping[str, Any]) -> list[int]:
         if not self.conditions:
             return [0]
-        given = samples_of(arguments)
-        same = alike(given, self.conditions) if len(given) == len(self.conditions) else torch.zeros(1, 1, dtype=torch.bool)
-        if not bool(same.any(1).all()):
+        found = nearest(samples_of(module, arguments), self.conditions)
+        if not found or None in found:
             raise ValueError(
                 f"modulation: {type(module).__name__} must be called with prompts (negative ones too), size and guidance that its "
-                f"tables were made for, got others in sample {int(same.any(1).int().argmin())}; {self.samples} samples are known. "
-                "Make tables with all prompts."
+                f"tables were made for, got others in sample {found.index(None) if found else 0}; {self.samples} samples are "
+                "known. Make tables with all prompts, in the dtype that the model is in."
             )
-        return same.int().argmax(1).tolist()
+        return [row for row in found if row is not None]
 
 
 class ModulationTable(nn.Module):

@@ -9,8 +9,9 @@ import torch
 import dqtk
 from dqtk.calibrate.replay import Call
 from dqtk.calibrate.schedule import first_call, run_calls, run_times
+from dqtk.calibrate.stub import repeating
 from dqtk.correct.modulation import cache_modulation, cache_pipeline, conditioned_layers, disturbances, temporal_layers
-from dqtk.nn.modulation import ModulationTable
+from dqtk.nn.modulation import ModulationTable, nearest
 from dqtk.recipes import recipe_named
 
 FOUR = {"num_inference_steps": 4}
@@ -203,7 +204,7 @@ def test_times_as_other_pipelines_give_them(load_tiny, draw, unit):
     expected = draw(pipe, **how)
     made = cache_pipeline(pipe, PROMPTS, call_kwargs=how)["transformer"]
     assert len(made.paths) == 3
-    assert str(made).count("\n") == 0
+    assert "PixArt" not in str(made)
     assert torch.equal(draw(pipe, **how), expected)
 
 
@@ -308,6 +309,100 @@ def test_sdxl_with_prompts_of_its_own(load_tiny, draw):
         pipe(PROMPTS[0], height=64, width=96, **how)
 
 
+def guided_unet():
+    """A denoiser that is given its guidance scale as an embedding, as consistency models are."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    module = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 8),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        norm_num_groups=4,
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        time_cond_proj_dim=16,
+    )
+    calls = []
+    for seed, side in ((0, 8), (1, 4)):
+        call = call_of(seed, side, sample=[2, 4, "S", "S"], encoder_hidden_states=[2, 5, 8])
+        scale = torch.linspace(-1, 1, 16).expand(2, -1).clone()  # equal in all prompts
+        calls.append(Call("unet", (), {**call.kwargs, "timestep_cond": scale}, None))
+    return module.eval(), calls
+
+
+def test_embedded_guidance_is_no_noise_level():
+    """What sees the guidance scale too is no table by the time alone; with samples told apart it is one for known scales."""
+    module, calls = guided_unet()
+    assert temporal_layers(module, calls) == []
+    paths = conditioned_layers(module, calls)
+    assert {"time_embedding.linear_1", "time_embedding.linear_2"} < set(paths)
+    with torch.no_grad():
+        expected = module(**calls[0].kwargs).sample
+    cache_modulation(module, calls, [500.0], paths, per_prompt=True)
+    with torch.no_grad():
+        assert torch.equal(module(**calls[0].kwargs).sample, expected)
+    with pytest.raises(ValueError, match=r"must be called with prompts .* got others in sample 0; 1 samples are known"):
+        module(**(calls[0].kwargs | {"timestep_cond": calls[0].kwargs["timestep_cond"] + 0.01}))
+
+
+def test_which_samples_are_the_same():
+    """Pooled text up to the rounding of another batch, sizes and guidance exactly; of two near ones the nearer."""
+    torch.manual_seed(0)
+    text = torch.randn(1, 128)
+    known = {"text": torch.cat([text, text * 1.0015]), "sizes": torch.tensor([[1024.0, 1024.0, 2.5]] * 2)}
+
+    def found(scale=1.0, sizes=(1024.0, 1024.0, 2.5), dtype=torch.float32):
+        return nearest({"text": (text * scale).to(dtype), "sizes": torch.tensor([sizes])}, known)[0]
+
+    assert [found(scale) for scale in (1.0, 1.0004, 1.0011, 1.0015, 1.02)] == [0, 0, 1, 1, None]
+    assert found(sizes=(1016.0, 1024.0, 2.5)) is None
+    assert found(sizes=(1024.0, 1024.0, 3.0)) is None
+    assert found(dtype=torch.bfloat16) is not None
+    assert nearest({"text": text}, known) == [None]
+
+
+def test_layers_come_back_to_where_the_model_is(load_tiny, draw):
+    pipe = load_tiny("pixart")
+    made = cache_pipeline(pipe, PROMPTS, call_kwargs=FOUR, evict=False)["transformer"]
+    pipe.to(torch.bfloat16)
+    with_tables = draw(pipe, **FOUR)
+    made.restore()
+    assert {p.dtype for p in pipe.transformer.parameters()} == {torch.bfloat16}
+    assert torch.nn.functional.mse_loss(draw(pipe, **FOUR), with_tables) < 1e-3
+    again = cache_pipeline(pipe, PROMPTS, call_kwargs=FOUR)["transformer"]
+    with pytest.raises(ValueError, match=r"modulation: adaln_single.* must be a layer, got a table already"):
+        cache_pipeline(pipe, PROMPTS, call_kwargs=FOUR, original=load_tiny("pixart"))
+    assert again.paths == made.paths
+
+
+def test_a_copy_has_tables_of_its_own(load_tiny):
+    """The hook of a copied denoiser tells the copy's tables which samples it is given."""
+    torch.manual_seed(0)
+    module, calls = sd3()
+    module.eval()
+    with torch.no_grad():
+        expected = [module(**call.kwargs).sample for call in calls]
+    cache_modulation(module, calls, [500.0], conditioned_layers(module, calls), per_prompt=True)
+    other = copy.deepcopy(module)
+    with torch.no_grad():
+        assert torch.equal(other(**calls[1].kwargs).sample, expected[1])
+        assert torch.equal(module(**calls[0].kwargs).sample, expected[0])
+
+
+def test_answers_have_the_shape_of_the_call():
+    """Of a denoiser that is called with both halves and then with one, as where guidance ends early."""
+    layer = torch.nn.Linear(3, 2)
+    with torch.no_grad(), repeating(layer):
+        whole, half, again = layer(torch.ones(4, 3)), layer(torch.ones(2, 3)), layer(torch.zeros(4, 3))
+    assert (whole.shape, half.shape) == ((4, 2), (2, 2))
+    assert torch.equal(whole, again)
+    assert not torch.equal(layer(torch.zeros(4, 3)), again)
+
+
 def test_tables_per_prompt_know_their_batch():
     """Compiled: a graph for each batch, whatever the times and prompts; a layer that sees another batch is refused."""
     torch.manual_seed(0)
@@ -329,7 +424,7 @@ def test_tables_per_prompt_know_their_batch():
     with pytest.raises(ValueError, match="modulation: layers must see the batch of the call, 3, got 2"):
         table.forward(torch.zeros(2, 16))
     module, calls = wan()
-    with pytest.raises(ValueError, match="modulation: per_prompt must come with calls that give something by sample"):
+    with pytest.raises(ValueError, match="modulation: per_prompt must come with calls that all give the same by sample, got none"):
         cache_modulation(module, calls, [500.0], ["condition_embedder.time_proj"], per_prompt=True)
 
 

@@ -41,7 +41,9 @@ def test_no_prompt_decides_alone():
     assert geometric_error(even, exact) == pytest.approx(0.01, rel=1e-4)
     assert geometric_error(turned, exact) == pytest.approx((0.0025**3 * 4) ** 0.25, rel=1e-4)
     assert error(turned, exact) > error(even, exact)
-    assert geometric_error(exact, exact) < 1e-30
+    assert geometric_error(exact, exact) == pytest.approx(1e-12, rel=1e-4)
+    with pytest.raises(ValueError, match="sensitive_steps: final latents must be numbers"):
+        geometric_error(exact * torch.nan, exact)
 
 
 def test_what_cannot_be_ranked(load_tiny):
