@@ -10,6 +10,7 @@ from .allocate.from_logs import LOSSES
 from .recipes import ATTENTION, DENSITY, RECIPES, SEARCHES
 from .report.rounding import ROUNDINGS
 
+BATCH_SIZE = 8  # prompts of one call of a pipeline
 FLOORS = ("bfloat16", *ROUNDINGS)
 
 
@@ -34,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     _model_and_plan(quant)
     _sampling(quant, prompts_required=False, dtype="stored")
     _placing(quant)
+    quant.set_defaults(batch_size=None)  # 8, or fewer: --correct and --refine need two calls at least
     quant.add_argument("--plan", type=Path, help="a plan written by explain --output, in place of a recipe")
     quant.add_argument("--stats", type=Path, help="statistics written by calibrate, in place of prompts")
     quant.add_argument("--sequential", action="store_true", help="solvers see inputs of the model as it is quantized so far")
@@ -226,7 +228,7 @@ def _sampling(verb: argparse.ArgumentParser, prompts_required: bool = True, dtyp
     verb.add_argument("--steps", type=_positive, help="num_inference_steps (default: the pipeline's or its family file's)")
     verb.add_argument("--guidance", type=float, help="guidance_scale (default: the pipeline's)")
     verb.add_argument("--seed", type=int, default=0)
-    verb.add_argument("--batch-size", type=_positive, default=8)
+    verb.add_argument("--batch-size", type=_positive, default=BATCH_SIZE, metavar="N", help=f"prompts per call ({BATCH_SIZE})")
     verb.add_argument(
         "--dtype", choices=("stored", "float32", "bfloat16", "float16"), default=dtype, help="compute dtype (%(default)s)"
     )

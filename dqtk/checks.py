@@ -102,6 +102,12 @@ def _check_taught(target: Any, plan: Plan, what: str) -> None:
     )
 
 
+def batch_for(num_prompts: int, most: int, learns: bool) -> int:
+    """Prompts of a calibration run: ``most``, or fewer where ``correct`` or ``refine`` would have one run, of which they hold out
+    some."""
+    return max(1, min(most, math.ceil(num_prompts / 2))) if learns else most
+
+
 def check_runs(plan: Plan, prompts: Sequence[str], batch_size: int) -> None:
     """Raises ``ValueError`` where calibrating on these prompts would make fewer runs than ``correct`` and ``refine`` must have."""
     check_prompts(prompts, "calibrate", "Pass a list or a file with one prompt per line.")
@@ -109,8 +115,8 @@ def check_runs(plan: Plan, prompts: Sequence[str], batch_size: int) -> None:
     if runs < 2 and taught(plan):
         raise ValueError(
             f"quantize: correct and refine must have calls of at least two calibration runs of {', '.join(taught(plan))}, got "
-            f"{runs}: {len(prompts)} prompts in batches of {batch_size}. Calibrate with keep_calls=True and more prompts, or a "
-            "smaller batch."
+            f"{runs}: {len(prompts)} prompts in batches of {batch_size}. Give more prompts, or a smaller batch (--batch-size; in "
+            "Python stats=dqtk.calibrate(..., batch_size=..., keep_calls=True))."
         )
 
 

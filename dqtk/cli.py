@@ -19,12 +19,12 @@ import torch
 from safetensors import SafetensorError
 
 from .allocate.command import choices_from_logs, plan_from_model
-from .arguments import parser
+from .arguments import BATCH_SIZE, parser
 from .calibrate import Stats
 from .calibrate import calibrate as run_calibrate
 from .calls import call_arguments, denoisers
 from .checkpoint import check_output, written_whole
-from .checks import check_asked, check_runs
+from .checks import batch_for, check_asked, check_runs
 from .explain import human, totals
 from .installed import installed_plan, summary
 from .native.library import converts_bfloat16
@@ -223,8 +223,9 @@ def _quantize_in_memory(options: argparse.Namespace, plan: Plan, refine: Refiner
         )
     if stats is not None and not calibrated:
         raise ValueError(f"--stats must be left out for recipe {plan.recipe}, got {options.stats}. It learns nothing from inputs.")
+    batch = options.batch_size or batch_for(len(prompts or ()), BATCH_SIZE, taught)
     if taught and stats is None and prompts is not None:
-        check_runs(plan, prompts, options.batch_size)
+        check_runs(plan, prompts, batch)
     placement = placement_of(options.placement)
     pipe = load_pipeline(
         options.model, options.dtype, me.device if me.world > 1 and not options.device else find_device(options.device)
@@ -235,7 +236,7 @@ def _quantize_in_memory(options: argparse.Namespace, plan: Plan, refine: Refiner
     if calibrated and options.dtype == "stored":
         _say_slow(pipe)
     if calibrated and stats is None and prompts is not None:
-        how: dict[str, Any] = {"seed": options.seed, "batch_size": options.batch_size, "keep_calls": taught}
+        how: dict[str, Any] = {"seed": options.seed, "batch_size": batch, "keep_calls": taught}
         how |= {"call_kwargs": kwargs, "placement": placement}
         if options.checkpoint is None:
             stats = run_calibrate(pipe, prompts, plan, **how)

@@ -162,9 +162,10 @@ def _warn_of_empty(shares: Sequence[float], num_steps: int) -> None:
     for begin, end in pairwise((0.0, *shares, 1.0)):
         if not any(begin < middle <= end for middle in middles):
             warnings.warn(
-                f"step_policy: no step of {num_steps} lies {span(begin, end)}. Quantize with the number of steps of later use: "
-                "call_kwargs={'num_inference_steps': ...}, --steps in the shell.",
-                stacklevel=2,
+                f"step_policy: no step of {num_steps} lies {span(begin, end)}: step i, from 0, lies at (i + 0.5) / {num_steps}. "
+                "Widen it, or quantize with the number of steps of later use: call_kwargs={'num_inference_steps': ...}, --steps in "
+                "the shell.",
+                stacklevel=4,
             )
 
 

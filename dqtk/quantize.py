@@ -27,6 +27,7 @@ from .calibrate.intervals import settled
 from .calibrate.run import check_model, fingerprint
 from .checkpoint import FORMAT_VERSION, quantized_layers, replace_layer, save_module, written_whole
 from .checks import (
+    batch_for,
     check_asked,
     check_free_group,
     check_kept_calls,
@@ -219,9 +220,10 @@ def quantize(
     parts = components_of(target)
     students = {name: parts[name] for name in taught(made)} if correct or refine is not None else {}
     if (made.needs_stats or students) and stats is None:
-        if students and prompts is not None:
-            check_runs(made, prompts, BATCH_SIZE)
         how: dict[str, Any] = {"call_kwargs": call_kwargs, "keep_calls": bool(students), "progress": progress}
+        how["batch_size"] = batch_for(len(prompts or ()), BATCH_SIZE, bool(students))
+        if students and prompts is not None:
+            check_runs(made, prompts, how["batch_size"])
         stats = _calibrated(target, made, prompts, folder, me, **how)
     work = [choice for choice in made.choices if choice.spec is not None]
     if made.needs_stats and stats is not None:
@@ -322,8 +324,8 @@ def _calibrated(target: Any, plan: Plan, prompts: Sequence[str] | None, folder: 
         if choice.spec is not None:
             check_numbers(choice.site.id, *numbers_of(layer_of(parts, choice)))
     if folder is None:
-        return calibrate(target, prompts, plan, batch_size=BATCH_SIZE, **how)
-    return calibrate_together(target, prompts, plan, folder / STATS, me, batch_size=BATCH_SIZE, **how)
+        return calibrate(target, prompts, plan, **how)
+    return calibrate_together(target, prompts, plan, folder / STATS, me, **how)
 
 
 def _install(module: nn.Module, site: Site, solution: Solution, books: Mapping[str, Tensor]) -> None:

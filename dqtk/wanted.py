@@ -65,14 +65,14 @@ def policy_of(parts: Sequence[str]) -> StepPolicy | None:
         if found is None or not 0 <= begin < end <= 1:
             raise ValueError(
                 "--during must be BEGIN-END or BEGIN-END=RECIPE, shares of a run from 0 (most noise) to 1 (its end), got "
-                f"{text!r}. The last tenth in w8a8 is --during 0.9-1=w8a8; --during 0.9-1 rounds no inputs there."
+                f"{text!r}. The last tenth in w8a8 is --during 0.9-1=w8a8, with inputs in 16 bits --during 0.9-1."
             )
         by_recipe.setdefault(found[3], []).append((begin, end))
     intervals = [part for recipe, mine in by_recipe.items() for part in protecting(mine, recipe).intervals]
     intervals.sort(key=lambda part: part.begin)
     for a, b in pairwise(intervals):
         if a.end > b.begin:
-            raise ValueError(f"--during must be given once for a part of a run, got {_text(a)} and {_text(b)}. Part them.")
+            raise ValueError(f"--during must not overlap with another recipe, got {_text(a)} and {_text(b)}. Part them.")
     return StepPolicy(intervals=tuple(intervals)) if intervals else None
 
 

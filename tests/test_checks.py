@@ -5,6 +5,7 @@ from torch import nn
 
 import dqtk
 from dqtk.checkpoint import quantized_layers
+from dqtk.checks import batch_for
 from dqtk.cli import main
 from dqtk.policy import fixed, protecting
 from dqtk.spec import GPTQ, Distill, Reconstruct
@@ -65,13 +66,18 @@ def test_bare_denoisers_have_no_calls_to_learn_from(bare, how):
 @pytest.mark.parametrize("recipe", ["w8a8", "w8a8-static"])
 def test_one_run_is_refused_before_it_is_made(idle, tmp_path, how, recipe):
     said = (
-        r"quantize: correct and refine must have calls of at least two calibration runs of transformer, got 1: 4 prompts in "
-        r"batches of 4\. Calibrate with keep_calls=True and more prompts, or a smaller batch\."
+        r"quantize: correct and refine must have calls of at least two calibration runs of transformer, got 1: 1 prompts in "
+        r"batches of 1\. Give more prompts, or a smaller batch \(--batch-size; in Python stats="
     )
     with pytest.raises(ValueError, match=said):
-        dqtk.quantize(idle, recipe, prompts=["a", "b", "c", "d"], **how, progress=False)
-    with pytest.raises(AssertionError, match="the denoiser was called"):  # five are two runs
-        dqtk.quantize(idle, recipe, prompts=["a", "b", "c", "d", "e"], **how, progress=False)
+        dqtk.quantize(idle, recipe, prompts=["a"], **how, progress=False)
+    with pytest.raises(AssertionError, match="the denoiser was called"):  # two are two runs, in batches of one
+        dqtk.quantize(idle, recipe, prompts=["a", "b"], **how, progress=False)
+
+
+def test_batches_leave_two_runs_to_what_learns():
+    assert [batch_for(num, 8, True) for num in (1, 2, 3, 8, 15, 16, 100)] == [1, 1, 2, 4, 8, 8, 8]
+    assert batch_for(2, 8, False) == 8
 
 
 @pytest.mark.parametrize("words", [["--correct"], ["--refine", "distill"], ["--refine", "blocks"]])
@@ -81,8 +87,8 @@ def test_one_run_is_refused_in_the_shell_before_weights_are_read(tiny_folders, t
 
     monkeypatch.setattr("dqtk.cli.load_pipeline", refuse)
     command = ["quantize", str(tiny_folders["pixart"]), "--recipe", "w8a8", *words, "--output", str(tmp_path / "out")]
-    assert main([*command, "--prompts", "a", "b"]) == 2
+    assert main([*command, "--prompts", "a", "b", "--batch-size", "2"]) == 2
     error = capsys.readouterr().err
     assert "quantize: correct and refine must have calls of at least two calibration runs of transformer, got 1: 2 prompts" in error
     with pytest.raises(AssertionError, match="weights were read"):
-        main([*command, "--prompts", "a", "b", "--batch-size", "1"])
+        main([*command, "--prompts", "a", "b"])

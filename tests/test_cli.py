@@ -99,7 +99,8 @@ def test_defaults_are_frozen():
         elif name != "explain":
             if name == "allocate":
                 assert {defaults[key] for key in ("widths", "recipes", "ratio", "protect", "loss", "costs", "stats")} == {None}
-            assert (defaults["seed"], defaults["batch_size"], defaults["steps"], defaults["guidance"]) == (0, 8, None, None)
+            assert (defaults["seed"], defaults["steps"], defaults["guidance"]) == (0, None, None)
+            assert defaults["batch_size"] == (None if name == "quantize" else 8)
         for action in verb._actions:
             if isinstance(action, argparse._StoreAction) and action.option_strings:
                 assert action.help or action.dest in ("seed", "batch_size"), f"{name} {action.dest}"

@@ -17,7 +17,7 @@ from dqtk.wanted import placement_of, policy_of, refiner_of
 
 BAD_PART = (
     "--during must be BEGIN-END or BEGIN-END=RECIPE, shares of a run from 0 (most noise) to 1 (its end), got {!r}. "
-    "The last tenth in w8a8 is --during 0.9-1=w8a8; --during 0.9-1 rounds no inputs there."
+    "The last tenth in w8a8 is --during 0.9-1=w8a8, with inputs in 16 bits --during 0.9-1."
 )
 
 
@@ -50,7 +50,7 @@ def test_parts_that_are_none(folder, capsys, text):
 
 def test_parts_that_overlap(folder, capsys):
     words = ["explain", folder, "--recipe", "w4a8-rtn", "--during", "0-0.5=w8a8", "--during", "0.4-1"]
-    assert said(capsys, *words) == "--during must be given once for a part of a run, got 0-0.5=w8a8 and 0.4-1. Part them."
+    assert said(capsys, *words) == "--during must not overlap with another recipe, got 0-0.5=w8a8 and 0.4-1. Part them."
     assert "recipe: name must be one of" in said(capsys, "explain", folder, "--recipe", "w8a8", "--during", "0-1=w8")
 
 

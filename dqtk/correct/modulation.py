@@ -156,7 +156,10 @@ class ModulationCache:
     def restore(self) -> None:
         """Put the layers back. Raises ``ValueError`` where they were evicted."""
         if self.kept is None:
-            raise ValueError("modulation: layers must have been kept to be restored, got evicted ones. Load the model again.")
+            raise ValueError(
+                "modulation: layers must have been kept to be restored, got evicted ones. "
+                "Load the model again and cache with evict=False."
+            )
         for path, layer in self.kept.items():
             rows = self.module.get_submodule(path).get_buffer("rows")  # where the model is by now, and in what dtype
             replace_layer(self.module, path, layer.to(rows) if type(layer) is nn.Linear else layer.to(rows.device))
@@ -319,8 +322,13 @@ def cache_pipeline(
         raise ValueError(
             f"modulation: prompts must be two different ones, got {list(prompts)[:2]}. One tells nothing from the text."
         )
+    if original is not None and not set(denoisers(pipe)) <= set(denoisers(original)):
+        raise ValueError(
+            f"modulation: original must have the denoisers {sorted(denoisers(pipe))}, got {sorted(denoisers(original))}. Pass both "
+            "pipelines of one model."
+        )
     runs = [run_calls(pipe, prompt, call_kwargs) for prompt in (prompts if per_prompt else prompts[:1])]
-    size = other_size or tuple(side // 2 for side in _size(pipe, runs[0][0], call_kwargs or {}))
+    size = other_size or tuple(_half(side) for side in _size(pipe, runs[0][0], call_kwargs or {}))
     others = run_calls(pipe, prompts[1], {**(call_kwargs or {}), "height": size[0], "width": size[1]})
     made = {}
     for name, module in denoisers(pipe).items():
@@ -357,6 +365,13 @@ def _remedy(pipe: Any, per_prompt: bool, above: float | None) -> str:
     if above is not None:
         return "Quantizing disturbed none of them more than above."
     return "The model has none." if per_prompt else "Where pooled text enters, give per_prompt=True."
+
+
+def _half(side: int) -> int:
+    """About half of a side in pixels, as denoisers that cut latents into patches can take it."""
+    half = side // 2
+    multiple = 32 if half >= 64 else 16 if half >= 16 else 1
+    return half // multiple * multiple
 
 
 def _size(pipe: Any, call: Call, call_kwargs: Mapping[str, Any]) -> tuple[int, int]:

@@ -189,5 +189,5 @@ def _once(rows: Tensor) -> tuple[Tensor, Tensor]:
 def _refuse(module: nn.Module, prefix: str, keep_vars: bool) -> None:
     raise ValueError(
         f"save: {prefix.rstrip('.')} must have its weights to be saved or offloaded by name, got a table for a schedule. "
-        "Save before caching modulation, or restore() it first."
+        "Save before caching modulation, or cache with evict=False and restore() it first."
     )

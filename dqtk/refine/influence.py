@@ -10,6 +10,7 @@ swaps denoisers where this adds noise of one power.
 """
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -35,6 +36,8 @@ def influence_of(
 ) -> tuple[float, ...]:
     """For ``Distill(influence=...)``. One run per step, and one more.
 
+    To be measured in float32, as in 16 bits the other rounding behind the noise counts as much: a ``UserWarning`` says so.
+
     Args:
         pipe: the original pipeline.
         prompts: at least one; all in one batch, prompt i from generator seed + i.
@@ -53,6 +56,13 @@ def influence_of(
         raise ValueError(f"influence_of: size must be a positive share of the output, got {size!r}. The default is 0.02.")
     if not (isinstance(num_intervals, int) and num_intervals >= 1):
         raise ValueError(f"influence_of: num_intervals must be a positive integer, got {num_intervals!r}. The default is 20.")
+    rounded = {str(kind).removeprefix("torch.") for part in denoisers(pipe).values() if (kind := _dtype(part)) != torch.float32}
+    if rounded:
+        warnings.warn(
+            f"influence_of: denoisers should be in float32, got {', '.join(sorted(rounded))}. Other rounding behind the noise is "
+            "an error too, and hides what early steps count: load with dtype=torch.float32.",
+            stacklevel=2,
+        )
     with _disturbed(pipe, None, size, seed) as seen:
         exact = final_latents(pipe, prompts, seed, call_kwargs, "influence_of")
     counts: dict[int, list[float]] = {}
@@ -63,6 +73,10 @@ def influence_of(
     mean = math.fsum(value for found in counts.values() for value in found) / len(seen.levels)
     nearest = [min(counts, key=lambda bucket: abs(bucket - i)) for i in range(num_intervals)]
     return tuple(math.fsum(counts[bucket]) / len(counts[bucket]) / mean for bucket in nearest)
+
+
+def _dtype(part: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in part.parameters() if p.is_floating_point()), torch.float32)
 
 
 class _Seen:
