@@ -69,7 +69,9 @@ class Halves:
 
     def end(self) -> list[Branches]:
         """What the calls of the step in progress hold, which is at its end."""
-        held = [(half,) for half in self.layout.separate] if self._pair else self._held
+        held = self._held
+        if self._pair:
+            held = [(half,) for half in self.layout.separate]
         self._sizes, self._held, self._first, self._pair, self._latents = [], [], None, False, None
         return held
 
