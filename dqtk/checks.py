@@ -137,7 +137,7 @@ def check_kept_calls(students: Mapping[str, nn.Module], work: Sequence[Choice], 
     for name, part in students.items():
         planned = [choice.site.path for choice in work if choice.site.component == name]
         there = () if isinstance(refine, Reconstruct) else quantized_layers(part)
-        check_lessons(name, refine, {*there, *planned}, calls_of(stats.calls, name))
+        check_lessons(name, part, refine, {*there, *planned}, calls_of(stats.calls, name))
 
 
 def check_free_group(module: nn.Module, choice: Choice) -> None:

@@ -101,7 +101,8 @@ class CfgLayout:
     of a step. Which of the two it does is seen (``calibrate/guidance.py``).
 
     Without more it is what diffusers' pipelines do (0.42): all with a call per half, over fifty, make the conditional one first; in
-    a batch the unconditional half comes first, but in a few (DiT, Z-Image, Lumina 1).
+    a batch the unconditional half comes first, but in a few, whose adapters say so (DiT, Z-Image, Lumina 1, OmniGen, ACE-Step,
+    Stable Cascade).
     """
 
     batched: tuple[str, str] = ("uncond", "cond")

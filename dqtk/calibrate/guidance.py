@@ -1,22 +1,27 @@
 """Which half of classifier-free guidance a denoiser's call holds: both in one batch, one of two calls of a step, or none.
 
 The length of a batch alone does not tell: two prompts of a pipeline that calls once for each half (Wan) are as long as both halves
-of one prompt. So it is held against the number of prompts that the pipeline was given. Two calls for that many prompts, one behind
-the other, at one time and of the same latents, are the halves of a step; schedulers of second order call twice at one time too, but
-with other latents. Which half comes first is the family's ``CfgLayout``. Kept calls of several prompts can contradict it, since the
-unconditional half is given the same text for all: what learns from the halves looks.
+of one prompt. So it is held against the number of prompts that the pipeline was given. A batch twice as long holds both halves; two
+calls of a step for that many prompts, with no third, are the halves. A step is calls one behind the other at one time and of the
+same latents: schedulers of second order call twice at one time too, but with other latents. And halves are given different texts:
+guidance by a perturbed or an isolated denoiser (PAG, LTX-2's) makes batches and calls just like these, with the prompts' texts in
+both. Where nothing but latents and time is given by tensors, no texts can show it.
+
+Which half comes first is the family's ``CfgLayout``. Kept calls of several prompts can contradict it, since the unconditional half
+is given the same text for all: what learns from the halves looks.
 
 Everything that tells the halves apart goes by this: the keys of ranges (``record.py``), and calls that are learned from.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dqtk.calls import latents_of, time_of
+from dqtk.calls import TIME_NAMES, latents_of, time_of
 from dqtk.resolve import adapters
 from dqtk.sites import CfgLayout
 
@@ -36,32 +41,39 @@ class Halves:
         self.module, self.num_prompts = module, num_prompts
         self.layout = CfgLayout() if adapter is None else adapter.cfg_layout
         self._sizes: list[int] = []  # batches of the calls of the step in progress
+        self._held: list[Branches] = []  # what each holds by itself
+        self._first: Mapping[str, Any] | None = None  # arguments of the step's first call, while a second may be its other half
+        self._pair = False  # whether the calls so far are two halves
         self._time: float | None = None
         self._latents: Any = None
 
     def see(self, arguments: Mapping[str, Any]) -> list[Branches]:
         """Take a call. Returns what the calls of the step before held, where this one begins another, else nothing."""
         time, latents = _time(arguments), latents_of(self.module, arguments)
-        same_step = bool(self._sizes) and time is not None and time == self._time and _same(latents, self._latents)
+        same_step = bool(self._sizes) and time is not None and time == self._time and _begin_alike(latents, self._latents)
         ended = [] if same_step else self.end()
         self._time, self._latents = time, latents
-        self._sizes.append(_length(latents))
+        size = _length(latents)
+        second = self._sizes == [self.num_prompts] and size == self.num_prompts
+        self._pair = second and not _same_texts(self.module, [self._first or {}, arguments])
+        self._first = None if self._sizes else arguments
+        both = size == 2 * self.num_prompts and not _same_texts(self.module, [arguments])
+        self._sizes.append(size)
+        self._held.append(self.layout.batched if both else ALL)
         return ended
 
     @property
     def now(self) -> Branches:
         """What the call in progress holds, where that is both halves; else ``ALL``, since the step may have another call."""
-        return self._of(self._sizes[-1]) if self._sizes else ALL
+        return self._held[-1] if self._held else ALL
 
     def end(self) -> list[Branches]:
         """What the calls of the step in progress hold, which is at its end."""
-        sizes, self._sizes, self._latents = self._sizes, [], None
-        if sizes == [self.num_prompts] * 2:
-            return [(half,) for half in self.layout.separate]
-        return [self._of(size) for size in sizes]
-
-    def _of(self, size: int) -> Branches:
-        return self.layout.batched if size == 2 * self.num_prompts else ALL
+        held = self._held
+        if self._pair:
+            held = [(half,) for half in self.layout.separate]
+        self._sizes, self._held, self._first, self._pair, self._latents = [], [], None, False, None
+        return held
 
 
 def branched(calls: Sequence[Call], parts: Mapping[str, nn.Module], num_prompts: int) -> list[Call]:
@@ -77,36 +89,47 @@ def branched(calls: Sequence[Call], parts: Mapping[str, nn.Module], num_prompts:
     return found
 
 
-def guided_steps(name: str, calls: Sequence[Call]) -> list[tuple[int, ...]]:
-    """Numbers of the calls that hold both halves together: one, or two that follow each other.
+def guided_steps(name: str, module: nn.Module, calls: Sequence[Call]) -> list[tuple[int, ...]]:
+    """Numbers of the calls that make up what the scheduler sees: a call with both halves, two that follow each other with one each,
+    or one with neither, in a step in which the pipeline leaves its guidance out (Lumina 2's ``cfg_trunc_ratio``).
 
     Args:
         name: of the denoiser, in errors.
-        calls: of one denoiser, in the order in which they were made.
+        module: the denoiser, whose class says which argument the latents are.
+        calls: of one denoiser, in the order in which they were made, of whole steps.
     Raises:
-        ValueError: calls that do not say what they hold, or have no other half; texts that show that the halves lie the other way.
+        ValueError: calls that do not say what they hold, have no other half, or are neither a half nor all of a step; no step with
+            guidance; halves with the same texts; texts that show that the halves lie the other way.
     """
-    found: list[tuple[int, ...]] = []
-    index = 0
-    while index < len(calls):
-        first = calls[index]
-        group = calls[index : index + (2 if len(first.branches or ()) == 1 else 1)]
-        held = [half for call in group for half in call.branches or ()]
-        if sorted(held) != ["cond", "uncond"] or any((call.run, call.time) != (first.run, first.time) for call in group):
-            raise _no_halves(name, first)
-        found.append(tuple(range(index, index + len(group))))
-        index += len(group)
-    _check_order(name, calls, found)
-    return found
+    guided: list[tuple[int, ...]] = []
+    plain: list[tuple[int, ...]] = []
+    for _, numbers in groupby(range(len(calls)), key=lambda i: (calls[i].run, calls[i].time)):
+        step = list(numbers)
+        if len(step) == 1 and calls[step[0]].branches == ALL and _all_differ(latents_of(module, calls[step[0]].kwargs)):
+            plain.append((step[0],))
+            continue
+        while step:
+            num = 2 if len(calls[step[0]].branches or ()) == 1 else 1
+            group, step = tuple(step[:num]), step[num:]
+            held = [half for index in group for half in calls[index].branches or ()]
+            if sorted(held) != ["cond", "uncond"]:
+                raise _no_halves(name, module, calls[group[0]])
+            if _same_texts(module, [calls[index].kwargs for index in group]):
+                raise _no_halves(name, module, calls[group[0]], same_texts=True)
+            guided.append(group)
+    if plain and not guided:
+        raise _no_halves(name, module, calls[plain[0][0]])
+    _check_order(name, module, calls, guided)
+    return sorted(guided + plain)
 
 
-def _check_order(name: str, calls: Sequence[Call], steps: Sequence[tuple[int, ...]]) -> None:
+def _check_order(name: str, module: nn.Module, calls: Sequence[Call], steps: Sequence[tuple[int, ...]]) -> None:
     """Raises ``ValueError`` where what should be the prompts' half is given the same for all of them, and the other one is not."""
     given: dict[str, dict[str, list[Tensor]]] = {"uncond": {}, "cond": {}}  # half -> argument -> a tensor for every sample
     for step in {calls[step[0]].run: step for step in steps}.values():  # one of every run
         for call in (calls[index] for index in step):
             halves = call.branches or ALL
-            for what, samples in _by_sample(call.kwargs, _batch(call)).items():
+            for what, samples in _by_sample(call.kwargs, _length(latents_of(module, call.kwargs))).items():
                 size = len(samples) // len(halves)
                 for number, half in enumerate(halves):
                     given[half].setdefault(what, []).extend(samples[number * size : (number + 1) * size])
@@ -120,9 +143,32 @@ def _check_order(name: str, calls: Sequence[Call], steps: Sequence[tuple[int, ..
         )
 
 
-def _batch(call: Call) -> int:
-    """Samples in a call's batch: in its first argument, with which pipelines give the latents."""
-    return _length(next(iter(call.kwargs.values()), None))
+def _same_texts(module: nn.Module, calls: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether two halves are given the same, to the bit, beside latents and time. They are two calls, or those of one call's batch.
+
+    Looks no further than the first difference, which is in the first text where there is one. False where nothing is given that
+    could show it.
+    """
+    given = [dict(_beside(arguments, latents_of(module, arguments))) for arguments in calls]
+    if len(given) == 2:
+        names = given[0] | given[1]
+        return bool(names) and all(_same(given[0].get(what), given[1].get(what)) for what in names)
+    size = _length(latents_of(module, calls[0]))
+    by_batch = [value for value in given[0].values() if _length(value) == size]
+    return bool(by_batch) and all(_same(value[: size // 2], value[size // 2 :]) for value in by_batch)
+
+
+def _beside(arguments: Mapping[str, Any], latents: Any) -> Iterator[tuple[str, Any]]:
+    """Tensors, and lists of them, that a call is given beside latents and time, by name."""
+    for name, value in arguments.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}.{inner}", more) for inner, more in _beside(value, latents))
+        elif name not in TIME_NAMES and value is not latents and _is_tensors(value):
+            yield name, value
+
+
+def _is_tensors(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, list | tuple) and len(value) > 0 and all(map(_is_tensors, value)))
 
 
 def _by_sample(given: Mapping[str, Any], size: int) -> dict[str, Sequence[Tensor]]:
@@ -138,19 +184,28 @@ def _by_sample(given: Mapping[str, Any], size: int) -> dict[str, Sequence[Tensor
 
 def _alike(samples: Sequence[Tensor]) -> bool:
     """Whether all are one, up to rounding; one alone tells nothing."""
-    first = samples[0].float()
-    same = [sample.shape == first.shape and float((sample - first).norm()) <= _SAME * float(first.norm()) for sample in samples[1:]]
-    return all(same)
+    first, others = samples[0].float(), samples[1:]
+    return all(x.shape == first.shape and float((x.float() - first).norm()) <= _SAME * float(first.norm()) for x in others)
 
 
-def _no_halves(name: str, call: Call) -> ValueError:
-    size = _batch(call)
-    if call.branches is None:
+def _all_differ(latents: Any) -> bool:
+    """Whether every sample of a batch is another than its first. What a pipeline repeats for guidance of any kind is not."""
+    size = _length(latents)
+    return size > 0 and not any(_same(latents[0], latents[index]) for index in range(1, size))
+
+
+def _no_halves(name: str, module: nn.Module, call: Call, same_texts: bool = False) -> ValueError:
+    size = _length(latents_of(module, call.kwargs))
+    if same_texts:
+        got = f"a batch of {size} with the same texts in both"
+        remedy = "Leave it out, or calibrate again with prompts that differ from the negative one"
+    elif call.branches is None:
         got, remedy = f"a batch of {size} that may be either", "Calibrate again with this version, which keeps it with every call"
     elif call.branches == ALL:
-        got, remedy = (
-            f"a batch of {size} in which no halves can be told",
-            "Leave it out, or calibrate with the guidance of later use",
+        got = f"a batch of {size} in which no halves can be told"
+        remedy = (
+            "Leave it out, or calibrate with the guidance of later use, with prompts that differ from the negative one and without "
+            "guidance of other kinds (perturbed attention, several scales)"
         )
     else:
         got, remedy = f"a batch of {size} of one half alone", "Leave it out, or keep the calls of whole steps"
@@ -170,6 +225,12 @@ def _length(latents: Any) -> int:
     if isinstance(latents, Tensor):
         return latents.shape[0] if latents.ndim else 0
     return len(latents) if isinstance(latents, list | tuple) else 0
+
+
+def _begin_alike(a: Any, b: Any) -> bool:
+    """Whether two batches are alike as far as the shorter one goes: both halves, and a call for as many samples as prompts."""
+    size = min(_length(a), _length(b))
+    return size > 0 and _same(a[:size], b[:size])
 
 
 def _same(a: Any, b: Any) -> bool:

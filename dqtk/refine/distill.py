@@ -6,8 +6,9 @@ and both halves of guidance, and weights that move on their own grid and are rou
 before it is quantized: while the student learns, no second model is held. It does not follow the student's own trajectories.
 
 Objective: mean squared error of what the scheduler sees over the kept calls: the output, or with ``guidance`` the two halves put
-together as the pipeline does, whether they are one call or two (``calibrate/guidance.py``). With ``influence`` calls count as their
-errors do in the final latents; they are drawn that often, those of one iteration from all parts of a run.
+together as the pipeline does, whether they are one call or two (``calibrate/guidance.py``); of a step without guidance the output.
+With ``influence`` calls count as their errors do in the final latents; they are drawn that often, those of one iteration from all
+parts of a run.
 Some calibration runs are held out; what does not lower the error on them, or on pictures (``judge.py``), is not kept.
 
 Processes share the calls of an iteration (``descent.py``), and those of the judge.
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dqtk.calibrate.guidance import ALL
 from dqtk.calibrate.replay import Call, arguments_for
 from dqtk.checkpoint import quantized_layers
 from dqtk.nn.correction import output_of
@@ -66,7 +68,7 @@ def distill(
             what ``check_learners`` refuses, a judge without a painter, a loss that is no number, or a file of another run.
     """
     layers = quantized_layers(module)
-    lessons = lessons_of(name, calls, choice)
+    lessons = lessons_of(name, module, calls, choice)
     firsts = [calls[lesson[0]] for lesson in lessons]
     seen, unseen = seen_and_unseen(name, layers, [call.run for call in firsts])
     check_learners(name, module, choice, {path: layer.spec for path, layer in layers.items()}, originals or {})
@@ -81,7 +83,8 @@ def distill(
         mine = [calls[i] for i in lessons[number]]
         output = torch.cat([output_of(module(**arguments_for(module, call))) for call in mine])
         halves = [half for call in mine for half in call.branches or ()]
-        return error_of(output, torch.cat([exact[i] for i in lessons[number]]), choice.guidance, halves)
+        guidance = None if halves == list(ALL) else choice.guidance  # a step in which the pipeline leaves it out
+        return error_of(output, torch.cat([exact[i] for i in lessons[number]]), guidance, halves)
 
     def loss(turn: int) -> Tensor:
         weights = [counts[i] for i in seen]

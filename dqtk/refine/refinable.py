@@ -112,7 +112,7 @@ def _chooses(spec: LayerSpec) -> bool:
     return isinstance(form, VectorCodebook) and form.books == 1 and not spec.transforms
 
 
-def check_lessons(name: str, choice: Refiner, layers: Collection[str], calls: Sequence[Call]) -> None:
+def check_lessons(name: str, module: nn.Module, choice: Refiner, layers: Collection[str], calls: Sequence[Call]) -> None:
     """Whether kept calls are what the choice learns from.
 
     Raises ``ValueError`` for calls of one run, ``influence`` that counts no call and ``guidance`` over calls without both halves.
@@ -120,7 +120,7 @@ def check_lessons(name: str, choice: Refiner, layers: Collection[str], calls: Se
     groups = seen_and_unseen(name, layers, [call.run for call in calls])
     if isinstance(choice, Distill):
         counts_of(name, calls, choice, groups)
-        lessons_of(name, calls, choice)
+        lessons_of(name, module, calls, choice)
 
 
 def counts_of(name: str, calls: Sequence[Call], choice: Distill, groups: Sequence[Sequence[int]]) -> list[float]:
@@ -135,9 +135,10 @@ def counts_of(name: str, calls: Sequence[Call], choice: Distill, groups: Sequenc
     return counts
 
 
-def lessons_of(name: str, calls: Sequence[Call], choice: Distill) -> list[tuple[int, ...]]:
-    """Numbers of the calls whose errors are one: of every call, or with ``guidance`` of those of a step that hold its two halves.
+def lessons_of(name: str, module: nn.Module, calls: Sequence[Call], choice: Distill) -> list[tuple[int, ...]]:
+    """Numbers of the calls whose errors are one: of every call, or with ``guidance`` of those of a step that hold its two halves,
+    or of a step's one call where the pipeline leaves guidance out.
 
     Raises ``ValueError`` where ``guidance`` is asked for calls that are not known to hold both.
     """
-    return [(index,) for index in range(len(calls))] if choice.guidance is None else guided_steps(name, calls)
+    return [(index,) for index in range(len(calls))] if choice.guidance is None else guided_steps(name, module, calls)

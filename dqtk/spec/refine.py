@@ -109,14 +109,15 @@ class Distill:
     quantized, relative to their mean size. seed: of the order of calls and the start of the matrices.
 
     guidance: the pipeline's guidance scale, where its steps have both halves, in one call or in two. The error is then that of
-    uncond + guidance (cond - uncond), which is what the scheduler sees; errors of the halves that are alike cancel. influence: how
-    much an error counts in each of equal intervals of the noise level's angle; ``refine.influence.influence_of`` measures it.
-    Calls are then drawn as often as they count. layers: whose codes, zero points, scales and branches learn; None: of all. decay:
-    a branch that helps while learning, and is gone at the end. exact_start: a code begins to move from where the original's weight
-    lies in its cell and not from the middle, so that what was nearly another code becomes one first. ``MostSensitive``, decay and
-    exact_start are for numbers on a grid, and an error where weights that are vectors learn. judge: what decides whether what was
-    learned is kept; None: the error on calls that were held out. discrete: words of vectors change, an error where trellises learn
-    or no words do; None: vectors keep their words. Numbers on a grid need no such steps.
+    uncond + guidance (cond - uncond), which is what the scheduler sees; errors of the halves that are alike cancel. Steps in
+    which the pipeline leaves guidance out count as they are. influence: how much an error counts in each of equal intervals of
+    the noise level's angle; ``refine.influence.influence_of`` measures it. Calls are then drawn as often as they count. layers:
+    whose codes, zero points, scales and branches learn; None: of all. decay: a branch that helps while learning, and is gone at
+    the end. exact_start: a code begins to move from where the original's weight lies in its cell and not from the middle, so that
+    what was nearly another code becomes one first. ``MostSensitive``, decay and exact_start are for numbers on a grid, and an
+    error where weights that are vectors learn. judge: what decides whether what was learned is kept; None: the error on calls
+    that were held out. discrete: words of vectors change, an error where trellises learn or no words do; None: vectors keep their
+    words. Numbers on a grid need no such steps.
     """
 
     iterations: int = 400

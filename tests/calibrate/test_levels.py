@@ -69,13 +69,23 @@ def test_continuous_timesteps():
 
 
 def test_reversed_time():
-    """Z-Image and Lumina 2 give their denoisers 1 - sigma."""
+    """Z-Image, Lumina 1 and 2 give their denoisers 1 - sigma."""
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(5)
     for sigma in scheduler.sigmas[:-1]:
         assert noise_level(scheduler, 1 - sigma, reversed_time=True) == pytest.approx(float(sigma), abs=1e-6)
     assert resolve.adapters()["ZImageTransformer2DModel"].reversed_time
     assert resolve.adapters()["Lumina2Transformer2DModel"].reversed_time
+    assert resolve.adapters()["LuminaNextDiT2DModel"].reversed_time
+
+
+def test_a_scheduler_that_counts_from_noise_at_zero():
+    """OmniGen's: its timesteps are 1 - sigma, and are what the denoiser is given."""
+    scheduler = FlowMatchEulerDiscreteScheduler(invert_sigmas=True, num_train_timesteps=1)
+    scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
+    reversed_time = resolve.adapters()["OmniGenTransformer2DModel"].reversed_time
+    found = [noise_level(scheduler, t, reversed_time=reversed_time) for t in scheduler.timesteps]
+    assert found == pytest.approx([1.0, 0.75, 0.5, 0.25])
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])

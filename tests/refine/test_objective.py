@@ -155,6 +155,32 @@ def test_wan_learns_from_both_calls_of_a_step(load_wan, small_clip, tmp_path, mo
     assert found[0].after != pytest.approx(float((first + 5.0 * (second - first)).square().mean()), rel=0.03)
 
 
+def test_wan_learns_from_steps_after_the_end_of_its_guidance(load_wan, small_clip, monkeypatch):
+    """A callback ends guidance after the first of three steps: the others count as they are, which is what the scheduler sees."""
+    pipe, original = load_wan(), load_wan()
+
+    def end_guidance(pipeline, step, time, tensors):
+        pipeline._guidance_scale = 1.0
+        return tensors
+
+    rule = dqtk.Rule(pattern="*.attn2.*", spec=W3A4, why="test")
+    plan = dqtk.plan(pipe, dqtk.Recipe(name="w3a4", rules=(rule,)))
+    how = small_clip | {"callback_on_step_end": end_guidance}
+    stats = dqtk.calibrate(pipe, CLIPS, plan, batch_size=2, call_kwargs=how, keep_calls=True, progress=False)
+    assert [call.branches for call in stats.calls] == [("cond",), ("uncond",), ("all",), ("all",)] * 2
+    found = []
+    monkeypatch.setattr(distill_module, "learn", lambda *args: found.append(learn(*args)) or found[-1])
+    choice = Distill(iterations=4, weight_rate=0.1, scale_rate=0.01, guidance=5.0)
+    dqtk.quantize(pipe, plan, stats, refine=choice, progress=False)
+    assert found[0].kept
+    with torch.no_grad():
+        errors = [pipe.transformer(**c.kwargs)[0] - original.transformer(**c.kwargs)[0] for c in stats.calls if c.run == 1]
+    cond, uncond, *plain = errors
+    wanted = [float(error.square().mean()) for error in (uncond + 5.0 * (cond - uncond), *plain)]
+    assert found[0].after == pytest.approx(sum(wanted) / 3, rel=0.01)
+    assert wanted[0] > 1.5 * max(wanted[1:])  # so that guiding all of them, or none, is seen
+
+
 def test_wan_without_guidance_has_no_guided_error(load_wan, small_clip):
     pipe, plain = load_wan(), small_clip | {"guidance_scale": 1.0}
     plan = dqtk.plan(pipe, "w4a8-rtn")
