@@ -47,6 +47,7 @@ from dqtk.resolve import call_kwargs_for
 from dqtk.spec import GPTQ, ByLevel, Distill, Int, LayerSpec, PerLevel
 
 STEPS = 20  # of calibration
+BATCH = 8  # captions painted at once: of tiny-sdxl that takes two fifths of the time
 ONE = "w8a8-static"
 CORRECTED, DISTILLED, TABLES = ", corrected", ", distilled", ", tables of the original"
 MORE = slice(48, 166)  # captions of distillation: of 32 it learns what is theirs alone (the lab log)
@@ -111,10 +112,11 @@ def scheduled(pipe, own, name: str):
 def latents(pipe, prompts: list[str], steps: int) -> torch.Tensor:
     """Final latents [P, ...], float32."""
     kwargs = call_kwargs_for(pipe) | {"num_inference_steps": steps, "output_type": "latent"}
+    seeds = [image_seed(0, index) for index in range(len(prompts))]
     found = []
-    for index, prompt in enumerate(prompts):
-        generator = torch.Generator().manual_seed(image_seed(0, index))
-        found.append(pipe(prompt, generator=generator, **kwargs).images.float())
+    for begin in range(0, len(prompts), BATCH):
+        noises = [torch.Generator().manual_seed(seed) for seed in seeds[begin : begin + BATCH]]
+        found.append(pipe(prompts[begin : begin + BATCH], generator=noises, **kwargs).images.float())
     return torch.cat(found)
 
 
