@@ -113,10 +113,13 @@ def check_runs(plan: Plan, prompts: Sequence[str], batch_size: int) -> None:
     check_prompts(prompts, "calibrate", "Pass a list or a file with one prompt per line.")
     runs = math.ceil(len(prompts) / batch_size)
     if runs < 2 and taught(plan):
+        got, smaller = "one prompt", ""
+        if len(prompts) > 1:
+            got = f"{len(prompts)} prompts in batches of {batch_size}"
+            smaller = ", or a smaller batch (--batch-size; in Python stats=dqtk.calibrate(..., batch_size=..., keep_calls=True))"
         raise ValueError(
             f"quantize: correct and refine must have calls of at least two calibration runs of {', '.join(taught(plan))}, got "
-            f"{runs}: {len(prompts)} prompts in batches of {batch_size}. Give more prompts, or a smaller batch (--batch-size; in "
-            "Python stats=dqtk.calibrate(..., batch_size=..., keep_calls=True))."
+            f"{runs}: {got}. Give more prompts{smaller}."
         )
 
 

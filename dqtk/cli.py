@@ -10,7 +10,9 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from .plan import Plan
 from .processes import processes
 from .prompt_sets import read_prompts
 from .quantize import STATS, quantize, save
+from .quantize import plan as make_plan
 from .recipes import recipe_named
 from .report.rounding import check_rounding
 from .resolve import oracle_for
@@ -40,9 +43,20 @@ from .solved import calibrate_together
 from .sources import find_device, load_pipeline, local_folder, meta_pipeline, meta_target, read_json, readable
 from .spec import Refiner
 from .streaming import quantize_folder
-from .wanted import PLANNING, flags_of, given, placement_of, plan_for, refiner_of
+from .wanted import PLANNING, flags_of, given, placement_of, refiner_of, wishes_of
 
 LARGE = 10**8  # weights
+
+
+@contextmanager
+def _plain_warnings(verb: str) -> Iterator[None]:
+    """While open, warnings are lines as errors are, without the place in the code and its source."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *place, **more: f"dqtk {verb}: warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 class _Terminated(BaseException):
@@ -70,7 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     try:
         signal.signal(signal.SIGTERM, _terminate)  # as Ctrl-C: what is half-written is removed on the way out
-        status = run[options.verb](options, shlex.join(["dqtk", *words]))
+        with _plain_warnings(options.verb):
+            status = run[options.verb](options, shlex.join(["dqtk", *words]))
         sys.stdout.flush()
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -113,10 +128,11 @@ def _explain(options: argparse.Namespace, command: str) -> None:
     if options.output is not None:
         _check_new_file(options.output, "explain")
         _check_writable(options.output, "explain")
+    wishes = None if options.recipe is None else wishes_of(options)
     pipe = meta_pipeline(options.model)
     plan = installed_plan(pipe)
-    if options.recipe is not None or not plan.components:
-        plan = plan_for(options, pipe)
+    if wishes is not None or not plan.components:
+        plan = make_plan(pipe, **(wishes or wishes_of(options)))
     elif given(options, PLANNING):
         raise ValueError(f"{flags_of(PLANNING[1:])} must come with --recipe, got none. {options.model} is quantized.")
     print(plan.explain(sites=not options.roles))
@@ -138,8 +154,9 @@ def _write_json(path: Path, data: Any) -> None:
 def _calibrate(options: argparse.Namespace, command: str) -> None:
     _check_writable(options.output, "calibrate")
     prompts, placement = read_prompts(options.prompts, options.num_prompts), placement_of(options.placement)
+    wishes = wishes_of(options)
     pipe = load_pipeline(options.model, options.dtype, find_device(options.device))
-    plan = plan_for(options, pipe)
+    plan = make_plan(pipe, **wishes)
     if not plan.needs_stats:
         print(f"recipe {plan.recipe} needs no calibration; nothing was written")
         return
@@ -187,8 +204,9 @@ def _quantize(options: argparse.Namespace, command: str) -> None:
     if options.stream and options.checkpoint:
         raise ValueError("--checkpoint must be left out with --stream, which keeps what is done beside its output, got both.")
     if options.plan is None:
+        wishes = wishes_of(options)
         meta = meta_target(options.model) if options.stream else meta_pipeline(options.model)
-        plan = plan_for(options, meta)  # wrong names and patterns fail before any weight is read
+        plan = make_plan(meta, **wishes)  # patterns that match nothing fail before any weight is read
     elif given(options, PLANNING):
         raise ValueError(f"--plan must stand alone, got {flags_of(PLANNING, 'or')} too. A plan has decided already.")
     else:

@@ -57,7 +57,7 @@ def explain(plan: Plan, sites: bool = True) -> str:
 def totals(plan: Plan) -> str:
     """One line per component and their sum: size against bf16, how many layers got which bits; then how attention is computed."""
     sizes = {component.name: plan.sizes(component.name) for component in plan.components}
-    bits = {name: Counter(width for c in plan.of(name).choices for width in _widths(c.spec)) for name in sizes}
+    bits = {name: Counter(_widths(c.spec) for c in plan.of(name).choices) for name in sizes}
     if len(sizes) > 1:
         keys = ("bytes_before", "bytes_after", "num_parameters")
         total = {key: sum(size[key] for size in sizes.values()) for key in keys}
@@ -72,7 +72,7 @@ def totals(plan: Plan) -> str:
             human(size["bytes_after"]),
             f"{size['bytes_after'] / size['bytes_before']:.3f}",
             f"{100 * (1 - size['quantized_share']):.1f} %",
-            ", ".join(f"{num} at {width} bit" for width, num in sorted(bits[name].items())),
+            ", ".join(f"{num} at {' and '.join(map(str, widths))} bit" for widths, num in sorted(bits[name].items())),
         ]
         for name, size in sizes.items()
     ]
@@ -125,9 +125,9 @@ def _attention_rows(choices: list[Any], sites: bool) -> list[list[str]]:
     return [[f"{num} of them", *words] for words, num in groups.items()]
 
 
-def _widths(spec: SiteSpec | None) -> list[int]:
-    """Bits of every weight that a layer stores."""
-    return [16] if spec is None else [weight[0].weight.bits for weight in weights_of(spec)]
+def _widths(spec: SiteSpec | None) -> tuple[int, ...]:
+    """Bits of the weights that a layer stores: of several where a policy asks for them."""
+    return (16,) if spec is None else tuple(sorted({weight[0].weight.bits for weight in weights_of(spec)}))
 
 
 def _role_rows(choices: list[Any]) -> list[list[str]]:

@@ -10,10 +10,8 @@ from itertools import pairwise
 from typing import Any
 
 from .calibrate.placement import Around, Evenly, Every, Placement
-from .plan import Plan
 from .policy import Interval, StepPolicy, protecting
-from .quantize import plan as make_plan
-from .recipes import ATTENTION, RECIPES
+from .recipes import ATTENTION, RECIPES, recipe_named
 from .spec import Distill, Reconstruct, Refiner
 
 # What makes a plan, and is refused where there is one already.
@@ -33,23 +31,28 @@ def given(options: argparse.Namespace, names: Sequence[str]) -> bool:
     return any(getattr(options, name) is not None and getattr(options, name) != [] for name in names)
 
 
-def plan_for(options: argparse.Namespace, pipe: Any) -> Plan:
-    """The plan of ``PLANNING``. Raises ``ValueError`` without a recipe, and as ``dqtk.plan``."""
+def wishes_of(options: argparse.Namespace) -> dict[str, Any]:
+    """``PLANNING`` as arguments of ``dqtk.plan``. Raises ``ValueError`` for what is wrong with any model."""
     if options.recipe is None:
         raise ValueError(f"--recipe must be one of {', '.join(RECIPES)}, got none. Add it.")
     overrides: dict[str, Any] = dict.fromkeys(options.keep)
     for wish in options.set:
-        pattern, equals, recipe = wish.rpartition("=")
+        pattern, equals, name = wish.rpartition("=")
         if not equals:
             raise ValueError(f"--set must be PATTERN=RECIPE, got {wish!r}. For example --set '*.ff.*=w8a8'.")
-        overrides[pattern] = recipe
+        overrides[pattern] = name
     recipe, attention = options.recipe, options.attention
     if recipe in ATTENTION and attention is not None:
         raise ValueError(f"--attention must be left out with --recipe {recipe}, got {attention}. It is one already.")
     if options.density is not None and (attention or recipe) not in ATTENTION:
         raise ValueError("--density must come with --attention or --recipe paro-..., got it without. It is of their blocks.")
-    how: dict[str, Any] = {"text_encoders": options.text_encoders, "overrides": overrides, "policy": policy_of(options.during)}
-    return make_plan(pipe, recipe, **how, attention=attention, density=options.density)
+    policy = policy_of(options.during)
+    parts = () if policy is None else policy.intervals
+    for name in (recipe, options.text_encoders, *overrides.values(), *(part.recipe for part in parts)):
+        if name is not None and name not in ATTENTION:
+            recipe_named(name)
+    how = {"attention": attention, "density": options.density, "policy": policy}
+    return {"recipe": recipe, "text_encoders": options.text_encoders, "overrides": overrides, **how}
 
 
 def policy_of(parts: Sequence[str]) -> StepPolicy | None:
@@ -83,7 +86,7 @@ def _text(part: Interval) -> str:
 def placement_of(text: str | None) -> Placement:
     """``--placement``: evenly, every, around:LEVEL. Raises ``ValueError`` for anything else."""
     kind, _, level = ("evenly" if text is None else text).partition(":")
-    if kind == "around" and re.fullmatch(_SHARE, level):
+    if kind == "around" and re.fullmatch(_SHARE, level) and float(level) <= 1:
         return Around(level=float(level))
     if level or kind not in ("evenly", "every"):
         raise ValueError(

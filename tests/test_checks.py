@@ -66,8 +66,8 @@ def test_bare_denoisers_have_no_calls_to_learn_from(bare, how):
 @pytest.mark.parametrize("recipe", ["w8a8", "w8a8-static"])
 def test_one_run_is_refused_before_it_is_made(idle, tmp_path, how, recipe):
     said = (
-        r"quantize: correct and refine must have calls of at least two calibration runs of transformer, got 1: 1 prompts in "
-        r"batches of 1\. Give more prompts, or a smaller batch \(--batch-size; in Python stats="
+        r"quantize: correct and refine must have calls of at least two calibration runs of transformer, got 1: one prompt\. "
+        r"Give more prompts\."
     )
     with pytest.raises(ValueError, match=said):
         dqtk.quantize(idle, recipe, prompts=["a"], **how, progress=False)

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 
 import diffusers
 import pytest
@@ -140,6 +141,17 @@ def test_explain_reads_no_weights(folder, say, tmp_path, load_tiny):
     assert Plan.from_json(json.loads((tmp_path / "deep" / "plan.json").read_text())) == expected
     roles = say("explain", folder, "--recipe", "w4a8-rtn", "--roles")
     assert roles == expected.explain(sites=False) + "\n"
+
+
+def test_warnings_are_lines_as_errors_are(monkeypatch, capsys):
+    def warned(*words):
+        print(warnings.formatwarning("no step. Widen it.", UserWarning, "/a/file.py", 3, "code"), end="")
+
+    before = warnings.formatwarning
+    monkeypatch.setattr(importlib.import_module("dqtk.cli"), "_explain", warned)
+    main(["explain", "a"])
+    assert capsys.readouterr().out == "dqtk explain: warning: no step. Widen it.\n"
+    assert warnings.formatwarning is before
 
 
 def test_explain_into_a_closed_pipe(folder, monkeypatch, capsys):
