@@ -40,11 +40,12 @@ from .checks import (
     touched,
 )
 from .correct.output import check_correctable, correct_output
+from .decide import resolve
 from .hosts import backend_of
 from .methods.solve import Solution
 from .nn import Quantized, forget_books, place_books, runtime_class
 from .nn.attention import Blocks, check_free, check_packages
-from .plan import Choice, Plan, Recipe, Rule, resolve
+from .plan import Choice, Plan, Recipe, Rule
 from .policy import StepPolicy, combined, fixed_choices
 from .processes import ALONE, Processes, processes
 from .recipes import ATTENTION, attention_named, recipe_named, with_density

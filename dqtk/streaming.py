@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from .checkpoint import FORMAT_VERSION, check_output, digest, install
 from .checks import check_float, check_numbers
+from .decide import check_fit
 from .hosts import backend_of
 from .journal import Journal, claim, done
 from .kernels import to_matrix
@@ -31,7 +32,7 @@ from .nn import Quantized
 from .nn.books import NAME as BOOKS
 from .nn.books import buffer_name
 from .numerics.storage import layer_layout
-from .plan import Choice, Plan, Recipe, check_fit
+from .plan import Choice, Plan, Recipe
 from .processes import Processes, processes
 from .quantize import plan as make_plan
 from .shards import LaidOutTensors, StoredTensors, read_whole, room_for, same_tensors, write_whole

@@ -40,6 +40,8 @@ ops
 gpu
 native
 costs
+decide
+fit
 plan
 calls
 resolve

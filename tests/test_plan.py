@@ -10,7 +10,9 @@ from safetensors import safe_open
 from torch import nn
 
 import dqtk
-from dqtk.plan import Plan, Recipe, Rule, fit, resolve
+from dqtk.decide import resolve
+from dqtk.fit import fit
+from dqtk.plan import Plan, Recipe, Rule
 from dqtk.recipes import RECIPES, recipe_named
 from dqtk.sites import Site
 from dqtk.spec import (

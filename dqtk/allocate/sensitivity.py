@@ -20,9 +20,10 @@ from torch import nn
 from dqtk.calibrate import Stats
 from dqtk.calibrate.gather import input_name
 from dqtk.checkpoint import replace_layer
+from dqtk.decide import check_fit
 from dqtk.journal import Journal, claim, done
 from dqtk.methods.solve import Solution
-from dqtk.plan import Choice, Plan, check_fit
+from dqtk.plan import Choice, Plan
 from dqtk.processes import ALONE, Processes
 from dqtk.quantize import MAX_MEMORY, runtime_layer
 from dqtk.sites import Site, components_of
