@@ -9,6 +9,7 @@ Only layers whose inputs are not rounded decode what they multiply with; a layer
 level goes on decoding.
 """
 
+import math
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -62,12 +63,12 @@ class KeptDecoded:
         self.release()
 
 
-def keep_decoded(target: Any, budget: int | str) -> KeptDecoded:
+def keep_decoded(target: Any, budget: float | str) -> KeptDecoded:
     """Keep decoded weights of quantized layers, in the compute dtype, as far as a budget goes.
 
     Args:
         target: pipeline (its denoisers), or one module. What was kept before is let go of.
-        budget: bytes, or a size such as ``"2GiB"`` or ``"500MB"``.
+        budget: bytes (whole ones, rounded down), or a size such as ``"2GiB"`` or ``"500MB"``.
     Returns:
         What is kept, and what is not.
     Raises:
@@ -121,13 +122,14 @@ def kept_weights(module: nn.Module) -> list[Tensor]:
     return [found.matrix for found in kept if found is not None]
 
 
-def size_of(budget: int | str) -> int:
+def size_of(budget: float | str) -> int:
     """Bytes. Raises ``ValueError`` for what is no positive size."""
     if isinstance(budget, str):
         found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", budget, re.IGNORECASE)
         value = int(float(found[1]) * _UNITS[found[2].upper()]) if found and found[2].upper() in _UNITS else 0
     else:
-        value = budget if isinstance(budget, int) and not isinstance(budget, bool) else 0
+        number = isinstance(budget, int | float) and not isinstance(budget, bool) and math.isfinite(budget)
+        value = int(budget) if number else 0
     if value <= 0:
         raise ValueError(
             f"keep_decoded: budget must be a number of bytes or a size such as '2GiB', got {budget!r}. Give what is free."

@@ -262,12 +262,14 @@ def test_pipelines_keep_their_denoisers_weights():
     assert kept_weights(pipe.components["text_encoder"]) == []
 
 
-@pytest.mark.parametrize(("budget", "size"), [(7, 7), ("2GiB", 2 << 30), ("1.5 MB", 1_500_000), (" 4kib ", 4096), ("12", 12)])
+@pytest.mark.parametrize(
+    ("budget", "size"), [(7, 7), ("2GiB", 2 << 30), ("1.5 MB", 1_500_000), (" 4kib ", 4096), ("12", 12), (2e9, 2_000_000_000)]
+)
 def test_budgets(budget, size):
     assert size_of(budget) == size
 
 
-@pytest.mark.parametrize("budget", [0, -1, "", "2 GiBs", "-3MB", "0.1", 1.5, True])
+@pytest.mark.parametrize("budget", [0, -1, "", "2 GiBs", "-3MB", "0.1", 0.5, float("nan"), float("inf"), True])
 def test_budgets_that_are_none(budget):
     with pytest.raises(ValueError, match="keep_decoded: budget must be a number of bytes or a size such as '2GiB', got"):
         size_of(budget)
