@@ -26,17 +26,6 @@ def seeded(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture
-def use(native_level, monkeypatch):
-    def level(name):
-        if name != "off":
-            return native_level(name)
-        monkeypatch.setenv("DQTK_NATIVE", "off")
-        return library.forget()
-
-    return level
-
-
 def exact(q, k, v, mask, scale):
     heads = q.shape[1] // k.shape[1]
     k, v = (t.double().repeat_interleave(heads, dim=1) for t in (k, v))
@@ -54,8 +43,8 @@ def inputs(shape, dtype):
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_equals_float64(level, dtype, use):
-    use(level)
+def test_equals_float64(level, dtype, native_level):
+    native_level(level)
     for shape in SHAPES:
         q, k, v = inputs(shape, dtype)
         for scale in (q.shape[-1] ** -0.5, 0.5):
@@ -67,9 +56,9 @@ def test_equals_float64(level, dtype, use):
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES[:2])
-def test_masks(level, dtype, use):
+def test_masks(level, dtype, native_level):
     """Boolean and added, of every shape that broadcasts; keys that nobody sees, and queries that see nothing."""
-    use(level)
+    native_level(level)
     q, k, v = inputs((2, 3, 3, 50, 150, 24, 40), dtype)
     kept = seeded(2, 1, 1, 150, seed=5) > -0.5
     every = seeded(2, 3, 50, 150, seed=6) > 0
@@ -88,9 +77,9 @@ def test_masks(level, dtype, use):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_large_scores_and_wrong_numbers(level, use):
+def test_large_scores_and_wrong_numbers(level, native_level):
     """Scores of thousands stay finite; NaN shows, and only in the rows that it belongs to."""
-    use(level)
+    native_level(level)
     q, k, v = inputs((1, 2, 2, 60, 200, 16, 16), torch.float32)
     torch.testing.assert_close(
         attention(100 * q, 100 * k, v, None, 1.0).double(), exact(100 * q, 100 * k, v, None, 1.0), rtol=1e-4, atol=1e-4
@@ -106,8 +95,8 @@ def test_large_scores_and_wrong_numbers(level, use):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_threads_and_chunks_of_heads_change_nothing(level, use):
-    use(level)
+def test_threads_and_chunks_of_heads_change_nothing(level, native_level):
+    native_level(level)
     before = torch.get_num_threads()
     q, k, v = inputs((3, 4, 2, 100, 140, 32, 32), torch.bfloat16)
     try:

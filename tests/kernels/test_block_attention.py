@@ -28,17 +28,6 @@ def seeded(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture
-def use(native_level, monkeypatch):
-    def level(name):
-        if name != "off":
-            return native_level(name)
-        monkeypatch.setenv("DQTK_NATIVE", "off")
-        return library.forget()
-
-    return level
-
-
 def inputs(shape, dtype):
     b, h, n, d, e, *_ = shape
     return [seeded(b, n, h, size, seed=i).to(dtype).transpose(1, 2) for i, size in enumerate((d, d, e))]  # as projections give them
@@ -83,8 +72,8 @@ def close(y, expected, dtype):
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_16_bits_equal_float64(level, dtype, use):
-    use(level)
+def test_16_bits_equal_float64(level, dtype, native_level):
+    native_level(level)
     for shape in SHAPES:
         q, k, v = inputs(shape, dtype)
         scale = q.shape[-1] ** -0.5
@@ -101,9 +90,9 @@ def test_16_bits_equal_float64(level, dtype, use):
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("bits", [16, 8])
-def test_a_permuted_call_equals_the_plain_one(level, bits, use):
+def test_a_permuted_call_equals_the_plain_one(level, bits, native_level):
     """Rows that lie in the new order, without an order: the same numbers in other places."""
-    use(level)
+    native_level(level)
     for dtype in DTYPES[:2]:
         shape = SHAPES[0]
         q, k, v = inputs(shape, dtype)
@@ -117,9 +106,9 @@ def test_a_permuted_call_equals_the_plain_one(level, bits, use):
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES[:2])
-def test_masks_are_in_the_original_order(level, dtype, use):
+def test_masks_are_in_the_original_order(level, dtype, native_level):
     """Boolean and added, of every shape that broadcasts; keys that nobody sees, queries that see nothing, before the softmax."""
-    use(level)
+    native_level(level)
     shape = (2, 3, 200, 24, 40, 64, 64)
     q, k, v = inputs(shape, dtype)
     n = shape[2]
@@ -145,9 +134,9 @@ def test_masks_are_in_the_original_order(level, dtype, use):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_text_first(level, use):
+def test_text_first(level, native_level):
     """Tokens that never move and blocks that are always live, beside a mask of padded text."""
-    use(level)
+    native_level(level)
     text, shape = 70, (1, 2, 326, 64, 64, 64, 64)
     q, k, v = inputs(shape, torch.float32)
     order = torch.cat([torch.arange(text, dtype=torch.int32).expand(2, -1), text + orders((1, 2, 326 - text))], dim=1)
@@ -164,8 +153,8 @@ def test_text_first(level, use):
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [(8, 16), (16, 8), (8, 8), (4, 4), (8, 4)])
-def test_integers_equal_the_reference(level, dtype, bits, use):
-    use(level)
+def test_integers_equal_the_reference(level, dtype, bits, native_level):
+    native_level(level)
     for shape in SHAPES:
         q, k, v = inputs(shape, dtype)
         k = k + 2 * seeded(shape[3], seed=8).to(dtype)
@@ -241,8 +230,8 @@ def test_codes_by_hand():
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_threads_change_nothing(level, use):
-    use(level)
+def test_threads_change_nothing(level, native_level):
+    native_level(level)
     before, shape = torch.get_num_threads(), SHAPES[0]
     q, k, v = inputs(shape, torch.bfloat16)
     for bits in (16, 8):
