@@ -47,7 +47,7 @@ from dqtk.resolve import call_kwargs_for
 from dqtk.spec import GPTQ, ByLevel, Distill, Int, LayerSpec, PerLevel
 
 STEPS = 20  # of calibration
-BATCH = 8  # captions painted at once: of tiny-sdxl that takes two fifths of the time
+BATCH = 8  # captions painted at once: of tiny-sdxl that takes two fifths of the time (one thread of a Xeon with AMX)
 ONE = "w8a8-static"
 CORRECTED, DISTILLED, TABLES = ", corrected", ", distilled", ", tables of the original"
 MORE = slice(48, 166)  # captions of distillation: of 32 it learns what is theirs alone (the lab log)
@@ -278,7 +278,8 @@ def run(model: str, comparison: str, options) -> None:
                 )
                 gain = paired_bootstrap(torch.log10(first / found))
                 row = {"benchmark": "noise_levels", "model": model, "steps": steps, "scheduler": scheduler, "variant": name}
-                row |= {"num_prompts": len(prompts), "error": float(found.mean()), "gain": [gain.estimate, gain.low, gain.high]}
+                row |= {"num_prompts": len(prompts), "batch": BATCH, "error": float(found.mean())}
+                row["gain"] = [gain.estimate, gain.low, gain.high]
                 row |= {f"{kind}_share": value / base[kind] for kind, value in cost(pipe, steps).items()} if base else {}
                 said = f"{model:22} {steps:3} {scheduler:5} {name:38} {row['error']:.3e}"
                 print(f"{said} gain {gain.estimate:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})", flush=True)

@@ -15,7 +15,7 @@ from .calibrate import Stats
 from .calibrate.gather import calls_of
 from .calls import check_call_names, check_prompts
 from .checkpoint import quantized_layers
-from .decide import check_fit
+from .fit import check_fit
 from .nn import Quantized, books_of, runtime_class
 from .plan import Choice, Plan
 from .refine.refinable import check_learners, check_lessons

@@ -24,6 +24,7 @@ from .allocate.command import choices_from_logs, plan_from_model
 from .arguments import BATCH_SIZE, parser
 from .calibrate import Stats
 from .calibrate import calibrate as run_calibrate
+from .calibrate.placement import Placement
 from .calls import call_arguments, denoisers
 from .checkpoint import check_output, written_whole
 from .checks import batch_for, check_asked, check_runs
@@ -31,6 +32,7 @@ from .explain import human, totals
 from .installed import installed_plan, summary
 from .native.library import converts_bfloat16
 from .nn import keep_decoded
+from .nn.kept import size_of
 from .plan import Plan
 from .processes import processes
 from .prompt_sets import read_prompts
@@ -43,16 +45,22 @@ from .solved import calibrate_together
 from .sources import find_device, load_pipeline, local_folder, meta_pipeline, meta_target, read_json, readable
 from .spec import Refiner
 from .streaming import quantize_folder
-from .wanted import PLANNING, flags_of, given, placement_of, refiner_of, wishes_of
+from .wanted import PLANNING, flags_of, given, placement_of, planning_of, refiner_of
 
 LARGE = 10**8  # weights
 
 
 @contextmanager
 def _plain_warnings(verb: str) -> Iterator[None]:
-    """While open, warnings are lines as errors are, without the place in the code and its source."""
-    before = warnings.formatwarning
-    warnings.formatwarning = lambda message, *place, **more: f"dqtk {verb}: warning: {message}\n"
+    """While open, a warning is one line as an error is. The place in the code is said of those that are not for users."""
+
+    def line(message: Any, category: type[Warning], file: str, number: int, source: str | None = None) -> str:
+        text = " ".join(str(message).split())
+        if category is UserWarning:
+            return f"dqtk {verb}: warning: {text}\n"
+        return f"dqtk {verb}: {category.__name__}: {text} ({file}:{number})\n"
+
+    before, warnings.formatwarning = warnings.formatwarning, line
     try:
         yield
     finally:
@@ -128,11 +136,11 @@ def _explain(options: argparse.Namespace, command: str) -> None:
     if options.output is not None:
         _check_new_file(options.output, "explain")
         _check_writable(options.output, "explain")
-    wishes = None if options.recipe is None else wishes_of(options)
+    planning = None if options.recipe is None else planning_of(options)
     pipe = meta_pipeline(options.model)
     plan = installed_plan(pipe)
-    if wishes is not None or not plan.components:
-        plan = make_plan(pipe, **(wishes or wishes_of(options)))
+    if planning is not None or not plan.components:
+        plan = make_plan(pipe, **(planning or planning_of(options)))
     elif given(options, PLANNING):
         raise ValueError(f"{flags_of(PLANNING[1:])} must come with --recipe, got none. {options.model} is quantized.")
     print(plan.explain(sites=not options.roles))
@@ -154,9 +162,9 @@ def _write_json(path: Path, data: Any) -> None:
 def _calibrate(options: argparse.Namespace, command: str) -> None:
     _check_writable(options.output, "calibrate")
     prompts, placement = read_prompts(options.prompts, options.num_prompts), placement_of(options.placement)
-    wishes = wishes_of(options)
+    planning = planning_of(options)
     pipe = load_pipeline(options.model, options.dtype, find_device(options.device))
-    plan = make_plan(pipe, **wishes)
+    plan = make_plan(pipe, **planning)
     if not plan.needs_stats:
         print(f"recipe {plan.recipe} needs no calibration; nothing was written")
         return
@@ -193,7 +201,7 @@ def _quantize(options: argparse.Namespace, command: str) -> None:
     if options.stream and any(getattr(options, name) for name in learning):
         flags = ", ".join(f"--{name}" for name in learning[:-1])
         raise ValueError(f"--stream must stand without {flags} and --refine, got one. It learns nothing.")
-    refine = refiner_of(options)
+    refine, placement = refiner_of(options), placement_of(options.placement)
     if options.stream and options.during:
         raise ValueError(
             "--during must be left out with --stream, got both. The times of a run are found with the whole pipeline: quantize in "
@@ -204,9 +212,9 @@ def _quantize(options: argparse.Namespace, command: str) -> None:
     if options.stream and options.checkpoint:
         raise ValueError("--checkpoint must be left out with --stream, which keeps what is done beside its output, got both.")
     if options.plan is None:
-        wishes = wishes_of(options)
+        planning = planning_of(options)
         meta = meta_target(options.model) if options.stream else meta_pipeline(options.model)
-        plan = make_plan(meta, **wishes)  # patterns that match nothing fail before any weight is read
+        plan = make_plan(meta, **planning)  # patterns that match nothing fail before any weight is read
     elif given(options, PLANNING):
         raise ValueError(f"--plan must stand alone, got {flags_of(PLANNING, 'or')} too. A plan has decided already.")
     else:
@@ -217,13 +225,13 @@ def _quantize(options: argparse.Namespace, command: str) -> None:
         quantize_folder(options.model, options.output, plan, dtype=dtype, device=device)
         made = plan
     else:
-        made = _quantize_in_memory(options, plan, refine)
+        made = _quantize_in_memory(options, plan, refine, placement)
     if os.environ.get("RANK", "0") == "0":  # of several processes the first speaks
         print(totals(made))
         print(f"{options.output}: recipe {plan.recipe}, plan {plan.hash}")
 
 
-def _quantize_in_memory(options: argparse.Namespace, plan: Plan, refine: Refiner | None) -> Plan:
+def _quantize_in_memory(options: argparse.Namespace, plan: Plan, refine: Refiner | None, placement: Placement) -> Plan:
     """The plan, with the attention that came out of it: orders, blocks and densities as calibration found them."""
     prompts = read_prompts(options.prompts, options.num_prompts) if options.prompts else None
     stats = _read_stats(options.stats) if options.stats else None
@@ -244,7 +252,6 @@ def _quantize_in_memory(options: argparse.Namespace, plan: Plan, refine: Refiner
     batch = options.batch_size or batch_for(len(prompts or ()), BATCH_SIZE, taught)
     if taught and stats is None and prompts is not None:
         check_runs(plan, prompts, batch)
-    placement = placement_of(options.placement)
     pipe = load_pipeline(
         options.model, options.dtype, me.device if me.world > 1 and not options.device else find_device(options.device)
     )
@@ -287,6 +294,8 @@ def _generate(options: argparse.Namespace, command: str) -> None:
     check_output(options.output, "generate")
     _check_writable(options.output, "generate")
     prompts = read_prompts(options.prompts, options.num_prompts)
+    if options.keep_decoded is not None:
+        size_of(options.keep_decoded)  # a wrong size fails before any weight is read
     pipe = load_pipeline(options.model, options.dtype, find_device(options.device))
     if options.keep_decoded is not None:
         kept = keep_decoded(pipe, options.keep_decoded)
@@ -315,7 +324,8 @@ def _compare(options: argparse.Namespace, command: str) -> None:
     _check_new_file(options.output, "compare")
     _check_writable(options.output, "compare")
     device = find_device(options.device)
-    check_rounding("compare", options.floor, device)  # before any weight is read
+    _check_floor(options)  # before any weight is read
+    check_rounding("compare", options.floor, device)
     reference, candidate = (load_pipeline(model, options.dtype, device) for model in (options.reference, options.candidate))
     floor, floor_name = _floor(options, device)
     folders = [local_folder(model) for model in (options.reference, options.candidate)]
@@ -342,12 +352,15 @@ def _compare(options: argparse.Namespace, command: str) -> None:
     print(f"{options.output}: page; {beside}: records and pictures")
 
 
-def _floor(options: argparse.Namespace, device: Any) -> tuple[Any, str]:
-    """The third pipeline of ``compare`` and its name. By default bf16, and none where that is no finer rounding's floor."""
+def _check_floor(options: argparse.Namespace) -> None:
     if options.floor == "bfloat16" and options.dtype != "float32":
         raise ValueError(
             f"compare: --floor bfloat16 must come with --dtype float32, got {options.dtype}. Take kernels, or leave it out."
         )
+
+
+def _floor(options: argparse.Namespace, device: Any) -> tuple[Any, str]:
+    """The third pipeline of ``compare`` and its name. By default bf16, and none where that is no finer rounding's floor."""
     if options.floor == "none" or (options.floor is None and options.dtype != "float32"):
         return None, ""
     if options.floor in (None, "bfloat16"):
@@ -366,7 +379,9 @@ def _bench(options: argparse.Namespace, command: str) -> None:
         _check_writable(options.output, "bench")
     device = find_device(options.device)
     for name in options.recipes:
-        recipe_named(name)  # a wrong name fails before any weight is read
+        recipe_named(name)  # wrong names and sizes fail before any weight is read
+    if options.keep_decoded is not None:
+        size_of(options.keep_decoded)
     sides = {"height": options.height or options.size, "width": options.width or options.size}
     with threads(options.threads):
         # The pipeline is gone once its step is recorded: text encoders can be larger than the denoiser.

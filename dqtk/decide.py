@@ -57,29 +57,6 @@ def resolve(
     return Plan(recipe=recipe.name, components=components, choices=choices, attention=attention)
 
 
-def check_fit(plan: Plan, parts: Mapping[str, Any], where: str = "quantize") -> None:
-    """Raises ``ValueError`` that names the first component or site of a plan that is not in the model."""
-    for component in plan.components:
-        if component.name not in parts:
-            raise ValueError(
-                f"{where}: plan must be for components {sorted(parts)}, got {component.name}. Make a plan for this model."
-            )
-        shapes = {site.id: site.shape for site in find_sites(parts[component.name], component.name)}
-        for site in (choice.site for choice in plan.choices if choice.site.component == component.name):
-            if shapes.get(site.id) != site.shape:
-                raise ValueError(
-                    f"{where}: plan must fit the model at {site.id}: {site.shape}, got {shapes.get(site.id)}. "
-                    "Make a plan for this model."
-                )
-        known = set(find_attention(parts[component.name], component.name)) if plan.attention else set()
-        for place in (choice.site for choice in plan.attention if choice.site.component == component.name):
-            if place not in known:
-                raise ValueError(
-                    f"{where}: plan must fit the model at {place.id}, an attention of {place.heads} heads, got none. "
-                    "Make a plan for this model."
-                )
-
-
 def _check_patterns(rules: Iterable[Rule], sites: Sequence[Site], places: Sequence[AttentionSite]) -> None:
     for rule in rules:
         if rule.pattern is None or any(rule.matches_attention(place) for place in places):

@@ -1,14 +1,17 @@
-"""What a layer admits of a spec: groups that divide its channels, no second moments of gigabytes, no words that outweigh it."""
+"""What a layer admits of a spec: groups that divide its channels, no second moments of gigabytes, no words that outweigh it.
+
+And whether a plan is of a model at all."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from .numerics.hadamard import block_size
 from .numerics.packing import book_shape, stored_bytes
 from .numerics.vector_grid import width_of
-from .plan import Choice
-from .sites import TEXT_ENCODERS, Site
+from .plan import Choice, Plan
+from .sites import TEXT_ENCODERS, Site, find_attention, find_sites
 from .spec import (
     GROUPS,
     ROLE,
@@ -49,6 +52,29 @@ def fit(spec: SiteSpec, site: Site) -> tuple[SiteSpec, str]:
         spec = spec.longest
     adjusted = each_of(spec, lambda part: _fit(part, site, notes))
     return adjusted, "; ".join(dict.fromkeys(notes))  # weight and input may have the same to say, and so may kinds
+
+
+def check_fit(plan: Plan, parts: Mapping[str, Any], where: str = "quantize") -> None:
+    """Raises ``ValueError`` that names the first component or site of a plan that is not in the model."""
+    for component in plan.components:
+        if component.name not in parts:
+            raise ValueError(
+                f"{where}: plan must be for components {sorted(parts)}, got {component.name}. Make a plan for this model."
+            )
+        shapes = {site.id: site.shape for site in find_sites(parts[component.name], component.name)}
+        for site in (choice.site for choice in plan.choices if choice.site.component == component.name):
+            if shapes.get(site.id) != site.shape:
+                raise ValueError(
+                    f"{where}: plan must fit the model at {site.id}: {site.shape}, got {shapes.get(site.id)}. "
+                    "Make a plan for this model."
+                )
+        known = set(find_attention(parts[component.name], component.name)) if plan.attention else set()
+        for place in (choice.site for choice in plan.attention if choice.site.component == component.name):
+            if place not in known:
+                raise ValueError(
+                    f"{where}: plan must fit the model at {place.id}, an attention of {place.heads} heads, got none. "
+                    "Make a plan for this model."
+                )
 
 
 def worth_their_books(choices: Sequence[Choice]) -> tuple[Choice, ...]:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from .checkpoint import FORMAT_VERSION, check_output, digest, install
 from .checks import check_float, check_numbers
-from .decide import check_fit
+from .fit import check_fit
 from .hosts import backend_of
 from .journal import Journal, claim, done
 from .kernels import to_matrix

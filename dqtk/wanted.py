@@ -1,6 +1,6 @@
-"""What the flags of the command line ask for, as the library has it: a plan with its step policy, steps to learn from, a refiner.
+"""What the flags of the command line ask for, as the library has it: what a plan is made of, steps to learn from, a refiner.
 
-``arguments.py`` lists the flags; errors here name them, and are raised before any weight is read.
+``arguments.py`` lists the flags; errors here name them, and are of what is wrong with any model: none has been looked for yet.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from typing import Any
 
 from .calibrate.placement import Around, Evenly, Every, Placement
 from .policy import Interval, StepPolicy, protecting
-from .recipes import ATTENTION, RECIPES, recipe_named
+from .recipes import ATTENTION, RECIPES, recipe_named, with_density
 from .spec import Distill, Reconstruct, Refiner
 
 # What makes a plan, and is refused where there is one already.
@@ -31,8 +31,8 @@ def given(options: argparse.Namespace, names: Sequence[str]) -> bool:
     return any(getattr(options, name) is not None and getattr(options, name) != [] for name in names)
 
 
-def wishes_of(options: argparse.Namespace) -> dict[str, Any]:
-    """``PLANNING`` as arguments of ``dqtk.plan``. Raises ``ValueError`` for what is wrong with any model."""
+def planning_of(options: argparse.Namespace) -> dict[str, Any]:
+    """``PLANNING`` as arguments of ``dqtk.plan``. Raises ``ValueError`` without a recipe, and for names that are none."""
     if options.recipe is None:
         raise ValueError(f"--recipe must be one of {', '.join(RECIPES)}, got none. Add it.")
     overrides: dict[str, Any] = dict.fromkeys(options.keep)
@@ -48,9 +48,14 @@ def wishes_of(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("--density must come with --attention or --recipe paro-..., got it without. It is of their blocks.")
     policy = policy_of(options.during)
     parts = () if policy is None else policy.intervals
-    for name in (recipe, options.text_encoders, *overrides.values(), *(part.recipe for part in parts)):
-        if name is not None and name not in ATTENTION:
+    of_layers = [("--text-encoders", options.text_encoders), *(("--during", part.recipe) for part in parts)]
+    for flag, name in of_layers:
+        if name in ATTENTION:
+            raise ValueError(f"{flag} must name a recipe of layers, got {name}. Attention is of denoisers, and of a whole run.")
+    for name in (recipe, *overrides.values(), *(name for _, name in of_layers)):
+        if name is not None:
             recipe_named(name)
+    with_density(recipe, attention, options.density)
     how = {"attention": attention, "density": options.density, "policy": policy}
     return {"recipe": recipe, "text_encoders": options.text_encoders, "overrides": overrides, **how}
 

@@ -145,12 +145,17 @@ def test_explain_reads_no_weights(folder, say, tmp_path, load_tiny):
 
 def test_warnings_are_lines_as_errors_are(monkeypatch, capsys):
     def warned(*words):
-        print(warnings.formatwarning("no step. Widen it.", UserWarning, "/a/file.py", 3, "code"), end="")
+        warnings.warn("no step.\n  Widen it.", stacklevel=1)
+        warnings.warn_explicit("gone soon", FutureWarning, "there.py", 3)
 
     before = warnings.formatwarning
     monkeypatch.setattr(importlib.import_module("dqtk.cli"), "_explain", warned)
-    main(["explain", "a"])
-    assert capsys.readouterr().out == "dqtk explain: warning: no step. Widen it.\n"
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        monkeypatch.setattr(warnings, "showwarning", lambda *facts: sys.stderr.write(warnings.formatwarning(*facts[:4])))
+        main(["explain", "a"])
+    lines = ["dqtk explain: warning: no step. Widen it.", "dqtk explain: FutureWarning: gone soon (there.py:3)"]
+    assert capsys.readouterr().err.splitlines() == lines
     assert warnings.formatwarning is before
 
 

@@ -62,6 +62,12 @@ def test_parts_that_overlap(folder, capsys):
         (["--recipe", "w8a8", "--set", "*=w9"], "recipe: name must be one of"),
         (["--recipe", "w8a8", "--text-encoders", "w9"], "recipe: name must be one of"),
         (["--recipe", "w8a8", "--during", "0-1=w9"], "recipe: name must be one of"),
+        (["--recipe", "w8a8", "--during", "0-1=paro"], "--during must name a recipe of layers, got paro."),
+        (["--recipe", "paro", "--text-encoders", "paro"], "--text-encoders must name a recipe of layers, got paro."),
+        (["--recipe", "w8a8", "--attention", "w9"], "attention: name must be one of"),
+        (["--recipe", "w8a8", "--attention", "paro", "--density", "7"], "StaticBlocks: density must be in (0, 1]"),
+        (["--recipe", "paro", "--density", "7"], "StaticBlocks: density must be in (0, 1]"),
+        (["--recipe", "w8a8", "--attention", "dense", "--density", "0.5"], "attention: density"),
     ],
 )
 @pytest.mark.parametrize("verb", ["explain", "calibrate", "quantize"])
@@ -69,6 +75,21 @@ def test_wrong_with_any_model_is_said_before_one_is_looked_for(tmp_path, capsys,
     out = [] if verb == "explain" else ["--output", tmp_path / "out"]
     prompts = ["--prompts", "a"] if verb == "calibrate" else []
     assert said(capsys, verb, "no/such/model", *more, *prompts, *out).startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("words", "start"),
+    [
+        (["quantize", "no/such/model", "--recipe", "w4a8", "--prompts", "a", "--placement", "bad"], "--placement must be evenly"),
+        (["generate", "no/such/model", "--prompts", "a", "--keep-decoded", "2GiBs"], "keep_decoded: budget must be a number"),
+        (
+            ["compare", "no/such", "no/model", "--prompts", "a", "--floor", "bfloat16", "--dtype", "bfloat16"],
+            "compare: --floor bfloat16",
+        ),
+    ],
+)
+def test_other_flags_are_read_first_too(tmp_path, capsys, words, start):
+    assert said(capsys, *words, "--output", tmp_path / "out").startswith(start)
 
 
 def cuts(pipe):

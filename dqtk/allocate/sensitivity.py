@@ -20,7 +20,7 @@ from torch import nn
 from dqtk.calibrate import Stats
 from dqtk.calibrate.gather import input_name
 from dqtk.checkpoint import replace_layer
-from dqtk.decide import check_fit
+from dqtk.fit import check_fit
 from dqtk.journal import Journal, claim, done
 from dqtk.methods.solve import Solution
 from dqtk.plan import Choice, Plan

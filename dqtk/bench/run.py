@@ -124,7 +124,7 @@ def bench_model(
     batch: int = 1,
     repeats: int = 7,
     layers: bool = False,
-    kept_decoded: int | str | None = None,
+    kept_decoded: float | str | None = None,
     model: str = "",
     progress: bool = True,
 ) -> Bench:
@@ -153,7 +153,7 @@ def bench_step(
     *,
     repeats: int = 7,
     layers: bool = False,
-    kept_decoded: int | str | None = None,
+    kept_decoded: float | str | None = None,
     model: str = "",
     progress: bool = True,
 ) -> Bench:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from dqtk.calls import call_arguments, check_call_names, prompt_argument
 from dqtk.checkpoint import digest
-from dqtk.decide import check_fit
+from dqtk.fit import check_fit
 from dqtk.plan import Plan
 from dqtk.sites import DENOISERS, components_of, find_sites
 from dqtk.spec import SiteSpec

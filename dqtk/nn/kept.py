@@ -128,8 +128,8 @@ def size_of(budget: float | str) -> int:
         found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", budget, re.IGNORECASE)
         value = int(float(found[1]) * _UNITS[found[2].upper()]) if found and found[2].upper() in _UNITS else 0
     else:
-        number = isinstance(budget, int | float) and not isinstance(budget, bool) and math.isfinite(budget)
-        value = int(budget) if number else 0
+        finite = isinstance(budget, float) and math.isfinite(budget)
+        value = int(budget) if finite or (isinstance(budget, int) and not isinstance(budget, bool)) else 0
     if value <= 0:
         raise ValueError(
             f"keep_decoded: budget must be a number of bytes or a size such as '2GiB', got {budget!r}. Give what is free."
