@@ -54,13 +54,13 @@ LARGE = 10**8  # weights
 def _plain_warnings(verb: str) -> Iterator[None]:
     """While open, a warning is one line as an error is. The place in the code is said of those that are not for users."""
 
-    def line(message: Any, category: type[Warning], file: str, number: int, source: str | None = None) -> str:
+    def said(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
         text = " ".join(str(message).split())
         if category is UserWarning:
             return f"dqtk {verb}: warning: {text}\n"
-        return f"dqtk {verb}: {category.__name__}: {text} ({file}:{number})\n"
+        return f"dqtk {verb}: {category.__name__}: {text} ({filename}:{lineno})\n"
 
-    before, warnings.formatwarning = warnings.formatwarning, line
+    before, warnings.formatwarning = warnings.formatwarning, said
     try:
         yield
     finally:
