@@ -2,7 +2,7 @@
 care for what sees the level only, distillation, another precision in some steps.
 
     python benchmarks/noise_levels.py [MODEL ...] [--only ranges correction placement temporal tables distillation policy]
-        [--variants WORD ...] [--num-prompts 16] [--steps 8 20 50] [--schedulers own ddim] [--state FOLDER]
+        [--variants WORD ...] [--num-prompts 16] [--steps 8 20 50] [--schedulers own ddim] [--slower 10] [--state FOLDER]
 
 MODEL is a pipeline, or an embedded one with ``-stressed`` behind its name. Everything is calibrated once, at 20 steps of the
 pipeline's own scheduler, on 16 other captions (distillation, and what it is judged against: 118, most calls kept where errors count
@@ -82,7 +82,7 @@ def distillation() -> dict[str, LayerSpec]:
     return {name + more: spec for name, spec in specs.items() for more in ("", DISTILLED)}
 
 
-def taught(model: str, captions: list[str], iterations: int, folder: Path | None) -> tuple[Distill, ByDrift]:
+def taught(model: str, captions: list[str], options, folder: Path | None) -> tuple[Distill, ByDrift]:
     """How to distill, and which calls to learn from: of the guided output, as errors count in the final latents.
 
     Bounded: white noise, with which that is measured, is mended better in early steps than what quantization does (the lab log).
@@ -97,8 +97,9 @@ def taught(model: str, captions: list[str], iterations: int, folder: Path | None
         file.write_text(json.dumps(counts))
     guidance = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
     bounded = tuple(min(max(count, 1.0), 4.0) for count in counts)
-    rates = {"scale_rate": 0.002, "bias_rate": 0.0003, "matrix_rate": 0.0005}
-    choice = Distill(iterations=iterations, batch=6, guidance=guidance, influence=bounded, **rates)
+    rates = {"weight_rate": 0.02, "scale_rate": 0.002, "bias_rate": 0.0003, "matrix_rate": 0.0005}
+    rates = {name: float(f"{rate / options.slower:.6g}") for name, rate in rates.items()}
+    choice = Distill(iterations=options.iterations, batch=6, guidance=guidance, influence=bounded, **rates)
     return choice, ByDrift(moved=counts, floor=0.1)
 
 
@@ -223,13 +224,11 @@ def cared_for(name: str, pipe, original, prompts: list[str], steps: int):
             cache.restore()
 
 
-def quantized(
-    model: str, recipes: dict[str, dqtk.Recipe | LayerSpec], captions: list[str], iterations: int, folder: Path | None
-) -> dict:
+def quantized(model: str, recipes: dict[str, dqtk.Recipe | LayerSpec], captions: list[str], options, folder: Path | None) -> dict:
     """Pipelines by name, from calibration at ``STEPS`` steps with its own scheduler. ``folder``: of distillation."""
     made, stats = {}, {}
     distills = any(name.endswith(DISTILLED) for name in recipes)
-    lesson, placement = taught(model, captions, iterations, folder) if distills else (None, None)
+    lesson, placement = taught(model, captions, options, folder) if distills else (None, None)
     for name, recipe in recipes.items():
         pipe = load(model)
         plan = plan_for(pipe, recipe) if isinstance(recipe, LayerSpec) else dqtk.plan(pipe, recipe)
@@ -261,7 +260,7 @@ def run(model: str, comparison: str, options) -> None:
     else:
         recipes = {name: r for name, r in COMPARISONS[comparison]().items() if any(word in name for word in options.variants)}
         folder = options.state / model if options.state and comparison == "distillation" else None
-        made = quantized(model, recipes, captions, options.iterations, folder)
+        made = quantized(model, recipes, captions, options, folder)
     for steps in options.steps:
         for scheduler in options.schedulers:
             exact = latents(scheduled(reference, own, scheduler), prompts, steps)
@@ -280,6 +279,7 @@ def run(model: str, comparison: str, options) -> None:
                 row = {"benchmark": "noise_levels", "model": model, "steps": steps, "scheduler": scheduler, "variant": name}
                 row |= {"num_prompts": len(prompts), "batch": BATCH, "error": float(found.mean())}
                 row["gain"] = [gain.estimate, gain.low, gain.high]
+                row |= {"iterations": options.iterations, "slower": options.slower} if name.endswith(DISTILLED) else {}
                 row |= {f"{kind}_share": value / base[kind] for kind, value in cost(pipe, steps).items()} if base else {}
                 said = f"{model:22} {steps:3} {scheduler:5} {name:38} {row['error']:.3e}"
                 print(f"{said} gain {gain.estimate:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})", flush=True)
@@ -295,6 +295,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=(*COMPARISONS, "policy"), default=[*COMPARISONS, "policy"])
     parser.add_argument("--variants", nargs="+", default=[""], metavar="WORD", help="only variants with one of these in their name")
     parser.add_argument("--iterations", type=int, default=Distill().iterations, help="of distillation")
+    parser.add_argument("--slower", type=float, default=1, metavar="N", help="divide the rates of distillation by this")
     parser.add_argument("--state", type=Path, metavar="FOLDER", help="where distillation goes on from when it is interrupted")
     options = parser.parse_args()
     for model in options.models:
