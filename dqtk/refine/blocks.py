@@ -128,6 +128,7 @@ class _Lessons:
             others=lambda path, parameter: id(parameter) in biases,
             loss=loss,
             judge=lambda: sum(float(self.error(index)) for index in unseen) / len(unseen),
+            watch=None,
             facts=facts,
             num_calls=len(seen),
             exact=self.originals,

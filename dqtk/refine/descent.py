@@ -4,6 +4,10 @@ Everything that an iteration does is a function of its number: which calls it ta
 numbers, Adam's moments and the number of iterations is all that resuming needs. What else changes while it runs (codes that move in
 steps) is kept in the same file, which is written when nothing is halfway.
 
+Rates that serve most of a run may be too high for a part of it: where one weight decides much (outliers), the error of all calls
+rises a hundredfold within a few steps, from which Adam does not come back. So the error on a few calls may be watched: where it has
+risen, the run goes back to where it was last seen low and on from there at half the rates. Where it never does, nothing changes.
+
 Processes that learn together share the calls of every iteration, and each takes the same step with the mean of their gradients. One
 process or several: only the order of sums differs.
 """
@@ -11,7 +15,7 @@ process or several: only the order of sums differs.
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -24,7 +28,11 @@ from tqdm import tqdm
 from .team import ALONE, Team
 
 WARMUP = 0.05  # of the iterations
-SAVES = 20  # of the file while it runs, at most
+SAVES = 20  # of the file while it runs, at most; and looks at what is watched
+RISE = 4.0  # of the error that is watched, above the least so far: learning went wrong (it is then tens or hundreds)
+MOST = 6  # times that rates are halved
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of Adam
+PLACE = ("done", "halved", "least")
 
 
 def rate_at(iteration: int, iterations: int) -> float:
@@ -94,7 +102,8 @@ class Descent:
         held: Mapping[str, Tensor] = MappingProxyType({}),
     ):
         self.kept, self.iterations, self.batch, self.team, self.done = kept, iterations, batch, team, 0
-        self.held = held
+        self.held, self.halved, self.least = held, 0, math.inf
+        self.good: dict[str, Tensor] = {}  # where to go back to
         self.named = {name: parameter for _, mine in groups for name, parameter in mine.items()}
         self.rates = [rate for rate, _ in groups]
         self.adam = torch.optim.Adam([{"params": list(mine.values()), "lr": rate} for rate, mine in groups])
@@ -109,8 +118,10 @@ class Descent:
         begin: Callable[[int], Sequence[nn.Parameter]] = lambda iteration: (),
         after: Callable[[int], None] = lambda done: None,
         pace: int = 1,
+        watch: Callable[[], float] | None = None,
+        forget: Callable[[], None] = lambda: None,
     ) -> None:
-        """All iterations that are left.
+        """All iterations that are left; or, where what is watched rises even at the lowest rates, none behind the last good one.
 
         Args:
             loss_of: number of a call, from 0 to iterations * batch -> scalar.
@@ -121,30 +132,42 @@ class Descent:
             begin: called with every iteration before it; the numbers that it has put anew, whose moments are forgotten.
             after: called with the number of iterations done, before the file is written.
             pace: iterations after which there is nothing halfway; the file is only written then, and at the end.
+            watch: the error that must not rise, the same in every process; nothing is watched without it.
+            forget: called where the run goes back, of what ``after`` has gathered.
         Raises:
-            ValueError: a loss that is no number, or a file of another run.
+            ValueError: a loss that is no number (where it is watched: at the start), or a file of another run.
         """
         if file is not None and file.exists():
             self._load(file, identity)
+        elif watch is not None:
+            self.least = self._finite(watch())
+        if watch is not None:
+            self.good = self._state()
         every = math.ceil(max(1, self.iterations // SAVES) / pace) * pace
         writes = file is not None and self.team.rank == 0
         shown = progress and self.team.rank == 0
         with tqdm(total=self.iterations, initial=self.done, desc=words, unit="step", disable=not shown) as bar:
-            while self.done < self.iterations:
+            while self.done < self.iterations and self.halved <= MOST:
                 for parameter in begin(self.done):
                     self.adam.state.pop(parameter, None)
                 loss = self._step(loss_of)
                 self.done += 1
                 after(self.done)
                 bar.update()
-                if self.done % every == 0 or self.done == self.iterations:
-                    bar.set_postfix_str(f"loss {loss:.3g}", refresh=False)
-                    if writes and file is not None:
-                        self._save(file, identity)
+                if math.isfinite(loss) and self.done % every and self.done < self.iterations:
+                    continue
+                bar.set_postfix_str(f"loss {loss:.3g}", refresh=False)
+                if watch is not None and (said := self._gone_back(watch() if math.isfinite(loss) else loss)):
+                    forget()
+                    bar.update(self.done - bar.n)
+                    if shown:
+                        tqdm.write(f"{words}: {said}")
+                elif writes and file is not None:
+                    self._save(file, identity)
 
     def _step(self, loss_of: Callable[[int], Tensor]) -> float:
         for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
-            group["lr"] = rate * rate_at(self.done, self.iterations)
+            group["lr"] = rate * rate_at(self.done, self.iterations) / 2**self.halved
         self.adam.zero_grad()
         value = torch.zeros(1)
         for place in range(self.team.rank, self.batch, self.team.world):
@@ -154,12 +177,30 @@ class Descent:
         for mine in self.kept:
             mine.pull()
         self._average(value)
-        if not math.isfinite(value):
-            raise ValueError(f"refine: loss must be a number, got {float(value)} at iteration {self.done}. Lower the rates.")
+        if not math.isfinite(value) and self.good:
+            return float(value)  # no step: what is watched takes it back
+        self._finite(float(value))
         self.adam.step()
         for mine in self.kept:
             mine.push()
         return float(value)
+
+    def _finite(self, value: float) -> float:
+        if not math.isfinite(value):
+            raise ValueError(f"refine: loss must be a number, got {value} at iteration {self.done}. Lower the rates.")
+        return value
+
+    def _gone_back(self, found: float) -> str:
+        """What happened, if the error has risen; else these numbers are the ones to go back to, and there is nothing to say."""
+        if found <= RISE * self.least:
+            self.least = min(self.least, found)
+            self.good = self._state()
+            return ""
+        came, halved = self.done, self.halved + 1
+        self._put(self.good.__getitem__, self.good.keys())
+        self.halved = halved
+        what = f"goes on from step {self.done} at half the rates" if self.halved <= MOST else f"ends with step {self.done}"
+        return f"error {found:.3g} at step {came}, where it had been {self.least:.3g}; {what}"
 
     def _average(self, value: Tensor) -> None:
         """Loss and gradients of all processes in place of this one's."""
@@ -171,51 +212,55 @@ class Descent:
 
     # --- files -------------------------------------------------------------------------------------------------------
 
-    def _save(self, file: Path, identity: str) -> None:
-        tensors: dict[str, Tensor] = {}
+    def _state(self) -> dict[str, Tensor]:
+        """All that going on needs, by name, in CPU memory."""
+        found: dict[str, Tensor] = {}
         for name, parameter in self.named.items():
-            state = self.adam.state.get(parameter, {})
-            tensors[f"{name}|learned"] = parameter.detach()
-            tensors |= {f"{name}|{what}": state[what] for what in ("step", "exp_avg", "exp_avg_sq") if what in state}
-        tensors |= {f"{name}|held": tensor for name, tensor in self.held.items()}
+            moments = self.adam.state.get(parameter, {})
+            found[f"{name}|learned"] = parameter.detach()
+            found |= {f"{name}|{what}": moments[what] for what in MOMENTS if what in moments}
+        found |= {f"{name}|held": tensor for name, tensor in self.held.items()}
+        found |= {what: torch.tensor(getattr(self, what), dtype=torch.float64) for what in PLACE}
+        return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in found.items()}
+
+    @torch.no_grad()
+    def _put(self, state: Callable[[str], Tensor], names: Collection[str]) -> None:
+        """Be as when ``_state`` was asked."""
+        self.adam.state.clear()
+        for name, parameter in self.named.items():
+            parameter.copy_(state(f"{name}|learned"))
+            moments = {what: state(f"{name}|{what}") for what in MOMENTS if f"{name}|{what}" in names}
+            if moments:
+                where = {what: "cpu" if what == "step" else parameter.device for what in moments}
+                self.adam.state[parameter] = {what: moment.to(where[what], copy=True) for what, moment in moments.items()}
+        for name, tensor in self.held.items():
+            tensor.copy_(state(f"{name}|held"))
+        self.done, self.halved, self.least = int(state("done")), int(state("halved")), float(state("least"))
+        for mine in self.kept:
+            mine.push()
+
+    def _save(self, file: Path, identity: str) -> None:
         partial = file.with_name(f".{file.name}.partial")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            facts = {"done": str(self.done), "identity": identity}
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=facts)
+            save_file(self.good or self._state(), partial, metadata={"identity": identity})
             os.replace(partial, file)
         finally:
             partial.unlink(missing_ok=True)
 
-    @torch.no_grad()
     def _load(self, file: Path, identity: str) -> None:
         try:
             stored = safe_open(file, framework="pt")
         except (SafetensorError, OSError) as error:
             raise ValueError(f"refine: {file} must be a file of an interrupted run, got {error}. Remove it.") from error
         with stored:
-            facts = stored.metadata() or {}
-            if facts.get("identity") != identity:
+            found = (stored.metadata() or {}).get("identity") if "done" in stored.keys() else "one of an older version"  # noqa: SIM118
+            if found != identity:
                 raise ValueError(
-                    f"refine: {file} must belong to this model, these calls and this choice ({identity}), got "
-                    f"{facts.get('identity')}. Remove it, or choose another name."
+                    f"refine: {file} must belong to this model, these calls and this choice ({identity}), got {found}. Remove it, "
+                    "or choose another name."
                 )
-            for name, parameter in self.named.items():
-                parameter.copy_(stored.get_tensor(f"{name}|learned"))
-                found = {
-                    what: stored.get_tensor(f"{name}|{what}")
-                    for what in ("step", "exp_avg", "exp_avg_sq")
-                    if f"{name}|{what}" in stored.keys()  # noqa: SIM118, not a mapping
-                }
-                if found:
-                    self.adam.state[parameter] = {
-                        what: tensor if what == "step" else tensor.to(parameter.device) for what, tensor in found.items()
-                    }
-            for name, tensor in self.held.items():
-                tensor.copy_(stored.get_tensor(f"{name}|held"))
-            self.done = int(facts["done"])
-        for mine in self.kept:
-            mine.push()
+            self._put(stored.get_tensor, stored.keys())
 
 
 def identity_of(**facts: object) -> str:

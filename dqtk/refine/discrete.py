@@ -174,6 +174,11 @@ class Steps:
         self.part = torch.ones(1)  # of the share, with which the next step begins
         self.held = {f"{path}.codes": mine.codes for path, mine in words.items()} | {"discrete.part": self.part}
 
+    def forget(self) -> None:
+        """The gradients since the last step, where learning goes back."""
+        for mine in self.gathered:
+            mine.clear()
+
     @torch.no_grad()
     def after(self, done: int) -> None:
         """Called after every iteration with the number of those done."""

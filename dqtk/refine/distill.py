@@ -9,7 +9,8 @@ Objective: mean squared error of what the scheduler sees over the kept calls: th
 together as the pipeline does, whether they are one call or two (``calibrate/guidance.py``); of a step without guidance the output.
 With ``influence`` calls count as their errors do in the final latents; they are drawn that often, those of one iteration from all
 parts of a run.
-Some calibration runs are held out; what does not lower the error on them, or on pictures (``judge.py``), is not kept.
+While it learns the error of a few calls is watched, and rates that are too high are halved (``descent.py``). Some calibration runs
+are held out; what does not lower the error on them, or on pictures (``judge.py``), is not kept.
 
 Processes share the calls of an iteration (``descent.py``), and those of the judge.
 """
@@ -35,6 +36,8 @@ from .learning import Lesson, Refined, is_matrix, is_table, learn, seen_and_unse
 from .refinable import check_learners, counts_of, lessons_of
 from .selection import selected
 from .team import ALONE, Team
+
+LEAST_WATCHED = 4  # calls whose error must not rise while learning; the calls of an iteration, if there are more
 
 
 def distill(
@@ -91,18 +94,24 @@ def distill(
         place = drawn_at(turn, weights, choice.seed, choice.batch) if choice.influence else call_at(turn, len(seen), choice.seed)
         return error(seen[place])
 
-    def judge() -> float:
-        mine = [i for i in unseen if counts[i]][team.rank :: team.world]
+    def mean_error(numbers: Sequence[int]) -> float:
+        mine = [i for i in numbers if counts[i]][team.rank :: team.world]
         total = torch.tensor([math.fsum(counts[i] * float(error(i)) for i in mine)])
         team.add(total)
-        return float(total) / math.fsum(counts[i] for i in unseen)
+        return float(total) / math.fsum(counts[i] for i in numbers)
 
+    @torch.no_grad()
+    def watch() -> float:
+        return mean_error(watched)
+
+    watched = watched_of(seen, [call.level or 0.0 for call in firsts], counts, max(LEAST_WATCHED, choice.batch))
     lesson = Lesson(
         layers=selected(name, module, layers, choice.layers, loss, team),
         module=module,
         others=lambda path, parameter: not is_table(module, path) and (choice.matrix_rate > 0 or not is_matrix(module, path)),
         loss=loss,
-        judge=judge if painter is None else painter.error,
+        judge=(lambda: mean_error(unseen)) if painter is None else painter.error,
+        watch=watch if choice.decay is None else None,  # the error rises where a branch fades
         facts={"model": name, "choice": canonical(choice), "calls": len(lessons), "start": start_digest(module, exact)},
         num_calls=len(seen),
         exact=originals or {},
@@ -118,6 +127,13 @@ def distill(
             stacklevel=2,
         )
     return found
+
+
+def watched_of(seen: Sequence[int], levels: Sequence[float], counts: Sequence[float], num: int) -> list[int]:
+    """Of these calls that count, at most ``num`` from all parts of a run, at equal distances in the order of levels."""
+    ordered = sorted((i for i in seen if counts[i]), key=lambda i: levels[i])
+    num = min(num, len(ordered))
+    return [ordered[(2 * place + 1) * len(ordered) // (2 * num)] for place in range(num)]
 
 
 def error_of(output: Tensor, exact: Tensor, guidance: float | None = None, halves: Sequence[str] = ("uncond", "cond")) -> Tensor:

@@ -42,9 +42,10 @@ class Lesson:
     """What is learned.
 
     layers: quantized ones whose codes and scales learn, by path. module: what they stand in. others: whether a parameter of it, by
-    name, learns too. loss: number of a call -> scalar. judge: error on what is held out, the same in every process. facts: what a
-    file of the run must belong to. num_calls: different ones that the loss is of. exact: path -> the layer before it was quantized,
-    where something learns from it.
+    name, learns too. loss: number of a call -> scalar. judge: error on what is held out, the same in every process. watch: error on
+    a little of what is learned from, which must not rise, the same too; None: nothing is watched. facts: what a file of the run
+    must belong to. num_calls: different ones that the loss is of. exact: path -> the layer before it was quantized, where something
+    learns from it.
     """
 
     layers: Mapping[str, Quantized]
@@ -52,6 +53,7 @@ class Lesson:
     others: Callable[[str, nn.Parameter], bool]
     loss: Callable[[int], Tensor]
     judge: Callable[[], float]
+    watch: Callable[[], float] | None
     facts: Mapping[str, object]
     num_calls: int
     exact: Mapping[str, nn.Module] = field(default_factory=dict)
@@ -86,11 +88,11 @@ def learn(lesson: Lesson, choice: Refiner, file: Path | None, words: str, progre
         steps = None
         if isinstance(choice, Distill) and choice.discrete is not None:
             steps = Steps(trained, choice.discrete, lesson.loss, batch, team, lesson.num_calls)
-        more: dict[str, Any] = {} if steps is None else {"after": steps.after, "pace": steps.choice.every}
+        more: dict[str, Any] = {} if steps is None else {"after": steps.after, "pace": steps.choice.every, "forget": steps.forget}
         held = {} if steps is None else steps.held
         descent = Descent(_groups(lesson, trained, kept, choice), list(kept.values()), choice.iterations, batch, team, held)
         with torch.enable_grad():
-            descent.run(loss, file, identity_of(**lesson.facts), words, progress, begin, **more)
+            descent.run(loss, file, identity_of(**lesson.facts), words, progress, begin, watch=lesson.watch, **more)
         begin(choice.iterations)
         with torch.no_grad():
             found = Refined(before=before, after=lesson.judge())

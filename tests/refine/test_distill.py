@@ -1,6 +1,7 @@
 """Distillation lowers the error on calls it has not seen, or changes nothing; it goes on after an interruption to the same bits."""
 
 import copy
+import math
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from dqtk.calibrate.answers import exact_outputs, outputs
 from dqtk.calibrate.replay import Call
 from dqtk.calibrate.stats import Stats
 from dqtk.checkpoint import quantized_layers
+from dqtk.refine import descent
 from dqtk.refine import distill as distill_module
 from dqtk.refine.descent import call_at, rate_at
 from dqtk.refine.distill import distill
@@ -216,6 +218,7 @@ PROMPTS = ("a large red circle on a plain blue background", "two small green squ
 )
 def test_a_refined_pipeline_is_saved_and_loaded(load_tiny, draw, tmp_path, monkeypatch, name, dtype, choice):
     monkeypatch.setattr(Refined, "kept", property(lambda self: True))  # a few large steps do not help: they are kept
+    monkeypatch.setattr(descent, "RISE", math.inf)
     pipe = load_tiny(name, dtype)
     component, pattern = {"pixart": ("transformer", "transformer_blocks.0.*"), "sdxl": ("unet", "mid_block.*")}[name]
     plan = dqtk.plan(pipe, dqtk.Recipe(name="w3a4", rules=(dqtk.Rule(pattern=pattern, spec=W3A4, why="test"),)))
