@@ -1,12 +1,13 @@
 """The loop that refiners share: Adam with a rate that rises briefly and then falls to zero, resumable to the same bits.
 
-Everything that an iteration does is a function of its number: which calls it takes, and its rates. So a file of the learned
-numbers, Adam's moments and the number of iterations is all that resuming needs. What else changes while it runs (codes that move in
+Which calls an iteration takes is a function of its number, and so are its rates, up to how often they were halved. So a file of the
+learned numbers, Adam's moments and a few counts is all that resuming needs. What else changes while it runs (codes that move in
 steps) is kept in the same file, which is written when nothing is halfway.
 
-Rates that serve most of a run may be too high for a part of it: where one weight decides much (outliers), the error of all calls
-rises a hundredfold within a few steps, from which Adam does not come back. So the error on a few calls may be watched: where it has
-risen, the run goes back to where it was last seen low and on from there at half the rates. Where it never does, nothing changes.
+The error of a few calls may be watched: rates that serve most of a run can be too high for a part of it, where codes that decide
+much change, and the errors of all calls then rise a hundredfold in two iterations (tiny-sdxl with outliers at W4A8; the lab log).
+Where the watched error has risen, the run goes back to the last look that found it near the least so far, and on from there at half
+the rates. Where it never does, nothing changes.
 
 Processes that learn together share the calls of every iteration, and each takes the same step with the mean of their gradients. One
 process or several: only the order of sums differs.
@@ -15,6 +16,7 @@ process or several: only the order of sums differs.
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -29,10 +31,11 @@ from .team import ALONE, Team
 
 WARMUP = 0.05  # of the iterations
 SAVES = 20  # of the file while it runs, at most; and looks at what is watched
-RISE = 4.0  # of the error that is watched, above the least so far: learning went wrong (it is then tens or hundreds)
-MOST = 6  # times that rates are halved
+NEAR, RISE = 1.25, 4.0  # times the least error watched so far: still good; learning went wrong
+HALVINGS = 6  # of the rates, at most
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of Adam
-PLACE = ("done", "halved", "least")
+COUNTS = ("done", "halved", "least")
+GOOD = "good|"  # before names in a file: of what is gone back to, where that is not what is there now
 
 
 def rate_at(iteration: int, iterations: int) -> float:
@@ -121,7 +124,7 @@ class Descent:
         watch: Callable[[], float] | None = None,
         forget: Callable[[], None] = lambda: None,
     ) -> None:
-        """All iterations that are left; or, where what is watched rises even at the lowest rates, none behind the last good one.
+        """All iterations that are left; or, where what is watched rises at the lowest rates too, none behind the last good look.
 
         Args:
             loss_of: number of a call, from 0 to iterations * batch -> scalar.
@@ -135,19 +138,20 @@ class Descent:
             watch: the error that must not rise, the same in every process; nothing is watched without it.
             forget: called where the run goes back, of what ``after`` has gathered.
         Raises:
-            ValueError: a loss that is no number (where it is watched: at the start), or a file of another run.
+            ValueError: a loss that is no number (where something is watched: at the lowest rates too), or a file of another run.
         """
         if file is not None and file.exists():
             self._load(file, identity)
         elif watch is not None:
             self.least = self._finite(watch())
-        if watch is not None:
-            self.good = self._state()
-        every = math.ceil(max(1, self.iterations // SAVES) / pace) * pace
+        if watch is not None and not self.good:
+            self._keep()
+        every = math.ceil(self.iterations / SAVES / pace) * pace
         writes = file is not None and self.team.rank == 0
-        shown = progress and self.team.rank == 0
-        with tqdm(total=self.iterations, initial=self.done, desc=words, unit="step", disable=not shown) as bar:
-            while self.done < self.iterations and self.halved <= MOST:
+        with tqdm(
+            total=self.iterations, initial=self.done, desc=words, unit="step", disable=not progress or self.team.rank > 0
+        ) as bar:
+            while self.done < self.iterations and self.halved <= HALVINGS:
                 for parameter in begin(self.done):
                     self.adam.state.pop(parameter, None)
                 loss = self._step(loss_of)
@@ -157,11 +161,9 @@ class Descent:
                 if math.isfinite(loss) and self.done % every and self.done < self.iterations:
                     continue
                 bar.set_postfix_str(f"loss {loss:.3g}", refresh=False)
-                if watch is not None and (said := self._gone_back(watch() if math.isfinite(loss) else loss)):
+                if watch is not None and not self._goes_well(watch() if math.isfinite(loss) else loss, words, bar.disable):
                     forget()
                     bar.update(self.done - bar.n)
-                    if shown:
-                        tqdm.write(f"{words}: {said}")
                 elif writes and file is not None:
                     self._save(file, identity)
 
@@ -190,17 +192,26 @@ class Descent:
             raise ValueError(f"refine: loss must be a number, got {value} at iteration {self.done}. Lower the rates.")
         return value
 
-    def _gone_back(self, found: float) -> str:
-        """What happened, if the error has risen; else these numbers are the ones to go back to, and there is nothing to say."""
+    def _goes_well(self, found: float, words: str, quiet: bool) -> bool:
+        """Whether the error that is watched has not risen. If it has, the run is back where it was good; that is told unless
+        ``quiet``, and warned of where it is the end."""
         if found <= RISE * self.least:
             self.least = min(self.least, found)
-            self.good = self._state()
-            return ""
-        came, halved = self.done, self.halved + 1
-        self._put(self.good.__getitem__, self.good.keys())
-        self.halved = halved
-        what = f"goes on from step {self.done} at half the rates" if self.halved <= MOST else f"ends with step {self.done}"
-        return f"error {found:.3g} at step {came}, where it had been {self.least:.3g}; {what}"
+            if found <= NEAR * self.least:
+                self._keep()
+            return True
+        came, least, halved = self.done, self.least, self.halved + 1
+        if halved > HALVINGS:
+            self._finite(found)
+        self._be(self.good.__getitem__, self.good.keys())
+        self.halved, said = halved, f"{words}: error {found:.3g} at step {came}, where it had been {least:.3g}"
+        if halved > HALVINGS and self.team.rank == 0:
+            warnings.warn(
+                f"{said}, at {2**HALVINGS} times lower rates too; ends with step {self.done}. Lower the rates.", stacklevel=2
+            )
+        elif not quiet:
+            tqdm.write(f"{said}; goes on from step {self.done} at half the rates")
+        return False
 
     def _average(self, value: Tensor) -> None:
         """Loss and gradients of all processes in place of this one's."""
@@ -210,22 +221,29 @@ class Descent:
                 parameter.grad = torch.zeros_like(parameter)
             self.team.add(parameter.grad)
 
-    # --- files -------------------------------------------------------------------------------------------------------
+    # --- states ------------------------------------------------------------------------------------------------------
 
     def _state(self) -> dict[str, Tensor]:
-        """All that going on needs, by name, in CPU memory."""
+        """All that going on needs, by name; not copied."""
         found: dict[str, Tensor] = {}
         for name, parameter in self.named.items():
             moments = self.adam.state.get(parameter, {})
             found[f"{name}|learned"] = parameter.detach()
             found |= {f"{name}|{what}": moments[what] for what in MOMENTS if what in moments}
         found |= {f"{name}|held": tensor for name, tensor in self.held.items()}
-        found |= {what: torch.tensor(getattr(self, what), dtype=torch.float64) for what in PLACE}
-        return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in found.items()}
+        return found | {what: torch.tensor(getattr(self, what), dtype=torch.float64) for what in COUNTS}
+
+    def _keep(self) -> None:
+        """What there is now is what is gone back to; in CPU memory."""
+        for name, tensor in self._state().items():
+            if name in self.good:
+                self.good[name].copy_(tensor)
+            else:
+                self.good[name] = tensor.to("cpu", copy=True).contiguous()
 
     @torch.no_grad()
-    def _put(self, state: Callable[[str], Tensor], names: Collection[str]) -> None:
-        """Be as when ``_state`` was asked."""
+    def _be(self, state: Callable[[str], Tensor], names: Collection[str]) -> None:
+        """Be as a state says."""
         self.adam.state.clear()
         for name, parameter in self.named.items():
             parameter.copy_(state(f"{name}|learned"))
@@ -240,10 +258,13 @@ class Descent:
             mine.push()
 
     def _save(self, file: Path, identity: str) -> None:
+        tensors = {name: tensor.contiguous() for name, tensor in self._state().items()}
+        if self.good and int(self.good["done"]) != self.done:
+            tensors |= {GOOD + name: tensor for name, tensor in self.good.items()}
         partial = file.with_name(f".{file.name}.partial")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            save_file(self.good or self._state(), partial, metadata={"identity": identity})
+            save_file(tensors, partial, metadata={"identity": identity})
             os.replace(partial, file)
         finally:
             partial.unlink(missing_ok=True)
@@ -260,7 +281,8 @@ class Descent:
                     f"refine: {file} must belong to this model, these calls and this choice ({identity}), got {found}. Remove it, "
                     "or choose another name."
                 )
-            self._put(stored.get_tensor, stored.keys())
+            self._be(stored.get_tensor, stored.keys())
+            self.good = {name.removeprefix(GOOD): stored.get_tensor(name) for name in stored.keys() if name.startswith(GOOD)}  # noqa: SIM118
 
 
 def identity_of(**facts: object) -> str:

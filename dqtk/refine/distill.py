@@ -130,10 +130,11 @@ def distill(
 
 
 def watched_of(seen: Sequence[int], levels: Sequence[float], counts: Sequence[float], num: int) -> list[int]:
-    """Of these calls that count, at most ``num`` from all parts of a run, at equal distances in the order of levels."""
+    """Of these calls that count, at most ``num`` from all parts of a run: one of each of so many equal parts in the order of
+    levels, at another place of every part, since calls of one level lie in the order of runs."""
     ordered = sorted((i for i in seen if counts[i]), key=lambda i: levels[i])
     num = min(num, len(ordered))
-    return [ordered[(2 * place + 1) * len(ordered) // (2 * num)] for place in range(num)]
+    return [ordered[int((part + (part + 0.5) / num) * len(ordered) / num)] for part in range(num)]
 
 
 def error_of(output: Tensor, exact: Tensor, guidance: float | None = None, halves: Sequence[str] = ("uncond", "cond")) -> Tensor:

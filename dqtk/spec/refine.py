@@ -107,7 +107,7 @@ class Distill:
     2309.14717); scale_rate: of scales, relative; branch_rate: of the factors of stored low-rank branches, relative to their mean
     size; bias_rate: of biases, norms and tables that stay at 16 bits; matrix_rate: of the 16-bit weights of layers that are not
     quantized, relative to their mean size. All rates are halved where the error of calls learned from rises to four times the least
-    so far, and learning goes back to there. seed: of the order of calls and the start of the matrices.
+    so far, and learning goes back to where it was near that. seed: of the order of calls and the start of the matrices.
 
     guidance: the pipeline's guidance scale, where its steps have both halves, in one call or in two. The error is then that of
     uncond + guidance (cond - uncond), which is what the scheduler sees; errors of the halves that are alike cancel. Steps in
