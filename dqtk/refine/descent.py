@@ -4,10 +4,10 @@ Which calls an iteration takes is a function of its number, and so are its rates
 learned numbers, Adam's moments and a few counts is all that resuming needs. What else changes while it runs (codes that move in
 steps) is kept in the same file, which is written when nothing is halfway.
 
-The error of a few calls may be watched: rates that serve most of a run can be too high for a part of it, where codes that decide
-much change, and the errors of all calls then rise a hundredfold in two iterations (tiny-sdxl with outliers at W4A8; the lab log).
-Where the watched error has risen, the run goes back to the last look that found it near the least so far, and on from there at half
-the rates. Where it never does, nothing changes.
+The error of a few calls may be watched: rates that serve most of a run can be too high for a part of it, and the errors of all
+calls then rise a hundredfold in two iterations (tiny-sdxl with outliers at W4A8; the lab log). Where the watched error has risen,
+the run goes back to the last look that found it near the least so far, and on from there at half the rates. Where it never does,
+nothing changes.
 
 Processes that learn together share the calls of every iteration, and each takes the same step with the mean of their gradients. One
 process or several: only the order of sums differs.
